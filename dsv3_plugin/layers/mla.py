@@ -1,0 +1,96 @@
+"""Multi-head latent attention in its absorbed form (DeepSeek-V2 report, section 2.1.2).
+
+`kv_b_proj` is never applied to a key or value. Its key half is folded into the query, its value half into the output, so that attention reads the cached latent
+vectors themselves and prefill, decode and training share one arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.layers.linear import Linear
+from dsv3_plugin.layers.norm import RMSNorm
+from dsv3_plugin.ops.fp8 import dequantize_weight
+from dsv3_plugin.registry import Ops
+
+
+class Attend(Protocol):
+    """What an engine supplies for each forward pass."""
+
+    def __call__(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """Write latent [T, latent_dim] to layer `layer_idx`'s cache, then attend q [T, H, latent_dim] to it.
+
+        Returns [T, H, kv_lora_rank], the result of the bound `mla_attention`.
+        """
+
+
+class MLA(nn.Module):
+    """Self-attention of one layer."""
+
+    def __init__(self, ops: Ops, config: DeepseekV3Config, layer_idx: int) -> None:
+        super().__init__()
+        self.ops = ops
+        self.config = config
+        self.layer_idx = layer_idx
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(ops, hidden, heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(ops, hidden, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(ops, config.q_lora_rank, config.rms_norm_eps)
+            self.q_b_proj = Linear(ops, config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(ops, hidden, config.latent_dim)
+        self.kv_a_layernorm = RMSNorm(ops, config.kv_lora_rank, config.rms_norm_eps)
+        self.kv_b_proj = Linear(ops, config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(ops, heads * config.v_head_dim, hidden)
+        self._absorbed: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def weights_changed(self) -> None:
+        """Forget what was derived from `kv_b_proj`."""
+        self._absorbed = None
+
+    def absorbed_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The halves of `kv_b_proj` for each head, in the profile's dtype: (w_uk [H, kv_lora_rank, qk_nope_head_dim], w_uv [H, v_head_dim, kv_lora_rank]).
+
+        FP8 values are multiplied by their scales and rounded to bf16, which is exact with power-of-two scales.
+        """
+        if self._absorbed is not None:
+            return self._absorbed
+        config, projection = self.config, self.kv_b_proj
+        weight = projection.weight
+        if projection.is_fp8:
+            weight = dequantize_weight(weight, projection.weight_scale_inv).to(self.ops.setting.profile.dtype)
+        weight = weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
+        w_uk, w_uv = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        absorbed = w_uk.transpose(1, 2).contiguous(), w_uv.contiguous()
+        if not projection.weight.requires_grad:
+            self._absorbed = absorbed
+        return absorbed
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, hidden] to heads before absorption and rotation [T, H, qk_head_dim]."""
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        return q.view(x.shape[0], self.config.num_attention_heads, self.config.qk_head_dim)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """x [T, hidden]; cos, sin fp32 [T, qk_rope_head_dim / 2] at the tokens' positions; to [T, hidden]."""
+        config = self.config
+        w_uk, w_uv = self.absorbed_weights()
+        q_nope, q_pe = self.queries(x).split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q = torch.cat((self.ops.head_linear(q_nope, w_uk), self.ops.rope(q_pe, cos, sin)), dim=-1)
+
+        compressed, k_pe = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        compressed = self.kv_a_layernorm(compressed.contiguous())
+        latent = torch.cat((compressed, self.ops.rope(k_pe.unsqueeze(1), cos, sin).squeeze(1)), dim=-1)
+
+        out = attend(self.layer_idx, q, latent)
+        return self.o_proj(self.ops.head_linear(out, w_uv).flatten(1))

@@ -1,0 +1,84 @@
+"""DeepSeekMoE: a router, routed experts, and a shared expert that every token takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.layers.linear import GroupedLinear
+from dsv3_plugin.layers.mlp import MLP
+from dsv3_plugin.registry import Ops
+
+
+class Router(nn.Module):
+    """`weight` [E, hidden] in the profile's dtype and `e_score_correction_bias` [E] in fp32.
+
+    The logits keep the fp32 sum of the products; the bias only chooses and never weighs.
+    """
+
+    def __init__(self, ops: Ops, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.ops = ops
+        self.config = config
+        shape = config.n_routed_experts, config.hidden_size
+        self.weight = nn.Parameter(torch.empty(shape, dtype=ops.setting.profile.dtype), requires_grad=False)
+        bias = torch.empty(config.n_routed_experts, dtype=torch.float32)
+        self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, hidden] to (topk_ids int64 [T, k] ascending, topk_weights fp32 [T, k])."""
+        return self.ops.route(
+            self.ops.linear(x, self.weight, out_dtype=torch.float32),
+            self.e_score_correction_bias,
+            num_experts_per_tok=self.config.num_experts_per_tok,
+            n_group=self.config.n_group,
+            topk_group=self.config.topk_group,
+            norm_topk_prob=self.config.norm_topk_prob,
+            routed_scaling_factor=self.config.routed_scaling_factor,
+        )
+
+
+class Experts(nn.Module):
+    """The routed experts' MLPs, stacked."""
+
+    def __init__(self, ops: Ops, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.ops = ops
+        self.gate_up_proj = GroupedLinear(ops, num_experts, hidden_size, 2 * intermediate_size)
+        self.down_proj = GroupedLinear(ops, num_experts, intermediate_size, hidden_size)
+
+    def forward(self, x: torch.Tensor, expert_counts: torch.Tensor) -> torch.Tensor:
+        """x [S, hidden] sorted by expert, expert_counts [num_experts], to [S, hidden]."""
+        return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x, expert_counts)), expert_counts)
+
+
+class MoE(nn.Module):
+    """A mixture-of-experts layer. No token is dropped."""
+
+    def __init__(self, ops: Ops, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.ops = ops
+        self.gate = Router(ops, config)
+        self.experts = Experts(ops, config.n_routed_experts, config.hidden_size, config.moe_intermediate_size)
+        self.shared_experts = MLP(ops, config.hidden_size, config.shared_intermediate_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, hidden] to [T, hidden]."""
+        topk_ids, topk_weights = self.gate(x)
+        rows, slots, expert_counts = permutation(topk_ids, self.gate.config.n_routed_experts)
+        expert_out = self.experts(x[rows], expert_counts)
+        return self.ops.combine(expert_out, slots, topk_weights, self.shared_experts(x))
+
+
+def permutation(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sort (token, expert) pairs by expert, and by token within an expert.
+
+    topk_ids [T, k] to (rows int64 [T k], the token of each sorted pair; slots int64 [T, k], where each token's pairs went;
+    expert_counts int64 [num_experts]).
+    """
+    flat = topk_ids.flatten()
+    order = torch.argsort(flat, stable=True)
+    slots = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    counts = torch.bincount(flat, minlength=num_experts)
+    return order // topk_ids.shape[1], slots.view_as(topk_ids), counts

@@ -1,0 +1,31 @@
+"""What a kernel promises, and how much of the promise is checked before a launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsv3_plugin.errors import InputError
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The name and the version of an operation's arithmetic. Any change of a bit is a new version."""
+
+    op: str
+    version: int
+    summary: str
+
+
+def require(condition: bool, op: str, message: str) -> None:
+    """Raise `InputError` that names the operation unless `condition` holds."""
+    if not condition:
+        raise InputError(f"{op}: {message}")
+
+
+def require_matrix(op: str, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Require a contiguous two-dimensional tensor of one of `dtypes`."""
+    require(tensor.dim() == 2, op, f"{name} has shape {tuple(tensor.shape)}, expected two dimensions")
+    require(tensor.dtype in dtypes, op, f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+    require(tensor.is_contiguous(), op, f"{name} of shape {tuple(tensor.shape)} is not contiguous")

@@ -1,0 +1,25 @@
+"""Root-mean-square normalisation.
+
+Contract: fp32 throughout. The squares are summed by `elementary.fold_sum`; the factor is 1 / sqrt(mean + eps), a square root
+and a division, both correctly rounded; x times factor, times weight, one rounding to the input's dtype.
+(Hugging Face rounds x * factor to bf16 before the weight: two roundings.)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dsv3_plugin.ops.contract import Contract, require, require_matrix
+from dsv3_plugin.ops.elementary import fold_sum
+
+RMS_NORM = Contract("rms_norm", 1, "x / rms(x) * weight in fp32, one rounding")
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [M, K], weight [K] of one dtype, to [M, K] of that dtype."""
+    require_matrix("rms_norm", "x", x, (torch.float32, torch.bfloat16))
+    require(weight.dtype == x.dtype, "rms_norm", f"weight is {weight.dtype}, x is {x.dtype}")
+    require(tuple(weight.shape) == (x.shape[1],), "rms_norm", f"weight has shape {tuple(weight.shape)}")
+    wide = x.float()
+    mean = fold_sum(wide * wide) / x.shape[1]
+    return (wide * (1.0 / torch.sqrt(mean + eps)) * weight.float()).to(x.dtype)

@@ -1,0 +1,50 @@
+"""The reference as a kernel provider: on a CPU it is the arithmetic itself."""
+
+from __future__ import annotations
+
+from dsv3_plugin.hooks import Kernel, Setting, hookimpl
+from dsv3_plugin.ops import combine, fp8, linear, mla_attention, rms_norm, rope, router, silu_and_mul
+from dsv3_plugin.ops.contract import Contract
+from dsv3_plugin.version import __version__
+
+PROVIDER = "reference"
+
+_REFERENCES = (
+    (linear.LINEAR, linear.linear),
+    (linear.HEAD_LINEAR, linear.head_linear),
+    (linear.GROUPED_LINEAR, linear.grouped_linear),
+    (fp8.QUANTIZE_FP8, fp8.quantize_fp8),
+    (fp8.FP8_LINEAR, fp8.fp8_linear),
+    (fp8.GROUPED_FP8_LINEAR, fp8.grouped_fp8_linear),
+    (rms_norm.RMS_NORM, rms_norm.rms_norm),
+    (rope.ROPE, rope.rope),
+    (silu_and_mul.SILU_AND_MUL, silu_and_mul.silu_and_mul),
+    (router.ROUTE, router.route),
+    (combine.COMBINE, combine.combine),
+    (mla_attention.MLA_ATTENTION, mla_attention.mla_attention),
+)
+
+
+def only_cpu(setting: Setting) -> str | None:
+    """The reference's bits are defined on a CPU; on another device the library's sums are not its contract."""
+    if setting.device_type == "cpu" and setting.arithmetic == "cpu":
+        return None
+    return f"defines the CPU arithmetic, not {setting.arithmetic} on {setting.device_type}"
+
+
+def _kernel(contract: Contract, run: object) -> Kernel:
+    return Kernel(
+        op=contract.op,
+        contract_version=contract.version,
+        provider=PROVIDER,
+        version=__version__,
+        run=run,  # type: ignore[arg-type]
+        refuses=only_cpu,
+        certificate="it is the contract",
+    )
+
+
+@hookimpl
+def dsv3_kernels() -> list[Kernel]:
+    """One kernel an operation."""
+    return [_kernel(contract, run) for contract, run in _REFERENCES]

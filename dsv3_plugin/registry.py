@@ -1,0 +1,175 @@
+"""Choosing the kernel of every operation, once, when a model is built.
+
+`strict` (the default) admits only kernels with a certificate that match the contract's version; where none is left for an operation the error names
+the operation and what each candidate lacked. `fast` admits anything that supports the setting. Either way the choice is recorded: `Ops.provenance`
+says what really runs, and why the others do not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast, get_args
+
+import pluggy
+
+from dsv3_plugin import hooks, reference_kernels
+from dsv3_plugin.errors import KernelError
+from dsv3_plugin.hooks import Kernel, Setting
+from dsv3_plugin.ops import combine, fp8, linear, mla_attention, rms_norm, rope, router, silu_and_mul
+from dsv3_plugin.ops.contract import Contract
+
+Mode = Literal["strict", "fast"]
+MODE_VARIABLE = "DSV3_PLUGIN_MODE"
+
+CONTRACTS: tuple[Contract, ...] = (
+    linear.LINEAR,
+    linear.HEAD_LINEAR,
+    linear.GROUPED_LINEAR,
+    fp8.QUANTIZE_FP8,
+    fp8.FP8_LINEAR,
+    fp8.GROUPED_FP8_LINEAR,
+    rms_norm.RMS_NORM,
+    rope.ROPE,
+    silu_and_mul.SILU_AND_MUL,
+    router.ROUTE,
+    combine.COMBINE,
+    mla_attention.MLA_ATTENTION,
+)
+_FP8_OPS = {fp8.QUANTIZE_FP8.op, fp8.FP8_LINEAR.op, fp8.GROUPED_FP8_LINEAR.op}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What serves one operation, and what else was offered."""
+
+    op: str
+    contract_version: int
+    provider: str
+    version: str
+    certificate: str | None
+    refused: dict[str, str]
+    """Provider to the reason why it does not serve."""
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The bound kernels of a model, one callable an operation, with the signature of its reference in `dsv3_plugin.ops`."""
+
+    setting: Setting
+    mode: Mode
+    provenance: tuple[Choice, ...]
+    linear: Callable[..., Any]
+    head_linear: Callable[..., Any]
+    grouped_linear: Callable[..., Any]
+    rms_norm: Callable[..., Any]
+    rope: Callable[..., Any]
+    silu_and_mul: Callable[..., Any]
+    route: Callable[..., Any]
+    combine: Callable[..., Any]
+    mla_attention: Callable[..., Any]
+    quantize_fp8: Callable[..., Any]
+    fp8_linear: Callable[..., Any]
+    grouped_fp8_linear: Callable[..., Any]
+
+    def describe(self) -> str:
+        """One line for a log: each provider with the operations that it serves."""
+        served: dict[str, list[str]] = {}
+        for choice in self.provenance:
+            served.setdefault(f"{choice.provider} {choice.version}", []).append(choice.op)
+        return "; ".join(f"{provider}: {', '.join(ops)}" for provider, ops in served.items())
+
+
+def mode_from_environment() -> Mode:
+    """`DSV3_PLUGIN_MODE`, `strict` where unset. Raises `KernelError` for another word."""
+    mode = os.environ.get(MODE_VARIABLE, "strict")
+    if mode not in get_args(Mode):
+        raise KernelError(f"{MODE_VARIABLE}={mode!r}; use {' or '.join(get_args(Mode))}")
+    return cast(Mode, mode)
+
+
+def plugin_manager() -> pluggy.PluginManager:
+    """A manager with the reference kernels and every installed provider.
+
+    Raises `KernelError` that names a provider whose import fails.
+    """
+    manager = pluggy.PluginManager(hooks.ENTRY_POINT_GROUP)
+    manager.add_hookspecs(hooks)
+    manager.register(reference_kernels, "reference")
+    try:
+        manager.load_setuptools_entrypoints(hooks.ENTRY_POINT_GROUP)
+    except Exception as error:
+        raise KernelError(
+            f"a kernel provider under the entry-point group {hooks.ENTRY_POINT_GROUP!r} cannot be loaded:"
+            f" {type(error).__name__}: {error}"
+        ) from error
+    return manager
+
+
+def offered_kernels(manager: pluggy.PluginManager | None = None) -> list[Kernel]:
+    """All kernels of all providers."""
+    manager = manager or plugin_manager()
+    return [kernel for offer in manager.hook.dsv3_kernels() for kernel in offer]
+
+
+def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] | None = None) -> Ops:
+    """Choose a kernel for every operation that the setting's profile uses.
+
+    Raises `KernelError` that names each operation for which none may serve, and what each candidate lacked.
+    """
+    mode = mode or mode_from_environment()
+    kernels = list(offered_kernels() if kernels is None else kernels)
+    bound: dict[str, Callable[..., Any]] = {}
+    provenance: list[Choice] = []
+    missing: list[str] = []
+    for contract in CONTRACTS:
+        if contract.op in _FP8_OPS and not setting.profile.is_fp8:
+            bound[contract.op] = partial(_not_bound, contract.op, setting.profile.name)
+            continue
+        best, refused = _choose(contract, setting, mode, kernels)
+        if best is None:
+            reasons = "; ".join(f"{provider}: {reason}" for provider, reason in refused.items()) or "nothing offered"
+            missing.append(f"{contract.op} ({reasons})")
+            continue
+        bound[contract.op] = best.run
+        provenance.append(
+            Choice(contract.op, contract.version, best.provider, best.version, best.certificate, refused)
+        )
+    if missing:
+        raise KernelError(f"no kernel may serve in {mode} mode on {setting.device_type}: {'; '.join(missing)}")
+    return Ops(setting=setting, mode=mode, provenance=tuple(provenance), **bound)
+
+
+def _choose(
+    contract: Contract, setting: Setting, mode: Mode, kernels: list[Kernel]
+) -> tuple[Kernel | None, dict[str, str]]:
+    """The best admissible kernel of an operation, and why each other one does not serve."""
+    refused: dict[str, str] = {}
+    admitted: list[Kernel] = []
+    for kernel in kernels:
+        if kernel.op != contract.op:
+            continue
+        reason = _refusal(kernel, contract, setting, mode)
+        if reason is None:
+            admitted.append(kernel)
+        else:
+            refused[kernel.provider] = reason
+    if not admitted:
+        return None, refused
+    best = max(admitted, key=lambda kernel: kernel.priority)
+    refused.update({k.provider: f"lower priority than {best.provider}" for k in admitted if k is not best})
+    return best, refused
+
+
+def _refusal(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) -> str | None:
+    if kernel.contract_version != contract.version:
+        return f"meets contract version {kernel.contract_version}, version {contract.version} is needed"
+    if mode == "strict" and kernel.certificate is None:
+        return "has no certificate, which strict mode needs"
+    return kernel.refuses(setting)
+
+
+def _not_bound(op: str, profile: str, *args: Any, **kwargs: Any) -> Any:
+    raise KernelError(f"{op} was called in the {profile} profile, which does not use it")
