@@ -1,0 +1,204 @@
+"""Every tensor of a checkpoint, and where it goes in our modules.
+
+The layout is the released one (`model.safetensors.index.json` of DeepSeek-V3, "README_WEIGHTS.md"): one tensor an
+expert and projection, gate and up apart, the MTP layer after the last decoder layer with its own copies of embedding
+and head. Our modules hold gate and up, and all experts, as one parameter, so a tensor has a place *inside* a parameter.
+Reader, loader and maker all work from this one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from dsv3_plugin.config import FP8_BLOCK, DeepseekV3Config
+from dsv3_plugin.ops.fp8 import E4M3
+
+Part = Literal["main", "mtp"]
+"""`main` is `layers.model.DeepseekV3`, `mtp` is `layers.mtp.DeepseekV3MTP`."""
+
+SCALE_SUFFIX = "_scale_inv"
+BIAS_SUFFIX = ".e_score_correction_bias"
+_FLOAT = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place in a module: `parameter[index]`, where an empty index is the whole parameter."""
+
+    parameter: str
+    index: tuple[int | slice, ...] = ()
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    """Dtypes that the file may hold it in; the first is what the maker writes for a bf16 or fp8 model."""
+    targets: Mapping[Part, Target] = field(default_factory=dict)
+    """Embedding and head go to both parts; the MTP layer's copies of them go nowhere."""
+    optional: bool = False
+
+    def mismatch(self, shape: tuple[int, ...], dtype: torch.dtype | str) -> str | None:
+        """What is wrong with a tensor found under this name, in a few words, or None."""
+        if shape != self.shape:
+            return f"tensor {self.name} has shape {list(shape)}, the configuration gives {list(self.shape)}"
+        if dtype in self.dtypes:
+            return None
+        if dtype == E4M3:
+            return f"tensor {self.name} is float8_e4m3fn, but the configuration has no quantization_config for it"
+        if self.dtypes == (E4M3,):
+            return f"tensor {self.name} is {dtype_name(dtype)}, but quantization_config says fp8 (float8_e4m3fn)"
+        return f"tensor {self.name} is {dtype_name(dtype)}, expected {' or '.join(map(dtype_name, self.dtypes))}"
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """`bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@lru_cache(maxsize=8)
+def checkpoint_tensors(config: DeepseekV3Config) -> Mapping[str, TensorSpec]:
+    """All tensors of a checkpoint with this configuration by name, in the order of the released files."""
+    table = _Table(config)
+    hidden, vocab = config.hidden_size, config.vocab_size
+    embedding = "model.embed_tokens.weight"
+    table.add(embedding, (vocab, hidden), {"main": Target(embedding), "mtp": Target("embed_tokens.weight")})
+    for layer_idx in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer_idx}"
+        table.layer(_Place("main", prefix, prefix), layer_idx)
+    if config.num_nextn_predict_layers:
+        place = _Place("mtp", f"model.layers.{config.mtp_layer_idx}", "layer")
+        table.add(f"{place.name}.embed_tokens.weight", (vocab, hidden), {}, optional=True)
+        for norm in ("enorm", "hnorm"):
+            table.norm(place / norm, hidden)
+        table.linear(place / "eh_proj", hidden, 2 * hidden, quantized=False)
+        table.layer(place, config.mtp_layer_idx)
+        table.norm(place / "shared_head" / "norm", hidden)
+        table.add(f"{place.name}.shared_head.head.weight", (vocab, hidden), {}, optional=True)
+    table.norm(_Place("main", "model.norm", "model.norm"), hidden)
+    head = Target("lm_head.weight")
+    table.add("lm_head.weight", (vocab, hidden), {"main": head, "mtp": head})
+    return table.specs
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A module: its name in the checkpoint, and in which part and under which name it is ours."""
+
+    part: Part
+    name: str
+    module: str
+
+    def __truediv__(self, child: str) -> _Place:
+        return _Place(self.part, f"{self.name}.{child}", f"{self.module}.{child}")
+
+
+class _Table:
+    """The specs, gathered module by module."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        self.config = config
+        self.specs: dict[str, TensorSpec] = {}
+
+    def add(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        targets: Mapping[Part, Target],
+        *,
+        dtypes: tuple[torch.dtype, ...] = _FLOAT,
+        optional: bool = False,
+    ) -> None:
+        self.specs[name] = TensorSpec(name, shape, dtypes, targets, optional)
+
+    def norm(self, place: _Place, size: int) -> None:
+        self.add(f"{place.name}.weight", (size,), {place.part: Target(f"{place.module}.weight")})
+
+    def linear(
+        self,
+        place: _Place,
+        rows: int,
+        columns: int,
+        *,
+        quantized: bool = True,
+        module: str | None = None,
+        expert: int | None = None,
+        first_row: int | None = None,
+    ) -> None:
+        """A projection [rows, columns]; fused, it is `first_row` onwards of `module`, of one expert."""
+        module = module or place.module
+
+        def target(parameter: str, rows: int, first_row: int | None) -> dict[Part, Target]:
+            index: tuple[int | slice, ...] = () if expert is None else (expert,)
+            if first_row is not None:
+                index += (slice(first_row, first_row + rows),)
+            return {place.part: Target(f"{module}.{parameter}", index)}
+
+        weight = f"{place.name}.weight"
+        if not (quantized and self.config.quantization_config):
+            self.add(weight, (rows, columns), target("weight", rows, first_row))
+            return
+        self.add(weight, (rows, columns), target("weight", rows, first_row), dtypes=(E4M3,))
+        # Fused parts begin at a whole block: the configuration refuses other sizes.
+        block_rows, block_columns = -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+        first_block = None if first_row is None else first_row // FP8_BLOCK
+        self.add(
+            weight + SCALE_SUFFIX,
+            (block_rows, block_columns),
+            target(f"weight{SCALE_SUFFIX}", block_rows, first_block),
+            dtypes=(torch.float32,),
+        )
+
+    def mlp(self, place: _Place, size: int, *, module: str | None = None, expert: int | None = None) -> None:
+        """gate, up and down of `size` intermediate features."""
+        module = module or place.module
+        hidden = self.config.hidden_size
+        fused = f"{module}.gate_up_proj"
+        self.linear(place / "gate_proj", size, hidden, module=fused, expert=expert, first_row=0)
+        self.linear(place / "up_proj", size, hidden, module=fused, expert=expert, first_row=size)
+        self.linear(place / "down_proj", hidden, size, module=f"{module}.down_proj", expert=expert)
+
+    def attention(self, place: _Place) -> None:
+        config = self.config
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        if config.q_lora_rank is None:
+            self.linear(place / "q_proj", heads * config.qk_head_dim, hidden)
+        else:
+            self.linear(place / "q_a_proj", config.q_lora_rank, hidden)
+            self.norm(place / "q_a_layernorm", config.q_lora_rank)
+            self.linear(place / "q_b_proj", heads * config.qk_head_dim, config.q_lora_rank)
+        self.linear(place / "kv_a_proj_with_mqa", config.latent_dim, hidden)
+        self.norm(place / "kv_a_layernorm", config.kv_lora_rank)
+        self.linear(place / "kv_b_proj", heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank)
+        self.linear(place / "o_proj", hidden, heads * config.v_head_dim)
+
+    def layer(self, place: _Place, layer_idx: int) -> None:
+        config = self.config
+        self.attention(place / "self_attn")
+        mlp = place / "mlp"
+        if config.is_moe_layer(layer_idx):
+            gate = mlp / "gate"
+            self.linear(gate, config.n_routed_experts, config.hidden_size, quantized=False)
+            # bf16 is what some converters leave; widening it to fp32 is exact.
+            self.add(
+                gate.name + BIAS_SUFFIX,
+                (config.n_routed_experts,),
+                {place.part: Target(gate.module + BIAS_SUFFIX)},
+                dtypes=(torch.float32, torch.bfloat16),
+            )
+            for expert in range(config.n_routed_experts):
+                experts = mlp / "experts"
+                self.mlp(experts / str(expert), config.moe_intermediate_size, module=experts.module, expert=expert)
+            self.mlp(mlp / "shared_experts", config.shared_intermediate_size)
+        else:
+            self.mlp(mlp, config.intermediate_size)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            self.norm(place / norm, config.hidden_size)
