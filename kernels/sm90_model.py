@@ -1,0 +1,164 @@
+"""The Hopper arithmetic on a CPU: every operation with the tensor core's sums modelled, bit for bit what the GPU kernels print.
+
+This is the contract of arithmetic `sm90` as executable text. Only matrix products differ from `dsv3_plugin.ops`; elementwise operations are IEEE fp32
+operations, each rounded, on either machine. It is slow (some ns a product): meant for tiny models, for tests without a GPU, and for reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsv3_plugin.config import FP8_BLOCK
+from dsv3_plugin.hooks import Kernel, Setting
+from dsv3_plugin.kernels import tensor_core
+from dsv3_plugin.ops import combine, fp8, linear, mla_attention, rms_norm, rope, router, silu_and_mul
+from dsv3_plugin.ops.contract import Contract, require, require_matrix
+from dsv3_plugin.ops.elementary import exp, fold_sum
+from dsv3_plugin.ops.mla_attention import KEY_BLOCK
+from dsv3_plugin.version import __version__
+
+PROVIDER = "sm90-model"
+
+
+def bf16_linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`linear`: x bf16 [M, K], weight bf16 [N, K], to [M, N] of bf16 or fp32; one accumulator over ascending K."""
+    require_matrix("linear", "x", x, (torch.bfloat16,))
+    require_matrix("linear", "weight", weight, (torch.bfloat16,))
+    require(x.shape[1] == weight.shape[1], "linear", f"x has K={x.shape[1]}, weight has K={weight.shape[1]}")
+    return tensor_core.dot(tensor_core.BF16, x, weight).to(out_dtype or x.dtype)
+
+
+def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`head_linear`: x bf16 [M, H, K], weight bf16 [H, N, K], to bf16 [M, H, N]."""
+    return torch.stack([bf16_linear(x[:, h].contiguous(), weight[h]) for h in range(x.shape[1])], dim=1)
+
+
+def grouped_linear(x: torch.Tensor, expert_counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`grouped_linear`: x bf16 [M, K] sorted by expert, expert_counts [E], weight bf16 [E, N, K], to bf16 [M, N]."""
+    groups = linear.split_by_expert("grouped_linear", x, expert_counts)
+    outputs = [bf16_linear(rows, weight[e]) for e, rows in groups]
+    return torch.cat(outputs) if outputs else x.new_empty(0, weight.shape[1])
+
+
+def fp8_linear(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
+) -> torch.Tensor:
+    """`fp8_linear`: for each 128 of K four instructions from zero, then acc = fma(raw, x_scale * weight_scale, acc); to bf16 [M, N]."""
+    require_matrix("fp8_linear", "x", x, (fp8.E4M3,))
+    require_matrix("fp8_linear", "weight", weight, (fp8.E4M3,))
+    blocks = x.shape[1] // FP8_BLOCK
+    require(x.shape[1] % FP8_BLOCK == 0, "fp8_linear", f"K={x.shape[1]} is not a multiple of {FP8_BLOCK}")
+    require(x_scale.shape == (len(x), blocks), "fp8_linear", f"x_scale has shape {tuple(x_scale.shape)}")
+    column_scale = weight_scale.repeat_interleave(FP8_BLOCK, 0)[: len(weight)]
+    acc = torch.zeros(len(x), len(weight), dtype=torch.float32)
+    for k in range(blocks):
+        span = slice(k * FP8_BLOCK, (k + 1) * FP8_BLOCK)
+        raw = tensor_core.dot(tensor_core.FP8, x[:, span], weight[:, span])
+        acc = fp8._fma(raw, x_scale[:, k, None] * column_scale[None, :, k], acc)
+    return acc.to(torch.bfloat16)
+
+
+def grouped_fp8_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    expert_counts: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+) -> torch.Tensor:
+    """`grouped_fp8_linear`: `fp8_linear` of each expert over its rows of x [M, K], to bf16 [M, N]."""
+    op = "grouped_fp8_linear"
+    rows = linear.split_by_expert(op, x, expert_counts)
+    scales = linear.split_by_expert(op, x_scale, expert_counts)
+    outputs = [
+        fp8_linear(row, scale, weight[e], weight_scale[e])
+        for (e, row), (_, scale) in zip(rows, scales, strict=True)
+    ]
+    return torch.cat(outputs) if outputs else x.new_empty(0, weight.shape[1], dtype=torch.bfloat16)
+
+
+def attention(
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    *,
+    kv_lora_rank: int,
+    scale: float,
+) -> torch.Tensor:
+    """`mla_attention` with both products on the tensor core, arguments as there; the output is the second product's accumulator."""
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    block_size = latent_cache.shape[1]
+    out = q.new_empty(*q.shape[:2], kv_lora_rank)
+    for request, length in enumerate(lengths):
+        span = slice(starts[request], starts[request + 1])
+        blocks = block_table[request, : -(-length // block_size)].long()
+        keys = latent_cache[blocks].flatten(0, 1)[:length]
+        out[span] = _attend(q[span], keys, kv_lora_rank, scale)
+    return out
+
+
+def _attend(queries: torch.Tensor, keys: torch.Tensor, kv_lora_rank: int, scale: float) -> torch.Tensor:
+    """queries [T, H, C] are the last T tokens of keys [L, C]; to [T, H, kv_lora_rank]."""
+    tokens, heads, _ = queries.shape
+    rows = queries.flatten(0, 1)
+    positions = torch.arange(len(keys) - tokens, len(keys)).repeat_interleave(heads).unsqueeze(1)
+    maximum = torch.full((len(rows), 1), -torch.inf)
+    total = torch.zeros(len(rows), 1)
+    output = torch.zeros(len(rows), kv_lora_rank)
+    for start in range(0, len(keys), KEY_BLOCK):
+        block = keys[start : start + KEY_BLOCK]
+        block = torch.nn.functional.pad(block, (0, 0, 0, KEY_BLOCK - len(block)))
+        scores = tensor_core.dot(tensor_core.BF16, rows, block) * scale
+        scores = scores.masked_fill(torch.arange(start, start + KEY_BLOCK) > positions, -torch.inf)
+        new_maximum = torch.maximum(maximum, scores.amax(1, keepdim=True))
+        p, alpha = exp(scores - new_maximum), exp(maximum - new_maximum)
+        total = total * alpha + fold_sum(p, KEY_BLOCK)
+        values = block[:, :kv_lora_rank].t()
+        output = tensor_core.dot(tensor_core.BF16, p.to(queries.dtype), values, output * alpha)
+        maximum = new_maximum
+    return (output / total).to(queries.dtype).unflatten(0, (tokens, heads))
+
+
+def refuses(setting: Setting) -> str | None:
+    """Serves a CPU that is asked for Hopper's arithmetic in bf16 or fp8."""
+    if (setting.device_type, setting.arithmetic) != ("cpu", "sm90"):
+        return f"models arithmetic sm90 on a CPU, not {setting.arithmetic} on {setting.device_type}"
+    if setting.profile.dtype != torch.bfloat16:
+        return f"the tensor core's fp32 sums are of bf16 or fp8 operands, the profile computes in {setting.profile.dtype}"
+    return None
+
+
+_OPERATIONS: tuple[tuple[Contract, Callable[..., Any]], ...] = (
+    (linear.LINEAR, bf16_linear),
+    (linear.HEAD_LINEAR, head_linear),
+    (linear.GROUPED_LINEAR, grouped_linear),
+    (fp8.QUANTIZE_FP8, fp8.quantize_fp8),
+    (fp8.FP8_LINEAR, fp8_linear),
+    (fp8.GROUPED_FP8_LINEAR, grouped_fp8_linear),
+    (rms_norm.RMS_NORM, rms_norm.rms_norm),
+    (rope.ROPE, rope.rope),
+    (silu_and_mul.SILU_AND_MUL, silu_and_mul.silu_and_mul),
+    (router.ROUTE, router.route),
+    (combine.COMBINE, combine.combine),
+    (mla_attention.MLA_ATTENTION, attention),
+)
+
+
+def kernels() -> list[Kernel]:
+    """One kernel an operation."""
+    return [
+        Kernel(
+            op=contract.op,
+            contract_version=contract.version,
+            provider=PROVIDER,
+            version=__version__,
+            run=run,
+            refuses=refuses,
+            certificate="it is the contract",
+        )
+        for contract, run in _OPERATIONS
+    ]
