@@ -1,0 +1,103 @@
+"""The cases: every way in which an engine may schedule the same tokens.
+
+Lengths lie on and beside the borders that matter: 1, the cache page (16), the CPU tile and the key block (64), and several of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dsv3_plugin.conformance.protocol import Case, Request
+
+BLOCK_SIZE = 16
+CHUNK = 16
+
+
+class _Text:
+    """Deals out consecutive, disjoint pieces of a token stream, so that no two prompts share a prefix by accident."""
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self.token_ids = token_ids
+        self.used = 0
+
+    def take(self, count: int) -> tuple[int, ...]:
+        self.used += count
+        if self.used > len(self.token_ids):
+            raise ValueError(f"the text has {len(self.token_ids)} tokens, the cases need more")
+        return tuple(self.token_ids[self.used - count : self.used])
+
+    def requests(self, lengths: Sequence[int], max_tokens: int) -> tuple[Request, ...]:
+        return tuple(Request(prompt_token_ids=self.take(n), max_tokens=max_tokens) for n in lengths)
+
+
+def _alone(requests: Sequence[Request]) -> tuple[tuple[Request, ...], ...]:
+    """Each request in a round of its own."""
+    return tuple((request,) for request in requests)
+
+
+def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:
+    """All cases over a text of about 2,000 tokens; those of speculative decoding only where the checkpoint has an MTP layer."""
+    text = _Text(token_ids)
+    shared = text.take(4 * BLOCK_SIZE)
+
+    def with_prefix(lengths: Sequence[int], max_tokens: int) -> tuple[Request, ...]:
+        return tuple(Request(prompt_token_ids=shared + text.take(n), max_tokens=max_tokens) for n in lengths)
+
+    cases = [
+        Case(
+            name="prefill",
+            title="prompts of 1 to 300 tokens, one at a time",
+            rounds=_alone(text.requests((1, 2, 16, 17, 63, 64, 65, 300), 2)),
+            prompt_logits=True,
+        ),
+        Case(name="decode", title="decode, one request at a time", rounds=_alone(text.requests((5, 60), 12))),
+        Case(
+            name="batch",
+            title="8 requests at once",
+            rounds=(text.requests((1, 2, 3, 5, 8, 13, 21, 34), 8),),
+            prompt_logits=True,
+        ),
+        Case(
+            name="chunked_prefill",
+            title=f"prefill in chunks of {CHUNK}, mixed with decode",
+            rounds=(text.requests((5, 17, 40, 70), 4),),
+            max_num_batched_tokens=CHUNK,
+            prompt_logits=True,
+        ),
+        Case(
+            name="prefix_cache",
+            title="prefix-cache hits",
+            rounds=(with_prefix((3,), 4), with_prefix((1, 9, 20), 6)),
+            min_cached_tokens=len(shared),
+        ),
+        Case(
+            name="prefix_cache_chunked",
+            title=f"prefix-cache hits, the rest in chunks of {CHUNK}",
+            rounds=(with_prefix((3,), 2), with_prefix((5, 33), 4)),
+            max_num_batched_tokens=CHUNK,
+            min_cached_tokens=len(shared),
+        ),
+    ]
+    if with_mtp:
+        cases += [
+            Case(
+                name=f"mtp_{k}",
+                title=f"MTP verification, k = {k}",
+                rounds=(text.requests((5, 17, 40), 16), *_alone(text.requests((3,), 12))),
+                num_speculative_tokens=k,
+                min_accepted_tokens=1,
+            )
+            for k in (1, 2)
+        ]
+        cases.append(
+            Case(
+                name="mtp_prefix_cache",
+                title="MTP verification on prefix-cache hits, k = 2",
+                rounds=(with_prefix((3,), 4), with_prefix((9, 20), 8)),
+                num_speculative_tokens=2,
+                # An engine may give up the last page found, whose draft entries depend on the next token.
+                min_cached_tokens=len(shared) - BLOCK_SIZE,
+                min_accepted_tokens=1,
+            )
+        )
+    return tuple(cases)

@@ -1,0 +1,85 @@
+"""`dsv3 conformance`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from dsv3_plugin.conformance import report as reports
+from dsv3_plugin.conformance import runner
+from dsv3_plugin.errors import ConformanceError
+
+app = typer.Typer(help="Prove that engines print the same logits, bit for bit.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `run` a subcommand while it is the only one."""
+
+
+@app.command()
+def run(
+    testee: Annotated[
+        list[str], typer.Option(help="A testee of the suite (reference, vllm), or NAME=COMMAND for your own. Repeat it.")
+    ],
+    checkpoint: Annotated[Path, typer.Option(help="A DeepSeek-V3 checkpoint folder.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the full report to this new file.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Run only this case. Repeat it.")] = None,
+    environments: Annotated[Path, typer.Option(help="Folder with an environment NAME for each testee.")] = Path(".envs"),
+    keep: Annotated[Path | None, typer.Option(help="Keep job, results and logs in this new folder.")] = None,
+) -> None:
+    """Run testees on one checkpoint, compare every row, and exit with status 1 if any bit differs."""
+    for path in (json_file, keep):
+        if path is not None and path.exists():
+            raise ConformanceError(f"{path}: exists already and is not overwritten")
+    testees = [runner.TesteeCommand.parse(text, environments) for text in testee]
+    console = Console()
+    if keep is not None:
+        keep.mkdir(parents=True)
+    work_dir = keep or Path(tempfile.mkdtemp(prefix="dsv3-conformance-"))
+    try:
+        with _LiveProgress(console) as progress:
+            report = runner.run(testees, checkpoint, work_dir, progress, case or ())
+    except ConformanceError:
+        # The logs are what explains a failure.
+        raise
+    else:
+        if keep is None:
+            shutil.rmtree(work_dir)
+    reports.print_report(report, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    raise typer.Exit(0 if report.passed else 1)
+
+
+class _LiveProgress:
+    """One line a testee on a terminal; a line for each event elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.state: dict[str, str] = {}
+        self.live = Live(console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> runner.Progress:
+        if self.console.is_terminal:
+            self.live.start()
+        return self.update
+
+    def __exit__(self, *exc: object) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def update(self, testee: str, what: str) -> None:
+        self.state[testee] = what
+        if self.console.is_terminal:
+            self.live.update(Text("\n".join(f"{name}: {state}" for name, state in self.state.items())))
+        else:
+            self.console.print(f"{testee}: {what}", highlight=False)

@@ -1,0 +1,184 @@
+"""Comparing rows: bit patterns, matched by request and token prefix.
+
+Two testees agree on a case if every row that both computed has the same bits. A row that several passes computed (a prompt's last token that was scored and sampled, a draft that was rejected and
+tried again) counts each time. Where they differ, the first difference is the one at the lowest position, and there in the first module of the model: what comes after it follows from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from dsv3_plugin.conformance.protocol import Case, RequestResult
+from dsv3_plugin.conformance.rows import layer_streams
+
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One element of one row that differs."""
+
+    stream: str
+    request: int
+    position: int
+    column: int
+    left: float
+    right: float
+    ulps: int
+    """Representable numbers between the two, in the row's dtype."""
+
+    def describe(self) -> str:
+        """For the report."""
+        return (
+            f"{self.stream}, request {self.request}, position {self.position}, column {self.column}:"
+            f" {self.left!r} and {self.right!r}, {self.ulps} ulp apart"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two testees on one case."""
+
+    case: str
+    left: str
+    right: str
+    equal_rows: int
+    different_rows: int
+    unmatched_rows: int
+    """Rows of the right side that the left never computed; they are not claimed."""
+    first_difference: Difference | None
+
+    @property
+    def equal(self) -> bool:
+        """Whether every common row has the same bits, and there are some."""
+        return self.different_rows == 0 and self.equal_rows > 0
+
+
+class RowFile:
+    """A testee's tensor file, read stream by stream."""
+
+    def __init__(self, file: Path) -> None:
+        self._file: Any = safe_open(file, framework="pt")
+        names = self._file.keys()
+        self.streams = sorted(name for name in names if f"{name}.prefix" in names)
+
+    def keys(self, stream: str) -> list[Key]:
+        """(request, prefix digest) of each row."""
+        requests = self._file.get_tensor(f"{stream}.request").tolist()
+        return list(zip(requests, self._file.get_tensor(f"{stream}.prefix").tolist(), strict=True))
+
+    def positions(self, stream: str) -> torch.Tensor:
+        """int32 [rows]."""
+        return self._file.get_tensor(f"{stream}.position")
+
+    def values(self, stream: str) -> torch.Tensor:
+        """[rows, width]."""
+        return self._file.get_tensor(stream)
+
+
+def compare_case(case: str, left: tuple[str, RowFile], right: tuple[str, RowFile]) -> Comparison:
+    """Compare all streams that both sides have."""
+    (left_name, left_rows), (right_name, right_rows) = left, right
+    equal = different = unmatched = 0
+    differences: list[Difference] = []
+    for stream in right_rows.streams:
+        if stream not in left_rows.streams:
+            unmatched += len(right_rows.keys(stream))
+            continue
+        result = _compare_stream(stream, left_rows, right_rows)
+        equal, different, unmatched = equal + result[0], different + result[1], unmatched + result[2]
+        if result[3] is not None:
+            differences.append(result[3])
+    first = min(differences, key=_order_of(right_rows.streams), default=None)
+    return Comparison(case, left_name, right_name, equal, different, unmatched, first)
+
+
+def _order_of(streams: list[str]) -> Any:
+    """Sort differences by position, then by the order in which modules run; logits and drafts last."""
+    layers = sum(1 for stream in streams if stream.startswith("layers.") and stream.count(".") == 1)
+    rank = {stream: i for i, stream in enumerate([*layer_streams(layers), "logits"])}
+
+    def order(difference: Difference) -> tuple[int, int, int]:
+        # A draft's position includes the token after the one that the main model was at.
+        position = difference.position - difference.stream.startswith("mtp.")
+        return position, rank.get(difference.stream, len(rank)), difference.request
+
+    return order
+
+
+def _compare_stream(stream: str, left: RowFile, right: RowFile) -> tuple[int, int, int, Difference | None]:
+    """(equal, different, unmatched, first difference) of the right side's rows."""
+    row_of: dict[Key, list[int]] = {}
+    for i, key in enumerate(left.keys(stream)):
+        row_of.setdefault(key, []).append(i)
+    pairs = [(i, j) for j, key in enumerate(right.keys(stream)) for i in row_of.get(key, ())]
+    unmatched = sum(key not in row_of for key in right.keys(stream))
+    if not pairs:
+        return 0, 0, unmatched, None
+    left_values, right_values = left.values(stream), right.values(stream)
+    if left_values.dtype != right_values.dtype or left_values.shape[1] != right_values.shape[1]:
+        return 0, len(pairs), unmatched, None
+    positions = right.positions(stream)
+    different: list[tuple[int, int]] = []
+    for i, j in pairs:
+        if not torch.equal(bits(left_values[i]), bits(right_values[j])):
+            different.append((i, j))
+    first = None
+    if different:
+        i, j = min(different, key=lambda pair: int(positions[pair[1]]))
+        request = right.keys(stream)[j][0]
+        first = first_difference(stream, request, int(positions[j]), left_values[i], right_values[j])
+    return len(pairs) - len(different), len(different), unmatched, first
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of a float tensor, as integers of its width."""
+    return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+def first_difference(stream: str, request: int, position: int, left: torch.Tensor, right: torch.Tensor) -> Difference:
+    """The first column in which two rows have different bits."""
+    column = int((bits(left) != bits(right)).nonzero()[0])
+    a, b = left[column], right[column]
+    ulps = abs(_ordinal(a) - _ordinal(b))
+    return Difference(stream, request, position, column, a.item(), b.item(), ulps)
+
+
+def _ordinal(x: torch.Tensor) -> int:
+    """The rank of a float among the numbers of its dtype, so that neighbours differ by one."""
+    pattern = int(bits(x))
+    lowest = -(1 << (8 * x.element_size() - 1))
+    return pattern if pattern >= 0 else lowest - pattern
+
+
+def tokens_differ(left: RequestResult, right: RequestResult) -> int | None:
+    """The first position at which two requests' tokens differ, else None."""
+    for position, (a, b) in enumerate(zip(left.token_ids, right.token_ids, strict=False)):
+        if a != b:
+            return position
+    return None if len(left.token_ids) == len(right.token_ids) else min(len(left.token_ids), len(right.token_ids))
+
+
+def missing_rows(case: Case, requests: tuple[RequestResult, ...], rows: RowFile) -> str | None:
+    """Why a tensor file does not hold the logits that its case promises, else None.
+
+    Promised: the row that each generated token was chosen from, and every row of the prompt where the case asks for them.
+    """
+    if "logits" not in rows.streams:
+        return "no logits at all"
+    keys = zip(rows.keys("logits"), rows.positions("logits").tolist(), strict=True)
+    found = {(request, position) for (request, _), position in keys}
+    for index, (request, result) in enumerate(zip(case.requests, requests, strict=True)):
+        prompt = len(request.prompt_token_ids)
+        if len(result.token_ids) != prompt + request.max_tokens:
+            return f"request {index} has {len(result.token_ids) - prompt} tokens, {request.max_tokens} were asked for"
+        first = 0 if case.prompt_logits else prompt - 1
+        for position in range(first, len(result.token_ids) - 1):
+            if (index, position) not in found:
+                return f"request {index} has no logits at position {position}"
+    return None

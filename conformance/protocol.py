@@ -1,0 +1,157 @@
+"""The testee protocol: a job folder goes in, a result folder comes out.
+
+    python -m my_testee JOB_DIR RESULT_DIR
+
+`JOB_DIR/job.json` is a `Job`. The testee writes `RESULT_DIR/result.json`, a `Result`, and for each case `RESULT_DIR/{case}.safetensors` with the rows that it computed.
+A *row* is what one token's position yields: its logits, or a layer's output. It is known by the request it belongs to and by the token prefix that it saw, so that
+rows of different engines can be matched whatever their schedules. A tensor file holds for each *stream*
+
+    {stream}          [rows, width]  fp32 or bf16
+    {stream}.request  int32 [rows]   index of the request within its case
+    {stream}.position int32 [rows]   position of the last token that the row saw
+    {stream}.prefix   int64 [rows]   digest of the tokens 0..position
+
+Streams: `logits`; `mtp.0`, `mtp.1`, ... (the draft's logits of each draft step; position and prefix include the next token, which the draft saw);
+`embed_tokens`, `layers.{i}.self_attn`, `layers.{i}.mlp`, `layers.{i}`, `norm` (the main model's modules in the order in which they run).
+On standard output a testee prints progress as lines `DSV3-PROGRESS {"case": ...}`; everything else that it prints goes to a log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from dsv3_plugin.errors import ConformanceError
+
+PROTOCOL_VERSION = 1
+PROGRESS_PREFIX = "DSV3-PROGRESS "
+
+_T = TypeVar("_T", bound=BaseModel)
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Request(_Message):
+    """A prompt and how many tokens to generate greedily; the end-of-sequence token does not stop it."""
+
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+
+
+class Case(_Message):
+    """Requests and the schedule under which they run, starting from an empty cache."""
+
+    name: str
+    title: str
+    rounds: tuple[tuple[Request, ...], ...]
+    """The requests of a round arrive together; a round starts when the one before has finished. Caches stay."""
+    max_num_batched_tokens: int | None = None
+    """Tokens that a step may process; a longer prompt is prefilled in chunks. None: no limit."""
+    num_speculative_tokens: int = 0
+    """Draft tokens that MTP proposes a step."""
+    prompt_logits: bool = False
+    """Whether logits are wanted at every position of the prompts."""
+    min_cached_tokens: int = 0
+    """Tokens that each request of the last round must find in the prefix cache, else the case did not test what it says."""
+    min_accepted_tokens: int = 0
+    """Draft tokens that must be accepted in all."""
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """All requests in order; a row's request index counts through the rounds."""
+        return tuple(request for requests in self.rounds for request in requests)
+
+
+class Job(_Message):
+    """What a testee is asked to do."""
+
+    protocol_version: Literal[1] = PROTOCOL_VERSION
+    checkpoint: str
+    block_size: int
+    cases: tuple[Case, ...]
+
+
+class RequestResult(_Message):
+    """What became of a request."""
+
+    token_ids: tuple[int, ...]
+    """Prompt and generated tokens."""
+    num_cached_tokens: int
+
+
+class CaseResult(_Message):
+    """What became of a case. The rows are in the tensor file."""
+
+    name: str
+    requests: tuple[RequestResult, ...]
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    seconds: float
+
+
+class Served(_Message):
+    """Which class and which kernels really ran."""
+
+    model_class: str
+    draft_class: str | None
+    profile: str
+    kernels: dict[str, str]
+    """Operation to provider and version."""
+
+
+class Result(_Message):
+    """A testee's answer."""
+
+    protocol_version: Literal[1] = PROTOCOL_VERSION
+    testee: str
+    versions: dict[str, str]
+    served: Served
+    cases: tuple[CaseResult, ...]
+
+
+def prefix_digest(token_ids: Sequence[int]) -> int:
+    """A signed 64-bit digest of a token prefix: BLAKE2b over little-endian int32."""
+    tokens = array("i", token_ids)
+    return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little", signed=True)
+
+
+def read_job(job_dir: Path) -> Job:
+    """Read `job.json`. Raises `ConformanceError` where it does not follow the protocol."""
+    return _read(Job, job_dir / "job.json")
+
+
+def read_result(result_dir: Path) -> Result:
+    """Read `result.json`. Raises `ConformanceError` where it is missing or does not follow the protocol."""
+    return _read(Result, result_dir / "result.json")
+
+
+def write_message(message: Job | Result, folder: Path) -> None:
+    """Write `job.json` or `result.json`."""
+    name = "job.json" if isinstance(message, Job) else "result.json"
+    (folder / name).write_text(message.model_dump_json(indent=1))
+
+
+def tensor_file(result_dir: Path, case_name: str) -> Path:
+    """Where a case's rows are."""
+    return result_dir / f"{case_name}.safetensors"
+
+
+def specification_file(result_dir: Path, case_name: str) -> Path:
+    """Where the reference puts the same sequences computed in one pass each."""
+    return result_dir / f"{case_name}.specification.safetensors"
+
+
+def _read(kind: type[_T], file: Path) -> _T:
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise ConformanceError(f"{file}: missing; the testee did not finish") from None
+    except ValueError as error:
+        raise ConformanceError(f"{file}: does not follow the protocol: {error}") from None

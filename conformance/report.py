@@ -1,0 +1,77 @@
+"""What the terminal shows: live progress, then one table and what is not claimed."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from dsv3_plugin.conformance.runner import CaseVerdict, Report
+
+NOT_CLAIMED = (
+    "equality with other versions of dsv3-plugin, torch or the CPU's matrix library",
+    "equality between kinds of device, or with engines' own DeepSeek-V3",
+    "tensor, pipeline or expert parallel layouts",
+    "sampling at a temperature above 0",
+)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the summary of a run."""
+    for name, result in report.results.items():
+        versions = ", ".join(f"{package} {version}" for package, version in result.versions.items())
+        console.print(f"[bold]{name}[/bold]: {result.served.model_class} ({versions})", highlight=False)
+        if result.served.draft_class:
+            console.print(f"    draft: {result.served.draft_class}", highlight=False)
+        kernels = sorted(set(result.served.kernels.values()))
+        console.print(f"    profile {result.served.profile}, kernels: {', '.join(kernels) or 'unknown'}", highlight=False)
+    console.print(_table(report))
+    for verdict in report.verdicts:
+        _print_problems(verdict, console)
+    for problem in report.problems:
+        console.print(f"[red]{problem}[/red]", highlight=False)
+    console.print("Not claimed: " + "; ".join(NOT_CLAIMED) + ".", style="dim", highlight=False)
+    equal = sum(c.equal_rows for v in report.verdicts for c in v.comparisons)
+    different = sum(c.different_rows for v in report.verdicts for c in v.comparisons)
+    if report.passed:
+        console.print(f"[green bold]All {equal:,} rows equal, bit for bit[/] ({report.profile}).", highlight=False)
+    else:
+        console.print(f"[red bold]FAILED[/]: {different:,} of {equal + different:,} rows differ.", highlight=False)
+
+
+def _table(report: Report) -> Table:
+    table = Table(title=f"{report.checkpoint} ({report.profile})", title_justify="left")
+    table.add_column("case")
+    pairs = [(c.left, c.right) for c in report.verdicts[0].comparisons] if report.verdicts else []
+    for left, right in pairs:
+        table.add_column(f"{left}\n= {right}", justify="right")
+    table.add_column("notes")
+    for verdict in report.verdicts:
+        cells = [
+            f"[green]{c.equal_rows:,}[/]" if c.equal else f"[red]{c.different_rows:,} of {c.equal_rows + c.different_rows:,}[/]"
+            for c in verdict.comparisons
+        ]
+        mark = "" if verdict.passed else "[red]✗[/] "
+        table.add_row(mark + verdict.case.title, *cells, _notes(verdict, report))
+    return table
+
+
+def _notes(verdict: CaseVerdict, report: Report) -> str:
+    notes = []
+    for name, result in report.results.items():
+        outcome = next(c for c in result.cases if c.name == verdict.case.name)
+        if verdict.case.min_cached_tokens:
+            notes.append(f"{name}: {sum(r.num_cached_tokens for r in outcome.requests)} tokens cached")
+        if verdict.case.num_speculative_tokens:
+            notes.append(f"{name}: {outcome.num_accepted_tokens} of {outcome.num_draft_tokens} drafts accepted")
+    return "\n".join(notes)
+
+
+def _print_problems(verdict: CaseVerdict, console: Console) -> None:
+    for problem in verdict.problems:
+        console.print(f"[red]{verdict.case.name}[/]: {problem}", highlight=False)
+    for comparison in verdict.comparisons:
+        pair = f"{verdict.case.name}, {comparison.left} and {comparison.right}"
+        if comparison.first_difference is not None:
+            console.print(f"[red]{pair}[/]: first difference in {comparison.first_difference.describe()}", highlight=False)
+        elif not comparison.equal:
+            console.print(f"[red]{pair}[/]: no rows in common, or of different dtypes", highlight=False)

@@ -1,0 +1,104 @@
+"""Recording rows in a testee: what every forward pass computed, keyed by request and token prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dsv3_plugin.conformance.protocol import prefix_digest
+
+
+@dataclass(frozen=True)
+class RowKey:
+    """Which token a row belongs to."""
+
+    request: int
+    position: int
+    prefix: int
+
+
+class TokenTracker:
+    """Follows the tokens of each request as forward passes show them, and gives each row its key.
+
+    A pass overwrites the positions that it processes, so a rejected draft token is replaced by the one that took its place. Positions that an engine took from its
+    cache never show up: they are what `start` said.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, list[int]] = {}
+
+    def start(self, request: int, token_ids: Sequence[int]) -> None:
+        """Announce a request and the tokens that are known of it."""
+        self._tokens[request] = list(token_ids)
+
+    def observe(self, request: int, positions: Sequence[int], input_ids: Sequence[int]) -> list[RowKey]:
+        """A pass processes `input_ids` of `request` at consecutive `positions`; returns the rows' keys."""
+        tokens = self._tokens[request]
+        start, end = positions[0], positions[0] + len(input_ids)
+        assert list(positions) == list(range(start, end)), "positions of one request are consecutive"
+        assert start <= len(tokens), "a token's predecessors were seen before"
+        tokens[start:end] = input_ids
+        return [RowKey(request, p, prefix_digest(tokens[: p + 1])) for p in positions]
+
+
+class RowRecorder:
+    """Collects the rows of one case, stream by stream."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[torch.Tensor]] = {}
+        self._keys: dict[str, list[RowKey]] = {}
+
+    def add(self, stream: str, keys: Sequence[RowKey], values: torch.Tensor) -> None:
+        """Add rows values [len(keys), width] to a stream. They are copied: an engine may reuse its buffers."""
+        assert len(keys) == len(values), f"{stream}: {len(keys)} keys for {len(values)} rows"
+        self._values.setdefault(stream, []).append(values.detach().to("cpu", copy=True))
+        self._keys.setdefault(stream, []).extend(keys)
+
+    def save(self, file: Path) -> None:
+        """Write the tensor file of the protocol."""
+        tensors: dict[str, torch.Tensor] = {}
+        for stream, values in self._values.items():
+            keys = self._keys[stream]
+            tensors[stream] = torch.cat(values)
+            tensors[f"{stream}.request"] = torch.tensor([key.request for key in keys], dtype=torch.int32)
+            tensors[f"{stream}.position"] = torch.tensor([key.position for key in keys], dtype=torch.int32)
+            tensors[f"{stream}.prefix"] = torch.tensor([key.prefix for key in keys], dtype=torch.int64)
+        save_file(tensors, file)
+
+
+def layer_streams(num_hidden_layers: int) -> list[str]:
+    """The main model's module streams in the order in which they run."""
+    streams = ["embed_tokens"]
+    for i in range(num_hidden_layers):
+        streams += [f"layers.{i}.self_attn", f"layers.{i}.mlp", f"layers.{i}"]
+    return [*streams, "norm"]
+
+
+class LayerRecorder:
+    """Records the modules of `DeepseekV3Model` by forward hooks, in whatever engine it runs.
+
+    `keys` is set before each pass to the rows of its batch; while it is None (an engine's warm-up) nothing is recorded.
+    """
+
+    def __init__(self, model: nn.Module, num_hidden_layers: int) -> None:
+        self.keys: list[RowKey] | None = None
+        self.recorder = RowRecorder()
+        for stream in layer_streams(num_hidden_layers):
+            model.get_submodule(stream).register_forward_hook(self._hook(stream))
+
+    def _hook(self, stream: str):  # type: ignore[no-untyped-def]
+        def record(module: nn.Module, args: object, output: torch.Tensor) -> None:
+            if self.keys is not None:
+                self.recorder.add(stream, self.keys, output[: len(self.keys)])
+
+        return record
+
+
+def pick(keys: Sequence[RowKey], indices: Iterable[int]) -> list[RowKey]:
+    """The keys at `indices`."""
+    return [keys[i] for i in indices]

@@ -1,0 +1,249 @@
+"""Running testees and judging what they returned."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.conformance.cases import BLOCK_SIZE, make_cases
+from dsv3_plugin.conformance.compare import Comparison, RowFile, compare_case, missing_rows, tokens_differ
+from dsv3_plugin.conformance.protocol import (
+    PROGRESS_PREFIX,
+    Case,
+    Job,
+    Result,
+    read_result,
+    specification_file,
+    tensor_file,
+    write_message,
+)
+from dsv3_plugin.conformance.texts import real_text, tokenize
+from dsv3_plugin.errors import ConformanceError
+
+ENGINES = {"reference": None, "vllm": "vllm"}
+"""Testees that ship with the suite, and the module that their environment must have."""
+SPECIFICATION = "specification"
+_PACKAGE = "dsv3_plugin.conformance.testees"
+
+Progress = Callable[[str, str], None]
+"""Called with a testee's name and what it does now."""
+
+
+@dataclass(frozen=True)
+class TesteeCommand:
+    """A testee and how to start it; the job and result folders are appended."""
+
+    name: str
+    command: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str, environments: Path) -> TesteeCommand:
+        """`NAME`, a testee that ships with the suite, or `NAME=COMMAND`, any program that follows the protocol.
+
+        A shipped testee runs with `environments/NAME/bin/python` if there is one, else with this Python.
+        Raises `ConformanceError` where the engine is not installed.
+        """
+        name, separator, command = text.partition("=")
+        if separator:
+            words = tuple(shlex.split(command))
+            if not words:
+                raise ConformanceError(f"--testee {text}: no command after '='")
+            return cls(name, words)
+        if name not in ENGINES:
+            raise ConformanceError(
+                f"--testee {name}: unknown; the suite has {', '.join(ENGINES)}, or give NAME=COMMAND for your own"
+            )
+        environment = environments / name / "bin" / "python"
+        python = str(environment) if environment.exists() else sys.executable
+        module = ENGINES[name]
+        if module is not None and subprocess.run([python, "-c", _IS_INSTALLED, module, _PACKAGE]).returncode:
+            raise ConformanceError(
+                f"--testee {name}: {name} and dsv3-plugin are not both installed for {python}; set up {environments}/{name}"
+                f" with both, or give {name}='PYTHON -m {_PACKAGE}.{name}'"
+            )
+        return cls(name, (python, "-m", f"{_PACKAGE}.{name}"))
+
+
+_IS_INSTALLED = (
+    "import importlib.util, sys; sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))"
+)
+
+
+@dataclass(frozen=True)
+class CaseVerdict:
+    """One case: how the testees compare, and what was wrong beside the bits."""
+
+    case: Case
+    comparisons: tuple[Comparison, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that the case claims holds."""
+        return not self.problems and all(comparison.equal for comparison in self.comparisons)
+
+
+@dataclass
+class Report:
+    """A whole run."""
+
+    checkpoint: str
+    profile: str
+    results: dict[str, Result]
+    verdicts: list[CaseVerdict] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every case of every testee passed."""
+        return not self.problems and all(verdict.passed for verdict in self.verdicts)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`: the verdicts with every comparison, and each testee's own result."""
+        return {
+            "passed": self.passed,
+            "checkpoint": self.checkpoint,
+            "profile": self.profile,
+            "problems": self.problems,
+            "testees": {name: result.model_dump() for name, result in self.results.items()},
+            "cases": [
+                {
+                    "name": verdict.case.name,
+                    "title": verdict.case.title,
+                    "passed": verdict.passed,
+                    "problems": verdict.problems,
+                    "comparisons": [asdict(c) | {"equal": c.equal} for c in verdict.comparisons],
+                }
+                for verdict in self.verdicts
+            ],
+        }
+
+
+def run(
+    testees: Sequence[TesteeCommand], checkpoint: Path, work_dir: Path, progress: Progress, only: Sequence[str] = ()
+) -> Report:
+    """Run all testees side by side on one checkpoint and compare them, each pair and each against the specification.
+
+    `only` selects cases by name. Raises `ConformanceError` or `CheckpointError` where a run cannot be carried out.
+    """
+    reader = CheckpointReader(checkpoint)
+    reader.validate()
+    cases = make_cases(
+        tokenize(real_text(), checkpoint), with_mtp=reader.config.num_nextn_predict_layers > 0
+    )
+    cases = select(cases, only)
+    names = [testee.name for testee in testees]
+    if len(set(names)) != len(names) or SPECIFICATION in names:
+        raise ConformanceError(f"testees need different names, and none may be {SPECIFICATION!r}: {', '.join(names)}")
+    job = Job(checkpoint=str(checkpoint.resolve()), block_size=BLOCK_SIZE, cases=cases)
+    write_message(job, work_dir)
+    _run_programs(testees, work_dir, progress)
+    results = {name: read_result(work_dir / name) for name in names}
+    report = Report(str(checkpoint), reader.profile().name, results)
+    for case in cases:
+        progress("suite", f"comparing {case.name}")
+        report.verdicts.append(_judge(case, results, work_dir))
+    report.problems += _kernels_differ(results)
+    return report
+
+
+def select(cases: tuple[Case, ...], only: Sequence[str]) -> tuple[Case, ...]:
+    """The cases named in `only`, or all. Raises `ConformanceError` for an unknown name."""
+    unknown = set(only) - {case.name for case in cases}
+    if unknown:
+        known = ", ".join(case.name for case in cases)
+        raise ConformanceError(f"--case {', '.join(sorted(unknown))}: unknown; this checkpoint has {known}")
+    return tuple(case for case in cases if not only or case.name in only)
+
+
+def _run_programs(testees: Sequence[TesteeCommand], work_dir: Path, progress: Progress) -> None:
+    """Run all programs at the same time. Raises `ConformanceError` with the last words of one that failed."""
+    failures: list[str] = []
+    threads = [
+        threading.Thread(target=_run_program, args=(testee, work_dir, progress, failures), daemon=True)
+        for testee in testees
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise ConformanceError("; ".join(failures))
+
+
+def _run_program(testee: TesteeCommand, work_dir: Path, progress: Progress, failures: list[str]) -> None:
+    result_dir = work_dir / testee.name
+    result_dir.mkdir()
+    log = result_dir / "log.txt"
+    command = [*testee.command, str(work_dir), str(result_dir)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+        )
+    except OSError as error:
+        failures.append(f"testee {testee.name} cannot be started: {shlex.join(testee.command)}: {error.strerror}")
+        return
+    last = ""
+    assert process.stdout is not None
+    with process, log.open("w") as lines:
+        for line in process.stdout:
+            if line.startswith(PROGRESS_PREFIX):
+                progress(testee.name, json.loads(line.removeprefix(PROGRESS_PREFIX))["case"])
+            else:
+                lines.write(line)
+                last = line.strip() or last
+    if process.returncode:
+        failures.append(f"testee {testee.name} failed with status {process.returncode}: {last} (its log: {log})")
+    else:
+        progress(testee.name, "done")
+
+
+def _judge(case: Case, results: dict[str, Result], work_dir: Path) -> CaseVerdict:
+    """Compare all pairs on one case."""
+    problems: list[str] = []
+    rows: dict[str, RowFile] = {}
+    for name in results:
+        specification = specification_file(work_dir / name, case.name)
+        if specification.exists():
+            rows[SPECIFICATION] = RowFile(specification)
+        rows[name] = RowFile(tensor_file(work_dir / name, case.name))
+    outcomes = {name: next(c for c in result.cases if c.name == case.name) for name, result in results.items()}
+    for name, outcome in outcomes.items():
+        missing = missing_rows(case, outcome.requests, rows[name])
+        if missing is not None:
+            problems.append(f"{name}: {missing}")
+        cached = min(r.num_cached_tokens for r in outcome.requests[-len(case.rounds[-1]) :])
+        if cached < case.min_cached_tokens:
+            problems.append(f"{name}: {cached} tokens came from the prefix cache, {case.min_cached_tokens} should have")
+        if outcome.num_accepted_tokens < case.min_accepted_tokens:
+            problems.append(
+                f"{name}: {outcome.num_accepted_tokens} of {outcome.num_draft_tokens} draft tokens were accepted,"
+                f" at least {case.min_accepted_tokens} should have been"
+            )
+    for left, right in combinations(outcomes, 2):
+        for index, (a, b) in enumerate(zip(outcomes[left].requests, outcomes[right].requests, strict=True)):
+            position = tokens_differ(a, b)
+            if position is not None:
+                problems.append(f"{left} and {right} chose different tokens in request {index} at position {position}")
+    comparisons = [compare_case(case.name, (a, rows[a]), (b, rows[b])) for a, b in combinations(rows, 2)]
+    return CaseVerdict(case, tuple(comparisons), tuple(problems))
+
+
+def _kernels_differ(results: dict[str, Result]) -> list[str]:
+    """A testee that served another model than ours must not pass by accident."""
+    return [
+        f"{name} served {result.served.model_class}, which is not dsv3-plugin's model"
+        for name, result in results.items()
+        if not result.served.model_class.startswith("dsv3_plugin.")
+    ]

@@ -1,0 +1,111 @@
+"""What every testee program has in common: read the job, run its cases, write the result."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from dsv3_plugin.conformance.protocol import (
+    PROGRESS_PREFIX,
+    Case,
+    CaseResult,
+    Job,
+    RequestResult,
+    Result,
+    Served,
+    read_job,
+    specification_file,
+    tensor_file,
+    write_message,
+)
+from dsv3_plugin.conformance.rows import RowRecorder
+from dsv3_plugin.errors import DSV3Error
+from dsv3_plugin.registry import Ops
+from dsv3_plugin.version import __version__
+
+
+class Outcome(Protocol):
+    """What a testee knows after a case."""
+
+    requests: list[RequestResult]
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    recorder: RowRecorder
+    specification: RowRecorder | None
+    """The same sequences, each computed in one pass; only the reference has it."""
+
+
+class Testee(Protocol):
+    """An engine under test."""
+
+    name: str
+
+    def versions(self) -> dict[str, str]:
+        """Versions beside ours, torch's and Python's."""
+
+    def served(self) -> Served:
+        """Which class and kernels ran; asked for after the cases."""
+
+    def run(self, case: Case) -> Outcome:
+        """Run one case from an empty cache."""
+
+
+def main(make_testee: Callable[[Job], Testee]) -> None:
+    """Run as `python -m ... JOB_DIR RESULT_DIR`. Errors meant for the user end with status 2."""
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: {sys.argv[0]} JOB_DIR RESULT_DIR")
+    job_dir, result_dir = map(Path, sys.argv[1:])
+    try:
+        run_job(make_testee, read_job(job_dir), result_dir)
+    except DSV3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_job(make_testee: Callable[[Job], Testee], job: Job, result_dir: Path) -> None:
+    """Run every case of `job` and write the result folder."""
+    result_dir.mkdir(parents=True, exist_ok=True)
+    with _progress("starting"):
+        testee = make_testee(job)
+    cases = []
+    for case in job.cases:
+        started = time.monotonic()
+        with _progress(case.name), torch.inference_mode():
+            outcome = testee.run(case)
+        seconds = time.monotonic() - started
+        outcome.recorder.save(tensor_file(result_dir, case.name))
+        if outcome.specification is not None:
+            outcome.specification.save(specification_file(result_dir, case.name))
+        cases.append(
+            CaseResult(
+                name=case.name,
+                requests=tuple(outcome.requests),
+                num_draft_tokens=outcome.num_draft_tokens,
+                num_accepted_tokens=outcome.num_accepted_tokens,
+                seconds=seconds,
+            )
+        )
+    versions = {"dsv3-plugin": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    result = Result(
+        testee=testee.name, versions=versions | testee.versions(), served=testee.served(), cases=tuple(cases)
+    )
+    write_message(result, result_dir)
+
+
+def kernels_of(ops: Ops) -> dict[str, str]:
+    """Operation to provider and version, as bound."""
+    return {choice.op: f"{choice.provider} {choice.version}" for choice in ops.provenance}
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[None]:
+    print(PROGRESS_PREFIX + json.dumps({"case": what}), flush=True)
+    yield

@@ -1,0 +1,357 @@
+"""The reference testee: a small serving engine around the core, written to be read.
+
+It is the executable specification of what an engine may do to a model: cut prompts into chunks, batch requests, page the cache, reuse the pages of a common prefix, and verify
+drafts. None of that may change a bit. `whole_sequence` is the specification of the numbers themselves: one pass over a finished sequence, nothing cached, nothing batched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dsv3_plugin.checkpoint.loader import load_model, load_mtp
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, prefix_digest
+from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
+from dsv3_plugin.conformance.testees import program
+from dsv3_plugin.layers.model import bind_ops
+from dsv3_plugin.ops.rope import softmax_scale
+from dsv3_plugin.ops.tile import check_one_thread
+from dsv3_plugin.registry import Ops
+
+
+class PagedCache:
+    """The latent vectors of all layers in pages, and which pages hold which prefix."""
+
+    def __init__(self, ops: Ops, config: DeepseekV3Config, num_layers: int, num_blocks: int, block_size: int) -> None:
+        shape = num_layers, num_blocks, block_size, config.latent_dim
+        self.ops = ops
+        self.config = config
+        self.block_size = block_size
+        self.scale = softmax_scale(config)
+        # NaN, so that a page that is read before it is written shows.
+        self.pages = torch.full(shape, torch.nan, dtype=ops.setting.profile.dtype)
+        self.free = list(range(num_blocks))
+        self.block_of_prefix: dict[int, int] = {}
+        self.batch: Batch | None = None
+
+    def attend(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """Store the batch's latent vectors and attend: the core's `Attend`."""
+        assert self.batch is not None
+        pages = self.pages[layer_idx]
+        pages[self.batch.slots // self.block_size, self.batch.slots % self.block_size] = latent
+        return self.ops.mla_attention(
+            q,
+            pages,
+            self.batch.block_table,
+            self.batch.seq_lens,
+            self.batch.query_start_loc,
+            kv_lora_rank=self.config.kv_lora_rank,
+            scale=self.scale,
+        )
+
+    def cached_blocks(self, token_ids: list[int]) -> list[int]:
+        """Pages that hold the longest known prefix of `token_ids`, in whole blocks."""
+        blocks: list[int] = []
+        for end in range(self.block_size, len(token_ids) + 1, self.block_size):
+            block = self.block_of_prefix.get(prefix_digest(token_ids[:end]))
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def remember(self, token_ids: list[int], blocks: list[int]) -> None:
+        """Let later requests find the full pages of `token_ids`."""
+        for i in range(len(token_ids) // self.block_size):
+            self.block_of_prefix.setdefault(prefix_digest(token_ids[: (i + 1) * self.block_size]), blocks[i])
+
+
+class Batch(NamedTuple):
+    """The tokens of one pass, flattened, as `mla_attention` takes them."""
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+
+
+@dataclass
+class Sequence:
+    """A request on its way."""
+
+    index: int
+    request: Request
+    token_ids: list[int]
+    blocks: list[int]
+    num_computed: int
+    num_cached: int
+    drafts: list[int] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all tokens were generated."""
+        return len(self.token_ids) >= len(self.request.prompt_token_ids) + self.request.max_tokens
+
+
+class Piece(NamedTuple):
+    """What a step does for one sequence: feed `token_ids` from position `start` on."""
+
+    sequence: Sequence
+    start: int
+    token_ids: list[int]
+
+
+@dataclass
+class ReferenceOutcome:
+    """See `program.Outcome`."""
+
+    recorder: RowRecorder
+    specification: RowRecorder
+    requests: list[RequestResult] = field(default_factory=list)
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+
+class ReferenceTestee:
+    """Serves a job's checkpoint with the core alone."""
+
+    name = "reference"
+
+    def __init__(self, job: Job) -> None:
+        reader = CheckpointReader(Path(job.checkpoint))
+        reader.validate()
+        self.config = reader.config
+        self.ops = bind_ops(self.config, reader.profile(), torch.device("cpu"))
+        check_one_thread()
+        self.model = load_model(reader, self.ops)
+        drafts = any(case.num_speculative_tokens for case in job.cases)
+        self.mtp = load_mtp(reader, self.ops) if drafts else None
+        self.block_size = job.block_size
+        self.layers = LayerRecorder(self.model.model, self.config.num_hidden_layers)
+
+    def versions(self) -> dict[str, str]:
+        """Nothing beyond what every testee reports."""
+        return {}
+
+    def served(self) -> Served:
+        """The core's classes and kernels."""
+        return Served(
+            model_class=_class_name(self.model),
+            draft_class=_class_name(self.mtp) if self.mtp is not None else None,
+            profile=self.ops.setting.profile.name,
+            kernels=program.kernels_of(self.ops),
+        )
+
+    def run(self, case: Case) -> ReferenceOutcome:
+        """Run the case's schedule, then each finished sequence in one pass."""
+        outcome = Engine(self, case).run()
+        self.layers.recorder = outcome.specification
+        for index, request in enumerate(outcome.requests):
+            self.whole_sequence(index, list(request.token_ids), outcome.specification)
+        return outcome
+
+    def whole_sequence(self, index: int, token_ids: list[int], recorder: RowRecorder) -> None:
+        """The specification of the numbers: all positions at once, each layer's latent vectors as one page.
+
+        The last token is left out: it was generated and never fed.
+        """
+        inputs, successors = token_ids[:-1], token_ids[1:]
+        keys = [RowKey(index, p, prefix_digest(token_ids[: p + 1])) for p in range(len(token_ids))]
+        positions = torch.arange(len(inputs))
+        self.layers.keys = keys[:-1]
+        hidden = self.model(torch.tensor(inputs), positions, self.attend_all)
+        self.layers.keys = None
+        recorder.add("logits", keys[:-1], self.model.lm_head(hidden))
+        if self.mtp is not None:
+            drafted = self.mtp(torch.tensor(successors), positions, hidden, self.attend_all)
+            recorder.add("mtp.0", keys[1:], self.mtp.lm_head(drafted))
+
+    def attend_all(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """Attend a whole sequence to itself."""
+        return self.ops.mla_attention(
+            q,
+            latent.unsqueeze(0),
+            torch.tensor([[0]]),
+            torch.tensor([len(latent)]),
+            torch.tensor([0, len(latent)]),
+            kv_lora_rank=self.config.kv_lora_rank,
+            scale=softmax_scale(self.config),
+        )
+
+
+class Engine:
+    """One case: scheduler, cache and sampler."""
+
+    def __init__(self, testee: ReferenceTestee, case: Case) -> None:
+        config = testee.config
+        self.testee = testee
+        self.case = case
+        self.outcome = ReferenceOutcome(RowRecorder(), RowRecorder())
+        self.recorder = testee.layers.recorder = self.outcome.recorder
+        tokens = sum(len(r.prompt_token_ids) + r.max_tokens + case.num_speculative_tokens for r in case.requests)
+        num_blocks = tokens // testee.block_size + len(case.requests)
+        num_layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        self.cache = PagedCache(testee.ops, config, num_layers, num_blocks, testee.block_size)
+        self.seen = TokenTracker()
+        self.seen_by_draft = TokenTracker()
+
+    def run(self) -> ReferenceOutcome:
+        """Run all rounds."""
+        index = 0
+        for requests in self.case.rounds:
+            sequences = [self.admit(index + i, request) for i, request in enumerate(requests)]
+            index += len(requests)
+            while any(not sequence.finished for sequence in sequences):
+                self.step([sequence for sequence in sequences if not sequence.finished])
+            for s in sequences:
+                self.outcome.requests.append(RequestResult(token_ids=tuple(s.token_ids), num_cached_tokens=s.num_cached))
+        return self.outcome
+
+    def admit(self, index: int, request: Request) -> Sequence:
+        """Start a request on the pages of its longest cached prefix.
+
+        At least one token is computed, for its logits. With MTP the last page found is not used: the draft's entry for its last
+        token depends on the token after it, which another request chose.
+        """
+        prompt = list(request.prompt_token_ids)
+        blocks = self.cache.cached_blocks(prompt[:-1])
+        if self.case.num_speculative_tokens:
+            blocks = blocks[:-1]
+        cached = len(blocks) * self.cache.block_size
+        self.seen.start(index, prompt)
+        self.seen_by_draft.start(index, prompt)
+        return Sequence(index, request, prompt, blocks, cached, cached)
+
+    def step(self, sequences: list[Sequence]) -> None:
+        """One pass: schedule, run the model, sample and verify, draft."""
+        pieces = self.schedule(sequences)
+        keys = [self.observe(self.seen, piece, 0) for piece in pieces]
+        flat_keys = [key for piece_keys in keys for key in piece_keys]
+
+        batch = self.cache.batch = self.batch(pieces)
+        self.testee.layers.keys = flat_keys
+        hidden = self.testee.model(batch.input_ids, batch.positions, self.cache.attend)
+        self.testee.layers.keys = None
+
+        wanted = [i for i, key in enumerate(flat_keys) if self.wants_logits(pieces, key)]
+        logits = self.testee.model.lm_head(hidden[wanted])
+        self.recorder.add("logits", pick(flat_keys, wanted), logits)
+        next_tokens = dict(zip(wanted, logits.argmax(1).tolist(), strict=True))
+
+        kept: list[Piece] = []
+        kept_rows: list[int] = []
+        for piece, first_row in zip(pieces, batch.query_start_loc.tolist(), strict=False):
+            count = self.accept(piece, {row - first_row: token for row, token in next_tokens.items()})
+            kept.append(Piece(piece.sequence, piece.start, piece.token_ids[:count]))
+            kept_rows += range(first_row, first_row + count)
+            self.cache.remember(piece.sequence.token_ids[: piece.sequence.num_computed], piece.sequence.blocks)
+        if self.testee.mtp is not None and self.case.num_speculative_tokens:
+            self.draft(kept, hidden[kept_rows])
+
+    def schedule(self, sequences: list[Sequence]) -> list[Piece]:
+        """Give each sequence its next tokens, oldest first, within the step's budget."""
+        budget = self.case.max_num_batched_tokens or sum(len(s.token_ids) + len(s.drafts) for s in sequences)
+        pieces = []
+        for s in sequences:
+            token_ids = (s.token_ids[s.num_computed :] + s.drafts)[:budget]
+            if token_ids:
+                pieces.append(Piece(s, s.num_computed, token_ids))
+                budget -= len(token_ids)
+        return pieces
+
+    def batch(self, pieces: list[Piece]) -> Batch:
+        """Flatten pieces, and give their sequences the pages that they need."""
+        size = self.cache.block_size
+        for sequence, start, token_ids in pieces:
+            while len(sequence.blocks) * size < start + len(token_ids):
+                sequence.blocks.append(self.cache.free.pop(0))
+        width = max(len(piece.sequence.blocks) for piece in pieces)
+        positions = [p for piece in pieces for p in range(piece.start, piece.start + len(piece.token_ids))]
+        slots = [
+            piece.sequence.blocks[p // size] * size + p % size
+            for piece in pieces
+            for p in range(piece.start, piece.start + len(piece.token_ids))
+        ]
+        lengths = torch.tensor([0] + [len(piece.token_ids) for piece in pieces])
+        return Batch(
+            input_ids=torch.tensor([token for piece in pieces for token in piece.token_ids]),
+            positions=torch.tensor(positions),
+            slots=torch.tensor(slots),
+            block_table=torch.tensor([p.sequence.blocks + [0] * (width - len(p.sequence.blocks)) for p in pieces]),
+            seq_lens=torch.tensor([piece.start + len(piece.token_ids) for piece in pieces]),
+            query_start_loc=lengths.cumsum(0),
+        )
+
+    def observe(self, tracker: TokenTracker, piece: Piece, shift: int) -> list[RowKey]:
+        """The keys of a piece's rows; `shift` is 1 for the draft, which sees the next token."""
+        start = piece.start + shift
+        positions = range(start, start + len(piece.token_ids))
+        return tracker.observe(piece.sequence.index, positions, piece.token_ids)
+
+    def wants_logits(self, pieces: list[Piece], key: RowKey) -> bool:
+        """Rows that are sampled from: the last known token and the drafts; and the prompt's, if the case asks."""
+        sequence = next(p.sequence for p in pieces if p.sequence.index == key.request)
+        in_prompt = key.position < len(sequence.request.prompt_token_ids)
+        return key.position >= len(sequence.token_ids) - 1 or (in_prompt and self.case.prompt_logits)
+
+    def accept(self, piece: Piece, next_tokens: dict[int, int]) -> int:
+        """Append the tokens that a piece's rows yield: drafts as long as they are what the model chooses, then its own choice.
+
+        Returns how many of the piece's tokens stay.
+        """
+        s = piece.sequence
+        end = piece.start + len(piece.token_ids)
+        if end < len(s.token_ids):
+            s.num_computed = end
+            return len(piece.token_ids)
+        count = len(s.token_ids) - piece.start
+        s.token_ids.append(next_tokens[count - 1])
+        drafts = piece.token_ids[count:]
+        self.outcome.num_draft_tokens += len(drafts)
+        for draft in drafts:
+            if s.finished or draft != s.token_ids[-1]:
+                break
+            self.outcome.num_accepted_tokens += 1
+            count += 1
+            s.token_ids.append(next_tokens[count - 1])
+        s.drafts = []
+        s.num_computed = piece.start + count
+        return count
+
+    def draft(self, kept: list[Piece], hidden: torch.Tensor) -> None:
+        """Run MTP over the tokens that stayed, each with its successor, then over its own drafts."""
+        mtp = self.testee.mtp
+        assert mtp is not None
+        successors = [
+            Piece(s, start, s.token_ids[start + 1 : start + 1 + len(token_ids)]) for s, start, token_ids in kept
+        ]
+        for step in range(self.case.num_speculative_tokens):
+            keys = [self.observe(self.seen_by_draft, piece, 1)[-1] for piece in successors]
+            batch = self.cache.batch = self.batch(successors)
+            hidden = mtp(batch.input_ids, batch.positions, hidden, self.cache.attend)
+            hidden = hidden[batch.query_start_loc[1:] - 1]
+            logits = mtp.lm_head(hidden)
+            self.recorder.add(f"mtp.{step}", keys, logits)
+            drafts = logits.argmax(1).tolist()
+            for piece, token in zip(successors, drafts, strict=True):
+                s = piece.sequence
+                if s.num_computed == len(s.token_ids) - 1:
+                    s.drafts.append(token)
+            successors = [
+                Piece(piece.sequence, piece.start + len(piece.token_ids), [token])
+                for piece, token in zip(successors, drafts, strict=True)
+            ]
+
+
+def _class_name(module: object) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+if __name__ == "__main__":
+    program.main(ReferenceTestee)

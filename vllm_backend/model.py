@@ -1,0 +1,149 @@
+"""The model classes that vLLM builds in place of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+
+from dsv3_plugin.checkpoint.loader import load_weights
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.layers.model import DeepseekV3, bind_ops
+from dsv3_plugin.layers.mtp import DeepseekV3MTP
+from dsv3_plugin.profile import profile_for
+from dsv3_plugin.registry import Ops
+from dsv3_plugin.version import __version__
+from dsv3_plugin.vllm_backend import compat
+from dsv3_plugin.vllm_backend.attention import LatentCache
+
+logger = logging.getLogger("vllm.dsv3_plugin")
+
+
+def read_config(model_config: Any) -> DeepseekV3Config:
+    """Our configuration from vLLM's. vLLM renames a draft's `model_type`; the architecture is the same."""
+    data = model_config.hf_config.to_dict()
+    if data.get("model_type") == "deepseek_mtp":
+        data["model_type"] = "deepseek_v3"
+    return DeepseekV3Config.from_dict(data, where=f"{model_config.model}/config.json")
+
+
+class LatentCaches(nn.Module):
+    """The caches of some layers, as the `Attend` that the core calls."""
+
+    def __init__(self, ops: Ops, config: DeepseekV3Config, vllm_config: VllmConfig, layers: Iterable[int]) -> None:
+        super().__init__()
+        self.caches = nn.ModuleDict(
+            {str(i): LatentCache(ops, config, vllm_config, f"model.layers.{i}.self_attn.attn") for i in layers}
+        )
+
+    def forward(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """See `dsv3_plugin.layers.mla.Attend`."""
+        return self.caches[str(layer_idx)](q, latent)
+
+
+def _prepare(vllm_config: VllmConfig, model_config: Any, served: str) -> tuple[Ops, DeepseekV3Config]:
+    """Check what vLLM asks for, bind the kernels, and say in the log what will run."""
+    compat.require_supported(vllm_config)
+    if Path(model_config.model).is_dir() and vllm_config.load_config.load_format != "dummy":
+        CheckpointReader(model_config.model).validate()
+    config = read_config(model_config)
+    profile = profile_for(config, model_config.dtype)
+    ops = bind_ops(config, profile, torch.device(vllm_config.device_config.device))
+    logger.info(
+        "dsv3-plugin %s serves %s: profile %s, %s mode, kernels: %s",
+        __version__,
+        served,
+        profile.name,
+        ops.mode,
+        ops.describe(),
+    )
+    return ops, config
+
+
+class DeepseekV3ForCausalLM(nn.Module):
+    """DeepSeek-V3 under vLLM's name for it."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.ops, self.config = _prepare(vllm_config, vllm_config.model_config, "DeepseekV3ForCausalLM")
+        deepseek = DeepseekV3(self.ops, self.config)
+        # By the checkpoint's names, under which a draft finds what it shares.
+        self.model = deepseek.model
+        self.lm_head = deepseek.lm_head
+        self.attend = LatentCaches(self.ops, self.config, vllm_config, range(self.config.num_hidden_layers))
+        self._loaded = False
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids [T] to [T, hidden]."""
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Flattened tokens [T] to normalised hidden states [T, hidden]."""
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed_tokens(input_ids)
+        return self.model(inputs_embeds, positions, self.attend)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states [n, hidden] to logits fp32 [n, vocab_size]."""
+        return self.lm_head(hidden_states.contiguous())
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint's tensors; the first call must bring all of them, later ones may bring some."""
+        load_weights(self, self.config, weights, part="main", complete=not self._loaded)
+        self._loaded = True
+        return {name for name, _ in self.named_parameters()}
+
+
+class DeepSeekMTPModel(nn.Module):
+    """The MTP layer as vLLM's draft model. vLLM gives it the target's embedding and head."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        assert vllm_config.speculative_config is not None
+        model_config = vllm_config.speculative_config.draft_model_config
+        self.ops, self.config = _prepare(vllm_config, model_config, "DeepSeekMTPModel")
+        self.model = DeepseekV3MTP(self.ops, self.config)
+        self.attend = LatentCaches(self.ops, self.config, vllm_config, [self.config.mtp_layer_idx])
+        self._loaded = False
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids [T] to [T, hidden]."""
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        spec_step_idx: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next tokens' ids [T] and these tokens' hidden states [T, hidden], to what vLLM feeds to `compute_logits` and to the next draft step.
+
+        vLLM's own draft returns the state before and after the last norm; here both are the normalised state.
+        """
+        normalised = self.model(input_ids, positions, hidden_states, self.attend)
+        return normalised, normalised
+
+    def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor:
+        """Normalised hidden_states [n, hidden] to logits fp32 [n, vocab_size]."""
+        return self.lm_head(hidden_states.contiguous())
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the MTP layer; embedding and head are the target's."""
+        load_weights(self.model, self.config, weights, part="mtp", complete=not self._loaded)
+        self._loaded = True
+        return {name for name, _ in self.named_parameters()}
