@@ -87,8 +87,8 @@ class CheckpointReader:
         """Compare the files with the configuration; returns the headers.
 
         Raises `CheckpointError` that names the file or tensor for: unreadable files, missing or unknown tensors, a
-        wrong shape or dtype, weights that are quantised where `quantization_config` says otherwise, and a router bias that is
-        not finite.
+        wrong shape or dtype, weights that are quantised where `quantization_config` says otherwise, and a router bias
+        that is not finite.
         """
         headers = {name: h for name, h in self.headers().items() if not name.endswith(IGNORED_SUFFIX)}
         specs = checkpoint_tensors(self.config)

@@ -1,0 +1,61 @@
+"""`dsv3 checkpoint`: make a test checkpoint, or check any."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from dsv3_plugin.checkpoint.make import DEFAULT_SHARD_BYTES, CheckpointDtype, make_checkpoint
+from dsv3_plugin.checkpoint.names import SCALE_SUFFIX
+from dsv3_plugin.checkpoint.presets import PRESETS, read_config
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.checkpoint.tokenizer import tokenizer_name
+
+app = typer.Typer(help="Make test checkpoints and check any checkpoint.", no_args_is_help=True)
+
+
+@app.command()
+def make(
+    config: Annotated[str, typer.Argument(help=f"A preset ({', '.join(PRESETS)}) or a config.json.")],
+    directory: Annotated[Path, typer.Argument(help="The folder to make; it must not exist or be empty.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes on every machine.")],
+    dtype: Annotated[CheckpointDtype | None, typer.Option(help="Default: what the configuration says.")] = None,
+    max_shard_size: Annotated[float, typer.Option(help="The largest file, in GB.")] = DEFAULT_SHARD_BYTES / 1e9,
+) -> None:
+    """Write a checkpoint of random weights whose MTP layer guesses well."""
+    settings = read_config(config)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("weights")
+        reader = make_checkpoint(
+            settings,
+            directory,
+            seed,
+            dtype=dtype,
+            max_shard_bytes=int(max_shard_size * 1e9),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    _print_summary(reader)
+    typer.echo(f"tokenizer   {tokenizer_name(reader.config.vocab_size)}")
+
+
+@app.command()
+def check(directory: Annotated[Path, typer.Argument(help="A checkpoint folder.")]) -> None:
+    """Compare every tensor's name, shape and dtype with the configuration, without reading the weights."""
+    _print_summary(CheckpointReader(directory))
+
+
+def _print_summary(reader: CheckpointReader) -> None:
+    headers = reader.validate()
+    files = reader.files()
+    profile = reader.profile()
+    scales = f", {profile.scale_format} scales" if profile.scale_format else ""
+    typer.echo(f"checkpoint  {reader.path}")
+    weights = [header.shape for name, header in headers.items() if not name.endswith(SCALE_SUFFIX)]
+    typer.echo(f"parameters  {sum(map(math.prod, weights)):,} in {len(headers):,} tensors")
+    typer.echo(f"profile     {profile.name}{scales}")
+    typer.echo(f"files       {len(files)}, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")

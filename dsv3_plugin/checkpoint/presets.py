@@ -1,0 +1,27 @@
+"""The configurations that ship with the package, and reading one that does not.
+
+`tiny` is for tests and CI. `small` has DeepSeek-V3's real attention sizes and vocabulary, so that kernels which are
+written for those sizes run.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from dsv3_plugin.config import read_json_object
+from dsv3_plugin.errors import ConfigError
+
+PRESETS = ("tiny", "small")
+
+
+def read_config(preset_or_path: str) -> dict[str, Any]:
+    """The `config.json` of a preset, a file, or a folder that holds one. Raises `ConfigError` for anything else."""
+    if preset_or_path in PRESETS:
+        with as_file(files(__package__) / "presets" / f"{preset_or_path}.json") as file:
+            return read_json_object(file)
+    path = Path(preset_or_path)
+    if not path.exists():
+        raise ConfigError(f"{preset_or_path}: neither a preset ({', '.join(PRESETS)}) nor a file")
+    return read_json_object(path / "config.json" if path.is_dir() else path)
