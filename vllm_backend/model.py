@@ -115,6 +115,7 @@ class DeepSeekMTPModel(nn.Module):
         model_config = vllm_config.speculative_config.draft_model_config
         self.ops, self.config = _prepare(vllm_config, model_config, "DeepSeekMTPModel")
         self.model = DeepseekV3MTP(self.ops, self.config)
+        self.lm_head = self.model.lm_head
         self.attend = LatentCaches(self.ops, self.config, vllm_config, [self.config.mtp_layer_idx])
         self._loaded = False
 
@@ -140,6 +141,8 @@ class DeepSeekMTPModel(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor:
         """Normalised hidden_states [n, hidden] to logits fp32 [n, vocab_size]."""
+        # After loading vLLM replaces `lm_head` by the target's; following it frees the copy.
+        self.model.lm_head = self.lm_head
         return self.lm_head(hidden_states.contiguous())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
