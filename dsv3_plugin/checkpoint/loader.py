@@ -60,7 +60,7 @@ def load_weights(
     if complete:
         missing = [n for n, spec in specs.items() if part in spec.targets and not spec.optional and n not in used]
         if missing:
-            raise CheckpointError(f"{len(missing)} tensors of the {part} model are missing: {some_names(missing)}")
+            raise CheckpointError(f"missing tensors of the {part} model ({len(missing)}): {some_names(missing)}")
     return used
 
 

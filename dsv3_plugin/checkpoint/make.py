@@ -238,16 +238,16 @@ class _Maker:
     def uniform(
         self, name: str, shape: tuple[int, ...], std: float, *, bits: int = 8, dtype: torch.dtype = torch.bfloat16
     ) -> torch.Tensor:
-        """Uniform numbers around zero with about this standard deviation: integers of `bits` bits times a power of two."""
+        """Uniform numbers around zero, deviating by about `std`: integers of `bits` bits times a power of two."""
         if std == 0:
-            return torch.zeros(shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype, device="cpu")
         fraction, exponent = math.frexp(std * math.sqrt(3))
         largest, step = round(math.ldexp(fraction, bits)), math.ldexp(1.0, exponent - bits)
         # The Mersenne twister of torch's CPU generator takes 32 bits of seed.
         digest = sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
         out = torch.empty(shape, dtype=dtype, device="cpu")
-        for chunk in out.flatten().split(_CHUNK):
+        for chunk in torch.split(out.view(-1), _CHUNK):
             integers = torch.empty(chunk.shape, dtype=torch.int16, device="cpu")
             chunk.copy_(integers.random_(-largest, largest + 1, generator=generator))
             chunk.mul_(step)

@@ -125,17 +125,14 @@ class CheckpointReader:
     def _check_presence(self, headers: dict[str, Header], specs: Mapping[str, TensorSpec]) -> None:
         missing = [name for name, spec in specs.items() if not spec.optional and name not in headers]
         unknown = [name for name in headers if name not in specs]
-        also = f"; {len(unknown)} tensors have unknown names: {some_names(unknown)}" if unknown else ""
+        also = f"; unknown tensors ({len(unknown)}): {some_names(unknown)}" if unknown else ""
         if missing:
             mtp_only = all("main" not in specs[name].targets for name in missing)
             advice = "; without an MTP layer, config.json needs num_nextn_predict_layers 0" if mtp_only else ""
-            raise CheckpointError(
-                f"{self.path}: {len(missing)} tensors are missing: {some_names(missing)}{also}{advice}"
-            )
+            raise CheckpointError(f"{self.path}: missing tensors ({len(missing)}): {some_names(missing)}{also}{advice}")
         if unknown:
             raise CheckpointError(
-                f"{self.path}: {len(unknown)} tensors have names that this configuration does not know:"
-                f" {some_names(unknown)}"
+                f"{self.path}: tensors that this configuration does not know ({len(unknown)}): {some_names(unknown)}"
             )
 
     def _shards(self) -> list[tuple[Path, set[str] | None]]:
