@@ -1,1 +1,1 @@
-"""Kernel providers: implementations that meet the contracts of `dsv3_plugin.ops` on other devices, and know no model."""
+"""Kernel providers: implementations of `dsv3_plugin.ops` that meet its contracts on other devices; no model here."""

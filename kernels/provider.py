@@ -2,11 +2,72 @@
 
 from __future__ import annotations
 
-from dsv3_plugin.hooks import Kernel, hookimpl
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from dsv3_plugin.kernels import sm90_model
+
+from dsv3_plugin.hooks import Kernel, Setting, hookimpl
+from dsv3_plugin.registry import CONTRACTS
+from dsv3_plugin.version import __version__
+
+PROVIDER = "triton"
+
+# Operation to the module that serves it; the function has the operation's name.
+_TRITON_MODULES = {
+    "linear": "bf16_linear",
+    "head_linear": "bf16_linear",
+    "grouped_linear": "bf16_linear",
+    "quantize_fp8": "quantize",
+    "fp8_linear": "fp8_linear",
+    "grouped_fp8_linear": "fp8_linear",
+    "rms_norm": "rms_norm",
+    "rope": "rope",
+    "silu_and_mul": "silu_and_mul",
+    "route": "router",
+    "combine": "combine",
+    "mla_attention": "mla",
+}
+_CERTIFICATE = "equal to sm90-model in every bit on an H200 (dsv3_plugin.kernels.check)"
+
+
+def on_first_call(module: str, function: str) -> Callable[..., Any]:
+    """`function` of a module of this package that is imported when it is first called."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(f"dsv3_plugin.kernels.{module}"), function)(*args, **kwargs)
+
+    return call
+
+
+def refuses(setting: Setting) -> str | None:
+    """Serves a Hopper card in bf16 or fp8."""
+    if (setting.device_type, setting.arithmetic) != ("cuda", "sm90"):
+        return f"computes arithmetic sm90 on a GPU, not {setting.arithmetic} on {setting.device_type}"
+    if setting.capability != (9, 0):
+        return f"needs compute capability 9.0, this card has {setting.capability}"
+    if setting.profile.dtype != torch.bfloat16:
+        return f"the tensor core multiplies bf16 or fp8, the profile computes in {setting.profile.dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
 
 
 @hookimpl
 def dsv3_kernels() -> list[Kernel]:
     """The model of Hopper on a CPU, and the kernels for Hopper itself."""
-    return sm90_model.kernels()
+    return sm90_model.kernels() + [
+        Kernel(
+            op=contract.op,
+            contract_version=contract.version,
+            provider=PROVIDER,
+            version=__version__,
+            run=on_first_call(_TRITON_MODULES[contract.op], contract.op),
+            refuses=refuses,
+            certificate=_CERTIFICATE,
+        )
+        for contract in CONTRACTS
+    ]

@@ -1,7 +1,8 @@
-"""The Hopper arithmetic on a CPU: every operation with the tensor core's sums modelled, bit for bit what the GPU kernels print.
+"""The Hopper arithmetic on a CPU: every operation with the tensor core's sums modelled, bit for bit what a GPU prints.
 
-This is the contract of arithmetic `sm90` as executable text. Only matrix products differ from `dsv3_plugin.ops`; elementwise operations are IEEE fp32
-operations, each rounded, on either machine. It is slow (some ns a product): meant for tiny models, for tests without a GPU, and for reading.
+This is the contract of arithmetic `sm90` as executable text. Only matrix products differ from `dsv3_plugin.ops`;
+elementwise operations are IEEE fp32 operations, each rounded, on either machine. It is slow (some ns a product): meant
+for tiny models, for tests without a GPU, and for reading.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from dsv3_plugin.kernels import tensor_core
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.hooks import Kernel, Setting
-from dsv3_plugin.kernels import tensor_core
 from dsv3_plugin.ops import combine, fp8, linear, mla_attention, rms_norm, rope, router, silu_and_mul
 from dsv3_plugin.ops.contract import Contract, require, require_matrix
 from dsv3_plugin.ops.elementary import exp, fold_sum
@@ -46,7 +47,7 @@ def grouped_linear(x: torch.Tensor, expert_counts: torch.Tensor, weight: torch.T
 def fp8_linear(
     x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
 ) -> torch.Tensor:
-    """`fp8_linear`: for each 128 of K four instructions from zero, then acc = fma(raw, x_scale * weight_scale, acc); to bf16 [M, N]."""
+    """`fp8_linear`: a chain from zero for each 128 of K, acc = fma(raw, x_scale * weight_scale, acc), to bf16 [M, N]."""
     require_matrix("fp8_linear", "x", x, (fp8.E4M3,))
     require_matrix("fp8_linear", "weight", weight, (fp8.E4M3,))
     blocks = x.shape[1] // FP8_BLOCK
@@ -73,8 +74,7 @@ def grouped_fp8_linear(
     rows = linear.split_by_expert(op, x, expert_counts)
     scales = linear.split_by_expert(op, x_scale, expert_counts)
     outputs = [
-        fp8_linear(row, scale, weight[e], weight_scale[e])
-        for (e, row), (_, scale) in zip(rows, scales, strict=True)
+        fp8_linear(row, scale, weight[e], weight_scale[e]) for (e, row), (_, scale) in zip(rows, scales, strict=True)
     ]
     return torch.cat(outputs) if outputs else x.new_empty(0, weight.shape[1], dtype=torch.bfloat16)
 
@@ -89,7 +89,7 @@ def attention(
     kv_lora_rank: int,
     scale: float,
 ) -> torch.Tensor:
-    """`mla_attention` with both products on the tensor core, arguments as there; the output is the second product's accumulator."""
+    """`mla_attention`, arguments as there; the output, scaled, is where the second product's accumulator starts."""
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     block_size = latent_cache.shape[1]
     out = q.new_empty(*q.shape[:2], kv_lora_rank)
@@ -128,7 +128,7 @@ def refuses(setting: Setting) -> str | None:
     if (setting.device_type, setting.arithmetic) != ("cpu", "sm90"):
         return f"models arithmetic sm90 on a CPU, not {setting.arithmetic} on {setting.device_type}"
     if setting.profile.dtype != torch.bfloat16:
-        return f"the tensor core's fp32 sums are of bf16 or fp8 operands, the profile computes in {setting.profile.dtype}"
+        return f"the tensor core multiplies bf16 or fp8, the profile computes in {setting.profile.dtype}"
     return None
 
 

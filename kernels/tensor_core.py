@@ -1,9 +1,10 @@
 """What a Hopper tensor core prints, computed on a CPU.
 
-One `wgmma` instruction adds `depth` products and the accumulator as fixed-point numbers: every term is cut off (towards zero) a fixed
-number of bits below the largest exponent, the integers are summed exactly, and the sum is cut off to the accumulator's
-width. A dot product chains instructions over ascending K. Nothing else enters, so a tile's shape, its neighbours and the
-order of the operands leave every bit alone. (Model: MMA-Sim, arXiv 2511.10909; equal to an H200 in every output tried.)
+One `wgmma` instruction adds `depth` products and the accumulator as fixed-point numbers: every term is cut off
+(towards zero) a fixed number of bits below the largest exponent, the integers are summed exactly, and the sum is cut
+off to the accumulator's width. A dot product chains instructions over ascending K. Nothing else enters, so a tile's
+shape, its neighbours and the order of the operands leave every bit alone. (Model: MMA-Sim, arXiv 2511.10909; equal to
+an H200 in every output tried.)
 
 Inputs are finite. No library product is used: the terms are integers in floating point, added exactly in any order.
 """
@@ -13,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import pad
 
-# The arithmetic of a term is elementwise, so its temporaries should stay in the cache: terms of one instruction held at a time.
+# Terms of one instruction that are held at a time: its temporaries should stay in the cache.
 _TILE_TERMS = 1 << 17
 _TILE_COLUMNS = 512
 _MIN_EXPONENT = -126
@@ -50,7 +51,7 @@ def dot(instruction: Instruction, a: torch.Tensor, b: torch.Tensor, c: torch.Ten
     """
     out = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32) if c is None else c.clone()
     padding = -a.shape[1] % instruction.depth
-    a, b = (F.pad(x.to(instruction.dtype), (0, padding)) for x in (a, b))
+    a, b = (pad(x.to(instruction.dtype), (0, padding)) for x in (a, b))
     tile_rows = max(1, _TILE_TERMS // (instruction.depth * min(b.shape[0], _TILE_COLUMNS)))
     b_tiles = [_Operand(instruction, tile) for tile in b.split(_TILE_COLUMNS)]
     for a_rows, out_rows in zip(a.split(tile_rows), out.split(tile_rows), strict=True):
@@ -87,7 +88,7 @@ def _chain(instruction: Instruction, a: _Operand, b: _Operand, out: torch.Tensor
 
 
 def _exponent(x: torch.Tensor, smallest: int) -> torch.Tensor:
-    """int16 exponents e of |x| = m 2**e, 1 <= m < 2; `smallest` for subnormal numbers; -126 for zero, below all others."""
+    """int16 exponents e of |x| = m 2**e, 1 <= m < 2; `smallest` for subnormal numbers; -126, the lowest, for zero."""
     if x.dtype == torch.float64:
         exponent = ((x.view(torch.int64) >> 52) & 0x7FF) - 1023
     else:

@@ -1,0 +1,298 @@
+"""Do the GPU kernels print the contract's bits? Random cases of every operation against the model of Hopper.
+
+    python -m dsv3_plugin.kernels.check [--cases 40] [--op fp8_linear] [--seed 0]
+
+Expected values come from `sm90_model` on the CPU. Memory that a kernel allocates is filled with NaN first, so that an
+output nobody wrote is seen. Exits with status 1 if a bit differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from dsv3_plugin.kernels import provider, sm90_model
+
+from dsv3_plugin.hooks import Kernel
+from dsv3_plugin.ops.fp8 import quantize_fp8, quantize_weight
+
+# Products that the model may be asked for in one case, some ns each.
+_BUDGET = 1 << 25
+_ROWS = (1, 2, 3, 7, 8, 16, 17, 33, 64, 65, 100, 128, 129, 200, 257, 512, 1000, 4096)
+_DEPTHS = (128, 256, 512, 1536, 2048, 7168)
+
+
+class Case(NamedTuple):
+    """Arguments of one call, on the CPU."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def bits_differ(expected: Any, actual: Any) -> int:
+    """How many numbers of two results differ in a bit; tensors, or tuples of them, of equal shapes and dtypes."""
+    if isinstance(expected, tuple):
+        return sum(bits_differ(e, a) for e, a in zip(expected, actual, strict=True))
+    assert expected.shape == actual.shape and expected.dtype == actual.dtype, (expected.shape, actual.shape)
+    as_integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
+    difference = expected.contiguous().view(as_integer) != actual.cpu().contiguous().view(as_integer)
+    return int(difference.sum())
+
+
+def numbers(rng: random.Random, *shape: int) -> torch.Tensor:
+    """Normal bf16 numbers; each row has a magnitude of its own, some numbers are zero, some far larger than the rest."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(48))
+    x = torch.randn(shape, generator=generator)
+    rows = torch.randn((*shape[:-1], 1), generator=generator)
+    spikes = torch.rand(shape, generator=generator)
+    x = x * torch.exp2(2 * rows).where(torch.tensor(rng.random() < 0.5), torch.ones(()))
+    x = torch.where(spikes < 0.01, x * 64, x)
+    return torch.where(spikes > 0.98, torch.zeros(()), x).bfloat16()
+
+
+def sizes(rng: random.Random) -> tuple[int, int, int]:
+    """Rows, columns and depth of a product inside the budget."""
+    rows, depth = rng.choice(_ROWS), rng.choice(_DEPTHS)
+    columns = min(rng.choice((64, 128, 192, 256, 320, 576, 2112)), max(64, _BUDGET // (rows * depth) // 64 * 64))
+    return rows, columns, depth
+
+
+def experts(rng: random.Random, rows: int) -> torch.Tensor:
+    """Rows of each expert: some have none, some have many."""
+    groups = rng.choice((1, 4, 8, 16, 24))
+    favourites = rng.sample(range(groups), rng.randint(1, groups))
+    chosen = torch.tensor([rng.choice(favourites) for _ in range(rows)])
+    return torch.bincount(chosen, minlength=groups)
+
+
+def linear_case(rng: random.Random) -> Case:
+    """Depths that are no multiple of an instruction, columns that fill no tile, both output dtypes."""
+    rows, columns, depth = sizes(rng)
+    depth -= rng.choice((0, 0, 8, 120))
+    weight = numbers(rng, columns - rng.choice((0, 0, 8)), depth)
+    return Case((numbers(rng, rows, depth), weight), {"out_dtype": rng.choice((None, torch.float32))})
+
+
+def head_linear_case(rng: random.Random) -> Case:
+    """x is a view with gaps, as the layers pass it."""
+    rows, heads, depth = rng.choice(_ROWS), rng.choice((1, 4, 16)), rng.choice((64, 128, 512))
+    columns = min(rng.choice((128, 512)), max(32, _BUDGET // (rows * heads * depth) // 32 * 32))
+    wide = numbers(rng, rows, heads, depth + 64)
+    return Case((wide[..., :depth], numbers(rng, heads, columns, depth)), {})
+
+
+def grouped_linear_case(rng: random.Random) -> Case:
+    """Experts without rows, and one with all."""
+    rows, columns, depth = sizes(rng)
+    counts = experts(rng, rows)
+    return Case((numbers(rng, rows, depth), counts, numbers(rng, len(counts), columns, depth)), {})
+
+
+def quantize_case(rng: random.Random) -> Case:
+    """From subnormal to near overflow, both scale formats."""
+    x = numbers(rng, rng.choice(_ROWS), rng.choice(_DEPTHS))
+    x = x * 2.0 ** rng.choice((-130, -20, 0, 0, 0, 20, 100))
+    return Case((x if rng.random() < 0.8 else x.float(), rng.choice(("ue8m0", "float32"))), {})
+
+
+def fp8_linear_case(rng: random.Random) -> Case:
+    """Both scale formats; columns that fill no scale block."""
+    rows, columns, depth = sizes(rng)
+    scale_format = rng.choice(("ue8m0", "float32"))
+    weight = quantize_weight(numbers(rng, columns - rng.choice((0, 0, 8)), depth), scale_format)
+    return Case((*quantize_fp8(numbers(rng, rows, depth), scale_format), *weight), {})
+
+
+def grouped_fp8_linear_case(rng: random.Random) -> Case:
+    """Both scale formats; experts without rows, and one with all."""
+    rows, columns, depth = sizes(rng)
+    counts = experts(rng, rows)
+    scale_format = rng.choice(("ue8m0", "float32"))
+    weights = [quantize_weight(numbers(rng, columns, depth), scale_format) for _ in counts]
+    values, scales = (torch.stack(parts) for parts in zip(*weights, strict=True))
+    return Case((*quantize_fp8(numbers(rng, rows, depth), scale_format), counts, values, scales), {})
+
+
+def rms_norm_case(rng: random.Random) -> Case:
+    """Widths that fill no 512 lanes."""
+    width = rng.choice((128, 512, 576, 1000, 1536, 2048, 7168))
+    return Case((numbers(rng, rng.choice(_ROWS), width), numbers(rng, width), 1e-6), {})
+
+
+def rope_case(rng: random.Random) -> Case:
+    """x is a view with gaps, as the layers pass it."""
+    rows, heads, pairs = rng.choice(_ROWS), rng.choice((1, 4, 16, 128)), rng.choice((16, 32))
+    angles = torch.rand(rows, pairs, generator=torch.Generator().manual_seed(rng.getrandbits(48))) * 7
+    wide = numbers(rng, rows, heads, 128 + 2 * pairs)
+    return Case((wide[..., 128:], angles.cos(), angles.sin()), {})
+
+
+def silu_and_mul_case(rng: random.Random) -> Case:
+    """Widths of an expert and of no power of two."""
+    return Case((numbers(rng, rng.choice(_ROWS), 2 * rng.choice((128, 2048, 2112))),), {})
+
+
+def route_case(rng: random.Random) -> Case:
+    """Routers of V3, Kimi-K2 and Moonlight and a tiny one; half of the cases have ties."""
+    experts_, n_group, topk_group, topk = rng.choice(((256, 8, 4, 8), (384, 1, 1, 8), (64, 1, 1, 6), (16, 4, 2, 4)))
+    rows = rng.choice(_ROWS)
+    logits = numbers(rng, rows, experts_).float()
+    if rng.random() < 0.5:  # ties
+        logits = (logits * 4).round() / 4
+    bias = torch.zeros(experts_) if rng.random() < 0.5 else numbers(rng, experts_).float() * 0.1
+    return Case(
+        (logits, bias),
+        {
+            "num_experts_per_tok": topk,
+            "n_group": n_group,
+            "topk_group": topk_group,
+            "norm_topk_prob": rng.random() < 0.8,
+            "routed_scaling_factor": 2.5,
+        },
+    )
+
+
+def combine_case(rng: random.Random) -> Case:
+    """Experts in any order of rows."""
+    rows, topk, width = rng.choice(_ROWS), rng.choice((1, 4, 8)), rng.choice((256, 1000, 7168))
+    generator = torch.Generator().manual_seed(rng.getrandbits(48))
+    slots = torch.randperm(rows * topk, generator=generator).view(rows, topk)
+    weights = torch.rand(rows, topk, generator=generator)
+    return Case((numbers(rng, rows * topk, width), slots, weights, numbers(rng, rows, width)), {})
+
+
+def mla_attention_case(rng: random.Random) -> Case:
+    """Requests of prefill, verify and decode together, shuffled pages, unwritten memory behind each."""
+    heads, (rank, rotary) = rng.choice((1, 4, 16, 128)), rng.choice(((512, 64), (128, 32), (64, 16)))
+    block_size = rng.choice((16, 64))
+    lengths, queries = [], []
+    budget = _BUDGET // (heads * (2 * rank + rotary))
+    for _ in range(rng.randint(1, 5)):
+        count = min(rng.choice((1, 1, 2, 5, 70)), max(1, budget // 512))
+        length = count + rng.randint(0, max(0, min(2000, budget // count // 2 - count)))
+        if budget < count * length:
+            break
+        budget -= count * length
+        queries.append(count)
+        lengths.append(length)
+    if not queries:
+        queries, lengths = [1], [rng.randint(1, 64)]
+    blocks = [-(-length // block_size) for length in lengths]
+    pages = list(range(sum(blocks) + 3))
+    rng.shuffle(pages)
+    table = torch.zeros(len(blocks), max(blocks) + 1, dtype=torch.int32)
+    for request, count in enumerate(blocks):
+        table[request, :count] = torch.tensor([pages.pop() for _ in range(count)])
+    cache = numbers(rng, sum(blocks) + 3, block_size, rank + rotary)
+    # What no request has written yet may hold anything.
+    for request, length in enumerate(lengths):
+        if length % block_size:
+            cache[table[request, blocks[request] - 1], length % block_size :] = math.nan
+    starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
+    args = (
+        numbers(rng, sum(queries), heads, rank + rotary) * 0.3,
+        cache,
+        table,
+        torch.tensor(lengths, dtype=torch.int32),
+        starts,
+    )
+    return Case(args, {"kv_lora_rank": rank, "scale": (rank + rotary) ** -0.5})
+
+
+CASES: dict[str, Callable[[random.Random], Case]] = {
+    "linear": linear_case,
+    "head_linear": head_linear_case,
+    "grouped_linear": grouped_linear_case,
+    "quantize_fp8": quantize_case,
+    "fp8_linear": fp8_linear_case,
+    "grouped_fp8_linear": grouped_fp8_linear_case,
+    "rms_norm": rms_norm_case,
+    "rope": rope_case,
+    "silu_and_mul": silu_and_mul_case,
+    "route": route_case,
+    "combine": combine_case,
+    "mla_attention": mla_attention_case,
+}
+
+
+def to_device(value: Any, device: str) -> Any:
+    """A tensor with its strides on `device`; anything else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_contiguous() or value.element_size() == 1:
+        return value.to(device)
+    # A view keeps its gaps: the storage moves, not the elements.
+    whole = value.as_strided((value.untyped_storage().size() // value.element_size(),), (1,), 0).to(device)
+    return whole.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+class Result(NamedTuple):
+    """What checking one kernel showed."""
+
+    op: str
+    provider: str
+    cases: int
+    outputs: int
+    wrong_cases: int
+    wrong_outputs: int
+    first_wrong: str
+    seconds: float
+
+
+def check(kernel: Kernel, cases: int, seed: int, device: str = "cuda") -> Result:
+    """Run `cases` random cases of a kernel; one whose bits differ is described by shapes and its number."""
+    model = next(k for k in sm90_model.kernels() if k.op == kernel.op)
+    outputs = wrong_cases = wrong_outputs = 0
+    first_wrong = ""
+    began = time.perf_counter()
+    for number in range(cases):
+        case = CASES[kernel.op](random.Random(f"{kernel.op}/{seed}/{number}"))
+        expected = model.run(*case.args, **case.kwargs)
+        actual = kernel.run(*(to_device(x, device) for x in case.args), **case.kwargs)
+        wrong = bits_differ(expected, actual)
+        outputs += sum(x.numel() for x in (expected if isinstance(expected, tuple) else (expected,)))
+        if wrong:
+            wrong_cases += 1
+            wrong_outputs += wrong
+            shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in case.args]
+            first_wrong = first_wrong or f"case {number}: {wrong} outputs, {shapes} {case.kwargs}"
+    seconds = time.perf_counter() - began
+    return Result(kernel.op, kernel.provider, cases, outputs, wrong_cases, wrong_outputs, first_wrong, seconds)
+
+
+def gpu_kernels() -> list[Kernel]:
+    """What this package offers for a GPU."""
+    return [kernel for kernel in provider.dsv3_kernels() if kernel.provider != sm90_model.PROVIDER]
+
+
+def main() -> int:
+    """Check the kernels named on the command line, or all, and print one line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=40)
+    parser.add_argument("--op", action="append", choices=list(CASES))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
+    failed = False
+    for kernel in gpu_kernels():
+        if options.op and kernel.op not in options.op:
+            continue
+        result = check(kernel, options.cases, options.seed)
+        verdict = "equal" if not result.wrong_cases else f"{result.wrong_cases} cases differ; {result.first_wrong}"
+        print(
+            f"{result.op:20} {result.provider:10} {result.cases:5} cases {result.outputs:12} outputs"
+            f" {result.seconds:6.1f} s  {verdict}",
+            flush=True,
+        )
+        failed |= result.wrong_cases > 0
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

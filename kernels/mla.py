@@ -1,0 +1,159 @@
+"""Absorbed attention over the paged latent cache: a program takes 64 rows (token, head) of one request, one head-major
+tile after the other, and walks its keys in blocks of 64 at absolute positions, in order.
+
+The output stays in the second product's accumulator; scaling it by exp(m - m') is the only other thing done to it.
+"""
+# ruff: noqa: N803 (compile-time parameters are written in capitals)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from dsv3_plugin.kernels.triton_math import EXACT, divide, exp, fold_sum
+
+from dsv3_plugin.ops.contract import require
+from dsv3_plugin.ops.mla_attention import KEY_BLOCK
+
+_ROWS = 64
+
+
+@triton.jit
+def _find_request(query_start_loc, tile, heads, REQUESTS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """(request, its first query, its queries, the tile's number in the request); request is REQUESTS behind the last tile."""
+    index = tl.arange(0, PADDED)
+    inside = index < REQUESTS
+    first = tl.load(query_start_loc + index, mask=inside, other=0).to(tl.int32)
+    queries = tl.load(query_start_loc + index + 1, mask=inside, other=0).to(tl.int32) - first
+    tiles = tl.where(inside, (queries * heads + ROWS - 1) // ROWS, 0)
+    request = tl.sum((inside & (tl.cumsum(tiles, 0) <= tile)).to(tl.int32), 0)
+    own = index == request
+    local = tile - tl.sum(tl.where(index < request, tiles, 0), 0)
+    return request, tl.sum(tl.where(own, first, 0), 0), tl.sum(tl.where(own, queries, 0), 0), local
+
+
+@triton.jit
+def _mla_attention(
+    q,
+    cache,
+    block_table,
+    seq_lens,
+    query_start_loc,
+    out,
+    scale,
+    heads,
+    block_stride,
+    token_stride,
+    table_stride,
+    BLOCK_SIZE: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+    ROPE_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    request, first, queries, tile = _find_request(query_start_loc, tl.program_id(0), heads, REQUESTS, PADDED, ROWS)
+    if request < REQUESTS:
+        row = tile * ROWS + tl.arange(0, ROWS)
+        row_inside = row < queries * heads
+        position = tl.load(seq_lens + request).to(tl.int32) - queries + row // heads
+        # Keys that some row of this tile sees. The rest of the last block is read as zero: its probability is zero too.
+        visible = tl.max(tl.where(row_inside, position, -1), 0) + 1
+        rank, rope = tl.arange(0, RANK_PADDED), tl.arange(0, ROPE_PADDED)
+        q_row = q + (first.to(tl.int64) * heads + row)[:, None] * (RANK + ROPE)
+        q_rank = tl.load(q_row + rank[None, :], mask=row_inside[:, None] & (rank < RANK)[None, :], other=0)
+        q_rope = tl.load(q_row + RANK + rope[None, :], mask=row_inside[:, None] & (rope < ROPE)[None, :], other=0)
+
+        maximum = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        output = tl.zeros((ROWS, RANK_PADDED), tl.float32)
+        for start in range(0, visible, KEYS):
+            key = start + tl.arange(0, KEYS)
+            key_inside = key < visible
+            block = tl.load(block_table + request * table_stride + key // BLOCK_SIZE, mask=key_inside, other=0)
+            source = cache + (block.to(tl.int64) * block_stride + key % BLOCK_SIZE * token_stride)[:, None]
+            latent = tl.load(source + rank[None, :], mask=key_inside[:, None] & (rank < RANK)[None, :], other=0)
+            k_rope = tl.load(source + RANK + rope[None, :], mask=key_inside[:, None] & (rope < ROPE)[None, :], other=0)
+            scores = tl.dot(q_rank, tl.trans(latent))
+            scores = tl.dot(q_rope, tl.trans(k_rope), scores) * scale
+            scores = tl.where(key[None, :] > position[:, None], float("-inf"), scores)
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+            p = exp(scores - new_maximum[:, None])
+            alpha = exp(maximum - new_maximum)
+            total = total * alpha + fold_sum(p, ROWS, KEYS)
+            output = tl.dot(p.to(latent.dtype), latent, output * alpha[:, None])
+            maximum = new_maximum
+
+        target = out + (first.to(tl.int64) * heads + row)[:, None] * RANK + rank[None, :]
+        result = divide(output, tl.broadcast_to(total[:, None], (ROWS, RANK_PADDED)))
+        tl.store(target, result.to(out.dtype.element_ty), mask=row_inside[:, None] & (rank < RANK)[None, :])
+
+
+def mla_attention(
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    *,
+    kv_lora_rank: int,
+    scale: float,
+) -> torch.Tensor:
+    """q bf16 [T, H, C], latent_cache bf16 [num_blocks, block_size, C] with any strides but 1 in C, block_table integers
+    [num_reqs, max_blocks], seq_lens integers [num_reqs], query_start_loc integers [num_reqs + 1]; to bf16 [T, H, kv_lora_rank].
+
+    Raises `InputError`. Page numbers and lengths are not checked: they stay on the device.
+    """
+    op = "mla_attention"
+    require(q.dim() == 3, op, f"q has shape {tuple(q.shape)}, expected [tokens, heads, dim]")
+    require(
+        q.dtype == latent_cache.dtype == torch.bfloat16, op, f"latent_cache is {latent_cache.dtype}, q is {q.dtype}"
+    )
+    require(q.is_contiguous(), op, f"q of shape {tuple(q.shape)} is not contiguous")
+    require(
+        latent_cache.dim() == 3 and latent_cache.shape[2] == q.shape[2] > kv_lora_rank,
+        op,
+        f"latent_cache has shape {tuple(latent_cache.shape)}, q has dim {q.shape[2]}",
+    )
+    require(latent_cache.stride(2) == 1, op, f"latent_cache has stride {latent_cache.stride(2)} in its last dimension")
+    requests = len(seq_lens)
+    require(
+        block_table.shape[0] == requests and block_table.stride(1) == 1,
+        op,
+        f"block_table of shape {tuple(block_table.shape)} and stride {block_table.stride()} for {requests} seq_lens",
+    )
+    require(len(query_start_loc) == requests + 1, op, f"{requests} seq_lens, {len(query_start_loc)} query_start_loc")
+    tokens, heads, dim = q.shape
+    out = q.new_empty(tokens, heads, kv_lora_rank)
+    if out.numel():
+        # Not more tiles than this: each request adds at most one that is not full.
+        grid = (tokens * heads // _ROWS + min(requests, tokens),)
+        _mla_attention[grid](
+            q,
+            latent_cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            out,
+            scale,
+            heads,
+            latent_cache.stride(0),
+            latent_cache.stride(1),
+            block_table.stride(0),
+            latent_cache.shape[1],
+            requests,
+            triton.next_power_of_2(requests),
+            kv_lora_rank,
+            dim - kv_lora_rank,
+            max(16, triton.next_power_of_2(kv_lora_rank)),
+            max(16, triton.next_power_of_2(dim - kv_lora_rank)),
+            _ROWS,
+            KEY_BLOCK,
+            num_warps=8,
+            num_stages=2,
+            **EXACT,
+        )
+    return out

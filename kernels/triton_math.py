@@ -1,0 +1,64 @@
+"""The elementary functions of `dsv3_plugin.ops.elementary` for Triton kernels, bit for bit.
+
+A kernel that uses them is launched with `**EXACT`: products and sums stay separate IEEE operations. Division and square
+root are the correctly rounded ones; rounding to an integer adds and subtracts 1.5 * 2**23.
+"""
+# ruff: noqa: N803 (compile-time parameters are written in capitals)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+EXACT = {"enable_fp_fusion": False}
+"""Launch options under which a * b + c rounds twice, as the contracts say; an explicit `tl.fma` still rounds once."""
+
+_ROUND = tl.constexpr(12582912.0)
+_LOG2_E = tl.constexpr(1.44269504088896341)
+_LN2_HIGH = tl.constexpr(0.693359375)
+_LN2_LOW = tl.constexpr(-2.12194440e-4)
+_UNDERFLOW = tl.constexpr(-87.0)
+_OVERFLOW = tl.constexpr(88.0)
+
+
+@triton.jit
+def exp(x):
+    """e**x of fp32 `x`; NaN stays NaN."""
+    clamped = tl.minimum(
+        tl.maximum(x, _UNDERFLOW, propagate_nan=tl.PropagateNan.ALL), _OVERFLOW, propagate_nan=tl.PropagateNan.ALL
+    )
+    n = (clamped * _LOG2_E + _ROUND) - _ROUND
+    r = (clamped - n * _LN2_HIGH) - n * _LN2_LOW
+    p = r * 1.9875691500e-4 + 1.3981999507e-3
+    p = p * r + 8.3334519073e-3
+    p = p * r + 4.1665795894e-2
+    p = p * r + 1.6666665459e-1
+    p = p * r + 5.0000001201e-1
+    p = (p * (r * r) + r) + 1.0
+    power_of_two = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x < _UNDERFLOW, 0.0, p * power_of_two)
+
+
+@triton.jit
+def divide(a, b):
+    """a / b, correctly rounded; Triton's `/` is not."""
+    return tl.math.div_rn(a, b)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e**-x) of fp32 `x`."""
+    e = exp(-tl.abs(x))
+    return divide(tl.where(x < 0, e, 1.0), 1.0 + e)
+
+
+@triton.jit
+def fold_sum(x, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Sum x [ROWS, LANES] over its lanes to [ROWS]: the upper half is added to the lower half until one is left.
+
+    Each step is a reduction over an axis of two, which has one order whatever the layout.
+    """
+    if LANES == 1:
+        return tl.reshape(x, (ROWS,))
+    else:
+        return fold_sum(tl.sum(tl.reshape(x, (ROWS, 2, LANES // 2)), 1), ROWS, LANES // 2)
