@@ -1,0 +1,31 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
+from dsv3_plugin.checkpoint.presets import read_config
+
+# The arithmetic of a CPU is that of one thread; set before any test computes something.
+torch.set_num_threads(1)
+
+TinyCheckpoint = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    """`tiny_checkpoint("bf16")`: the preset `tiny` in `bf16`, `fp32` or `fp8`, seed 1, made once. Read it only."""
+    root = tmp_path_factory.mktemp("tiny-checkpoints")
+
+    def get(dtype: str) -> Path:
+        path = root / dtype
+        if not path.exists():
+            make_checkpoint(read_config("tiny"), path, 1, dtype=CheckpointDtype(dtype))
+        return path
+
+    return get
