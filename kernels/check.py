@@ -46,7 +46,7 @@ def bits_differ(expected: Any, actual: Any) -> int:
 
 
 def numbers(rng: random.Random, *shape: int) -> torch.Tensor:
-    """Normal bf16 numbers; each row has a magnitude of its own, some numbers are zero, some far larger than the rest."""
+    """Normal bf16 numbers; each row has a magnitude of its own, some numbers are zero, some far above the rest."""
     generator = torch.Generator().manual_seed(rng.getrandbits(48))
     x = torch.randn(shape, generator=generator)
     rows = torch.randn((*shape[:-1], 1), generator=generator)

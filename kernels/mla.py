@@ -20,7 +20,7 @@ _ROWS = 64
 
 @triton.jit
 def _find_request(query_start_loc, tile, heads, REQUESTS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
-    """(request, its first query, its queries, the tile's number in the request); request is REQUESTS behind the last tile."""
+    """(request, its first query, its queries, the tile's number in it); request is REQUESTS behind the last tile."""
     index = tl.arange(0, PADDED)
     inside = index < REQUESTS
     first = tl.load(query_start_loc + index, mask=inside, other=0).to(tl.int32)
@@ -103,7 +103,8 @@ def mla_attention(
     scale: float,
 ) -> torch.Tensor:
     """q bf16 [T, H, C], latent_cache bf16 [num_blocks, block_size, C] with any strides but 1 in C, block_table integers
-    [num_reqs, max_blocks], seq_lens integers [num_reqs], query_start_loc integers [num_reqs + 1]; to bf16 [T, H, kv_lora_rank].
+    [num_reqs, max_blocks], seq_lens integers [num_reqs], query_start_loc integers [num_reqs + 1];
+    to bf16 [T, H, kv_lora_rank].
 
     Raises `InputError`. Page numbers and lengths are not checked: they stay on the device.
     """

@@ -1,7 +1,7 @@
 """The router's choice in one kernel: a program takes one token and keeps all its experts in registers.
 
-Experts stand as [groups, experts a group], both padded to powers of two with -inf, so that every choice is a maximum over
-an axis; among equal maxima the lower index wins.
+Experts stand as [groups, experts a group], both padded to powers of two with -inf, so that every choice is a maximum
+over an axis; among equal maxima the lower index wins.
 """
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
 

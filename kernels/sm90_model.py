@@ -47,7 +47,7 @@ def grouped_linear(x: torch.Tensor, expert_counts: torch.Tensor, weight: torch.T
 def fp8_linear(
     x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
 ) -> torch.Tensor:
-    """`fp8_linear`: a chain from zero for each 128 of K, acc = fma(raw, x_scale * weight_scale, acc), to bf16 [M, N]."""
+    """`fp8_linear`: for each 128 of K a chain from zero, acc = fma(raw, x_scale * weight_scale, acc); bf16 [M, N]."""
     require_matrix("fp8_linear", "x", x, (fp8.E4M3,))
     require_matrix("fp8_linear", "weight", weight, (fp8.E4M3,))
     blocks = x.shape[1] // FP8_BLOCK

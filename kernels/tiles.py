@@ -9,9 +9,9 @@ import triton.language as tl
 
 @triton.jit
 def find_group(counts, tile, GROUPS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr):
-    """The group that owns tile number `tile`, when group g of integer [GROUPS] `counts` rows takes ceil(count / TILE) tiles.
+    """The group that owns tile number `tile` when each takes ceil(count / TILE) tiles; counts are integers [GROUPS].
 
-    Returns (group, its first row, its rows, the tile's number in the group); group is GROUPS for a tile behind the last.
+    Returns (group, its first row, its rows, the tile's number in it); group is GROUPS for a tile behind the last.
     """
     index = tl.arange(0, PADDED)
     count = tl.load(counts + index, mask=index < GROUPS, other=0).to(tl.int32)
