@@ -39,31 +39,28 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _table(report: Report) -> Table:
+    """A row a case, a column a testee: rows equal to every other side, or how many are not."""
     table = Table(title=f"{report.checkpoint} ({report.profile})", title_justify="left")
     table.add_column("case")
-    pairs = [(c.left, c.right) for c in report.verdicts[0].comparisons] if report.verdicts else []
-    for left, right in pairs:
-        table.add_column(f"{left}\n= {right}", justify="right")
-    table.add_column("notes")
+    for name in report.results:
+        table.add_column(name, justify="right")
     for verdict in report.verdicts:
-        cells = [
-            f"[green]{c.equal_rows:,}[/]" if c.equal else f"[red]{c.different_rows:,} of {c.equal_rows + c.different_rows:,}[/]"
-            for c in verdict.comparisons
-        ]
         mark = "" if verdict.passed else "[red]✗[/] "
-        table.add_row(mark + verdict.case.title, *cells, _notes(verdict, report))
+        table.add_row(mark + verdict.case.title, *(_cell(name, verdict, report) for name in report.results))
     return table
 
 
-def _notes(verdict: CaseVerdict, report: Report) -> str:
-    notes = []
-    for name, result in report.results.items():
-        outcome = next(c for c in result.cases if c.name == verdict.case.name)
-        if verdict.case.min_cached_tokens:
-            notes.append(f"{name}: {sum(r.num_cached_tokens for r in outcome.requests)} tokens cached")
-        if verdict.case.num_speculative_tokens:
-            notes.append(f"{name}: {outcome.num_accepted_tokens} of {outcome.num_draft_tokens} drafts accepted")
-    return "\n".join(notes)
+def _cell(name: str, verdict: CaseVerdict, report: Report) -> str:
+    comparisons = [c for c in verdict.comparisons if name in (c.left, c.right)]
+    different = sum(c.different_rows for c in comparisons)
+    total = different + sum(c.equal_rows for c in comparisons)
+    lines = [f"[red]{different:,} of {total:,} differ[/]" if different else f"[green]{total:,} equal[/]"]
+    outcome = next(c for c in report.results[name].cases if c.name == verdict.case.name)
+    if verdict.case.min_cached_tokens:
+        lines.append(f"{sum(r.num_cached_tokens for r in outcome.requests)} tokens cached")
+    if verdict.case.num_speculative_tokens:
+        lines.append(f"{outcome.num_accepted_tokens} of {outcome.num_draft_tokens} drafts accepted")
+    return "\n".join(lines)
 
 
 def _print_problems(verdict: CaseVerdict, console: Console) -> None:

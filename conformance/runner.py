@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -204,7 +205,9 @@ def _run_program(testee: TesteeCommand, work_dir: Path, progress: Progress, fail
                 lines.write(line)
                 last = line.strip() or last
     if process.returncode:
-        failures.append(f"testee {testee.name} failed with status {process.returncode}: {last} (its log: {log})")
+        code = process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with status {code}"
+        failures.append(f"testee {testee.name} {how}: {last} (its log: {log})")
     else:
         progress(testee.name, "done")
 

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from dsv3_plugin.bench import app as bench_app
 from dsv3_plugin.checkpoint.cli import app as checkpoint_app
 from dsv3_plugin.conformance.cli import app as conformance_app
 from dsv3_plugin.errors import DSV3Error
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(conformance_app, name="conformance")
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

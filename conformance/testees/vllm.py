@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 
+from dsv3_plugin.vllm_backend import compat
+
 # In one process, so that the model can be observed; eager, from a clean model cache; on one thread, as the CPU arithmetic requires.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-# Without AMX vLLM switches chunked prefill and prefix caching off for its own CPU MLA kernels, which are not used here.
-os.environ.setdefault("VLLM_MLA_DISABLE", "1")
+if not compat.switched_off():
+    # Without AMX vLLM switches chunked prefill and prefix caching off for its own CPU MLA kernels, which are then not used.
+    os.environ.setdefault("VLLM_MLA_DISABLE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import gc
@@ -61,9 +64,7 @@ class VllmTestee:
 
     def versions(self) -> dict[str, str]:
         """vLLM's version."""
-        from dsv3_plugin.vllm_backend.compat import vllm_version
-
-        return {"vllm": vllm_version()}
+        return {"vllm": compat.vllm_version()}
 
     def served(self) -> Served:
         """The classes that vLLM built; with speculative decoding where any case had it."""
@@ -218,10 +219,9 @@ class Observer:
         layers = None
         if type(model).__module__.startswith("dsv3_plugin."):
             layers = LayerRecorder(model.model, model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
-        model.register_forward_pre_hook(self._before_target, with_kwargs=True)
-        model.register_forward_hook(self._after_target)
-        compute_logits = model.compute_logits
-        model.compute_logits = partial(self._target_logits, compute_logits)  # type: ignore[assignment]
+        # Not by hooks: vLLM's own models have a `__call__` that passes them by.
+        model.forward = partial(self._target_forward, model.forward)
+        model.compute_logits = partial(self._target_logits, model.compute_logits)
         return layers
 
     def _step_begins(self, counts: list[int], sampled_rows: list[int]) -> None:
@@ -230,17 +230,15 @@ class Observer:
         self.segments = list(zip(requests, counts, strict=True))
         self.sampled_rows = sampled_rows
 
-    def _before_target(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self.outcome is None or self.segments is None:
-            return
-        self.keys = _observe(self.seen, self.segments, kwargs["positions"], kwargs["input_ids"], 0)
+    def _target_forward(self, forward: Any, **kwargs: Any) -> torch.Tensor:
+        if self.outcome is not None and self.segments is not None:
+            self.keys = _observe(self.seen, self.segments, kwargs["positions"], kwargs["input_ids"], 0)
         if self.layers is not None:
             self.layers.keys = self.keys
-
-    def _after_target(self, module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
-        self.hidden = hidden
+        self.hidden = forward(**kwargs)
         if self.layers is not None:
             self.layers.keys = None
+        return self.hidden
 
     def _target_logits(self, compute_logits: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = compute_logits(hidden_states)
@@ -277,19 +275,18 @@ class Observer:
             return prepared
 
         drafter.set_inputs_first_pass = set_inputs_first_pass
-        drafter.model.register_forward_pre_hook(self._before_draft, with_kwargs=True)
-        compute_logits = drafter.model.compute_logits
-        drafter.model.compute_logits = partial(self._draft_logits, compute_logits)
+        drafter.model.forward = partial(self._draft_forward, drafter.model.forward)
+        drafter.model.compute_logits = partial(self._draft_logits, drafter.model.compute_logits)
 
-    def _before_draft(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self.outcome is None or self.draft_segments is None:
-            return
-        if self.draft_step > 0:
-            self.draft_segments = [(request, 1) for request, _ in self.draft_segments]
-            self.draft_rows = None
-        self.draft_keys = _observe(
-            self.seen_by_draft, self.draft_segments, kwargs["positions"], kwargs["input_ids"], 1
-        )
+    def _draft_forward(self, forward: Any, **kwargs: Any) -> Any:
+        if self.outcome is not None and self.draft_segments is not None:
+            if self.draft_step > 0:
+                self.draft_segments = [(request, 1) for request, _ in self.draft_segments]
+                self.draft_rows = None
+            self.draft_keys = _observe(
+                self.seen_by_draft, self.draft_segments, kwargs["positions"], kwargs["input_ids"], 1
+            )
+        return forward(**kwargs)
 
     def _draft_logits(self, compute_logits: Any, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
         logits = compute_logits(hidden_states, *args)

@@ -1,0 +1,61 @@
+# Each environment is built once and reused: .envs/NAME from requirements/NAME.txt.
+# PyTorch's CPU build: from PIP_FIND_LINKS where that is set, else from PyTorch's own index.
+
+PYTHON ?= python3
+DTYPES ?= bf16 fp32 fp8
+TESTEES ?= reference vllm
+WORK := .work
+UV := .envs/tools/bin/uv
+CORE := .envs/core/bin
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+else
+TORCH_BACKEND := --torch-backend cpu
+endif
+# Sums depend on the number of threads.
+export OMP_NUM_THREADS := 1
+
+.PHONY: conformance test lint bench environments clean
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+conformance: $(DTYPES:%=$(WORK)/small-%) $(TESTEES:%=.envs/%/.ready) .envs/core/.ready
+	set -e; for dtype in $(DTYPES); do \
+		$(CORE)/dsv3 conformance run $(TESTEES:%=--testee %) --checkpoint $(WORK)/small-$$dtype; \
+	done
+
+test: lint .envs/vllm/.ready .envs/vllm-0.27.1/.ready
+	$(CORE)/python -m pytest
+
+lint: .envs/core/.ready
+	$(CORE)/ruff check .
+	$(CORE)/ruff format --check .
+	rm -rf $(WORK)/wheel && $(UV) pip install --quiet --python $(CORE)/python --no-deps --target $(WORK)/wheel .
+	cd $(WORK)/wheel && MYPYPATH=. $(CURDIR)/$(CORE)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p dsv3_plugin
+
+bench: .envs/core/.ready
+	$(CORE)/dsv3 bench linear
+
+environments: .envs/core/.ready .envs/vllm/.ready .envs/vllm-0.27.1/.ready
+
+$(WORK)/small-%: .envs/core/.ready
+	$(CORE)/dsv3 checkpoint make small $@ --seed 0 --dtype $*
+
+.envs/tools/.ready:
+	$(PYTHON) -m venv .envs/tools
+	.envs/tools/bin/python -m pip install --quiet uv==0.13.9
+	touch $@
+
+# The reference needs nothing beyond the core.
+.envs/reference/.ready: .envs/core/.ready
+	mkdir -p .envs/reference && touch $@
+
+.envs/%/.ready: requirements/%.txt pyproject.toml .envs/tools/.ready
+	$(UV) venv --quiet --clear --python $(PYTHON) .envs/$*
+	$(UV) pip install --quiet --python .envs/$*/bin/python --no-deps $(TORCH_BACKEND) --requirement $<
+	$(UV) pip install --quiet --python .envs/$*/bin/python --no-deps --editable .
+	$(if $(wildcard requirements/$*-name),$(UV) pip install --quiet --python .envs/$*/bin/python --no-deps ./requirements/$*-name)
+	touch $@
+
+clean:
+	rm -rf .envs $(WORK)

@@ -1,0 +1,68 @@
+"""`dsv3 bench`: what exactness costs, beside what it replaces, in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dsv3_plugin.ops.linear import linear
+from dsv3_plugin.ops.tile import pin_one_thread
+
+app = typer.Typer(help="Measure what exactness costs.", no_args_is_help=True)
+
+# Rows, input features, output features: a batch of decodes, a prefill, a single token.
+_SHAPES = ((64, 2048, 2048), (1, 2048, 2048), (300, 2048, 2048), (64, 7168, 2112))
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `linear` a subcommand while it is the only one."""
+
+
+@app.command("linear")
+def bench_linear(repeats: Annotated[int, typer.Option(min=3, help="Measurements of each; medians are shown.")] = 31) -> None:
+    """The CPU's fixed-tile linear against `F.linear`, on one thread."""
+    pin_one_thread()
+    table = Table(title=f"torch {torch.__version__}, one thread, {repeats} repeats, median ms (quartiles)")
+    for column in ("rows x K x N", "dtype", "F.linear", "dsv3 linear", "ratio"):
+        table.add_column(column, justify="right")
+    for rows, k, n in _SHAPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(rows, k, generator=generator).to(dtype)
+            weight = torch.randn(n, k, generator=generator).to(dtype)
+            theirs, ours = interleaved(lambda: F.linear(x, weight), lambda: linear(x, weight), repeats)  # noqa: B023
+            ratio = statistics.median(ours) / statistics.median(theirs)
+            table.add_row(
+                f"{rows} x {k} x {n}",
+                str(dtype).removeprefix("torch."),
+                _summary(theirs),
+                _summary(ours),
+                f"{ratio:.2f}",
+            )
+    Console().print(table)
+
+
+def interleaved(a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of `a` and of `b`, measured in turn so that both see the same noise."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for measured in range(-2, repeats):
+        for function, record in zip((a, b), times, strict=True):
+            start = time.perf_counter()
+            function()
+            if measured >= 0:
+                record.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _summary(times: list[float]) -> str:
+    low, median, high = statistics.quantiles(times, n=4)
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
