@@ -291,6 +291,37 @@ def test_transformers_finds_every_tensor(tiny: Folders) -> None:
     assert all("layers.4." in name for name in info["unexpected_keys"])  # it has no MTP
 
 
+def test_the_table_of_the_released_model() -> None:
+    """DeepSeek-V3: 671B parameters, about 11.5B of MTP's own (README_WEIGHTS.md), 91 991 tensors in the released index."""
+    released = {
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "first_k_dense_replace": 3,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "quantization_config": {"quant_method": "fp8"},
+    }
+    specs = checkpoint_tensors(DeepseekV3Config.from_dict(MINI | released))
+    assert len(specs) == 91_991
+    sizes = {name: torch.Size(s.shape).numel() for name, s in specs.items() if not name.endswith("_scale_inv")}
+    main = sum(size for name, size in sizes.items() if "main" in specs[name].targets)
+    mtp = sum(size for name, size in sizes.items() if set(specs[name].targets) == {"mtp"})
+    print(f"main {main / 1e9:.2f}B, MTP {mtp / 1e9:.2f}B")
+    assert round(main / 1e9) == 671
+    assert abs(mtp / 1e9 - 11.5) < 0.2
+
+
 def test_presets_are_valid_and_differ_by_size_alone() -> None:
     tiny_fields, small_fields = (read_config(name) for name in PRESETS)
     assert tiny_fields.keys() == small_fields.keys()

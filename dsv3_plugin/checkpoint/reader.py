@@ -40,12 +40,10 @@ class Header:
 
 
 class CheckpointReader:
-    """A checkpoint folder: `config.json`, and `model.safetensors` or an index with its shards.
-
-    Raises `CheckpointError` for a missing folder and `ConfigError` for its `config.json`; weights are opened later.
-    """
+    """A checkpoint folder: `config.json`, and `model.safetensors` or an index with its shards."""
 
     def __init__(self, path: str | Path) -> None:
+        """Raises `CheckpointError` for a missing folder and `ConfigError` for its `config.json`; opens no weights."""
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: no such folder; a checkpoint is a folder with config.json")
