@@ -292,7 +292,7 @@ def test_transformers_finds_every_tensor(tiny: Folders) -> None:
 
 
 def test_the_table_of_the_released_model() -> None:
-    """DeepSeek-V3: 671B parameters, about 11.5B of MTP's own (README_WEIGHTS.md), 91 991 tensors in the released index."""
+    """DeepSeek-V3: 671B parameters, about 11.5B of MTP's own (README_WEIGHTS.md), and 91 991 tensors."""
     released = {
         "vocab_size": 129280,
         "hidden_size": 7168,
