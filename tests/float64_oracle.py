@@ -1,11 +1,13 @@
 """DeepSeek-V3 in float64, written from the reports and from DeepSeek's own modelling code.
 
-It says what the model *means*, so it shares no operation with the package: heads keep their own keys and values (no absorption), nothing is cached,
-batched, tiled or ordered, and every function is the textbook one. A test compares the package with it, and then with a subclass that overrides one
-method by a known mistake, which the same comparison must catch.
+It says what the model *means*, so it shares no operation with the package: heads keep their own keys and values (no
+absorption), nothing is cached, batched, tiled or ordered, and every function is the textbook one. A test compares the
+package with it, and then with a subclass that overrides one method by a known mistake, which the same comparison must
+catch.
 
-Sources: DeepSeek-V2 report (arXiv 2405.04434) section 2.1 for attention; DeepSeek-V3 report (arXiv 2412.19437) sections 2.1.2 for routing and 2.2 for
-multi-token prediction; YaRN (arXiv 2309.00071) section 3 with the two `mscale` factors of DeepSeek's `modeling_deepseek.py`.
+Sources: DeepSeek-V2 report (arXiv 2405.04434) section 2.1 for attention; DeepSeek-V3 report (arXiv 2412.19437)
+sections 2.1.2 for routing and 2.2 for multi-token prediction; YaRN (arXiv 2309.00071) section 3 with the two `mscale`
+factors of DeepSeek's `modeling_deepseek.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from dsv3_plugin.config import DeepseekV3Config
@@ -81,10 +82,12 @@ class Float64Oracle:
         return x @ self.tensors[f"{name}.weight"].T
 
     def rms_norm(self, name: str, x: Tensor) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt() * self.tensors[f"{name}.weight"]
+        return (
+            x / (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt() * self.tensors[f"{name}.weight"]
+        )
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
-        gate = F.silu(self.linear(f"{name}.gate_proj", x))
+        gate = torch.nn.functional.silu(self.linear(f"{name}.gate_proj", x))
         return self.linear(f"{name}.down_proj", gate * self.linear(f"{name}.up_proj", x))
 
     # Attention
@@ -95,7 +98,9 @@ class Float64Oracle:
         if c.q_lora_rank is None:
             q = self.linear(f"{name}.q_proj", x)
         else:
-            q = self.linear(f"{name}.q_b_proj", self.rms_norm(f"{name}.q_a_layernorm", self.linear(f"{name}.q_a_proj", x)))
+            q = self.linear(
+                f"{name}.q_b_proj", self.rms_norm(f"{name}.q_a_layernorm", self.linear(f"{name}.q_a_proj", x))
+            )
         q_nope, q_pe = q.unflatten(1, (heads, -1)).split([nope, rotary], -1)
         compressed, k_pe = self.linear(f"{name}.kv_a_proj_with_mqa", x).split([c.kv_lora_rank, rotary], -1)
         kv = self.linear(f"{name}.kv_b_proj", self.rms_norm(f"{name}.kv_a_layernorm", compressed))
@@ -114,7 +119,7 @@ class Float64Oracle:
         return torch.view_as_real(pairs * turn.unsqueeze(1)).flatten(-2)
 
     def angles(self, length: int) -> Tensor:
-        """[length, P / 2]. YaRN: wavelengths that turn often in the original context stay, those that hardly turn stretch."""
+        """[length, P / 2]. With YaRN, what turns often in the original context stays, what hardly turns is slowed."""
         c, yarn, size = self.config, self.config.rope_scaling, self.config.qk_rope_head_dim
         frequencies = c.rope_theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
         if yarn is not None:
