@@ -56,6 +56,7 @@ def mla_attention(
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     require(len(starts) == len(lengths) + 1, op, f"{len(lengths)} seq_lens, {len(starts)} query_start_loc")
     require(starts[-1] == q.shape[0], op, f"query_start_loc ends at {starts[-1]}, q has {q.shape[0]} tokens")
+    require(starts[0] == 0 and starts == sorted(starts), op, f"query_start_loc {starts} does not ascend from 0")
     block_size = latent_cache.shape[1]
     outputs = []
     for request, length in enumerate(lengths):
@@ -65,7 +66,8 @@ def mla_attention(
         require(length >= len(queries), op, f"request {request} has seq_len {length} and {len(queries)} queries")
         blocks = block_table[request, : -(-length // block_size)].long()
         require(
-            len(blocks) * block_size >= length and bool((blocks < latent_cache.shape[0]).all()),
+            len(blocks) * block_size >= length
+            and bool(((blocks >= 0) & (blocks < latent_cache.shape[0])).all()),
             op,
             f"request {request} of {length} tokens has blocks {blocks.tolist()} of {latent_cache.shape[0]}",
         )
