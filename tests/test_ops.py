@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -75,12 +76,13 @@ def row_operations(dtype: torch.dtype, columns: int, outputs: int) -> Iterator[t
     yield "rms_norm", lambda x: rms_norm(x, norm, 1e-6)
     yield "silu_and_mul", silu_and_mul
     for scale_format in SCALE_FORMATS:
-        quantized, scale = fp8.quantize_weight(weight, scale_format)
+        pair = fp8.quantize_weight(weight, scale_format)
+        yield f"fp8_linear {scale_format}", partial(quantized_linear, scale_format, *pair)
 
-        def quantized_linear(x: Tensor, scale_format: ScaleFormat = scale_format, q: Tensor = quantized) -> Tensor:
-            return fp8.fp8_linear(*fp8.quantize_fp8(x, scale_format), q, scale)
 
-        yield f"fp8_linear {scale_format}", quantized_linear
+def quantized_linear(scale_format: ScaleFormat, weight: Tensor, weight_scale: Tensor, x: Tensor) -> Tensor:
+    """Both operations of an FP8 projection."""
+    return fp8.fp8_linear(*fp8.quantize_fp8(x, scale_format), weight, weight_scale)
 
 
 OPERATIONS = [name for name, _ in row_operations(torch.float32, 128, 8)]
@@ -136,14 +138,24 @@ def test_another_tile_gives_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert int((linear(x, weight) != whole).sum()) > 0
 
 
-def test_linear_to_fp32_does_not_round_and_is_independent_of_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_to_fp32_does_not_round() -> None:
     x, weight = normal(3, 256, dtype=torch.bfloat16), normal(100, 256, seed=1, dtype=torch.bfloat16)
     exact = x.double() @ weight.double().T
     wide = linear(x, weight, out_dtype=torch.float32)
     assert wide.dtype == torch.float32
     assert (wide - exact).abs().max() < 1e-4 < 1e-2 < (linear(x, weight) - exact).abs().max()
-    monkeypatch.setattr(tile, "COLUMNS", 32)
-    assert same_bits(linear(x, weight, out_dtype=torch.float32), wide)
+
+
+@pytest.mark.xfail(reason="the library blocks K by the number of columns too, and only rows are tiled", strict=True)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_column_is_independent_of_the_others(dtype: torch.dtype) -> None:
+    """What a layout with the weight's rows spread over several processes would need on a CPU."""
+    for columns in (512, 1024, 2048):
+        x, weight = normal(64, columns, dtype=dtype), normal(256, columns, seed=1, dtype=dtype)
+        whole = linear(x, weight)
+        for outputs in (48, 64, 128):
+            assert same_bits(linear(x, weight[:outputs]), whole[:, :outputs])
+            assert same_bits(linear(x, weight[-outputs:]), whole[:, -outputs:])
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -726,6 +738,7 @@ def test_attention_of_nothing() -> None:
 # Inputs that the contracts refuse: (message, call)
 
 X = torch.zeros(2, 256)
+HEADS_X = torch.zeros(2, 3, 8)
 Q8, S8 = fp8.quantize_fp8(X, "ue8m0")
 W8, WS8 = fp8.quantize_weight(torch.zeros(130, 256), "ue8m0")
 CACHE = torch.zeros(4, 16, 40)
@@ -755,7 +768,7 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
         r"head_linear: x of shape \(2, 3, 8\).*\(4, 5, 8\)",
         lambda: head_linear(torch.zeros(2, 3, 8), torch.zeros(4, 5, 8)),
     ),
-    (r"head_linear: weight is not", lambda: head_linear(torch.zeros(2, 3, 8), torch.zeros(3, 8, 5).transpose(1, 2))),
+    (r"head_linear: weight is not", lambda: head_linear(HEADS_X, torch.zeros(3, 8, 5).transpose(1, 2))),
     (r"grouped_linear: weight is torch.bfloat16", lambda: grouped_linear(X, torch.tensor([2]), X.bfloat16()[None])),
     (r"grouped_linear: expert_counts sum to 3, x has 2", lambda: grouped_linear(X, torch.tensor([3]), X[None])),
     (r"quantize_fp8: K=200", lambda: fp8.quantize_fp8(torch.zeros(2, 200), "ue8m0")),
