@@ -154,7 +154,7 @@ def run(
     for case in cases:
         progress("suite", f"comparing {case.name}")
         report.verdicts.append(_judge(case, results, work_dir))
-    report.problems += _kernels_differ(results)
+    report.problems += _served_otherwise(results, report.profile)
     return report
 
 
@@ -243,10 +243,12 @@ def _judge(case: Case, results: dict[str, Result], work_dir: Path) -> CaseVerdic
     return CaseVerdict(case, tuple(comparisons), tuple(problems))
 
 
-def _kernels_differ(results: dict[str, Result]) -> list[str]:
-    """A testee that served another model than ours must not pass by accident."""
-    return [
-        f"{name} served {result.served.model_class}, which is not dsv3-plugin's model"
-        for name, result in results.items()
-        if not result.served.model_class.startswith("dsv3_plugin.")
-    ]
+def _served_otherwise(results: dict[str, Result], profile: str) -> list[str]:
+    """A testee that served another model or another arithmetic than asked must not pass by accident."""
+    problems = []
+    for name, result in results.items():
+        if not result.served.model_class.startswith("dsv3_plugin."):
+            problems.append(f"{name} served {result.served.model_class}, which is not dsv3-plugin's model")
+        elif result.served.profile != profile:
+            problems.append(f"{name} ran the {result.served.profile} profile, the checkpoint's is {profile}")
+    return problems

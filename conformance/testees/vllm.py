@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
@@ -134,6 +135,8 @@ class VllmTestee:
         speculative = {"method": "mtp", "num_speculative_tokens": num_speculative_tokens}
         self.llm = LLM(
             model=self.job.checkpoint,
+            # Said outright: on a CPU vLLM turns a float32 checkpoint into bfloat16 by default.
+            dtype=DeepseekV3Config.from_pretrained(self.job.checkpoint).torch_dtype,
             enforce_eager=True,
             max_model_len=512,
             max_num_seqs=8,

@@ -1,0 +1,66 @@
+"""A reference testee with one thing wrong: `python sabotaged_testee.py SABOTAGE JOB_DIR RESULT_DIR`.
+
+`ulp:MODULE` moves one output of a module of `DeepseekV3Model` by one ulp; `tile:ROWS` runs the CPU's products on other tiles;
+`page` lets a request read a neighbour's last cached token; `tokens` answers other tokens than it computed; `silent` leaves a row out; `crash` raises.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from dsv3_plugin.conformance.protocol import Case, Job
+from dsv3_plugin.conformance.testees import program
+from dsv3_plugin.conformance.testees.reference import ReferenceOutcome, ReferenceTestee
+from dsv3_plugin.ops import tile
+
+SABOTAGE, _, ARGUMENT = sys.argv.pop(1).partition(":")
+
+
+def bump(module: object, args: object, output: torch.Tensor) -> torch.Tensor:
+    """The first output of the pass, one representable number further from zero."""
+    bits = output.clone().view({2: torch.int16, 4: torch.int32}[output.element_size()])
+    bits[0, 0] += 1
+    return bits.view(output.dtype)
+
+
+class SabotagedTestee(ReferenceTestee):
+    name = "sabotaged"
+
+    def __init__(self, job: Job) -> None:
+        if SABOTAGE == "crash":
+            raise RuntimeError("sabotaged on purpose")
+        if SABOTAGE == "tile":
+            tile.ROWS = int(ARGUMENT)
+        super().__init__(job)
+        if SABOTAGE == "ulp":
+            self.model.model.get_submodule(ARGUMENT).register_forward_hook(bump)
+        if SABOTAGE == "page":
+            attention = self.ops.mla_attention
+
+            def off_by_one(q: Any, cache: Any, block_table: Any, seq_lens: Any, *args: Any, **kwargs: Any) -> Any:
+                # The newest token of the first request is forgotten: it attends to the one before twice.
+                pages = cache.clone()
+                block, offset = divmod(int(seq_lens[0]) - 1, cache.shape[1])
+                pages[block_table[0, block], offset] = cache[block_table[0, 0], 0]
+                return attention(q, pages, block_table, seq_lens, *args, **kwargs)
+
+            object.__setattr__(self.ops, "mla_attention", off_by_one)
+
+    def run(self, case: Case) -> ReferenceOutcome:
+        outcome = super().run(case)
+        if SABOTAGE == "tokens":
+            first = outcome.requests[0]
+            wrong = (*first.token_ids[:-1], first.token_ids[-1] ^ 1)
+            outcome.requests[0] = first.model_copy(update={"token_ids": wrong})
+        if SABOTAGE == "silent":
+            recorder = outcome.recorder
+            recorder._keys["logits"].pop()
+            recorder._values["logits"][-1] = recorder._values["logits"][-1][:-1]
+        return outcome
+
+
+if __name__ == "__main__":
+    program.main(SabotagedTestee)

@@ -1,0 +1,272 @@
+"""The suite itself: it passes what is equal, and catches and names what is not."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_plugin.conformance import compare, runner
+from dsv3_plugin.conformance.cases import make_cases
+from dsv3_plugin.conformance.protocol import Case, Request, RequestResult, prefix_digest
+from dsv3_plugin.conformance.rows import RowKey, RowRecorder, TokenTracker
+from dsv3_plugin.errors import ConformanceError
+
+TinyCheckpoint = type[Path]
+REFERENCE = runner.TesteeCommand("reference", (sys.executable, "-m", "dsv3_plugin.conformance.testees.reference"))
+
+
+def sabotaged(sabotage: str) -> runner.TesteeCommand:
+    program = str(Path(__file__).with_name("sabotaged_testee.py"))
+    return runner.TesteeCommand("sabotaged", (sys.executable, program, sabotage))
+
+
+def run(testees, checkpoint: Path, work_dir: Path, *cases: str) -> runner.Report:
+    return runner.run(testees, checkpoint, work_dir, lambda name, what: None, cases)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp8"])
+def test_every_schedule_of_the_reference_is_the_specification(tiny_checkpoint, tmp_path: Path, dtype: str) -> None:
+    report = run([REFERENCE], tiny_checkpoint(dtype), tmp_path)
+    assert report.passed, [v for v in report.verdicts if not v.passed]
+    assert len(report.verdicts) == 9
+    for verdict in report.verdicts:
+        (comparison,) = verdict.comparisons
+        assert (comparison.left, comparison.right) == ("specification", "reference")
+        assert comparison.equal_rows > 1000
+    served = report.results["reference"].served
+    assert served.model_class == "dsv3_plugin.layers.model.DeepseekV3"
+    assert set(served.kernels.values()) == {f"reference {report.results['reference'].versions['dsv3-plugin']}"}
+    cases = {case.name: case for case in report.results["reference"].cases}
+    assert 0 < cases["mtp_2"].num_accepted_tokens < cases["mtp_2"].num_draft_tokens
+
+
+@pytest.mark.parametrize(
+    ("module", "named"),
+    [
+        ("layers.2.self_attn.o_proj", "layers.2.self_attn"),
+        ("layers.1.mlp.shared_experts", "layers.1.mlp"),
+        ("layers.0.mlp.gate_up_proj", "layers.0.mlp"),
+        ("layers.3.input_layernorm", "layers.3.self_attn"),
+        ("embed_tokens", "embed_tokens"),
+        ("norm", "norm"),
+    ],
+)
+def test_one_ulp_in_one_module_is_caught_and_the_layer_named(
+    tiny_checkpoint, tmp_path: Path, module: str, named: str
+) -> None:
+    report = run([REFERENCE, sabotaged(f"ulp:{module}")], tiny_checkpoint("fp32"), tmp_path, "batch")
+    assert not report.passed
+    (verdict,) = report.verdicts
+    pair = next(c for c in verdict.comparisons if (c.left, c.right) == ("reference", "sabotaged"))
+    assert pair.different_rows > 0
+    assert pair.first_difference is not None
+    assert pair.first_difference.stream == named
+    assert pair.first_difference.position == 0
+
+
+@pytest.mark.parametrize("sabotage", ["tile:32", "page"])
+def test_another_tile_or_a_wrong_page_is_caught(tiny_checkpoint, tmp_path: Path, sabotage: str) -> None:
+    report = run([REFERENCE, sabotaged(sabotage)], tiny_checkpoint("fp32"), tmp_path, "decode")
+    pair = next(c for c in report.verdicts[0].comparisons if (c.left, c.right) == ("reference", "sabotaged"))
+    assert not report.passed
+    assert pair.different_rows > 0
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "problem"),
+    [
+        ("tokens", r"reference and sabotaged chose different tokens in request 0 at position 16"),
+        ("silent", r"sabotaged: request 1 has no logits at position 70"),
+    ],
+)
+def test_wrong_tokens_and_missing_rows_fail(tiny_checkpoint, tmp_path: Path, sabotage: str, problem: str) -> None:
+    report = run([REFERENCE, sabotaged(sabotage)], tiny_checkpoint("bf16"), tmp_path, "decode")
+    assert not report.passed
+    assert any(re.search(problem, text) for text in report.verdicts[0].problems), report.verdicts[0].problems
+
+
+def test_a_case_that_did_not_test_what_it_says_fails(tiny_checkpoint, tmp_path: Path, monkeypatch) -> None:
+    def never_cached(token_ids, *, with_mtp):
+        cases = make_cases(token_ids, with_mtp=with_mtp)
+        return tuple(case.model_copy(update={"min_cached_tokens": 10_000}) for case in cases)
+
+    monkeypatch.setattr(runner, "make_cases", never_cached)
+    report = run([REFERENCE], tiny_checkpoint("bf16"), tmp_path, "prefix_cache")
+    assert report.verdicts[0].problems == (
+        "reference: 96 tokens came from the prefix cache, 10000 should have",
+    )
+
+
+class TestCommandLine:
+    """What a user sees."""
+
+    @staticmethod
+    def dsv3(*arguments: object) -> subprocess.CompletedProcess[str]:
+        program = str(Path(sys.executable).with_name("dsv3"))
+        return subprocess.run([program, "conformance", "run", *map(str, arguments)], capture_output=True, text=True)
+
+    def test_equal(self, tiny_checkpoint, tmp_path: Path) -> None:
+        file = tmp_path / "report.json"
+        checkpoint = tiny_checkpoint("bf16")
+        done = self.dsv3("--testee", "reference", "--checkpoint", checkpoint, "--case", "decode", "--json", file)
+        assert done.returncode == 0, done.stderr
+        assert "rows equal, bit for bit" in done.stdout
+        report = json.loads(file.read_text())
+        assert report["passed"] is True
+        assert report["profile"] == "bf16"
+        assert report["testees"]["reference"]["served"]["kernels"]["mla_attention"].startswith("reference")
+
+    def test_different(self, tiny_checkpoint) -> None:
+        program = f"other={sys.executable} {Path(__file__).with_name('sabotaged_testee.py')} ulp:layers.1.mlp"
+        arguments = ("--testee", "reference", "--testee", program, "--case", "decode")
+        done = self.dsv3(*arguments, "--checkpoint", tiny_checkpoint("bf16"))
+        assert done.returncode == 1
+        assert "first difference in layers.1.mlp, request 0, position 0, column 0" in " ".join(done.stdout.split())
+        assert "1 ulp apart" in " ".join(done.stdout.split())
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--testee", "tgi"), r"error: --testee tgi: unknown; the suite has reference, vllm"),
+            (("--testee", "vllm", "--environments", "nowhere"), r"error: --testee vllm: vllm and dsv3-plugin are not both"),
+            (("--testee", "x=/no/such/program"), r"error: testee x cannot be started: /no/such/program: No such file"),
+            (("--testee", "x=false"), r"error: testee x failed with status 1"),
+            (("--testee", "x=true"), r"error: .*/x/result.json: missing; the testee did not finish"),
+            (("--testee", "x=sh -c 'kill -9 $$'"), r"error: testee x was killed by SIGKILL"),
+            (("--testee", "reference", "--testee", "reference"), r"error: testees need different names"),
+            (("--testee", "reference", "--case", "sleep"), r"error: --case sleep: unknown; this checkpoint has prefill"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, tiny_checkpoint, arguments, message: str) -> None:
+        done = self.dsv3(*arguments, "--checkpoint", tiny_checkpoint("bf16"))
+        assert done.returncode == 2
+        assert re.search(message, done.stderr), done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+    def test_a_crash_names_its_last_words_and_its_log(self, tiny_checkpoint) -> None:
+        program = f"x={sys.executable} {Path(__file__).with_name('sabotaged_testee.py')} crash"
+        done = self.dsv3("--testee", program, "--checkpoint", tiny_checkpoint("bf16"))
+        assert done.returncode == 2
+        assert re.search(r"error: testee x failed with status 1: RuntimeError: sabotaged on purpose \(its log: ", done.stderr)
+
+    def test_nothing_is_overwritten(self, tiny_checkpoint, tmp_path: Path) -> None:
+        file = tmp_path / "report.json"
+        file.write_text("mine")
+        done = self.dsv3("--testee", "reference", "--checkpoint", tiny_checkpoint("bf16"), "--json", file)
+        assert done.returncode == 2
+        assert "exists already and is not overwritten" in done.stderr
+        assert file.read_text() == "mine"
+
+    def test_broken_checkpoint(self, tmp_path: Path) -> None:
+        done = self.dsv3("--testee", "reference", "--checkpoint", tmp_path / "nothing")
+        assert done.returncode == 2
+        assert "nothing" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+class TestCompare:
+    """Bits, not values."""
+
+    @staticmethod
+    def rows(file: Path, values: torch.Tensor, prefixes: list[int]) -> compare.RowFile:
+        recorder = RowRecorder()
+        recorder.add("logits", [RowKey(0, i, p) for i, p in enumerate(prefixes)], values)
+        recorder.save(file)
+        return compare.RowFile(file)
+
+    def compare(self, tmp_path: Path, left: torch.Tensor, right: torch.Tensor) -> compare.Comparison:
+        a = self.rows(tmp_path / "a.safetensors", left, list(range(len(left))))
+        b = self.rows(tmp_path / "b.safetensors", right, list(range(len(right))))
+        return compare.compare_case("case", ("a", a), ("b", b))
+
+    def test_nan_equals_itself_and_zero_has_a_sign(self, tmp_path: Path) -> None:
+        nan = torch.tensor([[1.0, torch.nan]])
+        assert self.compare(tmp_path, nan, nan.clone()).equal
+        result = self.compare(tmp_path, torch.tensor([[0.0]]), torch.tensor([[-0.0]]))
+        assert not result.equal
+        assert result.first_difference is not None
+        assert result.first_difference.ulps == 0
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("value", [1.0, -1.0, 0.0, -3.5])
+    def test_one_ulp(self, tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+        x = torch.tensor([[5.0, value]], dtype=dtype)
+        y = torch.nextafter(x, torch.tensor([[5.0, torch.inf]], dtype=dtype))
+        result = self.compare(tmp_path, x, y)
+        assert (result.equal_rows, result.different_rows) == (0, 1)
+        assert result.first_difference is not None
+        assert (result.first_difference.column, result.first_difference.ulps) == (1, 1)
+
+    def test_rows_are_matched_by_prefix_not_by_place(self, tmp_path: Path) -> None:
+        values = torch.randn(3, 4)
+        a = self.rows(tmp_path / "a.safetensors", values, [10, 11, 12])
+        b = self.rows(tmp_path / "b.safetensors", values[[2, 0]], [12, 10])
+        assert compare.compare_case("case", ("a", a), ("b", b)).equal_rows == 2
+        c = self.rows(tmp_path / "c.safetensors", values[[2, 0]], [10, 12])
+        assert compare.compare_case("case", ("a", a), ("c", c)).different_rows == 2
+
+    def test_nothing_in_common_is_not_equal(self, tmp_path: Path) -> None:
+        a = self.rows(tmp_path / "a.safetensors", torch.zeros(1, 2), [1])
+        b = self.rows(tmp_path / "b.safetensors", torch.zeros(1, 2), [2])
+        result = compare.compare_case("case", ("a", a), ("b", b))
+        assert not result.equal
+        assert result.unmatched_rows == 1
+
+    def test_tokens(self) -> None:
+        def result(*tokens: int) -> RequestResult:
+            return RequestResult(token_ids=tokens, num_cached_tokens=0)
+
+        assert compare.tokens_differ(result(1, 2, 3), result(1, 2, 3)) is None
+        assert compare.tokens_differ(result(1, 2, 3), result(1, 9, 3)) == 1
+        assert compare.tokens_differ(result(1, 2, 3), result(1, 2)) == 2
+
+
+class TestTokenTracker:
+    """Rows know which tokens they saw."""
+
+    def test_a_rejected_draft_is_replaced(self) -> None:
+        tracker = TokenTracker()
+        tracker.start(0, [5, 6, 7])
+        assert [key.prefix for key in tracker.observe(0, [0, 1, 2], [5, 6, 7])] == [
+            prefix_digest(tokens) for tokens in ([5], [5, 6], [5, 6, 7])
+        ]
+        draft = tracker.observe(0, [3, 4], [8, 9])
+        real = tracker.observe(0, [4], [1])
+        assert draft[1].position == real[0].position == 4
+        assert draft[1].prefix == prefix_digest([5, 6, 7, 8, 9])
+        assert real[0].prefix == prefix_digest([5, 6, 7, 8, 1])
+
+    def test_a_hole_is_refused(self) -> None:
+        tracker = TokenTracker()
+        tracker.start(0, [5])
+        with pytest.raises(AssertionError):
+            tracker.observe(0, [3], [1])
+
+
+def test_a_promised_row_must_be_there(tmp_path: Path) -> None:
+    case = Case(name="c", title="c", rounds=((Request(prompt_token_ids=(1, 2), max_tokens=2),),))
+    result = (RequestResult(token_ids=(1, 2, 3, 4), num_cached_tokens=0),)
+    for positions, problem in (
+        ([1, 2], None),
+        ([1], "request 0 has no logits at position 2"),
+        ([0, 2], "request 0 has no logits at position 1"),
+    ):
+        recorder = RowRecorder()
+        recorder.add("logits", [RowKey(0, p, p) for p in positions], torch.zeros(len(positions), 2))
+        recorder.save(tmp_path / "rows.safetensors")
+        assert compare.missing_rows(case, result, compare.RowFile(tmp_path / "rows.safetensors")) == problem
+    short = (RequestResult(token_ids=(1, 2, 3), num_cached_tokens=0),)
+    assert compare.missing_rows(case, short, compare.RowFile(tmp_path / "rows.safetensors")) == (
+        "request 0 has 1 tokens, 2 were asked for"
+    )
+
+
+def test_an_unknown_testee_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConformanceError, match="no command after"):
+        runner.TesteeCommand.parse("mine=", tmp_path)

@@ -1,0 +1,255 @@
+"""The vLLM adapter, in real vLLM engines of their own environments (`make environments`)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_plugin.checkpoint.loader import load_model
+from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
+from dsv3_plugin.checkpoint.presets import read_config
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.conformance import runner
+from dsv3_plugin.layers.model import bind_ops
+from dsv3_plugin.ops.rope import softmax_scale
+
+ENVIRONMENTS = Path(__file__).parent.parent / ".envs"
+REFERENCE = runner.TesteeCommand("reference", (sys.executable, "-m", "dsv3_plugin.conformance.testees.reference"))
+
+
+def python_of(environment: str) -> str:
+    python = ENVIRONMENTS / environment / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"{python} is missing: run `make environments`")
+    return str(python)
+
+
+def vllm_testee(environment: str) -> runner.TesteeCommand:
+    return runner.TesteeCommand("vllm", (python_of(environment), "-m", "dsv3_plugin.conformance.testees.vllm"))
+
+
+def run(testees, checkpoint: Path, work_dir: Path, *cases: str) -> runner.Report:
+    return runner.run(testees, checkpoint, work_dir, lambda name, what: None, cases)
+
+
+@pytest.mark.parametrize(
+    ("environment", "dtype", "cases"),
+    [
+        ("vllm", "bf16", ()),
+        ("vllm", "fp32", ("batch", "chunked_prefill", "prefix_cache", "mtp_2")),
+        ("vllm", "fp8", ("batch", "chunked_prefill", "prefix_cache", "mtp_2")),
+        ("vllm-0.27.1", "bf16", ()),
+    ],
+)
+def test_vllm_prints_the_reference_s_bits(
+    tiny_checkpoint, tmp_path: Path, environment: str, dtype: str, cases: tuple[str, ...]
+) -> None:
+    report = run([REFERENCE, vllm_testee(environment)], tiny_checkpoint(dtype), tmp_path, *cases)
+    assert report.passed, (report.problems, [(v.problems, v.comparisons) for v in report.verdicts if not v.passed])
+    served = report.results["vllm"].served
+    assert served.model_class == "dsv3_plugin.vllm_backend.model.DeepseekV3ForCausalLM"
+    assert served.draft_class == "dsv3_plugin.vllm_backend.model.DeepSeekMTPModel"
+    assert served.profile == dtype
+    assert served.kernels == report.results["reference"].served.kernels
+    for verdict in report.verdicts:
+        pair = next(c for c in verdict.comparisons if (c.left, c.right) == ("reference", "vllm"))
+        assert pair.equal_rows > 500, verdict.case.name
+        assert pair.unmatched_rows == 0, verdict.case.name
+    outcomes = {case.name: case for case in report.results["vllm"].cases}
+    assert 0 < outcomes["mtp_2"].num_accepted_tokens < outcomes["mtp_2"].num_draft_tokens
+
+
+def test_vllm_s_own_model_is_caught_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The real sizes of MLA: the only ones that vLLM's own CPU kernels take.
+    config = read_config("small") | {"vocab_size": 1024, "num_hidden_layers": 2, "num_nextn_predict_layers": 0}
+    checkpoint = tmp_path / "checkpoint"
+    make_checkpoint(config, checkpoint, 1, dtype=CheckpointDtype("bf16"))
+    monkeypatch.setenv("DSV3_PLUGIN", "off")
+    work_dir = tmp_path / "work"
+    work_dir.mkdir()
+    report = run([REFERENCE, vllm_testee("vllm")], checkpoint, work_dir, "prefill")
+    assert not report.passed
+    served = report.results["vllm"].served.model_class
+    assert served.startswith("vllm.model_executor.models.")
+    assert report.problems == [f"vllm served {served}, which is not dsv3-plugin's model"]
+    pair = next(c for c in report.verdicts[0].comparisons if (c.left, c.right) == ("reference", "vllm"))
+    assert pair.different_rows > 0.9 * (pair.different_rows + pair.equal_rows)
+    assert "switched off by DSV3_PLUGIN" in (work_dir / "vllm" / "log.txt").read_text()
+
+
+def predict_logprobs(checkpoint: Path, token_ids: list[int]) -> torch.Tensor:
+    """log-softmax of the reference's logits at every position, fp32 [tokens, vocab_size]."""
+    reader = CheckpointReader(checkpoint)
+    ops = bind_ops(reader.config, reader.profile(), torch.device("cpu"))
+    model = load_model(reader, ops)
+
+    def attend(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        ends = torch.tensor([0, len(latent)])
+        sizes = {"kv_lora_rank": reader.config.kv_lora_rank, "scale": softmax_scale(reader.config)}
+        return ops.mla_attention(q, latent.unsqueeze(0), torch.tensor([[0]]), ends[1:], ends, **sizes)
+
+    hidden = model(torch.tensor(token_ids), torch.arange(len(token_ids)), attend)
+    return torch.log_softmax(model.lm_head(hidden), dim=-1)
+
+
+@contextmanager
+def vllm_serve(checkpoint: Path, log: Path, *arguments: str, **environment: str) -> Iterator[str]:
+    """`vllm serve CHECKPOINT`; yields the server's address once it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(python_of("vllm")).with_name("vllm")), "serve", str(checkpoint), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--max-model-len", "256", "--enforce-eager", *arguments]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    settings["VLLM_CACHE_ROOT"] = str(log.parent / "vllm-cache")
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | settings | environment)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            if server.poll() is not None:
+                raise RuntimeError(f"vllm serve ended with status {server.returncode}:\n{log.read_text()[-3000:]}")
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2).close()
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def post(address: str, path: str, body: dict[str, object]) -> dict[str, object]:
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
+
+
+def test_vllm_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint("bf16")
+    prompt = list(range(300, 340))
+    log = tmp_path / "serve.log"
+    speculative = '{"method": "mtp", "num_speculative_tokens": 1}'
+    with vllm_serve(checkpoint, log, "--speculative-config", speculative) as address:
+        body = {"model": str(checkpoint), "prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 3}
+        answer = post(address, "/v1/completions", body | {"ignore_eos": True, "return_token_ids": True})
+    (choice,) = answer["choices"]  # type: ignore[misc]
+    tokens = choice["token_ids"]
+    assert len(tokens) == 12
+    predicted = predict_logprobs(checkpoint, prompt + tokens)
+    for i, (token, logprob) in enumerate(zip(tokens, choice["logprobs"]["token_logprobs"], strict=True)):
+        row = predicted[len(prompt) - 1 + i]
+        assert int(row.argmax()) == token
+        assert logprob == row[token].item()
+        best = sorted(choice["logprobs"]["top_logprobs"][i].values(), reverse=True)[:3]
+        assert best == row.topk(3).values.tolist()
+    text = log.read_text()
+    for served in ("DeepseekV3ForCausalLM", "DeepSeekMTPModel"):
+        assert re.search(rf"dsv3-plugin \S+ serves {served}: profile bf16, strict mode, kernels: reference", text)
+
+
+class TestBadInput:
+    """Each ends the engine with a last line that says what to do; none falls back to vLLM's own model."""
+
+    @staticmethod
+    def start(checkpoint: Path, tmp_path: Path, arguments: str = "", **environment: str) -> tuple[int, str]:
+        program = f"from vllm import LLM; LLM({str(checkpoint)!r}, enforce_eager=True, max_model_len=64, {arguments})"
+        settings = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
+        }
+        done = subprocess.run(
+            [python_of("vllm"), "-c", program], capture_output=True, text=True, env=os.environ | settings | environment
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def test_checkpoint_without_a_tensor(self, tiny_checkpoint, tmp_path: Path) -> None:
+        broken = tmp_path / "broken"
+        shutil.copytree(tiny_checkpoint("bf16"), broken)
+        file = broken / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        status, output = self.start(broken, tmp_path)
+        assert status != 0
+        assert re.search(r"CheckpointError: .*model\.safetensors", output), output[-2000:]
+
+    def test_unsupported_dtype(self, tiny_checkpoint, tmp_path: Path) -> None:
+        status, output = self.start(tiny_checkpoint("bf16"), tmp_path, "dtype='float16'")
+        assert status != 0
+        assert "ConfigError: dtype=torch.float16 has no numerics profile; use float32 or bfloat16" in output
+
+    def test_unknown_mode(self, tiny_checkpoint, tmp_path: Path) -> None:
+        status, output = self.start(tiny_checkpoint("bf16"), tmp_path, DSV3_PLUGIN_MODE="careful")
+        assert status != 0
+        assert "KernelError: DSV3_PLUGIN_MODE='careful'; use strict or fast" in output
+
+
+PLUGIN_PROGRAM = """
+import logging, os, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s", force=True)
+from vllm import ModelRegistry
+from dsv3_plugin.vllm_backend import compat, plugin
+
+def show(step):
+    for name in plugin.ARCHITECTURES:
+        model = ModelRegistry.models[name]
+        print(f"{step}: {name} is {model.module_name}:{model.class_name}")
+
+os.environ["DSV3_PLUGIN"] = "off"
+plugin.register()
+show("off")
+del os.environ["DSV3_PLUGIN"]
+plugin.register()
+plugin.register()
+show("on")
+ModelRegistry.register_model("DeepseekV3ForCausalLM", "their_plugin.model:TheirModel")
+plugin.register()
+show("second")
+compat.TESTED = ("0.1.0", "0.2.0")
+print("untested")
+plugin.register()
+"""
+
+
+@pytest.mark.parametrize("environment", ["vllm", "vllm-0.27.1"])
+def test_the_entry_point(environment: str, tmp_path: Path) -> None:
+    """In order: the kill switch, registering twice, another plugin in the way, an untested version."""
+    variables = {"VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CACHE_ROOT": str(tmp_path)}
+    done = subprocess.run(
+        [python_of(environment), "-c", PLUGIN_PROGRAM], capture_output=True, text=True, env=os.environ | variables
+    )
+    assert done.returncode == 0, done.stderr
+    output = done.stdout
+    assert re.search(r"^off: DeepseekV3ForCausalLM is vllm\.model_executor\.models\.", output, re.M)
+    for step in ("on", "second"):
+        for name in ("DeepseekV3ForCausalLM", "DeepSeekMTPModel"):
+            assert f"{step}: {name} is dsv3_plugin.vllm_backend.model:{name}\n" in output
+    named = "dsv3-plugin replaces their_plugin.model:TheirModel for DeepseekV3ForCausalLM"
+    assert named in output
+    assert named not in output[: output.index("on: ")]
+    warning = r"dsv3-plugin is tested with vLLM 0\.1\.0 to 0\.2\.0, this is 0\.\d+\.\d"
+    assert re.search(warning, output[output.index("untested") :])
+    assert not re.search("is tested with", output[: output.index("untested")])
+
+
+def test_log_softmax_is_a_distribution(tiny_checkpoint) -> None:
+    predicted = predict_logprobs(tiny_checkpoint("bf16"), list(range(300, 310)))
+    assert predicted.exp().sum(-1).tolist() == pytest.approx([1.0] * 10, abs=1e-5)
+    assert all(math.isfinite(value) for value in predicted.flatten().tolist())
