@@ -146,7 +146,11 @@ def test_linear_to_fp32_does_not_round() -> None:
     assert (wide - exact).abs().max() < 1e-4 < 1e-2 < (linear(x, weight) - exact).abs().max()
 
 
-@pytest.mark.xfail(reason="the library blocks K by the number of columns too, and only rows are tiled", strict=True)
+@pytest.mark.xfail(
+    reason="the library blocks K by the number of columns too, and only rows are tiled",
+    strict=True,
+    raises=AssertionError,
+)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_column_is_independent_of_the_others(dtype: torch.dtype) -> None:
     """What a layout with the weight's rows spread over several processes would need on a CPU."""
