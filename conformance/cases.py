@@ -1,6 +1,7 @@
 """The cases: every way in which an engine may schedule the same tokens.
 
-Lengths lie on and beside the borders that matter: 1, the chunk (16), the cache page (32), the CPU tile and the key block (64), and several of them.
+Lengths lie on and beside the borders that matter: 1, the chunk (16), the cache page (32), the CPU tile and the key
+block (64), and several of them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def _alone(requests: Sequence[Request]) -> tuple[tuple[Request, ...], ...]:
 
 
 def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:
-    """All cases over a text of about 2,000 tokens; those of speculative decoding only where the checkpoint has an MTP layer."""
+    """All cases over a text of about 2,000 tokens; those of speculative decoding only where the checkpoint has an MTP
+    layer.
+    """
     text = _Text(token_ids)
     shared = text.take(3 * BLOCK_SIZE)
 

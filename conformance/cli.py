@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from dsv3_plugin.conformance import report as reports
+from dsv3_plugin.conformance import runner
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from dsv3_plugin.conformance import report as reports
-from dsv3_plugin.conformance import runner
 from dsv3_plugin.errors import ConformanceError
 
 app = typer.Typer(help="Prove that engines print the same logits, bit for bit.", no_args_is_help=True)
@@ -28,12 +28,15 @@ def _group() -> None:
 @app.command()
 def run(
     testee: Annotated[
-        list[str], typer.Option(help="A testee of the suite (reference, vllm), or NAME=COMMAND for your own. Repeat it.")
+        list[str],
+        typer.Option(help="A testee of the suite (reference, vllm), or NAME=COMMAND for your own. Repeat it."),
     ],
     checkpoint: Annotated[Path, typer.Option(help="A DeepSeek-V3 checkpoint folder.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the full report to this new file.")] = None,
     case: Annotated[list[str] | None, typer.Option(help="Run only this case. Repeat it.")] = None,
-    environments: Annotated[Path, typer.Option(help="Folder with an environment NAME for each testee.")] = Path(".envs"),
+    environments: Annotated[Path, typer.Option(help="Folder with an environment NAME for each testee.")] = Path(
+        ".envs"
+    ),
     keep: Annotated[Path | None, typer.Option(help="Keep job, results and logs in this new folder.")] = None,
 ) -> None:
     """Run testees on one checkpoint, compare every row, and exit with status 1 if any bit differs."""

@@ -1,7 +1,9 @@
 """Comparing rows: bit patterns, matched by request and token prefix.
 
-Two testees agree on a case if every row that both computed has the same bits. A row that several passes computed (a prompt's last token that was scored and sampled, a draft that was rejected and
-tried again) counts each time. Where they differ, the first difference is the one at the lowest position, and there in the first module of the model: what comes after it follows from it.
+Two testees agree on a case if every row that both computed has the same bits. A row that several passes computed (a
+prompt's last token that was scored and sampled, a draft that was rejected and tried again) counts each time. Where
+they differ, the first difference is the one at the lowest position, and there in the first module of the model: what
+comes after it follows from it.
 """
 
 from __future__ import annotations
@@ -11,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-
 from dsv3_plugin.conformance.protocol import Case, RequestResult
 from dsv3_plugin.conformance.rows import layer_streams
+from safetensors import safe_open
 
 Key = tuple[int, int]
 
@@ -167,7 +168,8 @@ def tokens_differ(left: RequestResult, right: RequestResult) -> int | None:
 def missing_rows(case: Case, requests: tuple[RequestResult, ...], rows: RowFile) -> str | None:
     """Why a tensor file does not hold the logits that its case promises, else None.
 
-    Promised: the row that each generated token was chosen from, and every row of the prompt where the case asks for them.
+    Promised: the row that each generated token was chosen from, and every row of the prompt where the case asks for
+    them.
     """
     if "logits" not in rows.streams:
         return "no logits at all"

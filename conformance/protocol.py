@@ -2,8 +2,9 @@
 
     python -m my_testee JOB_DIR RESULT_DIR
 
-`JOB_DIR/job.json` is a `Job`. The testee writes `RESULT_DIR/result.json`, a `Result`, and for each case `RESULT_DIR/{case}.safetensors` with the rows that it computed.
-A *row* is what one token's position yields: its logits, or a layer's output. It is known by the request it belongs to and by the token prefix that it saw, so that
+`JOB_DIR/job.json` is a `Job`. The testee writes `RESULT_DIR/result.json`, a `Result`, and for each case
+`RESULT_DIR/{case}.safetensors` with the rows that it computed. A *row* is what one token's position yields: its
+logits, or a layer's output. It is known by the request it belongs to and by the token prefix that it saw, so that
 rows of different engines can be matched whatever their schedules. A tensor file holds for each *stream*
 
     {stream}          [rows, width]  fp32 or bf16
@@ -11,9 +12,10 @@ rows of different engines can be matched whatever their schedules. A tensor file
     {stream}.position int32 [rows]   position of the last token that the row saw
     {stream}.prefix   int64 [rows]   digest of the tokens 0..position
 
-Streams: `logits`; `mtp.0`, `mtp.1`, ... (the draft's logits of each draft step; position and prefix include the next token, which the draft saw);
-`embed_tokens`, `layers.{i}.self_attn`, `layers.{i}.mlp`, `layers.{i}`, `norm` (the main model's modules in the order in which they run).
-On standard output a testee prints progress as lines `DSV3-PROGRESS {"case": ...}`; everything else that it prints goes to a log.
+Streams: `logits`; `mtp.0`, `mtp.1`, ... (the draft's logits of each draft step; position and prefix include the next
+token, which the draft saw); `embed_tokens`, `layers.{i}.self_attn`, `layers.{i}.mlp`, `layers.{i}`, `norm` (the main
+model's modules in the order in which they run). On standard output a testee prints progress as lines `DSV3-PROGRESS
+{"case": ...}`; everything else that it prints goes to a log.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ class Case(_Message):
     prompt_logits: bool = False
     """Whether logits are wanted at every position of the prompts."""
     min_cached_tokens: int = 0
-    """Tokens that each request of the last round must find in the prefix cache, else the case did not test what it says."""
+    """Tokens that each request of the last round must find in the prefix cache, else the case did not test what it
+    says.
+    """
     min_accepted_tokens: int = 0
     """Draft tokens that must be accepted in all."""
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from dsv3_plugin.conformance.runner import CaseVerdict, Report
 from rich.console import Console
 from rich.table import Table
-
-from dsv3_plugin.conformance.runner import CaseVerdict, Report
 
 NOT_CLAIMED = (
     "equality with other versions of dsv3-plugin, torch or the CPU's matrix library",
@@ -23,7 +22,9 @@ def print_report(report: Report, console: Console) -> None:
         if result.served.draft_class:
             console.print(f"    draft: {result.served.draft_class}", highlight=False)
         kernels = sorted(set(result.served.kernels.values()))
-        console.print(f"    profile {result.served.profile}, kernels: {', '.join(kernels) or 'unknown'}", highlight=False)
+        console.print(
+            f"    profile {result.served.profile}, kernels: {', '.join(kernels) or 'unknown'}", highlight=False
+        )
     console.print(_table(report))
     for verdict in report.verdicts:
         _print_problems(verdict, console)
@@ -69,6 +70,8 @@ def _print_problems(verdict: CaseVerdict, console: Console) -> None:
     for comparison in verdict.comparisons:
         pair = f"{verdict.case.name}, {comparison.left} and {comparison.right}"
         if comparison.first_difference is not None:
-            console.print(f"[red]{pair}[/]: first difference in {comparison.first_difference.describe()}", highlight=False)
+            console.print(
+                f"[red]{pair}[/]: first difference in {comparison.first_difference.describe()}", highlight=False
+            )
         elif not comparison.equal:
             console.print(f"[red]{pair}[/]: no rows in common, or of different dtypes", highlight=False)

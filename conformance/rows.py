@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from dsv3_plugin.conformance.protocol import prefix_digest
 from safetensors.torch import save_file
 from torch import nn
-
-from dsv3_plugin.conformance.protocol import prefix_digest
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class RowKey:
 class TokenTracker:
     """Follows the tokens of each request as forward passes show them, and gives each row its key.
 
-    A pass overwrites the positions that it processes, so a rejected draft token is replaced by the one that took its place. Positions that an engine took from its
-    cache never show up: they are what `start` said.
+    A pass overwrites the positions that it processes, so a rejected draft token is replaced by the one that took its
+    place. Positions that an engine took from its cache never show up: they are what `start` said.
     """
 
     def __init__(self) -> None:

@@ -15,7 +15,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.cases import BLOCK_SIZE, make_cases
 from dsv3_plugin.conformance.compare import Comparison, RowFile, compare_case, missing_rows, tokens_differ
 from dsv3_plugin.conformance.protocol import (
@@ -29,6 +28,8 @@ from dsv3_plugin.conformance.protocol import (
     write_message,
 )
 from dsv3_plugin.conformance.texts import real_text, tokenize
+
+from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import ConformanceError
 
 ENGINES = {"reference": None, "vllm": "vllm"}
@@ -69,8 +70,8 @@ class TesteeCommand:
         module = ENGINES[name]
         if module is not None and subprocess.run([python, "-c", _IS_INSTALLED, module, _PACKAGE]).returncode:
             raise ConformanceError(
-                f"--testee {name}: {name} and dsv3-plugin are not both installed for {python}; set up {environments}/{name}"
-                f" with both, or give {name}='PYTHON -m {_PACKAGE}.{name}'"
+                f"--testee {name}: {name} and dsv3-plugin are not both installed for {python};"
+                f" set up {environments}/{name} with both, or give {name}='PYTHON -m {_PACKAGE}.{name}'"
             )
         return cls(name, (python, "-m", f"{_PACKAGE}.{name}"))
 
@@ -139,9 +140,7 @@ def run(
     """
     reader = CheckpointReader(checkpoint)
     reader.validate()
-    cases = make_cases(
-        tokenize(real_text(), checkpoint), with_mtp=reader.config.num_nextn_predict_layers > 0
-    )
+    cases = make_cases(tokenize(real_text(), checkpoint), with_mtp=reader.config.num_nextn_predict_layers > 0)
     cases = select(cases, only)
     names = [testee.name for testee in testees]
     if len(set(names)) != len(names) or SPECIFICATION in names:

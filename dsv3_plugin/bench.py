@@ -28,7 +28,9 @@ def _group() -> None:
 
 
 @app.command("linear")
-def bench_linear(repeats: Annotated[int, typer.Option(min=3, help="Measurements of each; medians are shown.")] = 31) -> None:
+def bench_linear(
+    repeats: Annotated[int, typer.Option(min=3, help="Measurements of each; medians are shown.")] = 31,
+) -> None:
     """The CPU's fixed-tile linear against `F.linear`, on one thread."""
     pin_one_thread()
     table = Table(title=f"torch {torch.__version__}, one thread, {repeats} repeats, median ms (quartiles)")

@@ -169,7 +169,9 @@ class DeepseekV3Config(BaseModel):
             f"first_k_dense_replace={self.first_k_dense_replace} exceeds num_hidden_layers={self.num_hidden_layers}",
         )
         if self.quantization_config is not None:
-            require(self.torch_dtype == "bfloat16", f"an fp8 model computes in bfloat16, torch_dtype={self.torch_dtype}")
+            require(
+                self.torch_dtype == "bfloat16", f"an fp8 model computes in bfloat16, torch_dtype={self.torch_dtype}"
+            )
             inputs = {
                 "hidden_size": self.hidden_size,
                 "intermediate_size": self.intermediate_size,

@@ -1,7 +1,8 @@
 """The pluggy interface: how kernel providers are found.
 
-A provider is a pluggy plugin under the entry-point group `dsv3_plugin` (or registered by hand) with one hook, `dsv3_kernels`. The hook runs once,
-when a model is built; the callables that win are bound to the model, so no hook call sits in the hot path.
+A provider is a pluggy plugin under the entry-point group `dsv3_plugin` (or registered by hand) with one hook,
+`dsv3_kernels`. The hook runs once, when a model is built; the callables that win are bound to the model, so no hook
+call sits in the hot path.
 
     # pyproject.toml of a provider
     [project.entry-points."dsv3_plugin"]
@@ -37,7 +38,9 @@ class Setting:
     device_type: str
     """`cpu` or `cuda`."""
     arithmetic: Arithmetic
-    """Whose sums: `cpu`, this machine's tiled products, or `sm90`, those of Hopper's tensor cores, which a CPU can model."""
+    """Whose sums: `cpu`, this machine's tiled products, or `sm90`, those of Hopper's tensor cores, which a CPU can
+    model.
+    """
     profile: Profile
     capability: tuple[int, int] | None = None
     """CUDA compute capability, (9, 0) for Hopper; None on a CPU."""
@@ -54,9 +57,9 @@ def always(setting: Setting) -> str | None:
 class Kernel:
     """One implementation of one operation.
 
-    `run` takes the arguments of the operation's reference in `dsv3_plugin.ops`. `refuses` returns why the kernel cannot serve a setting, or
-    None if it can. `certificate` names the evidence that it meets the contract bit for bit; a kernel without one is used in fast mode only.
-    Among kernels that may serve, the highest `priority` wins.
+    `run` takes the arguments of the operation's reference in `dsv3_plugin.ops`. `refuses` returns why the kernel
+    cannot serve a setting, or None if it can. `certificate` names the evidence that it meets the contract bit for
+    bit; a kernel without one is used in fast mode only. Among kernels that may serve, the highest `priority` wins.
     """
 
     op: str

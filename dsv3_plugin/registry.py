@@ -1,8 +1,8 @@
 """Choosing the kernel of every operation, once, when a model is built.
 
-`strict` (the default) admits only kernels with a certificate that match the contract's version; where none is left for an operation the error names
-the operation and what each candidate lacked. `fast` admits anything that supports the setting. Either way the choice is recorded: `Ops.provenance`
-says what really runs, and why the others do not.
+`strict` (the default) admits only kernels with a certificate that match the contract's version; where none is left
+for an operation the error names the operation and what each candidate lacked. `fast` admits anything that supports
+the setting. Either way the choice is recorded: `Ops.provenance` says what really runs, and why the others do not.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Ops:
-    """The bound kernels of a model, one callable an operation, with the signature of its reference in `dsv3_plugin.ops`."""
+    """The bound kernels of a model, one callable an operation, with the signature of its reference in
+    `dsv3_plugin.ops`.
+    """
 
     setting: Setting
     mode: Mode
@@ -134,9 +136,7 @@ def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] |
             missing.append(f"{contract.op} ({reasons})")
             continue
         bound[contract.op] = best.run
-        provenance.append(
-            Choice(contract.op, contract.version, best.provider, best.version, best.certificate, refused)
-        )
+        provenance.append(Choice(contract.op, contract.version, best.provider, best.version, best.certificate, refused))
     if missing:
         raise KernelError(f"no kernel may serve in {mode} mode on {setting.device_type}: {'; '.join(missing)}")
     return Ops(setting=setting, mode=mode, provenance=tuple(provenance), **bound)

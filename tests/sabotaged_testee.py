@@ -1,7 +1,8 @@
 """A reference testee with one thing wrong: `python sabotaged_testee.py SABOTAGE JOB_DIR RESULT_DIR`.
 
-`ulp:MODULE` moves one output of a module of `DeepseekV3Model` by one ulp; `tile:ROWS` runs the CPU's products on other tiles;
-`page` lets a request read a neighbour's last cached token; `tokens` answers other tokens than it computed; `silent` leaves a row out; `crash` raises.
+`ulp:MODULE` moves one output of a module of `DeepseekV3Model` by one ulp; `tile:ROWS` runs the CPU's products on other
+tiles; `page` replaces the newest cached token by the oldest; `tokens` answers other tokens than it computed; `silent`
+leaves a row out; `crash` raises.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import sys
 from typing import Any
 
 import torch
-
 from dsv3_plugin.conformance.protocol import Case, Job
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.conformance.testees.reference import ReferenceOutcome, ReferenceTestee
+
 from dsv3_plugin.ops import tile
 
 SABOTAGE, _, ARGUMENT = sys.argv.pop(1).partition(":")
@@ -41,7 +42,6 @@ class SabotagedTestee(ReferenceTestee):
             attention = self.ops.mla_attention
 
             def off_by_one(q: Any, cache: Any, block_table: Any, seq_lens: Any, *args: Any, **kwargs: Any) -> Any:
-                # The newest token of the first request is forgotten: it attends to the one before twice.
                 pages = cache.clone()
                 block, offset = divmod(int(seq_lens[0]) - 1, cache.shape[1])
                 pages[block_table[0, block], offset] = cache[block_table[0, 0], 0]

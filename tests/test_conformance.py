@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from dsv3_plugin.conformance import compare, runner
 from dsv3_plugin.conformance.cases import make_cases
 from dsv3_plugin.conformance.protocol import Case, Request, RequestResult, prefix_digest
 from dsv3_plugin.conformance.rows import RowKey, RowRecorder, TokenTracker
+
 from dsv3_plugin.errors import ConformanceError
 
 TinyCheckpoint = type[Path]
@@ -98,9 +98,7 @@ def test_a_case_that_did_not_test_what_it_says_fails(tiny_checkpoint, tmp_path: 
 
     monkeypatch.setattr(runner, "make_cases", never_cached)
     report = run([REFERENCE], tiny_checkpoint("bf16"), tmp_path, "prefix_cache")
-    assert report.verdicts[0].problems == (
-        "reference: 96 tokens came from the prefix cache, 10000 should have",
-    )
+    assert report.verdicts[0].problems == ("reference: 96 tokens came from the prefix cache, 10000 should have",)
 
 
 class TestCommandLine:
@@ -134,13 +132,19 @@ class TestCommandLine:
         ("arguments", "message"),
         [
             (("--testee", "tgi"), r"error: --testee tgi: unknown; the suite has reference, vllm"),
-            (("--testee", "vllm", "--environments", "nowhere"), r"error: --testee vllm: vllm and dsv3-plugin are not both"),
+            (
+                ("--testee", "vllm", "--environments", "nowhere"),
+                r"error: --testee vllm: vllm and dsv3-plugin are not both",
+            ),
             (("--testee", "x=/no/such/program"), r"error: testee x cannot be started: /no/such/program: No such file"),
             (("--testee", "x=false"), r"error: testee x failed with status 1"),
             (("--testee", "x=true"), r"error: .*/x/result.json: missing; the testee did not finish"),
             (("--testee", "x=sh -c 'kill -9 $$'"), r"error: testee x was killed by SIGKILL"),
             (("--testee", "reference", "--testee", "reference"), r"error: testees need different names"),
-            (("--testee", "reference", "--case", "sleep"), r"error: --case sleep: unknown; this checkpoint has prefill"),
+            (
+                ("--testee", "reference", "--case", "sleep"),
+                r"error: --case sleep: unknown; this checkpoint has prefill",
+            ),
         ],
     )
     def test_bad_input_is_one_line(self, tiny_checkpoint, arguments, message: str) -> None:
@@ -153,7 +157,9 @@ class TestCommandLine:
         program = f"x={sys.executable} {Path(__file__).with_name('sabotaged_testee.py')} crash"
         done = self.dsv3("--testee", program, "--checkpoint", tiny_checkpoint("bf16"))
         assert done.returncode == 2
-        assert re.search(r"error: testee x failed with status 1: RuntimeError: sabotaged on purpose \(its log: ", done.stderr)
+        assert re.search(
+            r"error: testee x failed with status 1: RuntimeError: sabotaged on purpose \(its log: ", done.stderr
+        )
 
     def test_nothing_is_overwritten(self, tiny_checkpoint, tmp_path: Path) -> None:
         file = tmp_path / "report.json"

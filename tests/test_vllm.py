@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from dsv3_plugin.conformance import runner
 
 from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.conformance import runner
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.rope import softmax_scale
 
@@ -202,8 +202,7 @@ class TestBadInput:
 
 
 PLUGIN_PROGRAM = """
-import logging, os, sys
-logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s", force=True)
+import os
 from vllm import ModelRegistry
 from dsv3_plugin.vllm_backend import compat, plugin
 
@@ -231,12 +230,13 @@ plugin.register()
 @pytest.mark.parametrize("environment", ["vllm", "vllm-0.27.1"])
 def test_the_entry_point(environment: str, tmp_path: Path) -> None:
     """In order: the kill switch, registering twice, another plugin in the way, an untested version."""
-    variables = {"VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CACHE_ROOT": str(tmp_path)}
+    variables = {"VLLM_PLUGINS": "", "VLLM_CACHE_ROOT": str(tmp_path)}
+    command = [python_of(environment), "-u", "-c", PLUGIN_PROGRAM]
     done = subprocess.run(
-        [python_of(environment), "-c", PLUGIN_PROGRAM], capture_output=True, text=True, env=os.environ | variables
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | variables
     )
-    assert done.returncode == 0, done.stderr
     output = done.stdout
+    assert done.returncode == 0, output
     assert re.search(r"^off: DeepseekV3ForCausalLM is vllm\.model_executor\.models\.", output, re.M)
     for step in ("on", "second"):
         for name in ("DeepseekV3ForCausalLM", "DeepSeekMTPModel"):

@@ -1,8 +1,9 @@
 """The latent cache as a vLLM attention layer.
 
-vLLM allocates the pages and tells, for each step, which tokens belong to which request (`query_start_loc`, `seq_lens`, `block_table`) and where to
-write them (`slot_mapping`). The layer writes the latent vectors and calls the bound `mla_attention`: it moves data and computes nothing.
-It does not use vLLM's attention backends, so it runs on every platform, size and dtype that the kernels serve.
+vLLM allocates the pages and tells, for each step, which tokens belong to which request (`query_start_loc`,
+`seq_lens`, `block_table`) and where to write them (`slot_mapping`). The layer writes the latent vectors and calls the
+bound `mla_attention`: it moves data and computes nothing. It does not use vLLM's attention backends, so it runs on
+every platform, size and dtype that the kernels serve.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from dsv3_plugin.vllm_backend import compat
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
@@ -21,7 +23,6 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
-from dsv3_plugin.vllm_backend import compat
 
 
 @dataclass
@@ -38,7 +39,9 @@ class LatentMetadata:
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     """Picks the five fields out of vLLM's common metadata."""
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
@@ -55,7 +58,9 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
 
 
 class _NoImpl:
-    """vLLM reads capabilities off the implementation class and never instantiates it: `LatentCache` attends by itself."""
+    """vLLM reads capabilities off the implementation class and never instantiates it: `LatentCache` attends by
+    itself.
+    """
 
     supports_pcp = False
     supports_dcp = False

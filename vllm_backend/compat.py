@@ -1,6 +1,7 @@
 """What differs between vLLM versions, and what this adapter cannot do.
 
-Differences are found by looking for the feature, not by comparing versions. The tested range only decides whether a warning is logged.
+Differences are found by looking for the feature, not by comparing versions. The tested range only decides whether a
+warning is logged.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ def require_supported(vllm_config: Any) -> None:
         size = getattr(parallel, name, 1)
         if size != 1:
             raise EngineError(
-                f"dsv3-plugin serves on one rank, but {name}={size}; set it to 1, or {KILL_SWITCH}=off for vLLM's own model"
+                f"dsv3-plugin serves on one rank, but {name}={size};"
+                f" set it to 1, or {KILL_SWITCH}=off for vLLM's own model"
             )
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
-        raise EngineError(f"dsv3-plugin keeps its latent cache in the model's dtype, but kv_cache_dtype={cache_dtype}")
+        raise EngineError(f"the latent cache has the model's dtype, kv_cache_dtype={cache_dtype} was asked for")
     if vllm_config.lora_config is not None:
         raise EngineError("dsv3-plugin does not serve LoRA adapters")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dsv3_plugin.vllm_backend import compat
+from dsv3_plugin.vllm_backend.attention import LatentCache
 from torch import nn
 from vllm.config import VllmConfig
 
@@ -19,8 +21,6 @@ from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.version import __version__
-from dsv3_plugin.vllm_backend import compat
-from dsv3_plugin.vllm_backend.attention import LatentCache
 
 logger = logging.getLogger("vllm.dsv3_plugin")
 
@@ -132,7 +132,8 @@ class DeepSeekMTPModel(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         spec_step_idx: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next tokens' ids [T] and these tokens' hidden states [T, hidden], to what vLLM feeds to `compute_logits` and to the next draft step.
+        """Next tokens' ids [T] and these tokens' hidden states [T, hidden], to what vLLM feeds to `compute_logits`
+        and to the next draft step.
 
         vLLM's own draft returns the state before and after the last norm; here both are the normalised state.
         """

@@ -1,7 +1,8 @@
 """vLLM's entry point (`vllm.general_plugins`): registers the model classes under the names of vLLM's own.
 
-vLLM calls `register` in every process, more than once. It swallows what a plugin raises and would then serve its own model, so nothing here can fail late:
-the classes are registered by name and imported only when a model is built, where an error does stop the engine.
+vLLM calls `register` in every process, more than once. It swallows what a plugin raises and would then serve its own
+model, so nothing here can fail late: the classes are registered by name and imported only when a model is built,
+where an error does stop the engine.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-
 from dsv3_plugin.conformance.protocol import (
     PROGRESS_PREFIX,
     Case,
@@ -27,6 +26,7 @@ from dsv3_plugin.conformance.protocol import (
     write_message,
 )
 from dsv3_plugin.conformance.rows import RowRecorder
+
 from dsv3_plugin.errors import DSV3Error
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.version import __version__
@@ -35,12 +35,25 @@ from dsv3_plugin.version import __version__
 class Outcome(Protocol):
     """What a testee knows after a case."""
 
-    requests: list[RequestResult]
-    num_draft_tokens: int
-    num_accepted_tokens: int
-    recorder: RowRecorder
-    specification: RowRecorder | None
-    """The same sequences, each computed in one pass; only the reference has it."""
+    @property
+    def requests(self) -> list[RequestResult]:
+        """Each request's tokens, in order."""
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Draft tokens that were verified."""
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Draft tokens that were accepted."""
+
+    @property
+    def recorder(self) -> RowRecorder:
+        """All rows."""
+
+    @property
+    def specification(self) -> RowRecorder | None:
+        """The same sequences, each computed in one pass; only the reference has it."""
 
 
 class Testee(Protocol):

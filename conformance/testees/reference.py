@@ -1,7 +1,8 @@
 """The reference testee: a small serving engine around the core, written to be read.
 
-It is the executable specification of what an engine may do to a model: cut prompts into chunks, batch requests, page the cache, reuse the pages of a common prefix, and verify
-drafts. None of that may change a bit. `whole_sequence` is the specification of the numbers themselves: one pass over a finished sequence, nothing cached, nothing batched.
+It is the executable specification of what an engine may do to a model: cut prompts into chunks, batch requests, page
+the cache, reuse the pages of a common prefix, and verify drafts. None of that may change a bit. `whole_sequence` is
+the specification of the numbers themselves: one pass over a finished sequence, nothing cached, nothing batched.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, prefix_digest
+from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
+from dsv3_plugin.conformance.testees import program
 
 from dsv3_plugin.checkpoint.loader import load_model, load_mtp
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, prefix_digest
-from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
-from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.ops.tile import check_one_thread
@@ -210,14 +211,16 @@ class Engine:
             while any(not sequence.finished for sequence in sequences):
                 self.step([sequence for sequence in sequences if not sequence.finished])
             for s in sequences:
-                self.outcome.requests.append(RequestResult(token_ids=tuple(s.token_ids), num_cached_tokens=s.num_cached))
+                self.outcome.requests.append(
+                    RequestResult(token_ids=tuple(s.token_ids), num_cached_tokens=s.num_cached)
+                )
         return self.outcome
 
     def admit(self, index: int, request: Request) -> Sequence:
         """Start a request on the pages of its longest cached prefix.
 
-        At least one token is computed, for its logits. With MTP the last page found is not used: the draft's entry for its last
-        token depends on the token after it, which another request chose.
+        At least one token is computed, for its logits. With MTP the last page found is not used: the draft's entry
+        for its last token depends on the token after it, which another request chose.
         """
         prompt = list(request.prompt_token_ids)
         blocks = self.cache.cached_blocks(prompt[:-1])
@@ -301,7 +304,8 @@ class Engine:
         return key.position >= len(sequence.token_ids) - 1 or (in_prompt and self.case.prompt_logits)
 
     def accept(self, piece: Piece, next_tokens: dict[int, int]) -> int:
-        """Append the tokens that a piece's rows yield: drafts as long as they are what the model chooses, then its own choice.
+        """Append the tokens that a piece's rows yield: drafts as long as they are what the model chooses, then its
+        own choice.
 
         Returns how many of the piece's tokens stay.
         """

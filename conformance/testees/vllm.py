@@ -1,7 +1,8 @@
 """The vLLM testee: a real vLLM engine in this process, with whatever model it builds.
 
-The rows are taken where the engine itself computes them. Three calls of its model runner tell what a row is: `_prepare_inputs` (which requests, how many tokens each,
-which rows are sampled from), the model's forward pass (token ids and positions) and `compute_logits`. The engine's schedule is its own.
+The rows are taken where the engine itself computes them. Three calls of its model runner tell what a row is:
+`_prepare_inputs` (which requests, how many tokens each, which rows are sampled from), the model's forward pass (token
+ids and positions) and `compute_logits`. The engine's schedule is its own.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import os
 
 from dsv3_plugin.vllm_backend import compat
 
-# In one process, so that the model can be observed; eager, from a clean model cache; on one thread, as the CPU arithmetic requires.
+# In one process, so that the model can be observed; on one thread, as the CPU arithmetic requires.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 if not compat.switched_off():
-    # Without AMX vLLM switches chunked prefill and prefix caching off for its own CPU MLA kernels, which are then not used.
+    # Without AMX vLLM switches chunked prefill and prefix caching off for its own CPU MLA kernels, which are not used.
     os.environ.setdefault("VLLM_MLA_DISABLE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
@@ -23,15 +24,15 @@ import gc
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
-
-from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
+
+from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import ConformanceError
 
 
@@ -209,7 +210,7 @@ class Observer:
 
     # The target model.
 
-    def _watch_target(self, model: nn.Module) -> LayerRecorder | None:
+    def _watch_target(self, model: Any) -> LayerRecorder | None:
         self.seen_by_draft = TokenTracker()
         prepare = self.runner._prepare_inputs
 
@@ -221,7 +222,7 @@ class Observer:
         self.runner._prepare_inputs = prepare_inputs
         layers = None
         if type(model).__module__.startswith("dsv3_plugin."):
-            layers = LayerRecorder(model.model, model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+            layers = LayerRecorder(model.model, model.config.num_hidden_layers)
         # Not by hooks: vLLM's own models have a `__call__` that passes them by.
         model.forward = partial(self._target_forward, model.forward)
         model.compute_logits = partial(self._target_logits, model.compute_logits)
@@ -271,7 +272,7 @@ class Observer:
             prepared = first_pass(**kwargs)
             starts = prepared[2].query_start_loc.tolist()
             assert self.segments is not None
-            counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+            counts = [end - start for start, end in pairwise(starts)]
             self.draft_step = 0
             self.draft_rows = prepared[1].tolist()
             self.draft_segments = [(r, n) for (r, _), n in zip(self.segments, counts, strict=True)]
@@ -307,7 +308,9 @@ def _observe(
     input_ids: torch.Tensor,
     shift: int,
 ) -> list[RowKey]:
-    """The keys of a pass over consecutive segments (request, tokens); `shift` is 1 for the draft, which sees the next token."""
+    """The keys of a pass over consecutive segments (request, tokens); `shift` is 1 for the draft, which sees the next
+    token.
+    """
     keys: list[RowKey] = []
     for request, count in segments:
         rows = slice(len(keys), len(keys) + count)

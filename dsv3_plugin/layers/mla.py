@@ -1,7 +1,7 @@
 """Multi-head latent attention in its absorbed form (DeepSeek-V2 report, section 2.1.2).
 
-`kv_b_proj` is never applied to a key or value. Its key half is folded into the query, its value half into the output, so that attention reads the cached latent
-vectors themselves and prefill, decode and training share one arithmetic.
+`kv_b_proj` is never applied to a key or value. Its key half is folded into the query, its value half into the output,
+so that attention reads the cached latent vectors themselves and prefill, decode and training share one arithmetic.
 """
 
 from __future__ import annotations
@@ -54,14 +54,15 @@ class MLA(nn.Module):
         self._absorbed = None
 
     def absorbed_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The halves of `kv_b_proj` for each head, in the profile's dtype: (w_uk [H, kv_lora_rank, qk_nope_head_dim], w_uv [H, v_head_dim, kv_lora_rank]).
+        """The halves of `kv_b_proj` for each head, in the profile's dtype: (w_uk [H, kv_lora_rank, qk_nope_head_dim],
+        w_uv [H, v_head_dim, kv_lora_rank]).
 
         FP8 values are multiplied by their scales and rounded to bf16, which is exact with power-of-two scales.
         """
         if self._absorbed is not None:
             return self._absorbed
         config, projection = self.config, self.kv_b_proj
-        weight = projection.weight
+        weight: torch.Tensor = projection.weight
         if projection.is_fp8:
             weight = dequantize_weight(weight, projection.weight_scale_inv).to(self.ops.setting.profile.dtype)
         weight = weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
@@ -79,9 +80,7 @@ class MLA(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         return q.view(x.shape[0], self.config.num_attention_heads, self.config.qk_head_dim)
 
-    def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         """x [T, hidden]; cos, sin fp32 [T, qk_rope_head_dim / 2] at the tokens' positions; to [T, hidden]."""
         config = self.config
         w_uk, w_uv = self.absorbed_weights()

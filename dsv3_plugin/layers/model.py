@@ -66,7 +66,9 @@ class DeepseekV3(nn.Module):
         self.lm_head = Head(ops, config.vocab_size, config.hidden_size)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """input_ids and positions, integers [T], to the normalised hidden states [T, hidden], which `lm_head` and MTP take."""
+        """input_ids and positions, integers [T], to the normalised hidden states [T, hidden], which `lm_head` and MTP
+        take.
+        """
         return self.model(self.model.embed_tokens(input_ids), positions, attend)
 
 

@@ -74,8 +74,8 @@ class MoE(nn.Module):
 def permutation(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort (token, expert) pairs by expert, and by token within an expert.
 
-    topk_ids [T, k] to (rows int64 [T k], the token of each sorted pair; slots int64 [T, k], where each token's pairs went;
-    expert_counts int64 [num_experts]).
+    topk_ids [T, k] to (rows int64 [T k], the token of each sorted pair; slots int64 [T, k], where each token's pairs
+    went; expert_counts int64 [num_experts]).
     """
     flat = topk_ids.flatten()
     order = torch.argsort(flat, stable=True)

@@ -1,8 +1,8 @@
 """Putting a token's experts together.
 
-Contract: in fp32, starting from the lowest chosen expert, `acc = acc + weight * expert_out` in ascending order of expert, each product and
-each sum rounded; the shared expert is added last; one rounding to the profile's dtype. The order is by expert, not by arrival, so that no
-dispatch and no expert-parallel size can change it.
+Contract: in fp32, starting from the lowest chosen expert, `acc = acc + weight * expert_out` in ascending order of
+expert, each product and each sum rounded; the shared expert is added last; one rounding to the profile's dtype. The
+order is by expert, not by arrival, so that no dispatch and no expert-parallel size can change it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Block-scaled FP8 (DeepSeek-V3 report, section 3.3): quantisers and products.
 
-Values are e4m3. An activation has one scale for each 1x128 slice of a row, a weight one for each 128x128 block;
-a value times its scale is the number that it stands for. With `ue8m0` scales are powers of two, so that scaling is exact and every
-maker of such kernels agrees; with `float32` they are any fp32 number, as in the released V3 checkpoints.
+Values are e4m3. An activation has one scale for each 1x128 slice of a row, a weight one for each 128x128 block; a
+value times its scale is the number that it stands for. With `ue8m0` scales are powers of two, so that scaling is
+exact and every maker of such kernels agrees; with `float32` they are any fp32 number, as in the released V3
+checkpoints.
 
 Product: for each 128 of K in ascending order, `raw` is the dot product from zero, and then
 `acc = fma(raw, scale_a * scale_b, acc)` in fp32 (the scales' product is rounded first); one rounding at the end.
@@ -82,7 +83,9 @@ def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor
 def fp8_linear(
     x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
 ) -> torch.Tensor:
-    """Quantised x [M, K] with scales [M, K / 128] times weight [N, K] with scales [ceil(N / 128), K / 128], to bf16 [M, N]."""
+    """Quantised x [M, K] with scales [M, K / 128] times weight [N, K] with scales [ceil(N / 128), K / 128], to bf16
+    [M, N].
+    """
     op = "fp8_linear"
     require_matrix(op, "x", x, (E4M3,))
     require_matrix(op, "weight", weight, (E4M3,))
@@ -110,7 +113,9 @@ def grouped_fp8_linear(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """x [M, K] sorted by expert with scales [M, K / 128], expert_counts [E], weight [E, N, K] with scales [E, N / 128, K / 128]."""
+    """x [M, K] sorted by expert with scales [M, K / 128], expert_counts [E], weight [E, N, K] with scales [E, N /
+    128, K / 128].
+    """
     op = "grouped_fp8_linear"
     groups = zip(split_by_expert(op, x, expert_counts), split_by_expert(op, x_scale, expert_counts), strict=True)
     outputs = [fp8_linear(rows, scales, weight[e], weight_scale[e]) for (e, rows), (_, scales) in groups]

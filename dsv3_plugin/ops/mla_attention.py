@@ -1,13 +1,14 @@
 """Absorbed multi-head latent attention over a paged latent cache: one form for prefill, decode, verify and training.
 
-Every head reads the same cached vector of a token: `kv_lora_rank` compressed numbers, which are key and value at once, and
-`qk_rope_head_dim` rotary numbers, which are key only (DeepSeek-V2 report, section 2.1).
+Every head reads the same cached vector of a token: `kv_lora_rank` compressed numbers, which are key and value at
+once, and `qk_rope_head_dim` rotary numbers, which are key only (DeepSeek-V2 report, section 2.1).
 
-Contract: causal, fp32 online softmax over blocks of 64 keys at absolute positions 0, 64, 128, ..., in order. In a block:
-scores = (q . key) * scale, keys after the query at -inf; m' = max(m, scores); p = exp(scores - m'); the old sum and output are
-multiplied by exp(m - m'); p is summed by halves (i and i + 32, then 16, ...) and added to the sum; p, rounded to the profile's dtype, times the
-values is added to the output. At the end output / sum, one rounding. A block that a query does not see leaves it as it is, bit for bit, so
-chunks, batches and cache hits cannot be told apart.
+Contract: causal, fp32 online softmax over blocks of 64 keys at absolute positions 0, 64, 128, ..., in order. In a
+block: scores = (q . key) * scale, keys after the query at -inf; m' = max(m, scores); p = exp(scores - m'); the old
+sum and output are multiplied by exp(m - m'); p is summed by halves (i and i + 32, then 16, ...) and added to the sum;
+p, rounded to the profile's dtype, times the values is added to the output. At the end output / sum, one rounding. A
+block that a query does not see leaves it as it is, bit for bit, so chunks, batches and cache hits cannot be told
+apart.
 """
 
 from __future__ import annotations
@@ -66,8 +67,7 @@ def mla_attention(
         require(length >= len(queries), op, f"request {request} has seq_len {length} and {len(queries)} queries")
         blocks = block_table[request, : -(-length // block_size)].long()
         require(
-            len(blocks) * block_size >= length
-            and bool(((blocks >= 0) & (blocks < latent_cache.shape[0])).all()),
+            len(blocks) * block_size >= length and bool(((blocks >= 0) & (blocks < latent_cache.shape[0])).all()),
             op,
             f"request {request} of {length} tokens has blocks {blocks.tolist()} of {latent_cache.shape[0]}",
         )

@@ -1,7 +1,7 @@
 """Root-mean-square normalisation.
 
-Contract: fp32 throughout. The squares are summed by `elementary.fold_sum`; the factor is 1 / sqrt(mean + eps), a square root
-and a division, both correctly rounded; x times factor, times weight, one rounding to the input's dtype.
+Contract: fp32 throughout. The squares are summed by `elementary.fold_sum`; the factor is 1 / sqrt(mean + eps), a
+square root and a division, both correctly rounded; x times factor, times weight, one rounding to the input's dtype.
 (Hugging Face rounds x * factor to bf16 before the weight: two roundings.)
 """
 

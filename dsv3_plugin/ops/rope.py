@@ -1,8 +1,9 @@
 """Rotary position embedding on interleaved pairs, with YaRN's frequencies.
 
-Contract: elements 2i and 2i + 1 of the rotary part are one complex number, rotated by the angle
-`position * inv_freq[i]`: (a cos - b sin, a sin + b cos) in fp32, products and differences rounded one by one, then one rounding to the input's dtype.
-The table is built once for the model's full length, never for what a run needs, so that no length can change it.
+Contract: elements 2i and 2i + 1 of the rotary part are one complex number, rotated by the angle `position *
+inv_freq[i]`: (a cos - b sin, a sin + b cos) in fp32, products and differences rounded one by one, then one rounding
+to the input's dtype. The table is built once for the model's full length, never for what a run needs, so that no
+length can change it.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def rope_inv_freq(config: DeepseekV3Config) -> torch.Tensor:
 def rope_table(config: DeepseekV3Config) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 (cos, sin), each [max_position_embeddings, qk_rope_head_dim / 2].
 
-    The angle is the fp32 product of position and frequency, as in every published implementation; its cosine and sine are
-    taken in fp64 and rounded, which makes the table the same on every machine.
+    The angle is the fp32 product of position and frequency, as in every published implementation; its cosine and sine
+    are taken in fp64 and rounded, which makes the table the same on every machine.
     """
     positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
     angles = torch.outer(positions, rope_inv_freq(config)).double()

@@ -1,9 +1,11 @@
-"""The router's choice: sigmoid scores, aux-loss-free bias, group-limited top-k (DeepSeek-V3 report, equations 12 to 16).
+"""The router's choice: sigmoid scores, aux-loss-free bias, group-limited top-k (DeepSeek-V3 report, equations 12 to
+16).
 
-Contract: fp32 logits and bias. score = sigmoid(logit). For the *choice only*, bias is added; a group's score is the sum of its two best
-biased scores; groups outside the best `topk_group` get -inf (not 0: a biased score may be negative); the best `num_experts_per_tok` of what
-is left are chosen. Ties go to the lower index. The weights are the unbiased scores of the chosen experts, divided by their sum (added in
-ascending order of expert) + 1e-20, then times `routed_scaling_factor`. Experts are returned in ascending order.
+Contract: fp32 logits and bias. score = sigmoid(logit). For the *choice only*, bias is added; a group's score is the
+sum of its two best biased scores; groups outside the best `topk_group` get -inf (not 0: a biased score may be
+negative); the best `num_experts_per_tok` of what is left are chosen. Ties go to the lower index. The weights are the
+unbiased scores of the chosen experts, divided by their sum (added in ascending order of expert) + 1e-20, then times
+`routed_scaling_factor`. Experts are returned in ascending order.
 """
 
 from __future__ import annotations

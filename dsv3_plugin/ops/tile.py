@@ -18,15 +18,16 @@ import torch.nn.functional as F
 from dsv3_plugin.errors import InputError
 
 ROWS = 64
-# A bf16 product with fp32 output is computed on fp32 copies of the weight, this many output columns at a time: few enough
-# that the allocator gives the copies the same memory again (at K = 1024, 8192 columns take twice the time of 2048).
+# A bf16 product with fp32 output is computed on fp32 copies of the weight, this many output columns at a time: few
+# enough that the allocator gives the copies the same memory again (at K = 1024, 8192 columns take twice the time).
 COLUMNS = 2048
 
 
 def pin_one_thread() -> None:
     """Run this process's matrix products on one thread, as the CPU arithmetic requires.
 
-    `torch._C` is called because an engine may have replaced `torch.set_num_threads` by a no-op (vLLM's CPU worker does).
+    `torch._C` is called because an engine may have replaced `torch.set_num_threads` by a no-op (vLLM's CPU worker
+    does).
     """
     if torch.get_num_threads() != 1:
         torch._C.set_num_threads(1)
