@@ -1,4 +1,4 @@
-# Each environment is built once and reused: .envs/NAME from requirements/NAME.txt.
+# Each environment is built once and reused: .envs/NAME from requirements/NAME.txt and the packages requirements/NAME-*/.
 # PyTorch's CPU build: from PIP_FIND_LINKS where that is set, else from PyTorch's own index.
 
 PYTHON ?= python3
@@ -54,7 +54,9 @@ $(WORK)/small-%: .envs/core/.ready
 	$(UV) venv --quiet --clear --python $(PYTHON) .envs/$*
 	$(UV) pip install --quiet --python .envs/$*/bin/python --no-deps $(TORCH_BACKEND) --requirement $<
 	$(UV) pip install --quiet --python .envs/$*/bin/python --no-deps --editable .
-	$(if $(wildcard requirements/$*-name),$(UV) pip install --quiet --python .envs/$*/bin/python --no-deps ./requirements/$*-name)
+	for package in $(dir $(wildcard requirements/$*-*/pyproject.toml)); do \
+		$(UV) pip install --quiet --python .envs/$*/bin/python --no-deps ./$$package || exit 1; \
+	done
 	touch $@
 
 clean:

@@ -40,7 +40,7 @@ class Fp8Quantization(BaseModel):
     quant_method: Literal["fp8"]
     fmt: Literal["e4m3"] = "e4m3"
     activation_scheme: Literal["dynamic"] = "dynamic"
-    weight_block_size: tuple[Literal[128], Literal[128]] = (FP8_BLOCK, FP8_BLOCK)
+    weight_block_size: tuple[Literal[128], Literal[128]] = (128, 128)
     scale_fmt: Literal["ue8m0"] | None = None
     """`ue8m0`: scales are powers of two. Absent: scales are arbitrary fp32 numbers."""
 

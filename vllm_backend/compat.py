@@ -58,11 +58,11 @@ def require_supported(vllm_config: Any) -> None:
             )
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
-        raise EngineError(f"the latent cache has the model's dtype, kv_cache_dtype={cache_dtype} was asked for")
+        raise EngineError(f"kv_cache_dtype={cache_dtype} was asked for, but the latent cache has the model's dtype")
     if vllm_config.lora_config is not None:
         raise EngineError("dsv3-plugin does not serve LoRA adapters")
 
 
 def latent_pages(kv_cache: torch.Tensor) -> torch.Tensor:
-    """The bound cache as [num_blocks, block_size, latent_dim]; since 0.29 vLLM binds it with a head dimension of one."""
+    """The bound cache as [num_blocks, block_size, latent_dim]; since 0.29 vLLM adds a head dimension of one."""
     return kv_cache.squeeze(1) if kv_cache.dim() == 4 else kv_cache
