@@ -217,6 +217,27 @@ def test_exp_at_the_edges() -> None:
     assert y[9].isnan()
 
 
+def plain_exp(x: np.ndarray) -> np.ndarray:
+    """`exp` between -87 and 88 in numpy's fp32, one rounding an operation: Cephes' polynomial and reduction."""
+    f = np.float32
+    n = np.round(x * f(1.44269504088896341))
+    r = (x - n * f(0.693359375)) - n * f(-2.12194440e-4)
+    p = np.full_like(x, f(1.9875691500e-4))
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + f(c)
+    result: np.ndarray = np.ldexp((p * (r * r) + r) + f(1), n.astype(np.int32))
+    return result
+
+
+def test_exp_and_sigmoid_in_plain_fp32() -> None:
+    x = torch.cat((normal(20_000) * 10, torch.linspace(-87, 88, 20_001))).clamp(-87, 88)
+    assert same_bits(exp(x), torch.from_numpy(plain_exp(x.numpy())))
+    x = x.clamp(-87, 87)
+    e = plain_exp(-np.abs(x.numpy()))
+    expected = np.where(x.numpy() < 0, e, np.float32(1)) / (np.float32(1) + e)
+    assert same_bits(sigmoid(x), torch.from_numpy(expected))
+
+
 @pytest.mark.parametrize("function", [exp, sigmoid], ids=["exp", "sigmoid"])
 def test_elementary_functions_ignore_the_shape(function: Callable[[Tensor], Tensor]) -> None:
     x = normal(131) * 20
@@ -294,6 +315,8 @@ def test_silu_and_mul_against_float64() -> None:
     gate, up = gate_up.double().chunk(2, 1)
     exact = gate * gate.sigmoid() * up
     assert ((silu_and_mul(gate_up) - exact).abs() / exact.abs()).max() < 5 * 2**-24
+    written_out = torch.from_numpy(gate_up[:, :256].numpy() * sigmoid(gate_up[:, :256]).numpy()) * gate_up[:, 256:]
+    assert same_bits(silu_and_mul(gate_up), written_out)
     rounded_once = silu_and_mul(gate_up.bfloat16().float()).bfloat16()
     assert same_bits(silu_and_mul(gate_up.bfloat16()), rounded_once)
     swapped = torch.cat(gate_up.chunk(2, 1)[::-1], 1)
@@ -402,6 +425,19 @@ def test_e4m3_rounds_to_nearest_even_and_saturates() -> None:
     large = torch.tensor([448.0, 448.001, 464.0, 465.0, 1e30, torch.inf])
     assert fp8.to_e4m3(large).float().tolist() == [448.0] * 6
     assert fp8.to_e4m3(-large).float().tolist() == [-448.0] * 6
+
+
+def test_activations_are_divided_by_their_scale() -> None:
+    """Multiplying by a rounded reciprocal instead moves some of these quotients, all on a border, to the wrong side."""
+    values = torch.arange(0, 127, dtype=torch.uint8).view(E4M3).float()
+    middle = (values[1:] + values[:-1]) / 2
+    even = torch.where(torch.arange(126) % 2 == 0, values[:-1], values[1:])
+    scales = torch.arange(1, 400, 2).float().unsqueeze(1)
+    x = torch.cat((middle, torch.tensor([448.0, 0.0]))) * scales
+    quantized, found = fp8.quantize_fp8(x, "float32")
+    assert torch.equal(found, scales)
+    assert bool((quantized.float()[:, :126] == even).all())
+    assert not torch.equal(fp8.to_e4m3(x * (1 / scales)).float(), quantized.float())
 
 
 @pytest.mark.parametrize("scale_format", SCALE_FORMATS)
@@ -694,6 +730,33 @@ def test_pages_chunks_and_batch_mates_change_no_bit(block_size: int, dtype: torc
     assert same_bits(found[1], whole[-20:]) and same_bits(found[3], whole[:130]), "batch mates"
     for i, (mate_q, mate_keys) in zip((0, 2, 4), others, strict=True):
         assert same_bits(found[i], attend([mate_q], [mate_keys])[0])
+
+
+def plain_attention(q: Tensor, keys: Tensor) -> Tensor:
+    """One query [H, C] after all `keys` [L, C], block by block; only the matrix products are the library's."""
+    f = np.float32
+    largest, total, output = np.full((HEADS, 1), -np.inf, f), np.zeros((HEADS, 1), f), np.zeros((HEADS, LATENT), f)
+    for start in range(0, len(keys), 64):
+        block = torch.zeros(64, LATENT + ROTARY)
+        block[: len(keys) - start] = keys[start : start + 64].float()
+        scores = tile.tiled_linear(q.float(), block).numpy() * f(SCALE)
+        scores[:, len(keys) - start :] = -np.inf
+        new = np.maximum(largest, scores.max(1, keepdims=True))
+        p, alpha = exp(torch.from_numpy(scores - new)), exp(torch.from_numpy(largest - new)).numpy()
+        sums = np.array([[plain_fold(list(row), 64)] for row in p.numpy()])
+        values = block[:, :LATENT].t().contiguous()
+        total = total * alpha + sums
+        output = output * alpha + tile.tiled_linear(p.to(q.dtype).float(), values).numpy()
+        largest = new
+    return torch.from_numpy(output / total).to(q.dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_attention_in_plain_fp32(dtype: torch.dtype) -> None:
+    q, keys = sequence(150, 0, dtype)
+    (out,) = attend([q], [keys], 16)
+    for position in (0, 1, 62, 63, 64, 65, 127, 128, 149):
+        assert same_bits(out[position], plain_attention(q[position], keys[: position + 1]))
 
 
 def float64_attention(q: Tensor, keys: Tensor) -> Tensor:
