@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -45,18 +43,8 @@ def run(
             raise ConformanceError(f"{path}: exists already and is not overwritten")
     testees = [runner.TesteeCommand.parse(text, environments) for text in testee]
     console = Console()
-    if keep is not None:
-        keep.mkdir(parents=True)
-    work_dir = keep or Path(tempfile.mkdtemp(prefix="dsv3-conformance-"))
-    try:
-        with _LiveProgress(console) as progress:
-            report = runner.run(testees, checkpoint, work_dir, progress, case or ())
-    except ConformanceError:
-        # The logs are what explains a failure.
-        raise
-    else:
-        if keep is None:
-            shutil.rmtree(work_dir)
+    with _LiveProgress(console) as progress:
+        report = runner.run(testees, checkpoint, progress, keep=keep, only=case or ())
     reports.print_report(report, console)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n")

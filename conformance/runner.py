@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -132,11 +134,19 @@ class Report:
 
 
 def run(
-    testees: Sequence[TesteeCommand], checkpoint: Path, work_dir: Path, progress: Progress, only: Sequence[str] = ()
+    testees: Sequence[TesteeCommand],
+    checkpoint: Path,
+    progress: Progress,
+    *,
+    keep: Path | None = None,
+    only: Sequence[str] = (),
 ) -> Report:
     """Run all testees side by side on one checkpoint and compare them, each pair and each against the specification.
 
-    `only` selects cases by name. Raises `ConformanceError` or `CheckpointError` where a run cannot be carried out.
+    `keep` is a new folder for job, results and logs; without it they are deleted, unless a testee fails, whose error
+    names its log. `only` selects cases by name.
+
+    Raises `ConformanceError` or `CheckpointError` where a run cannot be carried out.
     """
     reader = CheckpointReader(checkpoint)
     reader.validate()
@@ -145,6 +155,8 @@ def run(
     names = [testee.name for testee in testees]
     if len(set(names)) != len(names) or SPECIFICATION in names:
         raise ConformanceError(f"testees need different names, and none may be {SPECIFICATION!r}: {', '.join(names)}")
+    work_dir = keep or Path(tempfile.mkdtemp(prefix="dsv3-conformance-"))
+    work_dir.mkdir(parents=True, exist_ok=keep is None)
     job = Job(checkpoint=str(checkpoint.resolve()), block_size=BLOCK_SIZE, cases=cases)
     write_message(job, work_dir)
     _run_programs(testees, work_dir, progress)
@@ -154,6 +166,8 @@ def run(
         progress("suite", f"comparing {case.name}")
         report.verdicts.append(_judge(case, results, work_dir))
     report.problems += _served_otherwise(results, report.profile)
+    if keep is None:
+        shutil.rmtree(work_dir)
     return report
 
 

@@ -29,3 +29,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
         return path
 
     return get
+
+
+@pytest.fixture(scope="session")
+def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The preset `small` in bf16 with fewer layers and a small vocabulary: sums over 1,024 and MLA's real sizes."""
+    path = tmp_path_factory.mktemp("wide-checkpoint") / "bf16"
+    config = read_config("small") | {"vocab_size": 1024, "num_hidden_layers": 2, "num_nextn_predict_layers": 0}
+    make_checkpoint(config, path, 1, dtype=CheckpointDtype("bf16"))
+    return path

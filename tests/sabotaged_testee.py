@@ -37,7 +37,7 @@ class SabotagedTestee(ReferenceTestee):
             tile.ROWS = int(ARGUMENT)
         super().__init__(job)
         if SABOTAGE == "ulp":
-            self.model.model.get_submodule(ARGUMENT).register_forward_hook(bump)
+            self.model.model.get_submodule(ARGUMENT).register_forward_hook(bump, prepend=True)
         if SABOTAGE == "page":
             attention = self.ops.mla_attention
 

@@ -22,8 +22,6 @@ import torch
 from dsv3_plugin.conformance import runner
 
 from dsv3_plugin.checkpoint.loader import load_model
-from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
-from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.rope import softmax_scale
@@ -44,7 +42,7 @@ def vllm_testee(environment: str) -> runner.TesteeCommand:
 
 
 def run(testees, checkpoint: Path, work_dir: Path, *cases: str) -> runner.Report:
-    return runner.run(testees, checkpoint, work_dir, lambda name, what: None, cases)
+    return runner.run(testees, checkpoint, lambda name, what: None, keep=work_dir / "kept", only=cases)
 
 
 @pytest.mark.parametrize(
@@ -74,22 +72,19 @@ def test_vllm_prints_the_reference_s_bits(
     assert 0 < outcomes["mtp_2"].num_accepted_tokens < outcomes["mtp_2"].num_draft_tokens
 
 
-def test_vllm_s_own_model_is_caught_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The real sizes of MLA: the only ones that vLLM's own CPU kernels take.
-    config = read_config("small") | {"vocab_size": 1024, "num_hidden_layers": 2, "num_nextn_predict_layers": 0}
-    checkpoint = tmp_path / "checkpoint"
-    make_checkpoint(config, checkpoint, 1, dtype=CheckpointDtype("bf16"))
+def test_vllm_s_own_model_is_caught_and_named(
+    wide_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # MLA's real sizes are the only ones that vLLM's own CPU kernels take.
     monkeypatch.setenv("DSV3_PLUGIN", "off")
-    work_dir = tmp_path / "work"
-    work_dir.mkdir()
-    report = run([REFERENCE, vllm_testee("vllm")], checkpoint, work_dir, "prefill")
+    report = run([REFERENCE, vllm_testee("vllm")], wide_checkpoint, tmp_path, "prefill")
     assert not report.passed
     served = report.results["vllm"].served.model_class
     assert served.startswith("vllm.model_executor.models.")
     assert report.problems == [f"vllm served {served}, which is not dsv3-plugin's model"]
     pair = next(c for c in report.verdicts[0].comparisons if (c.left, c.right) == ("reference", "vllm"))
     assert pair.different_rows > 0.9 * (pair.different_rows + pair.equal_rows)
-    assert "switched off by DSV3_PLUGIN" in (work_dir / "vllm" / "log.txt").read_text()
+    assert "switched off by DSV3_PLUGIN" in (tmp_path / "kept" / "vllm" / "log.txt").read_text()
 
 
 def predict_logprobs(checkpoint: Path, token_ids: list[int]) -> torch.Tensor:
@@ -114,11 +109,11 @@ def vllm_serve(checkpoint: Path, log: Path, *arguments: str, **environment: str)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(Path(python_of("vllm")).with_name("vllm")), "serve", str(checkpoint), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--max-model-len", "256", "--enforce-eager", *arguments]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-    settings["VLLM_CACHE_ROOT"] = str(log.parent / "vllm-cache")
+    command += ["--port", str(port), "--max-model-len", "256", *arguments]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CACHE_ROOT": str(log.parent / "vllm-cache")}
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | settings
     with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | settings | environment)
+        server = subprocess.Popen(command, stdout=out, stderr=out, env=variables | environment)
     try:
         address = f"http://127.0.0.1:{port}"
         for _ in range(600):

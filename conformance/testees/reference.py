@@ -21,7 +21,6 @@ from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.rope import softmax_scale
-from dsv3_plugin.ops.tile import check_one_thread
 from dsv3_plugin.registry import Ops
 
 
@@ -129,7 +128,6 @@ class ReferenceTestee:
         reader.validate()
         self.config = reader.config
         self.ops = bind_ops(self.config, reader.profile(), torch.device("cpu"))
-        check_one_thread()
         self.model = load_model(reader, self.ops)
         drafts = any(case.num_speculative_tokens for case in job.cases)
         self.mtp = load_mtp(reader, self.ops) if drafts else None

@@ -49,6 +49,7 @@ def check_one_thread() -> None:
 
 def tiled_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [M, K] times weight [N, K] transposed, in tiles of `ROWS` rows; both of one dtype, which the result has."""
+    check_one_thread()
     rows = x.shape[0]
     if rows == 0:
         return x.new_empty(0, weight.shape[0])
