@@ -30,6 +30,9 @@ class YarnScaling(BaseModel):
     beta_slow: float = Field(default=1, gt=0)
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    attention_factor: None = None
+    """A factor that overrides the two mscales is not implemented."""
+    truncate: Literal[True] = True
 
 
 class Fp8Quantization(BaseModel):
@@ -48,6 +51,8 @@ class Fp8Quantization(BaseModel):
 class DeepseekV3Config(BaseModel):
     """A validated DeepSeek-V3 configuration.
 
+    Fields whose absence means something else to other readers of the file are required; released files have them.
+
     Raises `ConfigError` from the constructors `from_pretrained` and `from_dict`.
     """
 
@@ -61,13 +66,13 @@ class DeepseekV3Config(BaseModel):
     num_hidden_layers: int = Field(gt=0)
     num_nextn_predict_layers: int = Field(default=0, ge=0, le=1)
     num_attention_heads: int = Field(gt=0)
-    n_shared_experts: int = Field(default=1, ge=1)
+    n_shared_experts: int = Field(ge=1)
     n_routed_experts: int = Field(gt=0)
     num_experts_per_tok: int = Field(gt=0)
-    n_group: int = Field(default=1, gt=0)
-    topk_group: int = Field(default=1, gt=0)
-    routed_scaling_factor: float = 1.0
-    norm_topk_prob: bool = True
+    n_group: int = Field(gt=0)
+    topk_group: int = Field(gt=0)
+    routed_scaling_factor: float
+    norm_topk_prob: bool
     first_k_dense_replace: int = Field(ge=0)
     moe_layer_freq: Literal[1] = 1
     scoring_func: Literal["sigmoid"] = "sigmoid"
@@ -76,13 +81,14 @@ class DeepseekV3Config(BaseModel):
     attention_bias: Literal[False] = False
     tie_word_embeddings: Literal[False] = False
     kv_lora_rank: int = Field(gt=0)
-    q_lora_rank: int | None = Field(default=None, gt=0)
+    q_lora_rank: int | None = Field(gt=0)
     qk_nope_head_dim: int = Field(gt=0)
     qk_rope_head_dim: int = Field(gt=0, multiple_of=2)
     v_head_dim: int = Field(gt=0)
     max_position_embeddings: int = Field(gt=0)
-    rms_norm_eps: float = Field(default=1e-6, gt=0)
-    rope_theta: float = Field(default=10000.0, gt=0)
+    rms_norm_eps: float = Field(gt=0)
+    rope_theta: float = Field(gt=0)
+    rope_interleave: Literal[True] = True
     rope_scaling: YarnScaling | None = None
     torch_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     quantization_config: Fp8Quantization | None = None

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from typing import Any, Literal, cast, get_args
 
 import pluggy
@@ -50,8 +51,20 @@ class Choice:
     provider: str
     version: str
     certificate: str | None
-    refused: dict[str, str]
-    """Provider to the reason why it does not serve."""
+    refused: tuple[str, ...]
+    """The other kernels, each `provider version: why it does not serve`."""
+
+
+@dataclass(frozen=True)
+class MasterWeights:
+    """How a trainer multiplies with FP8 weights that it holds in the profile's dtype; each call quantises anew."""
+
+    linear: Callable[..., Any]
+    """x [M, K], weight [N, K] to [M, N]."""
+    grouped_linear: Callable[..., Any]
+    """x [M, K] sorted by expert, expert_counts [E], weight [E, N, K] to [M, N]."""
+    quantized: Callable[..., Any]
+    """weight [N, K] to the numbers that it stands for once quantised, in its own dtype."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,8 @@ class Ops:
     quantize_fp8: Callable[..., Any]
     fp8_linear: Callable[..., Any]
     grouped_fp8_linear: Callable[..., Any]
+    master_weights: MasterWeights | None = None
+    """Only in training, in the FP8 profile: the layers then hold no FP8 weights."""
 
     def describe(self) -> str:
         """One line for a log: each provider with the operations that it serves."""
@@ -100,13 +115,14 @@ def plugin_manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager(hooks.ENTRY_POINT_GROUP)
     manager.add_hookspecs(hooks)
     manager.register(reference_kernels, "reference")
-    try:
-        manager.load_setuptools_entrypoints(hooks.ENTRY_POINT_GROUP)
-    except Exception as error:
-        raise KernelError(
-            f"a kernel provider under the entry-point group {hooks.ENTRY_POINT_GROUP!r} cannot be loaded:"
-            f" {type(error).__name__}: {error}"
-        ) from error
+    for entry_point in metadata.entry_points(group=hooks.ENTRY_POINT_GROUP):
+        try:
+            manager.register(entry_point.load(), entry_point.name)
+        except Exception as error:
+            raise KernelError(
+                f"the kernel provider {entry_point.name} ({entry_point.value}, entry-point group"
+                f" {hooks.ENTRY_POINT_GROUP!r}) cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
     return manager
 
 
@@ -132,8 +148,7 @@ def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] |
             continue
         best, refused = _choose(contract, setting, mode, kernels)
         if best is None:
-            reasons = "; ".join(f"{provider}: {reason}" for provider, reason in refused.items()) or "nothing offered"
-            missing.append(f"{contract.op} ({reasons})")
+            missing.append(f"{contract.op} ({'; '.join(refused) or 'nothing offered'})")
             continue
         bound[contract.op] = best.run
         provenance.append(Choice(contract.op, contract.version, best.provider, best.version, best.certificate, refused))
@@ -144,9 +159,9 @@ def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] |
 
 def _choose(
     contract: Contract, setting: Setting, mode: Mode, kernels: list[Kernel]
-) -> tuple[Kernel | None, dict[str, str]]:
+) -> tuple[Kernel | None, tuple[str, ...]]:
     """The best admissible kernel of an operation, and why each other one does not serve."""
-    refused: dict[str, str] = {}
+    refused: list[str] = []
     admitted: list[Kernel] = []
     for kernel in kernels:
         if kernel.op != contract.op:
@@ -155,12 +170,12 @@ def _choose(
         if reason is None:
             admitted.append(kernel)
         else:
-            refused[kernel.provider] = reason
+            refused.append(f"{kernel.provider} {kernel.version}: {reason}")
     if not admitted:
-        return None, refused
+        return None, tuple(refused)
     best = max(admitted, key=lambda kernel: kernel.priority)
-    refused.update({k.provider: f"lower priority than {best.provider}" for k in admitted if k is not best})
-    return best, refused
+    lower = (f"{k.provider} {k.version}: lower priority than {best.provider}" for k in admitted if k is not best)
+    return best, (*refused, *lower)
 
 
 def _refusal(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) -> str | None:

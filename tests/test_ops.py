@@ -146,22 +146,6 @@ def test_linear_to_fp32_does_not_round() -> None:
     assert (wide - exact).abs().max() < 1e-4 < 1e-2 < (linear(x, weight) - exact).abs().max()
 
 
-@pytest.mark.xfail(
-    reason="the library blocks K by the number of columns too, and only rows are tiled",
-    strict=True,
-    raises=AssertionError,
-)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_a_column_is_independent_of_the_others(dtype: torch.dtype) -> None:
-    """What a layout with the weight's rows spread over several processes would need on a CPU."""
-    for columns in (512, 1024, 2048):
-        x, weight = normal(64, columns, dtype=dtype), normal(256, columns, seed=1, dtype=dtype)
-        whole = linear(x, weight)
-        for outputs in (48, 64, 128):
-            assert same_bits(linear(x, weight[:outputs]), whole[:, :outputs])
-            assert same_bits(linear(x, weight[-outputs:]), whole[:, -outputs:])
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_grouped_linear_is_one_linear_an_expert(dtype: torch.dtype) -> None:
     counts = torch.tensor([3, 0, 70, 1])
