@@ -14,7 +14,6 @@ from torch import nn
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.linear import Linear
 from dsv3_plugin.layers.norm import RMSNorm
-from dsv3_plugin.ops.fp8 import dequantize_weight
 from dsv3_plugin.registry import Ops
 
 
@@ -62,10 +61,7 @@ class MLA(nn.Module):
         if self._absorbed is not None:
             return self._absorbed
         config, projection = self.config, self.kv_b_proj
-        weight: torch.Tensor = projection.weight
-        if projection.is_fp8:
-            weight = dequantize_weight(weight, projection.weight_scale_inv).to(self.ops.setting.profile.dtype)
-        weight = weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
+        weight = projection.numbers().view(config.num_attention_heads, -1, config.kv_lora_rank)
         w_uk, w_uv = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         absorbed = w_uk.transpose(1, 2).contiguous(), w_uv.contiguous()
         if not projection.weight.requires_grad:
