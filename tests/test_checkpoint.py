@@ -58,6 +58,13 @@ MINI = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 64,
     "max_position_embeddings": 64,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
 }
 # As Moonlight and Kimi-K2 differ from V3: no query compression, no groups, two shared experts, no MTP.
 MOONLIGHT = MINI | {
