@@ -1,31 +1,62 @@
 """Do the GPU kernels print the contract's bits? Random cases of every operation against the model of Hopper.
 
-    python -m dsv3_plugin.kernels.check [--cases 40] [--op fp8_linear] [--seed 0]
+    python -m dsv3_plugin.kernels.check [--cases 40] [--op fp8_linear] [--seed 0] [--record golden.safetensors]
 
 Expected values come from `sm90_model` on the CPU. Memory that a kernel allocates is filled with NaN first, so that an
 output nobody wrote is seen. Exits with status 1 if a bit differs.
+
+`--record` writes small cases and what the GPU printed to a file, for tests on machines without one.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from dsv3_plugin.kernels import provider, sm90_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dsv3_plugin.hooks import Kernel
 from dsv3_plugin.ops.fp8 import quantize_fp8, quantize_weight
 
 # Products that the model may be asked for in one case, some ns each.
 _BUDGET = 1 << 25
-_ROWS = (1, 2, 3, 7, 8, 16, 17, 33, 64, 65, 100, 128, 129, 200, 257, 512, 1000, 4096)
-_DEPTHS = (128, 256, 512, 1536, 2048, 7168)
+
+
+class Sizes(NamedTuple):
+    """What a case's sizes are drawn from."""
+
+    rows: tuple[int, ...]
+    depths: tuple[int, ...]
+    columns: tuple[int, ...]
+    heads: tuple[int, ...]
+    head_sizes: tuple[int, ...]
+    groups: tuple[int, ...]
+    latents: tuple[tuple[int, int], ...]
+    keys: int
+
+
+LARGE = Sizes(
+    rows=(1, 2, 3, 7, 8, 16, 17, 33, 64, 65, 100, 128, 129, 200, 257, 512, 1000, 4096),
+    depths=(128, 256, 512, 1536, 2048, 7168),
+    columns=(64, 128, 192, 256, 320, 576, 2112),
+    heads=(1, 4, 16, 128),
+    head_sizes=(64, 128, 512),
+    groups=(1, 4, 8, 16, 24),
+    latents=((512, 64), (128, 32), (64, 16)),
+    keys=2000,
+)
+# A few kilobytes a case, for files that live in a repository.
+SMALL = Sizes((1, 3, 5), (128, 256), (16,), (1, 4), (32,), (1, 3), ((64, 16),), 70)
 
 
 class Case(NamedTuple):
@@ -56,92 +87,92 @@ def numbers(rng: random.Random, *shape: int) -> torch.Tensor:
     return torch.where(spikes > 0.98, torch.zeros(()), x).bfloat16()
 
 
-def sizes(rng: random.Random) -> tuple[int, int, int]:
+def sizes(rng: random.Random, at: Sizes) -> tuple[int, int, int]:
     """Rows, columns and depth of a product inside the budget."""
-    rows, depth = rng.choice(_ROWS), rng.choice(_DEPTHS)
-    columns = min(rng.choice((64, 128, 192, 256, 320, 576, 2112)), max(64, _BUDGET // (rows * depth) // 64 * 64))
+    rows, depth = rng.choice(at.rows), rng.choice(at.depths)
+    columns = min(rng.choice(at.columns), max(64, _BUDGET // (rows * depth) // 64 * 64))
     return rows, columns, depth
 
 
-def experts(rng: random.Random, rows: int) -> torch.Tensor:
+def experts(rng: random.Random, at: Sizes, rows: int) -> torch.Tensor:
     """Rows of each expert: some have none, some have many."""
-    groups = rng.choice((1, 4, 8, 16, 24))
+    groups = rng.choice(at.groups)
     favourites = rng.sample(range(groups), rng.randint(1, groups))
     chosen = torch.tensor([rng.choice(favourites) for _ in range(rows)])
     return torch.bincount(chosen, minlength=groups)
 
 
-def linear_case(rng: random.Random) -> Case:
+def linear_case(rng: random.Random, at: Sizes) -> Case:
     """Depths that are no multiple of an instruction, columns that fill no tile, both output dtypes."""
-    rows, columns, depth = sizes(rng)
+    rows, columns, depth = sizes(rng, at)
     depth -= rng.choice((0, 0, 8, 120))
     weight = numbers(rng, columns - rng.choice((0, 0, 8)), depth)
     return Case((numbers(rng, rows, depth), weight), {"out_dtype": rng.choice((None, torch.float32))})
 
 
-def head_linear_case(rng: random.Random) -> Case:
+def head_linear_case(rng: random.Random, at: Sizes) -> Case:
     """x is a view with gaps, as the layers pass it."""
-    rows, heads, depth = rng.choice(_ROWS), rng.choice((1, 4, 16)), rng.choice((64, 128, 512))
-    columns = min(rng.choice((128, 512)), max(32, _BUDGET // (rows * heads * depth) // 32 * 32))
+    rows, heads, depth = rng.choice(at.rows), rng.choice(at.heads), rng.choice(at.head_sizes)
+    columns = min(rng.choice(at.head_sizes), max(32, _BUDGET // (rows * heads * depth) // 32 * 32))
     wide = numbers(rng, rows, heads, depth + 64)
     return Case((wide[..., :depth], numbers(rng, heads, columns, depth)), {})
 
 
-def grouped_linear_case(rng: random.Random) -> Case:
+def grouped_linear_case(rng: random.Random, at: Sizes) -> Case:
     """Experts without rows, and one with all."""
-    rows, columns, depth = sizes(rng)
-    counts = experts(rng, rows)
+    rows, columns, depth = sizes(rng, at)
+    counts = experts(rng, at, rows)
     return Case((numbers(rng, rows, depth), counts, numbers(rng, len(counts), columns, depth)), {})
 
 
-def quantize_case(rng: random.Random) -> Case:
+def quantize_case(rng: random.Random, at: Sizes) -> Case:
     """From subnormal to near overflow, both scale formats."""
-    x = numbers(rng, rng.choice(_ROWS), rng.choice(_DEPTHS))
+    x = numbers(rng, rng.choice(at.rows), rng.choice(at.depths))
     x = x * 2.0 ** rng.choice((-130, -20, 0, 0, 0, 20, 100))
     return Case((x if rng.random() < 0.8 else x.float(), rng.choice(("ue8m0", "float32"))), {})
 
 
-def fp8_linear_case(rng: random.Random) -> Case:
+def fp8_linear_case(rng: random.Random, at: Sizes) -> Case:
     """Both scale formats; columns that fill no scale block."""
-    rows, columns, depth = sizes(rng)
+    rows, columns, depth = sizes(rng, at)
     scale_format = rng.choice(("ue8m0", "float32"))
     weight = quantize_weight(numbers(rng, columns - rng.choice((0, 0, 8)), depth), scale_format)
     return Case((*quantize_fp8(numbers(rng, rows, depth), scale_format), *weight), {})
 
 
-def grouped_fp8_linear_case(rng: random.Random) -> Case:
+def grouped_fp8_linear_case(rng: random.Random, at: Sizes) -> Case:
     """Both scale formats; experts without rows, and one with all."""
-    rows, columns, depth = sizes(rng)
-    counts = experts(rng, rows)
+    rows, columns, depth = sizes(rng, at)
+    counts = experts(rng, at, rows)
     scale_format = rng.choice(("ue8m0", "float32"))
     weights = [quantize_weight(numbers(rng, columns, depth), scale_format) for _ in counts]
     values, scales = (torch.stack(parts) for parts in zip(*weights, strict=True))
     return Case((*quantize_fp8(numbers(rng, rows, depth), scale_format), counts, values, scales), {})
 
 
-def rms_norm_case(rng: random.Random) -> Case:
+def rms_norm_case(rng: random.Random, at: Sizes) -> Case:
     """Widths that fill no 512 lanes."""
-    width = rng.choice((128, 512, 576, 1000, 1536, 2048, 7168))
-    return Case((numbers(rng, rng.choice(_ROWS), width), numbers(rng, width), 1e-6), {})
+    width = rng.choice(at.depths) + rng.choice((0, 64, 72))
+    return Case((numbers(rng, rng.choice(at.rows), width), numbers(rng, width), 1e-6), {})
 
 
-def rope_case(rng: random.Random) -> Case:
+def rope_case(rng: random.Random, at: Sizes) -> Case:
     """x is a view with gaps, as the layers pass it."""
-    rows, heads, pairs = rng.choice(_ROWS), rng.choice((1, 4, 16, 128)), rng.choice((16, 32))
+    rows, heads, pairs = rng.choice(at.rows), rng.choice(at.heads), rng.choice((16, 32))
     angles = torch.rand(rows, pairs, generator=torch.Generator().manual_seed(rng.getrandbits(48))) * 7
     wide = numbers(rng, rows, heads, 128 + 2 * pairs)
     return Case((wide[..., 128:], angles.cos(), angles.sin()), {})
 
 
-def silu_and_mul_case(rng: random.Random) -> Case:
+def silu_and_mul_case(rng: random.Random, at: Sizes) -> Case:
     """Widths of an expert and of no power of two."""
-    return Case((numbers(rng, rng.choice(_ROWS), 2 * rng.choice((128, 2048, 2112))),), {})
+    return Case((numbers(rng, rng.choice(at.rows), 2 * (rng.choice(at.depths) + rng.choice((0, 64)))),), {})
 
 
-def route_case(rng: random.Random) -> Case:
+def route_case(rng: random.Random, at: Sizes) -> Case:
     """Routers of V3, Kimi-K2 and Moonlight and a tiny one; half of the cases have ties."""
     experts_, n_group, topk_group, topk = rng.choice(((256, 8, 4, 8), (384, 1, 1, 8), (64, 1, 1, 6), (16, 4, 2, 4)))
-    rows = rng.choice(_ROWS)
+    rows = rng.choice(at.rows)
     logits = numbers(rng, rows, experts_).float()
     if rng.random() < 0.5:  # ties
         logits = (logits * 4).round() / 4
@@ -158,24 +189,24 @@ def route_case(rng: random.Random) -> Case:
     )
 
 
-def combine_case(rng: random.Random) -> Case:
+def combine_case(rng: random.Random, at: Sizes) -> Case:
     """Experts in any order of rows."""
-    rows, topk, width = rng.choice(_ROWS), rng.choice((1, 4, 8)), rng.choice((256, 1000, 7168))
+    rows, topk, width = rng.choice(at.rows), rng.choice((1, 4, 8)), rng.choice(at.depths) + rng.choice((0, 72))
     generator = torch.Generator().manual_seed(rng.getrandbits(48))
     slots = torch.randperm(rows * topk, generator=generator).view(rows, topk)
     weights = torch.rand(rows, topk, generator=generator)
     return Case((numbers(rng, rows * topk, width), slots, weights, numbers(rng, rows, width)), {})
 
 
-def mla_attention_case(rng: random.Random) -> Case:
+def mla_attention_case(rng: random.Random, at: Sizes) -> Case:
     """Requests of prefill, verify and decode together, shuffled pages, unwritten memory behind each."""
-    heads, (rank, rotary) = rng.choice((1, 4, 16, 128)), rng.choice(((512, 64), (128, 32), (64, 16)))
+    heads, (rank, rotary) = rng.choice(at.heads), rng.choice(at.latents)
     block_size = rng.choice((16, 64))
     lengths, queries = [], []
     budget = _BUDGET // (heads * (2 * rank + rotary))
-    for _ in range(rng.randint(1, 5)):
-        count = min(rng.choice((1, 1, 2, 5, 70)), max(1, budget // 512))
-        length = count + rng.randint(0, max(0, min(2000, budget // count // 2 - count)))
+    for _ in range(rng.randint(1, 5 if at.keys > 100 else 2)):
+        count = min(rng.choice((1, 1, 2, 5, 70)), max(1, budget // 512), at.keys // 16)
+        length = count + rng.randint(0, max(0, min(at.keys, budget // count // 2 - count)))
         if budget < count * length:
             break
         budget -= count * length
@@ -205,7 +236,7 @@ def mla_attention_case(rng: random.Random) -> Case:
     return Case(args, {"kv_lora_rank": rank, "scale": (rank + rotary) ** -0.5})
 
 
-CASES: dict[str, Callable[[random.Random], Case]] = {
+CASES: dict[str, Callable[[random.Random, Sizes], Case]] = {
     "linear": linear_case,
     "head_linear": head_linear_case,
     "grouped_linear": grouped_linear_case,
@@ -252,7 +283,7 @@ def check(kernel: Kernel, cases: int, seed: int, device: str = "cuda") -> Result
     first_wrong = ""
     began = time.perf_counter()
     for number in range(cases):
-        case = CASES[kernel.op](random.Random(f"{kernel.op}/{seed}/{number}"))
+        case = CASES[kernel.op](random.Random(f"{kernel.op}/{seed}/{number}"), LARGE)
         expected = model.run(*case.args, **case.kwargs)
         actual = kernel.run(*(to_device(x, device) for x in case.args), **case.kwargs)
         wrong = bits_differ(expected, actual)
@@ -266,6 +297,45 @@ def check(kernel: Kernel, cases: int, seed: int, device: str = "cuda") -> Result
     return Result(kernel.op, kernel.provider, cases, outputs, wrong_cases, wrong_outputs, first_wrong, seconds)
 
 
+def record(path: Path, *, per_op: int = 2, device: str = "cuda") -> None:
+    """Write `per_op` small cases of each operation with the results of this package's own kernels."""
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, str] = {"card": torch.cuda.get_device_name()}
+    for kernel in gpu_kernels():
+        if kernel.provider != provider.PROVIDER:
+            continue
+        for number in range(per_op):
+            name = f"{kernel.op}/{number}"
+            case = CASES[kernel.op](random.Random(f"golden/{name}"), SMALL)
+            # Views carry gaps of the tensors that they were cut from.
+            args = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in case.args]
+            results = kernel.run(*(to_device(x, device) for x in args), **case.kwargs)
+            for i, x in enumerate(args):
+                if isinstance(x, torch.Tensor):
+                    tensors[f"{name}/arg{i}"] = x
+            for i, x in enumerate(results if isinstance(results, tuple) else (results,)):
+                tensors[f"{name}/out{i}"] = x.cpu().contiguous()
+            kwargs = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in case.kwargs.items()}
+            plain[name] = json.dumps([[None if isinstance(x, torch.Tensor) else x for x in args], kwargs])
+    save_file(tensors, path, metadata=plain)
+
+
+def recorded(path: Path) -> dict[str, tuple[Case, tuple[torch.Tensor, ...]]]:
+    """The cases of a file that `record` wrote, by name, each with what the GPU printed."""
+    cases: dict[str, tuple[Case, tuple[torch.Tensor, ...]]] = {}
+    with safe_open(path, "pt") as file:
+        for name, text in file.metadata().items():
+            if "/" not in name:
+                continue
+            plain, kwargs = json.loads(text)
+            args = [file.get_tensor(f"{name}/arg{i}") if x is None else x for i, x in enumerate(plain)]
+            if "out_dtype" in kwargs:
+                kwargs["out_dtype"] = getattr(torch, str(kwargs["out_dtype"]).removeprefix("torch."), None)
+            outs = sorted(key for key in file.keys() if key.startswith(f"{name}/out"))  # noqa: SIM118
+            cases[name] = Case(tuple(args), kwargs), tuple(file.get_tensor(key) for key in outs)
+    return cases
+
+
 def gpu_kernels() -> list[Kernel]:
     """What this package offers for a GPU."""
     return [kernel for kernel in provider.dsv3_kernels() if kernel.provider != sm90_model.PROVIDER]
@@ -277,7 +347,11 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=40)
     parser.add_argument("--op", action="append", choices=list(CASES))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path)
     options = parser.parse_args()
+    if options.record:
+        record(options.record)
+        return 0
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
     failed = False
     for kernel in gpu_kernels():

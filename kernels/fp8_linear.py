@@ -42,6 +42,8 @@ def _scaled_dot(
     column,
     columns,
     depth,
+    row_stride,
+    block_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
@@ -55,12 +57,18 @@ def _scaled_dot(
     weight_scale += tl.min(column, 0) // 128 * blocks
     x_tile = x + row[:, None].to(tl.int64) * depth + k[None, :]
     w_tile = weight + column[:, None].to(tl.int64) * depth + k[None, :]
-    x_scale += row.to(tl.int64) * blocks
+    x_scale += row.to(tl.int64) * row_stride
     acc = tl.zeros((COLUMNS, ROWS) if WEIGHT_FIRST else (ROWS, COLUMNS), tl.float32)
+    # The compiler pipelines the operands' loads but not the scales', which are therefore read one block ahead.
+    next_x = tl.load(x_scale, mask=row_inside, other=0)
+    next_weight = tl.load(weight_scale)
     for block in range(blocks):
         a = tl.load(x_tile, mask=row_inside[:, None], other=0.0)
         b = tl.load(w_tile, mask=(column < columns)[:, None], other=0.0)
-        scale = tl.load(x_scale + block, mask=row_inside, other=0) * tl.load(weight_scale + block)
+        scale = next_x * next_weight
+        following = tl.minimum(block + 1, blocks - 1)
+        next_x = tl.load(x_scale + following * block_stride, mask=row_inside, other=0)
+        next_weight = tl.load(weight_scale + following)
         if WEIGHT_FIRST:
             acc = tl.fma(tl.dot(b, tl.trans(a)), tl.broadcast_to(scale[None, :], (COLUMNS, ROWS)), acc)
         else:
@@ -92,6 +100,8 @@ def _fp8_linear(
     rows,
     columns,
     depth,
+    row_stride,
+    block_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
@@ -106,7 +116,20 @@ def _fp8_linear(
     column = (within // height) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < rows
     acc = _scaled_dot(
-        x, x_scale, weight, weight_scale, row, inside, column, columns, depth, ROWS, COLUMNS, WEIGHT_FIRST
+        x,
+        x_scale,
+        weight,
+        weight_scale,
+        row,
+        inside,
+        column,
+        columns,
+        depth,
+        row_stride,
+        block_stride,
+        ROWS,
+        COLUMNS,
+        WEIGHT_FIRST,
     )
     _store(acc, out, row, inside, column, columns, WEIGHT_FIRST)
 
@@ -121,6 +144,8 @@ def _grouped_fp8_linear(
     out,
     columns,
     depth,
+    row_stride,
+    block_stride,
     GROUPS: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -136,7 +161,20 @@ def _grouped_fp8_linear(
         weight += group.to(tl.int64) * columns * depth
         weight_scale += group * tl.cdiv(columns, 128) * (depth // 128)
         acc = _scaled_dot(
-            x, x_scale, weight, weight_scale, row, inside, column, columns, depth, ROWS, COLUMNS, WEIGHT_FIRST
+            x,
+            x_scale,
+            weight,
+            weight_scale,
+            row,
+            inside,
+            column,
+            columns,
+            depth,
+            row_stride,
+            block_stride,
+            ROWS,
+            COLUMNS,
+            WEIGHT_FIRST,
         )
         _store(acc, out, row, inside, column, columns, WEIGHT_FIRST)
 
@@ -150,10 +188,15 @@ def choose_tile(rows: int, columns: int) -> Tile:
     return Tile(128, 128, False, 8, 4)
 
 
-def _check(op: str, x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
+def prefers_own(rows: int, columns: int, depth: int) -> bool:
+    """Whether this kernel, and not DeepGEMM's, is the faster one for a dense product."""
+    return rows <= 16
+
+
+def check(op: str, x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
     """Refuse what the kernels cannot read; weight and weight_scale may have a leading dimension of experts."""
     require_matrix(op, "x", x, (E4M3,))
-    require_matrix(op, "x_scale", x_scale, (torch.float32,))
+    require(x_scale.dtype == torch.float32, op, f"x_scale is {x_scale.dtype}, expected torch.float32")
     depth = x.shape[1]
     require(weight.dtype == E4M3, op, f"weight is {weight.dtype}, expected {E4M3}")
     require(weight_scale.dtype == torch.float32, op, f"weight_scale is {weight_scale.dtype}, expected torch.float32")
@@ -173,7 +216,7 @@ def fp8_linear(
     """x e4m3 [M, K] with x_scale fp32 [M, K / 128], weight e4m3 [N, K] with weight_scale fp32 [ceil(N / 128), K / 128],
     to bf16 [M, N]. Raises `InputError`.
     """
-    _check("fp8_linear", x, x_scale, weight, weight_scale)
+    check("fp8_linear", x, x_scale, weight, weight_scale)
     (rows, depth), columns = x.shape, weight.shape[0]
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
     if rows:
@@ -188,6 +231,7 @@ def fp8_linear(
             rows,
             columns,
             depth,
+            *x_scale.stride(),
             tile.rows,
             tile.columns,
             tile.weight_first,
@@ -212,7 +256,7 @@ def grouped_fp8_linear(
     """
     op = "grouped_fp8_linear"
     require(weight.dim() == 3, op, f"weight has shape {tuple(weight.shape)}, expected three dimensions")
-    _check(op, x, x_scale, weight, weight_scale)
+    check(op, x, x_scale, weight, weight_scale)
     (rows, depth), (groups, columns, _) = x.shape, weight.shape
     require(tuple(expert_counts.shape) == (groups,), op, f"expert_counts has shape {tuple(expert_counts.shape)}")
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
@@ -228,6 +272,7 @@ def grouped_fp8_linear(
             out,
             columns,
             depth,
+            *x_scale.stride(),
             groups,
             triton.next_power_of_2(groups),
             tile.rows,

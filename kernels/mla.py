@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsv3_plugin.kernels.triton_math import EXACT, divide, exp, fold_sum
+from dsv3_plugin.kernels import mla_gluon
+from dsv3_plugin.kernels.triton_math import EXACT, divide, exp_of_nonpositive, fold_sum
 
 from dsv3_plugin.ops.contract import require
 from dsv3_plugin.ops.mla_attention import KEY_BLOCK
@@ -81,8 +82,8 @@ def _mla_attention(
             scores = tl.dot(q_rope, tl.trans(k_rope), scores) * scale
             scores = tl.where(key[None, :] > position[:, None], float("-inf"), scores)
             new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-            p = exp(scores - new_maximum[:, None])
-            alpha = exp(maximum - new_maximum)
+            p = exp_of_nonpositive(scores - new_maximum[:, None])
+            alpha = exp_of_nonpositive(maximum - new_maximum)
             total = total * alpha + fold_sum(p, ROWS, KEYS)
             output = tl.dot(p.to(latent.dtype), latent, output * alpha[:, None])
             maximum = new_maximum
@@ -129,7 +130,9 @@ def mla_attention(
     require(len(query_start_loc) == requests + 1, op, f"{requests} seq_lens, {len(query_start_loc)} query_start_loc")
     tokens, heads, dim = q.shape
     out = q.new_empty(tokens, heads, kv_lora_rank)
-    if out.numel():
+    if out.numel() and mla_gluon.serves(latent_cache, kv_lora_rank):
+        mla_gluon.mla_attention(q, latent_cache, block_table, seq_lens, query_start_loc, out, scale)
+    elif out.numel():
         # Not more tiles than this: each request adds at most one that is not full.
         grid = (tokens * heads // _ROWS + min(requests, tokens),)
         _mla_attention[grid](

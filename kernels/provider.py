@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from dsv3_plugin.kernels import sm90_model
+from dsv3_plugin.kernels import deep_gemm, sm90_model
 
 from dsv3_plugin.hooks import Kernel, Setting, hookimpl
 from dsv3_plugin.registry import CONTRACTS
@@ -59,7 +59,7 @@ def refuses(setting: Setting) -> str | None:
 @hookimpl
 def dsv3_kernels() -> list[Kernel]:
     """The model of Hopper on a CPU, and the kernels for Hopper itself."""
-    return sm90_model.kernels() + [
+    own = [
         Kernel(
             op=contract.op,
             contract_version=contract.version,
@@ -71,3 +71,4 @@ def dsv3_kernels() -> list[Kernel]:
         )
         for contract in CONTRACTS
     ]
+    return sm90_model.kernels() + own + deep_gemm.kernels()

@@ -34,14 +34,21 @@ def quantize_groups(wide, UE8M0: tl.constexpr):
 
 
 @triton.jit
-def _quantize(x, values, scales, groups, GROUPS: tl.constexpr, UE8M0: tl.constexpr):
+def _quantize(x, values, scales, groups, row_groups, scale_stride, GROUPS: tl.constexpr, UE8M0: tl.constexpr):
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     offset = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = group < groups
     wide = tl.load(x + offset, mask=inside[:, None], other=0).to(tl.float32)
     quantized, scale = quantize_groups(wide, UE8M0)
     tl.store(values + offset, quantized, mask=inside[:, None])
-    tl.store(scales + group, scale, mask=inside)
+    target = scales + group // row_groups + group % row_groups * scale_stride
+    tl.store(target, scale, mask=inside)
+
+
+def empty_scales(rows: int, depth: int, device: torch.device) -> torch.Tensor:
+    """Unwritten fp32 scales [rows, depth / 128] in the order that the copy engine wants: columns contiguous, each of
+    16 bytes' multiple."""
+    return torch.empty(depth // FP8_BLOCK, rows + -rows % 4, dtype=torch.float32, device=device).t()[:rows]
 
 
 def quantize_fp8(x: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,9 +57,20 @@ def quantize_fp8(x: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tens
     require_matrix(op, "x", x, (torch.bfloat16, torch.float32))
     require(x.shape[1] % FP8_BLOCK == 0, op, f"K={x.shape[1]} is not a multiple of {FP8_BLOCK}")
     values = torch.empty_like(x, dtype=E4M3)
-    scales = torch.empty(x.shape[0], x.shape[1] // FP8_BLOCK, dtype=torch.float32, device=x.device)
+    scales = empty_scales(*x.shape, device=x.device)
     groups = scales.numel()
     if groups:
         grid = (triton.cdiv(groups, _GROUPS),)
-        _quantize[grid](x, values, scales, groups, _GROUPS, scale_format == "ue8m0", num_warps=4, **EXACT)
+        _quantize[grid](
+            x,
+            values,
+            scales,
+            groups,
+            scales.shape[1],
+            scales.stride(1),
+            _GROUPS,
+            scale_format == "ue8m0",
+            num_warps=4,
+            **EXACT,
+        )
     return values, scales

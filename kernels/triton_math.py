@@ -18,25 +18,26 @@ _LOG2_E = tl.constexpr(1.44269504088896341)
 _LN2_HIGH = tl.constexpr(0.693359375)
 _LN2_LOW = tl.constexpr(-2.12194440e-4)
 _UNDERFLOW = tl.constexpr(-87.0)
-_OVERFLOW = tl.constexpr(88.0)
 
 
 @triton.jit
-def exp(x):
-    """e**x of fp32 `x`; NaN stays NaN."""
-    clamped = tl.minimum(
-        tl.maximum(x, _UNDERFLOW, propagate_nan=tl.PropagateNan.ALL), _OVERFLOW, propagate_nan=tl.PropagateNan.ALL
-    )
-    n = (clamped * _LOG2_E + _ROUND) - _ROUND
-    r = (clamped - n * _LN2_HIGH) - n * _LN2_LOW
+def exp_of_nonpositive(x):
+    """e**x of fp32 `x` <= 0, the only ones that softmax and sigmoid need; nothing to clamp: below -87 it is replaced.
+
+    The rounding constant's low bits hold n, so adding them to the exponent of p multiplies it by 2**n: never a
+    subnormal number, because e**-87 is none.
+    """
+    shifted = x * _LOG2_E + _ROUND
+    n = shifted - _ROUND
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
     p = r * 1.9875691500e-4 + 1.3981999507e-3
     p = p * r + 8.3334519073e-3
     p = p * r + 4.1665795894e-2
     p = p * r + 1.6666665459e-1
     p = p * r + 5.0000001201e-1
     p = (p * (r * r) + r) + 1.0
-    power_of_two = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(x < _UNDERFLOW, 0.0, p * power_of_two)
+    scaled = ((shifted.to(tl.int32, bitcast=True) << 23) + p.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    return tl.where(x < _UNDERFLOW, 0.0, scaled)
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def divide(a, b):
 @triton.jit
 def sigmoid(x):
     """1 / (1 + e**-x) of fp32 `x`."""
-    e = exp(-tl.abs(x))
+    e = exp_of_nonpositive(-tl.abs(x))
     return divide(tl.where(x < 0, e, 1.0), 1.0 + e)
 
 
