@@ -50,8 +50,6 @@ class Comparison:
     right: str
     equal_rows: int
     different_rows: int
-    unmatched_rows: int
-    """Rows of the right side that the left never computed; they are not claimed."""
     first_difference: Difference | None
 
     @property
@@ -85,18 +83,27 @@ class RowFile:
 def compare_case(case: str, left: tuple[str, RowFile], right: tuple[str, RowFile]) -> Comparison:
     """Compare all streams that both sides have."""
     (left_name, left_rows), (right_name, right_rows) = left, right
-    equal = different = unmatched = 0
+    equal = different = 0
     differences: list[Difference] = []
     for stream in right_rows.streams:
         if stream not in left_rows.streams:
-            unmatched += len(right_rows.keys(stream))
             continue
-        result = _compare_stream(stream, left_rows, right_rows)
-        equal, different, unmatched = equal + result[0], different + result[1], unmatched + result[2]
-        if result[3] is not None:
-            differences.append(result[3])
+        stream_equal, stream_different, first_of_stream = _compare_stream(stream, left_rows, right_rows)
+        equal, different = equal + stream_equal, different + stream_different
+        if first_of_stream is not None:
+            differences.append(first_of_stream)
     first = min(differences, key=_order_of(right_rows.streams), default=None)
-    return Comparison(case, left_name, right_name, equal, different, unmatched, first)
+    return Comparison(case, left_name, right_name, equal, different, first)
+
+
+def rows_alone(name: str, sides: dict[str, RowFile]) -> int:
+    """How many rows of side `name` no other side computed, so that nothing is known of them."""
+    count = 0
+    for stream in sides[name].streams:
+        others = [side.keys(stream) for other, side in sides.items() if other != name and stream in side.streams]
+        known = {key for keys in others for key in keys}
+        count += sum(key not in known for key in sides[name].keys(stream))
+    return count
 
 
 def _order_of(streams: list[str]) -> Any:
@@ -112,18 +119,17 @@ def _order_of(streams: list[str]) -> Any:
     return order
 
 
-def _compare_stream(stream: str, left: RowFile, right: RowFile) -> tuple[int, int, int, Difference | None]:
-    """(equal, different, unmatched, first difference) of the right side's rows."""
+def _compare_stream(stream: str, left: RowFile, right: RowFile) -> tuple[int, int, Difference | None]:
+    """(equal, different, first difference) of the rows that both sides have."""
     row_of: dict[Key, list[int]] = {}
     for i, key in enumerate(left.keys(stream)):
         row_of.setdefault(key, []).append(i)
     pairs = [(i, j) for j, key in enumerate(right.keys(stream)) for i in row_of.get(key, ())]
-    unmatched = sum(key not in row_of for key in right.keys(stream))
     if not pairs:
-        return 0, 0, unmatched, None
+        return 0, 0, None
     left_values, right_values = left.values(stream), right.values(stream)
     if left_values.dtype != right_values.dtype or left_values.shape[1] != right_values.shape[1]:
-        return 0, len(pairs), unmatched, None
+        return 0, len(pairs), None
     positions = right.positions(stream)
     different: list[tuple[int, int]] = []
     for i, j in pairs:
@@ -134,7 +140,7 @@ def _compare_stream(stream: str, left: RowFile, right: RowFile) -> tuple[int, in
         i, j = min(different, key=lambda pair: int(positions[pair[1]]))
         request = right.keys(stream)[j][0]
         first = first_difference(stream, request, int(positions[j]), left_values[i], right_values[j])
-    return len(pairs) - len(different), len(different), unmatched, first
+    return len(pairs) - len(different), len(different), first
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,8 @@ def _cell(name: str, verdict: CaseVerdict, report: Report) -> str:
     different = sum(c.different_rows for c in comparisons)
     total = different + sum(c.equal_rows for c in comparisons)
     lines = [f"[red]{different:,} of {total:,} differ[/]" if different else f"[green]{total:,} equal[/]"]
+    if verdict.rows_alone[name]:
+        lines.append(f"[yellow]{verdict.rows_alone[name]:,} without counterpart[/]")
     outcome = next(c for c in report.results[name].cases if c.name == verdict.case.name)
     if verdict.case.min_cached_tokens:
         lines.append(f"{sum(r.num_cached_tokens for r in outcome.requests)} tokens cached")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_plugin.conformance.cases import BLOCK_SIZE, make_cases
-from dsv3_plugin.conformance.compare import Comparison, RowFile, compare_case, missing_rows, tokens_differ
+from dsv3_plugin.conformance.compare import Comparison, RowFile, compare_case, missing_rows, rows_alone, tokens_differ
 from dsv3_plugin.conformance.protocol import (
     PROGRESS_PREFIX,
     Case,
@@ -90,6 +90,8 @@ class CaseVerdict:
     case: Case
     comparisons: tuple[Comparison, ...]
     problems: tuple[str, ...]
+    rows_alone: dict[str, int]
+    """Rows of each testee that no other side computed; nothing is claimed of them."""
 
     @property
     def passed(self) -> bool:
@@ -126,6 +128,7 @@ class Report:
                     "title": verdict.case.title,
                     "passed": verdict.passed,
                     "problems": verdict.problems,
+                    "rows_alone": verdict.rows_alone,
                     "comparisons": [asdict(c) | {"equal": c.equal} for c in verdict.comparisons],
                 }
                 for verdict in self.verdicts
@@ -253,7 +256,7 @@ def _judge(case: Case, results: dict[str, Result], work_dir: Path) -> CaseVerdic
             if position is not None:
                 problems.append(f"{left} and {right} chose different tokens in request {index} at position {position}")
     comparisons = [compare_case(case.name, (a, rows[a]), (b, rows[b])) for a, b in combinations(rows, 2)]
-    return CaseVerdict(case, tuple(comparisons), tuple(problems))
+    return CaseVerdict(case, tuple(comparisons), tuple(problems), {name: rows_alone(name, rows) for name in outcomes})
 
 
 def _served_otherwise(results: dict[str, Result], profile: str) -> list[str]:

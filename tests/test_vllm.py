@@ -67,7 +67,9 @@ def test_vllm_prints_the_reference_s_bits(
     for verdict in report.verdicts:
         pair = next(c for c in verdict.comparisons if (c.left, c.right) == ("reference", "vllm"))
         assert pair.equal_rows > 500, verdict.case.name
-        assert pair.unmatched_rows == 0, verdict.case.name
+        # vLLM drafts once more after a request's last token, which may be a draft beyond those asked for.
+        last_drafts = verdict.case.num_speculative_tokens * len(verdict.case.requests)
+        assert verdict.rows_alone["vllm"] <= last_drafts, verdict.case.name
     outcomes = {case.name: case for case in report.results["vllm"].cases}
     assert 0 < outcomes["mtp_2"].num_accepted_tokens < outcomes["mtp_2"].num_draft_tokens
 
