@@ -27,7 +27,7 @@ def _group() -> None:
 def run(
     testee: Annotated[
         list[str],
-        typer.Option(help="A testee of the suite (reference, vllm), or NAME=COMMAND for your own. Repeat it."),
+        typer.Option(help="A testee of the suite (reference, vllm, sglang), or NAME=COMMAND for your own. Repeat it."),
     ],
     checkpoint: Annotated[Path, typer.Option(help="A DeepSeek-V3 checkpoint folder.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the full report to this new file.")] = None,

@@ -34,7 +34,7 @@ from dsv3_plugin.conformance.texts import real_text, tokenize
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import ConformanceError
 
-ENGINES = {"reference": None, "vllm": "vllm"}
+ENGINES = {"reference": None, "vllm": "vllm", "sglang": "sglang"}
 """Testees that ship with the suite, and the module that their environment must have."""
 SPECIFICATION = "specification"
 _PACKAGE = "dsv3_plugin.conformance.testees"

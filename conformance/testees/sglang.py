@@ -1,0 +1,315 @@
+"""The SGLang testee: a real SGLang scheduler in this process, with whatever model it builds.
+
+SGLang runs its scheduler (waiting queue, radix cache, model runner, draft worker) in a process of its own; here it is
+built in this one and stepped by hand, without tokenizer and HTTP server, so that the model can be observed. The
+engine's schedule is its own. The rows are taken where the engine itself computes them: the model's forward pass tells
+which tokens of which requests a batch holds, the logits processor which of their rows it computes logits for.
+"""
+
+from __future__ import annotations
+
+import os
+
+# On one thread, as the CPU arithmetic requires.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gc
+from array import array
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served
+from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
+from dsv3_plugin.conformance.testees import program
+from dsv3_plugin.sglang_backend import compat
+
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.engines import switched_off
+from dsv3_plugin.errors import ConformanceError
+
+MAX_BATCHED_TOKENS = 2048
+
+
+@dataclass
+class SglangOutcome:
+    """See `program.Outcome`."""
+
+    recorder: RowRecorder
+    specification: None = None
+    requests: list[RequestResult] = field(default_factory=list)
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+
+class SglangTestee:
+    """One engine at a time; a new one where the number of draft tokens changes, which SGLang fixes at start."""
+
+    name = "sglang"
+
+    def __init__(self, job: Job) -> None:
+        try:
+            from sglang.srt.plugins import load_plugins
+        except ImportError as error:
+            raise ConformanceError(f"SGLang cannot be imported by this Python: {error}") from None
+        load_plugins()
+        self.job = job
+        self.num_speculative_tokens: int | None = None
+        self.observer: Observer | None = None
+        self.scheduler: Any = None
+        self._served: list[Served] = []
+
+    def versions(self) -> dict[str, str]:
+        """SGLang's version."""
+        return {"sglang": compat.sglang_version()}
+
+    def served(self) -> Served:
+        """The classes that SGLang built; with speculative decoding where any case had it."""
+        return max(self._served, key=lambda served: served.draft_class is not None)
+
+    def run(self, case: Case) -> SglangOutcome:
+        """Submit the case's rounds and step the engine until each has finished."""
+        if case.num_speculative_tokens != self.num_speculative_tokens:
+            self.start_engine(case.num_speculative_tokens)
+        assert self.observer is not None
+        if not self.scheduler.flush_cache():
+            raise ConformanceError("SGLang did not empty its cache between two cases")
+        self.scheduler.chunked_prefill_size = case.max_num_batched_tokens or MAX_BATCHED_TOKENS
+        outcome = SglangOutcome(RowRecorder())
+        self.observer.start_case(outcome)
+        index = 0
+        for requests in case.rounds:
+            self.run_round(outcome, index, requests, case.prompt_logits)
+            index += len(requests)
+        return outcome
+
+    def run_round(self, outcome: SglangOutcome, first: int, requests: tuple[Request, ...], prompt_logits: bool) -> None:
+        """Submit requests together and generate greedily."""
+        assert self.observer is not None
+        for index, request in enumerate(requests, first):
+            self.observer.start_request(index, request)
+        inputs = [tokenized_request(index, request, prompt_logits) for index, request in enumerate(requests, first)]
+        self.scheduler.process_input_requests(inputs)
+        live = {int(req.rid): req for req in self.scheduler.waiting_queue}
+        while self.step():
+            pass
+        for index, request in enumerate(requests, first):
+            req = live[index]
+            if not req.finished():
+                raise ConformanceError(f"SGLang stopped before request {index} was finished")
+            outcome.requests.append(
+                RequestResult(
+                    token_ids=request.prompt_token_ids + tuple(req.output_ids_through_stop),
+                    num_cached_tokens=req.cached_tokens,
+                )
+            )
+            outcome.num_draft_tokens += req.spec_verify_ct * (self.num_speculative_tokens or 0)
+            outcome.num_accepted_tokens += req.spec_num_correct_drafts
+
+    def step(self) -> bool:
+        """One turn of the scheduler's own loop; False where it has nothing to do."""
+        scheduler = self.scheduler
+        plan = scheduler.get_next_batch_to_run(running_batch=scheduler.running_batch, last_batch=scheduler.last_batch)
+        scheduler.running_batch, batch = plan.running_batch, plan.batch_to_run
+        if batch:
+            scheduler.process_batch_result(batch, scheduler.run_batch(batch))
+        scheduler.last_batch = batch
+        return bool(batch)
+
+    def start_engine(self, num_speculative_tokens: int) -> None:
+        """Build an engine for the job's checkpoint, after taking down the one before."""
+        from sglang.srt.managers.scheduler import Scheduler
+        from sglang.srt.runtime_context import publish
+        from sglang.srt.server_args import PortArgs, ServerArgs
+
+        self.stop_engine()
+        speculative = {
+            "speculative_algorithm": "EAGLE",
+            "speculative_num_steps": num_speculative_tokens,
+            "speculative_eagle_topk": 1,
+            "speculative_num_draft_tokens": num_speculative_tokens + 1,
+        }
+        arguments = ServerArgs(
+            model_path=self.job.checkpoint,
+            # Said outright: SGLang runs a float32 checkpoint in another dtype by default.
+            dtype=DeepseekV3Config.from_pretrained(self.job.checkpoint).torch_dtype,
+            device="cpu",
+            attention_backend="torch_native" if switched_off() else "dsv3",
+            skip_tokenizer_init=True,
+            context_length=512,
+            max_total_tokens=4096,
+            max_running_requests=8,
+            chunked_prefill_size=MAX_BATCHED_TOKENS,
+            enable_mixed_chunk=True,
+            disable_overlap_schedule=True,
+            disable_cuda_graph=True,
+            random_seed=0,
+            **(speculative if num_speculative_tokens else {}),
+        )
+        publish(arguments, role="scheduler")
+        ranks = dict.fromkeys(("gpu_id", "tp_rank", "moe_ep_rank", "pp_rank", "attn_cp_rank", "moe_dp_rank"), 0)
+        self.scheduler = Scheduler(arguments, PortArgs.init_new(arguments), **ranks, dp_rank=None)
+        if self.scheduler.disable_radix_cache or not self.scheduler.is_mixed_chunk:
+            raise ConformanceError("SGLang switched the radix cache or mixed chunks off; the cases need both")
+        self.num_speculative_tokens = num_speculative_tokens
+        self.observer = Observer(self.scheduler)
+        self._served.append(self.observer.served())
+
+    def stop_engine(self) -> None:
+        """Free the engine's memory."""
+        if self.scheduler is None:
+            return
+        from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+        self.scheduler.release_host_resources()
+        self.scheduler = self.observer = None
+        destroy_model_parallel()
+        destroy_distributed_environment()
+        gc.collect()
+
+
+def tokenized_request(index: int, request: Request, prompt_logits: bool) -> Any:
+    """A request as SGLang's tokenizer hands it to the scheduler."""
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    params = SamplingParams(temperature=0, max_new_tokens=request.max_tokens, ignore_eos=True)
+    params.normalize(None)
+    return TokenizedGenerateReqInput(
+        rid=str(index),
+        input_text=None,
+        input_ids=array("q", request.prompt_token_ids),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=params,
+        # Makes the engine compute logits for the prompt.
+        return_logprob=prompt_logits,
+        logprob_start_len=0 if prompt_logits else -1,
+        top_logprobs_num=0,
+        token_ids_logprob=None,
+        stream=False,
+    )
+
+
+class Observer:
+    """Watches the models of a scheduler's workers."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.outcome: SglangOutcome | None = None
+        self.target = Watched(scheduler.tp_worker.model_runner.model, 0)
+        self.draft: Watched | None = None
+        if scheduler.draft_worker is not None:
+            self.draft = Watched(scheduler.draft_worker.draft_worker.draft_runner.model, 1)
+
+    def start_case(self, outcome: SglangOutcome) -> None:
+        """Record into `outcome` from now on."""
+        for watched in (self.target, self.draft):
+            if watched is not None:
+                watched.start_case(outcome.recorder)
+
+    def start_request(self, index: int, request: Request) -> None:
+        """Announce a request."""
+        for watched in (self.target, self.draft):
+            if watched is not None:
+                watched.seen.start(index, request.prompt_token_ids)
+
+    def served(self) -> Served:
+        """What the workers built."""
+        ops = getattr(self.target.model, "ops", None)
+        return Served(
+            model_class=_class_name(self.target.model),
+            draft_class=_class_name(self.draft.model) if self.draft is not None else None,
+            profile=ops.setting.profile.name if ops is not None else "unknown",
+            kernels=program.kernels_of(ops) if ops is not None else {},
+        )
+
+
+class Watched:
+    """A model, and what its passes compute. `shift` is 1 for the draft, which sees the next token."""
+
+    def __init__(self, model: Any, shift: int) -> None:
+        self.model = model
+        self.shift = shift
+        self.seen = TokenTracker()
+        self.recorder: RowRecorder | None = None
+        self.keys: list[RowKey] = []
+        self.rows: list[int] = []
+        """Rows of the pass whose logits are still to come."""
+        self.kept: set[int] | None = None
+        """Rows of the pass that continue what was accepted; None: all."""
+        self.draft_step = 0
+        self.layers: LayerRecorder | None = None
+        if shift == 0 and type(model).__module__.startswith("dsv3_plugin."):
+            self.layers = LayerRecorder(model.model, model.config.num_hidden_layers)
+        processor = model.logits_processor
+        model.forward = partial(self._forward, model.forward)
+        processor._get_pruned_states = partial(self._prune, processor._get_pruned_states)
+        processor._compute_lm_head = partial(self._head, processor._compute_lm_head)
+
+    def start_case(self, recorder: RowRecorder) -> None:
+        """Record from now on."""
+        self.recorder = recorder
+        if self.layers is not None:
+            self.layers.recorder = recorder
+
+    def _forward(
+        self, forward: Any, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any, *args: Any, **kw: Any
+    ) -> Any:
+        if self.recorder is None:  # the engine's warm-up
+            return forward(input_ids, positions, forward_batch, *args, **kw)
+        counts = _tokens_of_requests(forward_batch, len(input_ids))
+        self.keys = []
+        for rid, count in zip(forward_batch.rids, counts, strict=True):
+            rows = slice(len(self.keys), len(self.keys) + count)
+            positions_seen = (positions[rows] + self.shift).tolist()
+            self.keys += self.seen.observe(int(rid), positions_seen, input_ids[rows].tolist())
+        mode = forward_batch.forward_mode
+        # The draft loop decodes; what precedes it, over a prompt or over what was just verified, is its first step.
+        self.draft_step = self.draft_step + 1 if mode.is_decode() else 0
+        self.kept = None
+        if mode.is_draft_extend_v2():
+            # The draft runs over all verified tokens, also over those that were rejected; only the last accepted row
+            # is read.
+            accepted = forward_batch.spec_info.num_accept_tokens.tolist()
+            self.kept = {i * counts[0] + count - 1 for i, count in enumerate(accepted)}
+        if self.layers is not None:
+            self.layers.keys = self.keys
+        try:
+            return forward(input_ids, positions, forward_batch, *args, **kw)
+        finally:
+            if self.layers is not None:
+                self.layers.keys = None
+
+    def _prune(self, prune: Any, hidden: torch.Tensor, before_norm: Any, aux: Any, metadata: Any) -> Any:
+        """The logits processor picks the rows that it needs; let it pick from their numbers too."""
+        numbers = torch.arange(len(hidden), device=hidden.device).unsqueeze(1)
+        self.rows = prune(numbers, None, None, metadata)[0].flatten().tolist()
+        return prune(hidden, before_norm, aux, metadata)
+
+    def _head(self, head: Any, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+        logits = head(hidden, *args)
+        rows, self.rows = self.rows[: len(hidden)], self.rows[len(hidden) :]
+        assert len(rows) == len(hidden), "logits of rows that the pass does not have"
+        if self.recorder is not None:
+            kept = [i for i, row in enumerate(rows) if self.kept is None or row in self.kept]
+            stream = f"mtp.{self.draft_step}" if self.shift else "logits"
+            self.recorder.add(stream, pick(self.keys, [rows[i] for i in kept]), logits[kept].float())
+        return logits
+
+
+def _tokens_of_requests(forward_batch: Any, tokens: int) -> list[int]:
+    """How many of a pass's tokens belong to each request."""
+    mode, requests = forward_batch.forward_mode, len(forward_batch.rids)
+    if mode.is_extend() and not mode.is_target_verify():
+        return list(forward_batch.extend_seq_lens_cpu)
+    return [tokens // requests] * requests
+
+
+def _class_name(module: object) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+if __name__ == "__main__":
+    program.main(SglangTestee)

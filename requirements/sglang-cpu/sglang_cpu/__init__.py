@@ -1,0 +1,1 @@
+"""SGLang on a CPU without sgl_kernel: a platform (`platform`) and a few replaced functions (`hooks`)."""

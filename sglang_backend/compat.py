@@ -1,0 +1,70 @@
+"""What differs between SGLang versions, and what this adapter cannot do.
+
+Differences are found by looking for the feature, not by comparing versions. The tested range only decides whether a
+warning is logged.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import torch
+
+from dsv3_plugin.engines import KILL_SWITCH, untested_version_warning
+from dsv3_plugin.errors import EngineError
+
+TESTED = ("0.5.20", "0.5.20")
+
+
+def sglang_version() -> str:
+    """The installed version."""
+    try:
+        return metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        raise EngineError("SGLang is not installed: pip install sglang") from None
+
+
+def version_warning() -> str | None:
+    """A warning for an SGLang outside the tested range, else None."""
+    return untested_version_warning("SGLang", sglang_version(), TESTED)
+
+
+def require_supported(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `EngineError` for an engine configuration that this adapter cannot serve exactly.
+
+    The model runs on `device` in `dtype`.
+    """
+    from sglang.srt import runtime_context
+
+    parallel = runtime_context.get_parallel()
+    for name in ("tp_size", "pp_size", "attn_cp_size", "dcp_size"):
+        size = getattr(parallel, name, 1)
+        if size != 1:
+            raise EngineError(
+                f"dsv3-plugin serves on one rank, but {name}={size};"
+                f" set it to 1, or {KILL_SWITCH}=off for SGLang's own model"
+            )
+    cache_dtype = runtime_context.get_model().kv_cache_dtype
+    if cache_dtype not in ("auto", str(dtype).removeprefix("torch.")):
+        raise EngineError(f"kv_cache_dtype={cache_dtype} was asked for, but the latent cache has the model's dtype")
+    if runtime_context.get_lora().enable_lora:
+        raise EngineError("dsv3-plugin does not serve LoRA adapters")
+    topk = getattr(runtime_context.get_spec(), "speculative_eagle_topk", None)
+    if topk not in (None, 1):
+        raise EngineError(f"speculative_eagle_topk={topk}; MTP drafts a chain of tokens, so set it to 1")
+    if device.type != "cpu" and not runtime_context.get_exec().graph.disable_cuda_graph:
+        raise EngineError("dsv3-plugin does not run in CUDA graphs under SGLang yet: pass --disable-cuda-graph")
+
+
+def model_path() -> str:
+    """The checkpoint's path, as the user gave it."""
+    from sglang.srt import runtime_context
+
+    return runtime_context.get_model().model_path
+
+
+def load_format() -> str:
+    """How the engine fills the weights; `dummy` reads no checkpoint."""
+    from sglang.srt import runtime_context
+
+    return str(runtime_context.get_model().load_format)

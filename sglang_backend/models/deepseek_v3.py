@@ -1,0 +1,104 @@
+"""DeepSeek-V3 under SGLang's name for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from dsv3_plugin.sglang_backend import compat
+from dsv3_plugin.sglang_backend.attention import LatentAttend
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from torch import nn
+
+from dsv3_plugin.checkpoint.loader import load_weights
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.engines import switched_off
+from dsv3_plugin.layers.embedding import Head
+from dsv3_plugin.layers.model import DeepseekV3, bind_ops
+from dsv3_plugin.profile import profile_for
+from dsv3_plugin.registry import Ops
+from dsv3_plugin.version import __version__
+
+logger = logging.getLogger("sglang.dsv3_plugin")
+
+
+class CoreHead:
+    """Our head in the form of SGLang's quantisation methods, which is how its logits processor lets a model bring its
+    own: the fp32 sums are the logits.
+    """
+
+    def process_weights_after_loading(self, layer: Head) -> None:
+        """Nothing; called by SGLang's loader."""
+
+    def apply(self, layer: Head, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, hidden] to logits fp32 [T, vocab_size]."""
+        return layer(x.contiguous())
+
+
+def prepare(hf_config: Any, served: str) -> tuple[Ops, DeepseekV3Config]:
+    """Check what SGLang asks for, bind the kernels, and say in the log what will run.
+
+    SGLang builds a model under the default dtype and device that it shall have.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    compat.require_supported(device, dtype)
+    path = compat.model_path()
+    if Path(path).is_dir() and compat.load_format() != "dummy":
+        CheckpointReader(path).validate()
+    config = DeepseekV3Config.from_dict(hf_config.to_dict(), where=f"{path}/config.json")
+    profile = profile_for(config, dtype)
+    ops = bind_ops(config, profile, device)
+    logger.info(
+        "dsv3-plugin %s serves %s: profile %s, %s mode, kernels: %s",
+        __version__,
+        served,
+        profile.name,
+        ops.mode,
+        ops.describe(),
+    )
+    return ops, config
+
+
+class DeepseekV3ForCausalLM(nn.Module):
+    """The main model."""
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
+        super().__init__()
+        self.ops, self.config = prepare(config, "DeepseekV3ForCausalLM")
+        deepseek = DeepseekV3(self.ops, self.config)
+        # By the checkpoint's names.
+        self.model = deepseek.model
+        self.lm_head = deepseek.lm_head
+        self.lm_head.quant_method = CoreHead()
+        self.logits_processor = LogitsProcessor(config)
+        self._loaded = False
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: Any,
+        input_embeds: torch.Tensor | None = None,
+    ) -> Any:
+        """Flattened tokens [T] to SGLang's logits output; hidden states in it are the normalised ones."""
+        if input_embeds is None:
+            input_embeds = self.model.embed_tokens(input_ids)
+        attend = LatentAttend(self.ops, self.config, 0, positions, forward_batch)
+        hidden = self.model(input_embeds, positions, attend)
+        return self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
+
+    def get_embed_and_head(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """What a draft model shares."""
+        return self.model.embed_tokens.weight, self.lm_head.weight
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load a checkpoint's tensors; the first call must bring all of them, later ones may bring some."""
+        load_weights(self, self.config, weights, part="main", complete=not self._loaded)
+        self._loaded = True
+
+
+EntryClass: Any = [] if switched_off() else DeepseekV3ForCausalLM

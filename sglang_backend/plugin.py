@@ -1,0 +1,97 @@
+"""SGLang's entry point (`sglang.srt.plugins`): puts our model classes in place of SGLang's own.
+
+SGLang calls `register` in each of its processes. It only logs what a plugin raises and would then serve its own model,
+so a failure is kept and raised again when a model is built, where it does stop the engine.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from dsv3_plugin.sglang_backend import compat
+
+from dsv3_plugin.engines import KILL_SWITCH, switched_off
+from dsv3_plugin.errors import EngineError
+
+logger = logging.getLogger("sglang.dsv3_plugin")
+
+MODELS = "dsv3_plugin.sglang_backend.models"
+ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV3ForCausalLMNextN")
+
+
+def register() -> None:
+    """Override SGLang's DeepSeek-V3 and its MTP draft, unless `DSV3_PLUGIN=off`."""
+    if switched_off():
+        logger.info("dsv3-plugin is switched off by %s; SGLang serves its own DeepSeek-V3", KILL_SWITCH)
+        return
+    from sglang.srt.models.registry import ModelRegistry
+
+    try:
+        warning = compat.version_warning()
+        if warning is not None:
+            logger.warning(warning)
+        for architecture in ARCHITECTURES:
+            if (owner := _other_owner(ModelRegistry.models.get(architecture))) is not None:
+                logger.warning(
+                    "dsv3-plugin replaces %s for %s: another plugin registered it first;"
+                    " name the one you want in SGLANG_PLUGINS",
+                    owner,
+                    architecture,
+                )
+        ModelRegistry.register(MODELS, overwrite=True, strict=True)
+        _register_attention_and_hooks()
+    except Exception as error:
+        for architecture in ARCHITECTURES:
+            ModelRegistry.models[architecture] = _failing_model(error)
+        raise
+
+
+@functools.cache
+def _register_attention_and_hooks() -> None:
+    from dsv3_plugin.sglang_backend import attention
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.server_args import add_attention_backend_choices
+
+    register_attention_backend(attention.NAME)(attention.LatentBackend)
+    add_attention_backend_choices([attention.NAME])
+    factory = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
+    for hook in (attention.create_decode_backend, attention.create_draft_extend_backend):
+        HookRegistry.register(f"{factory}.{hook.__name__}", hook, HookType.AROUND)
+    resolve = "sglang.srt.models.registry._ModelRegistry.resolve_model_cls"
+    HookRegistry.register(resolve, _name_other_owner, HookType.AFTER)
+
+
+def _name_other_owner(resolved: tuple[Any, str], *args: Any) -> None:
+    """After SGLang chose a class: say so where a plugin that came later took our place."""
+    model, architecture = resolved
+    if architecture in ARCHITECTURES and (owner := _other_owner(model)) is not None:
+        logger.warning(
+            "dsv3-plugin does not serve %s: another plugin registered %s after it;"
+            " name the one you want in SGLANG_PLUGINS",
+            architecture,
+            owner,
+        )
+
+
+def _other_owner(model: Any) -> str | None:
+    """The class that another plugin registered, as module:class; None for SGLang's own and for ours."""
+    module, name = getattr(model, "__module__", "?"), getattr(model, "__qualname__", str(model))
+    if model is None or module.startswith("sglang.") or module.startswith("dsv3_plugin."):
+        return None
+    return f"{module}:{name}"
+
+
+def _failing_model(error: Exception) -> type:
+    """A model class that cannot be built, and says why."""
+
+    class Unavailable:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            raise EngineError(
+                f"dsv3-plugin could not be registered: {type(error).__name__}: {error};"
+                f" set {KILL_SWITCH}=off for SGLang's own model"
+            ) from error
+
+    return Unavailable
