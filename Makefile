@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 DTYPES ?= bf16 fp32 fp8
-TESTEES ?= reference vllm
+TESTEES ?= reference vllm sglang
 WORK := .work
 UV := .envs/tools/bin/uv
 CORE := .envs/core/bin
@@ -24,7 +24,7 @@ conformance: $(DTYPES:%=$(WORK)/small-%) $(TESTEES:%=.envs/%/.ready) .envs/core/
 		$(CORE)/dsv3 conformance run $(TESTEES:%=--testee %) --checkpoint $(WORK)/small-$$dtype; \
 	done
 
-test: lint .envs/vllm/.ready .envs/vllm-0.27.1/.ready
+test: lint .envs/vllm/.ready .envs/vllm-0.27.1/.ready .envs/sglang/.ready
 	$(CORE)/python -m pytest
 
 lint: .envs/core/.ready
@@ -36,7 +36,7 @@ lint: .envs/core/.ready
 bench: .envs/core/.ready
 	$(CORE)/dsv3 bench linear
 
-environments: .envs/core/.ready .envs/vllm/.ready .envs/vllm-0.27.1/.ready
+environments: .envs/core/.ready .envs/vllm/.ready .envs/vllm-0.27.1/.ready .envs/sglang/.ready
 
 $(WORK)/small-%: .envs/core/.ready
 	$(CORE)/dsv3 checkpoint make small $@ --seed 0 --dtype $*
