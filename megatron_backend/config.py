@@ -1,0 +1,78 @@
+"""Megatron's configuration of a DeepSeek-V3 model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.profile import Profile
+
+
+def transformer_config(config: DeepseekV3Config, profile: Profile, **settings: Any) -> MLATransformerConfig:
+    """What a Megatron training script needs to know of a model; `settings` are Megatron's own fields and win.
+
+    The defaults train as the DeepSeek-V3 report does (section 4.2): bias update at 0.001, complementary sequence-wise
+    balance loss at 0.0001, MTP loss at 0.3.
+    """
+    dense = config.first_k_dense_replace
+    yarn = config.rope_scaling
+    fields: dict[str, Any] = {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "q_lora_rank": config.q_lora_rank,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_head_dim": config.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+        "rotary_base": config.rope_theta,
+        "rope_type": "yarn" if yarn else "rope",
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config.rms_norm_eps,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": profile.dtype,
+        "pipeline_dtype": profile.dtype,
+        "bf16": profile.dtype == torch.bfloat16,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        # Fusions are kernels of Megatron's own arithmetic.
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "num_moe_experts": config.n_routed_experts,
+        "moe_layer_freq": [0] * dense + [1] * (config.num_hidden_layers - dense),
+        "moe_ffn_hidden_size": config.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": config.shared_intermediate_size,
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_router_num_groups": config.n_group,
+        "moe_router_group_topk": config.topk_group,
+        "moe_router_topk_scaling_factor": config.routed_scaling_factor,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_dtype": "fp32",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 1e-3,
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_aux_loss_coeff": 1e-4,
+        "moe_token_dispatcher_type": "alltoall",
+        "mtp_num_layers": config.num_nextn_predict_layers or None,
+        "mtp_loss_scaling_factor": 0.3,
+    }
+    if yarn:
+        fields |= {
+            "rotary_scaling_factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original_max_position_embeddings,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "mscale": yarn.mscale,
+            "mscale_all_dim": yarn.mscale_all_dim,
+        }
+    return MLATransformerConfig(**(fields | settings))

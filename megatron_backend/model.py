@@ -1,0 +1,88 @@
+"""The model that a Megatron training script builds."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from dsv3_plugin.autograd.bind import differentiable
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.layers.model import bind_ops
+from dsv3_plugin.layers.rotary import RotaryTable
+from dsv3_plugin.megatron_backend import compat
+from dsv3_plugin.megatron_backend.layer_spec import block_spec, mtp_spec
+from dsv3_plugin.megatron_backend.layers import Binding, OutputLayer
+from dsv3_plugin.profile import Profile, profile_for
+from dsv3_plugin.version import __version__
+
+logger = logging.getLogger("megatron.dsv3_plugin")
+
+
+class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
+    """Megatron's `GPTModel` with our layers and head; its embedding, losses, pipeline and checkpoints stay."""
+
+    def __init__(self, binding: Binding, config: TransformerConfig, **kwargs: Any) -> None:
+        self.binding = binding
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block_spec(binding, config, kwargs.get("vp_stage")),
+            mtp_block_spec=mtp_spec(binding),
+            vocab_size=binding.config.vocab_size,
+            max_sequence_length=binding.config.max_position_embeddings,
+            # Attention has its own table.
+            position_embedding_type="none",
+            share_embeddings_and_output_weights=False,
+            **kwargs,
+        )
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Called by Megatron when its own head is built, which ours replaces."""
+        if self.post_process:
+            self.output_layer = OutputLayer(
+                self.binding,
+                self.config.hidden_size,
+                self.vocab_size,
+                config=self.config,
+                init_method=self.config.init_method,
+                bias=False,
+                gather_output=not self.parallel_output,
+                tp_group=self.pg_collection.tp,
+            )
+        super().setup_embeddings_and_output_layer()
+
+
+def build_model(
+    config: DeepseekV3Config,
+    transformer_config: TransformerConfig,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    profile: Profile | None = None,
+) -> DeepseekV3GPTModel:
+    """A model provider for Megatron's `get_model`: `partial(build_model, config, transformer_config)`.
+
+    Raises `EngineError` for what the layers cannot compute as the contracts say, and `KernelError` where an operation
+    has no kernel.
+    """
+    profile = profile or profile_for(config)
+    compat.require_supported(transformer_config, config, profile)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    ops = differentiable(bind_ops(config, profile, device))
+    with device:
+        rotary = RotaryTable(config)
+    logger.info(
+        "dsv3-plugin %s trains: profile %s, %s mode, kernels: %s", __version__, profile.name, ops.mode, ops.describe()
+    )
+    # The core's parameters are created where the default device is.
+    with device:
+        return DeepseekV3GPTModel(
+            Binding(ops, config, rotary),
+            transformer_config,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )

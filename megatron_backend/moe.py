@@ -1,0 +1,140 @@
+"""The mixture of experts: Megatron's `MoELayer`, dispatcher and bias update around the core's router and experts.
+
+Megatron's dispatcher sends each token's row to the rank of its expert and back. It would then add the rows up in its
+own order; instead they are combined as the contract says. They come back sorted by expert, and by token within an
+expert, on every number of ranks: that is the core's order, so no expert-parallel size can change a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
+from megatron.core.transformer.moe.router import TopKRouter
+
+from dsv3_plugin.layers.moe import Experts, permutation
+from dsv3_plugin.megatron_backend.layers import Binding, make_trainable
+
+
+class Router(TopKRouter):  # type: ignore[misc]
+    """Megatron's parameters, losses and counters; the core's logits and choice.
+
+    `expert_bias` is `e_score_correction_bias`. The tokens of each expert are counted in integers.
+    """
+
+    def __init__(self, binding: Binding, config: Any, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self.binding = binding
+        if self.enable_expert_bias:
+            counts = torch.zeros_like(self.expert_bias, dtype=torch.int64)
+            self.register_buffer("local_tokens_per_expert", counts, persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
+        """Cast and move like any module, but keep the bias in fp32: in bf16 a step of 0.001 would be lost."""
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None:
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
+    def forward(
+        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """input [s, b, hidden], padding_mask [s, b], True for padding; to weights fp32 and choice bool, both [s b, E].
+
+        Padding is dispatched like any token, and neither counted nor balanced.
+        """
+        config, ops = self.binding.config, self.binding.ops
+        s, b, hidden = input.shape
+        logits = ops.linear(input.reshape(s * b, hidden), self.weight, out_dtype=torch.float32)
+        bias = self.expert_bias if self.enable_expert_bias else logits.new_zeros(config.n_routed_experts)
+        topk_ids, topk_weights = ops.route(
+            logits,
+            bias,
+            num_experts_per_tok=config.num_experts_per_tok,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            norm_topk_prob=config.norm_topk_prob,
+            routed_scaling_factor=config.routed_scaling_factor,
+        )
+        probs = torch.zeros_like(logits).scatter(1, topk_ids, topk_weights)
+        routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, topk_ids, True)
+        mask = None if padding_mask is None else padding_mask.reshape(-1)
+        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+            of_aux_loss, scores = compute_routing_scores_for_aux_loss(
+                logits, self.topk, self.score_function, padding_mask=mask
+            )
+            probs = self._apply_seq_aux_loss(probs, scores, of_aux_loss, s, b, with_padding_mask=mask is not None)
+        self._apply_expert_bias(routing_map, None if mask is None else mask.unsqueeze(1))
+        return probs, routing_map
+
+
+class LocalExperts(MegatronModule):
+    """The experts of this rank, stacked."""
+
+    def __init__(self, binding: Binding, num_local_experts: int, config: Any, *, pg_collection: Any, **_: Any) -> None:
+        super().__init__(config)
+        self.num_local_experts = num_local_experts
+        self.ep_group = pg_collection.ep
+        self.expert_dp_group = pg_collection.expt_dp
+        self.core = Experts(binding.ops, num_local_experts, config.hidden_size, binding.config.moe_intermediate_size)
+        make_trainable(self.core, config)
+        for parameter in self.parameters():
+            # Megatron's mark for gradients that are summed over the ranks with the same experts only.
+            parameter.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+
+    @property
+    def first_expert(self) -> int:
+        """The model's index of this rank's first expert."""
+        return self.ep_group.rank() * self.num_local_experts
+
+    def forward(
+        self, dispatched: torch.Tensor, tokens_per_expert: torch.Tensor, _probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """dispatched [S, hidden] sorted by expert to [S, hidden]; the weights are applied where rows are combined."""
+        return self.core(dispatched.contiguous(), tokens_per_expert), None
+
+    def backward_dw(self) -> None:
+        """Weight gradients are never delayed."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The stacked weights as one tensor, cut along the experts."""
+        prepended = len(sharded_offsets)
+        replica_id = 0, 0, self.expert_dp_group.rank()
+        cut = prepended, self.ep_group.rank(), self.ep_group.size()
+        return {
+            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}",
+                parameter,
+                *sharded_offsets,
+                cut,
+                replica_id=replica_id,
+                prepend_axis_num=prepended,
+            )
+            for name, parameter in self.named_parameters()
+        }
+
+
+class MoE(MoELayer):  # type: ignore[misc]
+    """Megatron's layer, combining as the contract says."""
+
+    def __init__(self, binding: Binding, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.binding = binding
+
+    def postprocess(self, output: torch.Tensor, shared_expert_output: torch.Tensor | None) -> torch.Tensor:
+        """output [s b k, hidden], this rank's rows as they came back from the experts; to [s, b, hidden]."""
+        assert shared_expert_output is not None
+        shape, routing_map = shared_expert_output.shape, self.token_dispatcher.routing_map
+        topk_ids = routing_map.nonzero()[:, 1].view(len(routing_map), -1)
+        _, slots, _ = permutation(topk_ids, routing_map.shape[1])
+        weights = self.token_dispatcher.probs.gather(1, topk_ids)
+        shared = shared_expert_output.reshape(-1, shape[-1])
+        return self.binding.ops.combine(output, slots, weights, shared).view(shape)

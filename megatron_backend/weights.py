@@ -1,0 +1,171 @@
+"""Hugging Face checkpoints in and out of a Megatron model.
+
+Both ways work from the core's one table of tensors. A rank reads and writes what it holds: its pipeline stage's layers
+and its experts. FP8 weights are read as the numbers that they stand for, into bf16 master weights, and quantised again
+when they are written; with power-of-two scales neither step changes a number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from safetensors.torch import save_file
+from torch import distributed as dist
+from torch import nn
+
+from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, Part, Target, checkpoint_tensors
+from dsv3_plugin.checkpoint.reader import INDEX_FILE, SINGLE_FILE, CheckpointReader
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.errors import CheckpointError
+from dsv3_plugin.megatron_backend.moe import LocalExperts
+from dsv3_plugin.ops.fp8 import dequantize_weight, quantize_weight
+from dsv3_plugin.profile import profile_for
+
+# The core's module names, and Megatron's. `{layer}` is a decoder layer's number or the MTP layer.
+_IN_MODEL = {
+    "model.embed_tokens": "embedding.word_embeddings",
+    "embed_tokens": "embedding.word_embeddings",
+    "model.norm": "decoder.final_layernorm",
+    "lm_head": "output_layer",
+    "layer.enorm": "mtp.layers.0.enorm",
+    "layer.hnorm": "mtp.layers.0.hnorm",
+    "layer.eh_proj": "mtp.layers.0.eh_proj.core",
+    "layer.shared_head.norm": "mtp.layers.0.final_layernorm",
+}
+_IN_LAYER = (
+    ("self_attn.", "self_attention.core."),
+    ("post_attention_layernorm.", "pre_mlp_layernorm."),
+    ("mlp.gate.e_score_correction_bias", "mlp.router.expert_bias"),
+    ("mlp.gate.weight", "mlp.router.weight"),
+    ("mlp.experts.", "mlp.experts.core."),
+    ("mlp.shared_experts.", "mlp.shared_experts.core."),
+    ("mlp.", "mlp.core."),
+    ("", ""),
+)
+
+
+def megatron_name(parameter: str, first_layer: int) -> str:
+    """Megatron's name for a parameter of `DeepseekV3` or `DeepseekV3MTP`, on the stage that begins at `first_layer`.
+
+    The name of an earlier stage's layer has a negative number, which no module has.
+    """
+    module, _, leaf = parameter.rpartition(".")
+    if module in _IN_MODEL:
+        return f"{_IN_MODEL[module]}.{leaf}"
+    found = re.fullmatch(r"(?:model\.layers\.(\d+)|layer)\.(.+)", parameter)
+    assert found is not None, parameter
+    number, rest = found.groups()
+    prefix = "mtp.layers.0.mtp_model_layer" if number is None else f"decoder.layers.{int(number) - first_layer}"
+    core, ours = next(pair for pair in _IN_LAYER if rest.startswith(pair[0]))
+    return f"{prefix}.{ours}{rest.removeprefix(core)}"
+
+
+def local_tensors(model: nn.Module, config: DeepseekV3Config) -> dict[str, torch.Tensor]:
+    """Views of this rank's parameters and router biases, by the checkpoint's names; FP8 weights as master weights."""
+    while not hasattr(model, "decoder"):  # DDP and Float16Module
+        model = model.module  # type: ignore[assignment]
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    layers: Any = model.decoder.layers  # type: ignore[union-attr]
+    first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    first_expert = next((m.first_expert for m in model.modules() if isinstance(m, LocalExperts)), 0)
+
+    def place(part: Part, target: Target) -> torch.Tensor | None:
+        tensor = state.get(megatron_name(target.parameter, first_layer))
+        if tensor is None:
+            return None
+        index = target.index
+        if ".experts." in target.parameter:
+            expert = index[0] - first_expert  # type: ignore[operator]
+            if not 0 <= expert < len(tensor):
+                return None
+            index = expert, *index[1:]
+        return tensor.data[index]
+
+    places = {}
+    for name, spec in checkpoint_tensors(config.model_copy(update={"quantization_config": None})).items():
+        found = [view for part, target in spec.targets.items() if (view := place(part, target)) is not None]
+        if found:
+            places[name] = found[0]
+    return places
+
+
+@torch.no_grad()
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Read a Hugging Face checkpoint into this rank's part of a model.
+
+    Raises `CheckpointError` for whatever is wrong with the files (`CheckpointReader.validate`).
+    """
+    reader = CheckpointReader(path)
+    reader.validate()
+    places = local_tensors(model, reader.config)
+    scales = {name: tensor for name, tensor in reader.tensors() if name.endswith(SCALE_SUFFIX)}
+    for name, tensor in reader.tensors():
+        if name not in places:
+            continue
+        scale = scales.get(name + SCALE_SUFFIX)
+        places[name].copy_(tensor if scale is None else dequantize_weight(tensor, scale))
+
+
+def _checkpoint_tensors(model: nn.Module, config: DeepseekV3Config) -> Iterator[tuple[str, torch.Tensor]]:
+    """What this rank writes: of several ranks that hold the same tensor, the first."""
+    writes = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    writes_experts = parallel_state.get_expert_data_parallel_rank() == 0
+    scale_format = profile_for(config).scale_format
+    specs = checkpoint_tensors(config)
+    for name, tensor in local_tensors(model, config).items():
+        if not (writes_experts if ".mlp.experts." in name else writes):
+            continue
+        if name == "model.embed_tokens.weight" and not parallel_state.is_pipeline_first_stage():
+            continue  # the MTP layer's copy
+        tensor = tensor.detach().cpu()
+        if name + SCALE_SUFFIX in specs:
+            assert scale_format is not None
+            quantized, scale = quantize_weight(tensor, scale_format)
+            yield name, quantized
+            yield name + SCALE_SUFFIX, scale
+        elif name.endswith(BIAS_SUFFIX):
+            yield name, tensor.clone()
+        else:
+            yield name, tensor.to(profile_for(config).dtype).clone()
+
+
+def save_checkpoint(model: nn.Module, like: str | Path, path: str | Path) -> None:
+    """Write a Hugging Face checkpoint: every rank its tensors, the first one the index and what else `like` holds.
+
+    Args:
+        model: this rank's part of the model.
+        like: a checkpoint folder; its configuration and tokenizer are copied.
+        path: a new folder.
+
+    Raises `CheckpointError` if the folder exists. The result is validated before this returns.
+    """
+    like, path = Path(like), Path(path)
+    config = CheckpointReader(like).config
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already and is not overwritten")
+    dist.barrier()
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = dict(_checkpoint_tensors(model, config))
+    file = SINGLE_FILE if world == 1 else f"model-{rank + 1:05d}-of-{world:05d}.safetensors"
+    if tensors:
+        save_file(tensors, path / file, {"format": "pt"})
+    files: list[Any] = [None] * world
+    dist.all_gather_object(files, dict.fromkeys(tensors, file))
+    if rank == 0:
+        for other in like.iterdir():
+            if other.suffix == ".json" and other.name != INDEX_FILE:
+                shutil.copyfile(other, path / other.name)
+        if world > 1:
+            weight_map = {name: file for part in files for name, file in part.items()}
+            index = {"metadata": {}, "weight_map": weight_map}
+            (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        CheckpointReader(path).validate()
+    dist.barrier()
