@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from dsv3_plugin.conformance import report as reports
-from dsv3_plugin.conformance import runner
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from dsv3_plugin.conformance import report as reports
+from dsv3_plugin.conformance import runner
 from dsv3_plugin.errors import ConformanceError
 
 app = typer.Typer(help="Prove that engines print the same logits, bit for bit.", no_args_is_help=True)

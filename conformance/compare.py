@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+
 from dsv3_plugin.conformance.protocol import Case, RequestResult
 from dsv3_plugin.conformance.rows import layer_streams
-from safetensors import safe_open
 
 Key = tuple[int, int]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dsv3_plugin.conformance.runner import CaseVerdict, Report
 from rich.console import Console
 from rich.table import Table
+
+from dsv3_plugin.conformance.runner import CaseVerdict, Report
 
 NOT_CLAIMED = (
     "equality with other versions of dsv3-plugin, torch or the CPU's matrix library",

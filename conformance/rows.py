@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from dsv3_plugin.conformance.protocol import prefix_digest
 from safetensors.torch import save_file
 from torch import nn
+
+from dsv3_plugin.conformance.protocol import prefix_digest
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.cases import BLOCK_SIZE, make_cases
 from dsv3_plugin.conformance.compare import Comparison, RowFile, compare_case, missing_rows, rows_alone, tokens_differ
 from dsv3_plugin.conformance.protocol import (
@@ -30,8 +31,6 @@ from dsv3_plugin.conformance.protocol import (
     write_message,
 )
 from dsv3_plugin.conformance.texts import real_text, tokenize
-
-from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import ConformanceError
 
 ENGINES = {"reference": None, "vllm": "vllm", "sglang": "sglang"}

@@ -11,10 +11,10 @@ import sys
 from typing import Any
 
 import torch
+
 from dsv3_plugin.conformance.protocol import Case, Job
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.conformance.testees.reference import ReferenceOutcome, ReferenceTestee
-
 from dsv3_plugin.ops import tile
 
 SABOTAGE, _, ARGUMENT = sys.argv.pop(1).partition(":")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from dsv3_plugin.conformance import compare, runner
 from dsv3_plugin.conformance.cases import make_cases
 from dsv3_plugin.conformance.protocol import Case, Request, RequestResult, prefix_digest
 from dsv3_plugin.conformance.rows import RowKey, RowRecorder, TokenTracker
-
 from dsv3_plugin.errors import ConformanceError
 
 TinyCheckpoint = type[Path]

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dsv3_plugin.conformance import runner
 
 from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.conformance import runner
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.rope import softmax_scale
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dsv3_plugin.vllm_backend import compat
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
@@ -23,6 +22,7 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
+from dsv3_plugin.vllm_backend import compat
 
 
 @dataclass

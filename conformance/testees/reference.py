@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, prefix_digest
-from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
-from dsv3_plugin.conformance.testees import program
 
 from dsv3_plugin.checkpoint.loader import load_model, load_mtp
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, prefix_digest
+from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
+from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops

@@ -20,14 +20,14 @@ from functools import partial
 from typing import Any
 
 import torch
+
+from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
-from dsv3_plugin.sglang_backend import compat
-
-from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import switched_off
 from dsv3_plugin.errors import ConformanceError
+from dsv3_plugin.sglang_backend import compat
 
 MAX_BATCHED_TOKENS = 2048
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 
-from dsv3_plugin.vllm_backend import compat
+from dsv3_plugin.engines import switched_off
 
 # In one process, so that the model can be observed; on one thread, as the CPU arithmetic requires.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-if not compat.switched_off():
+if not switched_off():
     # Without AMX vLLM switches chunked prefill and prefix caching off for its own CPU MLA kernels, which are not used.
     os.environ.setdefault("VLLM_MLA_DISABLE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -28,12 +28,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+
+from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
-
-from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import ConformanceError
+from dsv3_plugin.vllm_backend import compat
 
 
 @dataclass
