@@ -118,6 +118,10 @@ class Result(_Message):
     versions: dict[str, str]
     served: Served
     cases: tuple[CaseResult, ...]
+    schedule_not_followed: str | None = None
+    """Why this testee computed the cases' sequences and not their schedules: a trainer has no cache. Its rows are
+    compared; of caches and drafts nothing is claimed.
+    """
 
 
 def prefix_digest(token_ids: Sequence[int]) -> int:

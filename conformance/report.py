@@ -22,6 +22,8 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"[bold]{name}[/bold]: {result.served.model_class} ({versions})", highlight=False)
         if result.served.draft_class:
             console.print(f"    draft: {result.served.draft_class}", highlight=False)
+        if result.schedule_not_followed:
+            console.print(f"    schedules not followed: {result.schedule_not_followed}", highlight=False)
         kernels = sorted(set(result.served.kernels.values()))
         console.print(
             f"    profile {result.served.profile}, kernels: {', '.join(kernels) or 'unknown'}", highlight=False
@@ -60,6 +62,8 @@ def _cell(name: str, verdict: CaseVerdict, report: Report) -> str:
     if verdict.rows_alone[name]:
         lines.append(f"[yellow]{verdict.rows_alone[name]:,} without counterpart[/]")
     outcome = next(c for c in report.results[name].cases if c.name == verdict.case.name)
+    if report.results[name].schedule_not_followed:
+        return "\n".join([*lines, "schedule not followed"])
     if verdict.case.min_cached_tokens:
         lines.append(f"{sum(r.num_cached_tokens for r in outcome.requests)} tokens cached")
     if verdict.case.num_speculative_tokens:

@@ -60,6 +60,8 @@ class Testee(Protocol):
     """An engine under test."""
 
     name: str
+    schedule_not_followed: str | None
+    """See `Result.schedule_not_followed`."""
 
     def versions(self) -> dict[str, str]:
         """Versions beside ours, torch's and Python's."""
@@ -108,7 +110,11 @@ def run_job(make_testee: Callable[[Job], Testee], job: Job, result_dir: Path) ->
         )
     versions = {"dsv3-plugin": __version__, "torch": torch.__version__, "python": platform.python_version()}
     result = Result(
-        testee=testee.name, versions=versions | testee.versions(), served=testee.served(), cases=tuple(cases)
+        testee=testee.name,
+        versions=versions | testee.versions(),
+        served=testee.served(),
+        cases=tuple(cases),
+        schedule_not_followed=testee.schedule_not_followed,
     )
     write_message(result, result_dir)
 

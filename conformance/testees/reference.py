@@ -122,6 +122,7 @@ class ReferenceTestee:
     """Serves a job's checkpoint with the core alone."""
 
     name = "reference"
+    schedule_not_followed = None
 
     def __init__(self, job: Job) -> None:
         reader = CheckpointReader(Path(job.checkpoint))

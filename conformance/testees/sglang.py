@@ -47,6 +47,7 @@ class SglangTestee:
     """One engine at a time; a new one where the number of draft tokens changes, which SGLang fixes at start."""
 
     name = "sglang"
+    schedule_not_followed = None
 
     def __init__(self, job: Job) -> None:
         try:

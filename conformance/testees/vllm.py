@@ -52,6 +52,7 @@ class VllmTestee:
     """One engine at a time; a new one where the number of draft tokens changes, which vLLM fixes at start."""
 
     name = "vllm"
+    schedule_not_followed = None
 
     def __init__(self, job: Job) -> None:
         os.environ.setdefault("VLLM_CACHE_ROOT", tempfile.mkdtemp(prefix="dsv3-vllm-"))
