@@ -10,10 +10,9 @@ import functools
 import logging
 from typing import Any
 
-from dsv3_plugin.sglang_backend import compat
-
 from dsv3_plugin.engines import KILL_SWITCH, switched_off
 from dsv3_plugin.errors import EngineError
+from dsv3_plugin.sglang_backend import compat
 
 logger = logging.getLogger("sglang.dsv3_plugin")
 
@@ -24,7 +23,8 @@ ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV3ForCausalLMNextN")
 def register() -> None:
     """Override SGLang's DeepSeek-V3 and its MTP draft, unless `DSV3_PLUGIN=off`."""
     if switched_off():
-        logger.info("dsv3-plugin is switched off by %s; SGLang serves its own DeepSeek-V3", KILL_SWITCH)
+        # SGLang configures its log after its plugins: what is less than a warning is not seen here.
+        logger.warning("dsv3-plugin is switched off by %s; SGLang serves its own DeepSeek-V3", KILL_SWITCH)
         return
     from sglang.srt.models.registry import ModelRegistry
 
@@ -50,10 +50,11 @@ def register() -> None:
 
 @functools.cache
 def _register_attention_and_hooks() -> None:
-    from dsv3_plugin.sglang_backend import attention
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.server_args import add_attention_backend_choices
+
+    from dsv3_plugin.sglang_backend import attention
 
     register_attention_backend(attention.NAME)(attention.LatentBackend)
     add_attention_backend_choices([attention.NAME])

@@ -25,7 +25,6 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
-from dsv3_plugin.engines import switched_off
 from dsv3_plugin.errors import ConformanceError
 from dsv3_plugin.sglang_backend import compat
 
@@ -120,6 +119,7 @@ class SglangTestee:
 
     def start_engine(self, num_speculative_tokens: int) -> None:
         """Build an engine for the job's checkpoint, after taking down the one before."""
+        from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
         from sglang.srt.managers.scheduler import Scheduler
         from sglang.srt.runtime_context import publish
         from sglang.srt.server_args import PortArgs, ServerArgs
@@ -136,7 +136,7 @@ class SglangTestee:
             # Said outright: SGLang runs a float32 checkpoint in another dtype by default.
             dtype=DeepseekV3Config.from_pretrained(self.job.checkpoint).torch_dtype,
             device="cpu",
-            attention_backend="torch_native" if switched_off() else "dsv3",
+            attention_backend="dsv3" if "dsv3" in ATTENTION_BACKENDS else "torch_native",
             skip_tokenizer_init=True,
             context_length=512,
             max_total_tokens=4096,

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from dsv3_plugin.sglang_backend.attention import LatentAttend
-from dsv3_plugin.sglang_backend.models.deepseek_v3 import CoreHead, prepare
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from torch import nn
 
 from dsv3_plugin.checkpoint.loader import load_weights
 from dsv3_plugin.engines import switched_off
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
+from dsv3_plugin.sglang_backend.attention import LatentAttend
+from dsv3_plugin.sglang_backend.models.deepseek_v3 import CoreHead, prepare
 
 
 class DeepseekV3ForCausalLMNextN(nn.Module):

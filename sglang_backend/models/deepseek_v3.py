@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dsv3_plugin.sglang_backend import compat
-from dsv3_plugin.sglang_backend.attention import LatentAttend
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from torch import nn
 
@@ -21,6 +19,8 @@ from dsv3_plugin.layers.embedding import Head
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
+from dsv3_plugin.sglang_backend import compat
+from dsv3_plugin.sglang_backend.attention import LatentAttend
 from dsv3_plugin.version import __version__
 
 logger = logging.getLogger("sglang.dsv3_plugin")
