@@ -1,9 +1,8 @@
-"""What this adapter cannot do, and what Megatron-Core needs on a machine without a GPU."""
+"""Which Megatron-Core this is, and what this adapter cannot do."""
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
-from importlib.util import find_spec
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -24,20 +23,19 @@ def megatron_version() -> str:
         raise EngineError("Megatron-Core is not installed: pip install megatron-core") from None
 
 
-def prepare_device() -> str | None:
-    """Call before Megatron is imported; returns a warning for an untested version.
+def untested_warning() -> str | None:
+    """A warning for a Megatron-Core outside the tested range, else None."""
+    return untested_version_warning("Megatron", megatron_version(), TESTED)
 
-    Megatron-Core calls CUDA whatever the device. Without a GPU the test-only distribution `megatron-cpu` answers those
-    calls. Raises `EngineError` where neither is there.
-    """
-    version = megatron_version()
-    if not torch.cuda.is_available():
-        if find_spec("megatron_cpu") is None:
-            raise EngineError(
-                "Megatron-Core needs a GPU; tests run it on a CPU in an environment with requirements/megatron-cpu"
-            )
-        import_module("megatron_cpu").install()
-    return untested_version_warning("Megatron-Core", version, TESTED)
+
+def require_device() -> torch.device:
+    """The device to train on. Raises `EngineError` without one: Megatron-Core calls CUDA whatever the device."""
+    try:
+        return torch.device(torch.cuda.current_device())
+    except (AssertionError, RuntimeError):
+        raise EngineError(
+            "Megatron-Core needs a GPU; the tests run it on a CPU in an environment with requirements/megatron-cpu"
+        ) from None
 
 
 def require_supported(transformer_config: Any, config: DeepseekV3Config, profile: Profile) -> None:

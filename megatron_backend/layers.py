@@ -161,4 +161,5 @@ class OutputLayer(ColumnParallelLinear):  # type: ignore[misc]
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """input [s, b, hidden] to logits fp32 [s, b, vocab_size]."""
         logits = self.ops.linear(input.reshape(-1, input.shape[-1]), weight, out_dtype=torch.float32)
-        return logits.view(*input.shape[:-1], -1)
+        # No view for autograd: Megatron's cross-entropy works in place, which a view of a kernel's output forbids.
+        return torch.ops.aten._unsafe_view(logits, [*input.shape[:-1], logits.shape[1]])

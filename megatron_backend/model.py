@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -70,7 +69,9 @@ def build_model(
     """
     profile = profile or profile_for(config)
     compat.require_supported(transformer_config, config, profile)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = compat.require_device()
+    if warning := compat.untested_warning():
+        logger.warning(warning)
     ops = differentiable(bind_ops(config, profile, device))
     with device:
         rotary = RotaryTable(config)

@@ -15,23 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.conformance.protocol import Case, Job, RequestResult, Served, prefix_digest
+from dsv3_plugin.conformance.rows import RowKey, RowRecorder, layer_streams
+from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.megatron_backend import compat
-
-WARNING = compat.prepare_device()
-
-import torch  # noqa: E402 - Megatron is imported after the device is prepared
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer.module import Float16Module  # noqa: E402
-
-from dsv3_plugin.checkpoint.reader import CheckpointReader  # noqa: E402
-from dsv3_plugin.conformance.protocol import Case, Job, RequestResult, Served, prefix_digest  # noqa: E402
-from dsv3_plugin.conformance.rows import RowKey, RowRecorder, layer_streams  # noqa: E402
-from dsv3_plugin.conformance.testees import program  # noqa: E402
-from dsv3_plugin.megatron_backend.config import transformer_config  # noqa: E402
-from dsv3_plugin.megatron_backend.model import build_model  # noqa: E402
-from dsv3_plugin.megatron_backend.weights import load_checkpoint  # noqa: E402
+from dsv3_plugin.megatron_backend.config import transformer_config
+from dsv3_plugin.megatron_backend.model import build_model
+from dsv3_plugin.megatron_backend.weights import load_checkpoint
 
 Hook = Callable[[Any, Any, Any], None]
 

@@ -1,7 +1,7 @@
 """Megatron-Core 0.19.2 on a CPU with gloo: one small function for each symbol that it calls on CUDA unasked.
 
-`install()` puts them in place, before Megatron is imported, and does nothing where there is a GPU. Nothing here
-computes: a call that names a CUDA device gets the CPU, one that orders work between streams does nothing.
+`install()` puts them in place before Megatron is imported (`sitecustomize`), and does nothing where there is a GPU.
+Nothing here computes: a call that names a CUDA device gets the CPU, one that orders work between streams does nothing.
 """
 
 from __future__ import annotations

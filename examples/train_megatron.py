@@ -1,0 +1,322 @@
+"""Pre-training DeepSeek-V3 with Megatron-Core on the text that every Python ships.
+
+    torchrun --nproc-per-node 2 examples/train_megatron.py CHECKPOINT --expert-model-parallel-size 2 --train-iters 300
+
+CHECKPOINT is a Hugging Face folder (`dsv3 checkpoint make tiny CHECKPOINT`): its configuration and its tokenizer, and
+with `--finetune-from-weights` its weights. The recipe is the DeepSeek-V3 report's (section 4.2), scaled to a toy:
+AdamW 0.9 / 0.95, gradients clipped at 1, warm-up, constant, cosine; MTP loss weighted 0.3, then 0.1; the bias update
+balances experts. Data, pipeline and expert parallel ranks are Megatron's; so are optimizer, schedules and `--save`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from torch import distributed as dist
+
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.conformance.texts import real_text, tokenize
+from dsv3_plugin.errors import DSV3Error, EngineError
+from dsv3_plugin.megatron_backend.config import transformer_config
+from dsv3_plugin.megatron_backend.model import build_model
+from dsv3_plugin.megatron_backend.moe import Router
+from dsv3_plugin.megatron_backend.weights import load_checkpoint, save_checkpoint
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Megatron's own names where it has them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--finetune-from-weights", action="store_true", help="begin from the checkpoint's weights")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    parser.add_argument("--expert-model-parallel-size", type=int, default=1)
+    parser.add_argument("--use-distributed-optimizer", action="store_true")
+    parser.add_argument("--train-iters", type=int, default=300)
+    parser.add_argument("--exit-interval", type=int, help="stop after so many iterations, as if interrupted")
+    parser.add_argument("--seq-length", type=int, default=128)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--global-batch-size", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--min-lr", type=float, default=2e-4)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--clip-grad", type=float, default=1.0)
+    parser.add_argument("--init-method-std", type=float, default=0.02)
+    parser.add_argument("--moe-router-bias-update-rate", type=float, default=1e-3)
+    parser.add_argument("--moe-aux-loss-coeff", type=float, default=1e-4)
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--save", type=Path, help="write Megatron's distributed checkpoint to this folder at the end")
+    parser.add_argument("--load", type=Path, help="continue from such a folder")
+    parser.add_argument("--hf-output", type=Path, help="write a Hugging Face checkpoint to this new folder at the end")
+    parser.add_argument("--load-output", type=Path, help="write each expert's load at each iteration to this file")
+    return parser.parse_args()
+
+
+class Text:
+    """Samples of a token stream in an order that the seed and the iteration fix, whatever the layout."""
+
+    def __init__(self, tokens: list[int], arguments: argparse.Namespace) -> None:
+        self.tokens = torch.tensor(tokens)
+        self.length = arguments.seq_length
+        self.batch = arguments.global_batch_size
+        self.micro_batch = arguments.micro_batch_size
+        generator = torch.Generator("cpu").manual_seed(arguments.seed)
+        self.order = torch.randperm((len(tokens) - 1) // self.length, generator=generator)
+
+    def unigram_entropy(self) -> float:
+        """Nats a token: what a model reaches that knows each token's frequency and nothing else."""
+        total = len(self.tokens)
+        return -sum(n / total * math.log(n / total) for n in Counter(self.tokens.tolist()).values())
+
+    def micro_batches(self, iteration: int) -> Iterator[dict[str, torch.Tensor]]:
+        """This data-parallel rank's share of an iteration's global batch."""
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        first = iteration * self.batch + rank * self.batch // size
+        for start in range(first, first + self.batch // size, self.micro_batch):
+            samples = self.order[torch.arange(start, start + self.micro_batch) % len(self.order)]
+            window = self.tokens[samples.unsqueeze(1) * self.length + torch.arange(self.length + 1)]
+            device = torch.device(torch.cuda.current_device())
+            yield {
+                "input_ids": window[:, :-1].to(device),
+                "labels": window[:, 1:].to(device),
+                "position_ids": torch.arange(self.length, device=device).expand(len(window), -1),
+                "loss_mask": torch.ones(len(window), self.length, device=device),
+            }
+
+
+def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """One micro-batch, as Megatron's schedules call it. MTP's loss joins inside the model."""
+    output = model(**next(batches), attention_mask=None)
+
+    def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = losses.float().mean()
+        # A copy: the schedule divides the loss in place.
+        return loss, {"lm loss": loss.detach().clone()}
+
+    return output, loss_of
+
+
+class Loads:
+    """Tokens that each expert of each layer got, an iteration at a time."""
+
+    def __init__(self) -> None:
+        self.history: list[torch.Tensor] = []
+
+    def finalize(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        """Read the routers' counters before Megatron's `finalize_model_grads` updates the biases and clears them."""
+        counts = [m.local_tokens_per_expert for chunk in model for m in chunk.modules() if isinstance(m, Router)]
+        if counts:
+            total = torch.stack(counts)  # type: ignore[arg-type]
+            dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+            self.history.append(total.cpu())
+        finalize_model_grads(model, *args, **kwargs)
+
+    def imbalance(self, last: int) -> float:
+        """Most over mean tokens of an expert, summed over the last iterations, averaged over layers."""
+        loads = torch.stack(self.history[-last:]).sum(0).double()
+        return float((loads.amax(1) / loads.mean(1)).mean())
+
+
+def start(arguments: argparse.Namespace) -> None:
+    """Process groups. Raises `EngineError` for sizes that do not fit."""
+    world = int(os.environ.setdefault("WORLD_SIZE", "1"))
+    tensor, pipeline = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
+    expert = arguments.expert_model_parallel_size
+    if world % (tensor * pipeline) or (world // pipeline) % expert:
+        raise EngineError(
+            f"{world} processes cannot be divided into tensor parallel {tensor}, pipeline parallel {pipeline} and"
+            f" expert parallel {expert}"
+        )
+    replicas = world // (tensor * pipeline)
+    if arguments.global_batch_size % (replicas * arguments.micro_batch_size):
+        raise EngineError(
+            f"global batch size {arguments.global_batch_size} is not a multiple of micro batch size"
+            f" {arguments.micro_batch_size} times {replicas} data parallel ranks"
+        )
+    for name, value in {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        os.environ.setdefault(name, value)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert,
+        create_gloo_process_groups=True,
+    )
+    torch.manual_seed(arguments.seed)
+    model_parallel_cuda_manual_seed(arguments.seed)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """The whole run."""
+    reader = CheckpointReader(arguments.checkpoint)
+    text = Text(tokenize(real_text(), arguments.checkpoint), arguments)
+    loads = Loads()
+    config = transformer_config(
+        reader.config,
+        reader.profile(),
+        tensor_model_parallel_size=arguments.tensor_model_parallel_size,
+        pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
+        expert_model_parallel_size=arguments.expert_model_parallel_size,
+        init_method_std=arguments.init_method_std,
+        moe_router_bias_update_rate=arguments.moe_router_bias_update_rate,
+        moe_aux_loss_coeff=arguments.moe_aux_loss_coeff,
+        finalize_model_grads_func=loads.finalize,
+    )
+    model: Any = build_model(
+        reader.config,
+        config,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    if config.bf16:
+        model = Float16Module(config, model)
+    if arguments.finetune_from_weights:
+        load_checkpoint(model, arguments.checkpoint)
+    model = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=arguments.use_distributed_optimizer
+        ),
+        model,
+    )
+    model.broadcast_params()
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=arguments.lr,
+            min_lr=arguments.min_lr,
+            adam_beta1=0.9,
+            adam_beta2=0.95,
+            weight_decay=arguments.weight_decay,
+            clip_grad=arguments.clip_grad,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=arguments.use_distributed_optimizer,
+        ),
+        [model],
+    )
+    iterations = arguments.train_iters
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=arguments.lr,
+        min_lr=arguments.min_lr,
+        lr_warmup_steps=max(1, iterations // 20),
+        lr_decay_steps=iterations + 1,
+        lr_decay_style="WSD",
+        wsd_decay_steps=iterations // 3,
+        lr_wsd_decay_style="cosine",
+        start_wd=arguments.weight_decay,
+        end_wd=arguments.weight_decay,
+        wd_incr_steps=iterations,
+        wd_incr_style="constant",
+    )
+    first = resume(arguments.load, model, optimizer, schedule) if arguments.load else 0
+    if dist.get_rank() == 0:
+        print(f"{len(text.tokens):,} tokens, unigram entropy {text.unigram_entropy():.3f} nats", flush=True)
+
+    forward_backward = get_forward_backward_func()
+    last = min(iterations, first + (arguments.exit_interval or iterations))
+    for iteration in range(first, last):
+        config.mtp_loss_scaling_factor = 0.3 if iteration < 2 * iterations // 3 else 0.1
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=text.micro_batches(iteration),
+            model=[model],
+            num_microbatches=text.batch // text.micro_batch // parallel_state.get_data_parallel_world_size(),
+            seq_length=text.length,
+            micro_batch_size=text.micro_batch,
+            forward_only=False,
+        )
+        _, gradient_norm, _ = optimizer.step()
+        schedule.step(increment=1)
+        report(iteration, losses, gradient_norm, optimizer.param_groups[0]["lr"])
+
+    if arguments.save:
+        save(arguments.save, last, model, optimizer, schedule)
+    if arguments.hf_output:
+        save_checkpoint(model, arguments.checkpoint, arguments.hf_output)
+    if loads.history and dist.get_rank() == dist.get_world_size() - 1:
+        window = max(1, (last - first) // 10)
+        print(f"max / mean load of an expert over the last {window} iterations: {loads.imbalance(window):.3f}")
+        if arguments.load_output:
+            torch.save(torch.stack(loads.history), arguments.load_output)
+
+
+def report(iteration: int, losses: list[dict[str, torch.Tensor]], gradient_norm: float, lr: float) -> None:
+    """A line an iteration, from the last pipeline stage, which knows the losses."""
+    if not losses:
+        return
+    group = parallel_state.get_data_parallel_group()
+    loss = torch.stack([micro_batch["lm loss"] for micro_batch in losses]).mean()
+    dist.all_reduce(loss, op=dist.ReduceOp.AVG, group=group)
+    line = f"iteration {iteration} | lm loss {loss.item():.6f}"
+    if "loss_values" in MTPLossLoggingHelper.tracker:
+        MTPLossLoggingHelper.reduce_metrics_in_tracker()
+        line += f" | mtp loss {MTPLossLoggingHelper.tracker['loss_values'][0].item() / len(losses):.6f}"
+        MTPLossLoggingHelper.clean_metrics_in_tracker()
+    if parallel_state.get_data_parallel_rank() == 0:
+        print(f"{line} | grad norm {gradient_norm:.6f} | lr {lr:.3e}", flush=True)
+
+
+def state_of(model: Any, optimizer: Any, schedule: Any, *, is_loading: bool) -> dict[str, Any]:
+    """What continuing needs; the text's order is a function of the iteration."""
+    weights = model.sharded_state_dict()
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading),
+        "schedule": schedule.state_dict(),
+        "iteration": 0,
+    }
+
+
+def save(folder: Path, iteration: int, model: Any, optimizer: Any, schedule: Any) -> None:
+    """Write Megatron's distributed checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    state = state_of(model, optimizer, schedule, is_loading=False) | {"iteration": iteration}
+    dist_checkpointing.save(state, str(folder))
+
+
+def resume(folder: Path, model: Any, optimizer: Any, schedule: Any) -> int:
+    """Read it; returns the iteration to continue with."""
+    state = dist_checkpointing.load(state_of(model, optimizer, schedule, is_loading=True), str(folder))
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return int(state["iteration"])
+
+
+def main() -> None:
+    """Errors that are meant for the user are one line."""
+    arguments = parse_arguments()
+    try:
+        start(arguments)
+        train(arguments)
+    except DSV3Error as error:
+        sys.exit(f"error: {error}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# Megatron's checkpoint writers import this file again.
+if __name__ == "__main__":
+    main()
