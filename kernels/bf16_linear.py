@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsv3_plugin.kernels.tiles import find_group
 
+from dsv3_plugin.kernels.tiles import find_group
 from dsv3_plugin.ops.contract import require, require_matrix
 
 

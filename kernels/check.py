@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from dsv3_plugin.kernels import provider, sm90_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dsv3_plugin.hooks import Kernel
+from dsv3_plugin.kernels import provider, sm90_model
 from dsv3_plugin.ops.fp8 import quantize_fp8, quantize_weight
 
 # Products that the model may be asked for in one case, some ns each.

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dsv3_plugin.kernels.tiles import find_group
 
 from dsv3_plugin.config import FP8_BLOCK
+from dsv3_plugin.kernels import fp8_gluon
+from dsv3_plugin.kernels.tiles import find_group
 from dsv3_plugin.ops.contract import require, require_matrix
 from dsv3_plugin.ops.fp8 import E4M3
 
@@ -189,8 +190,9 @@ def choose_tile(rows: int, columns: int) -> Tile:
 
 
 def prefers_own(rows: int, columns: int, depth: int) -> bool:
-    """Whether this kernel, and not DeepGEMM's, is the faster one for a dense product."""
-    return rows <= 16
+    """Whether this package's kernel was seen to be faster than DeepGEMM's (BENCHMARKS.md); the bits are the same."""
+    shallow = depth <= 2048
+    return (shallow and (rows <= 16 or 64 < rows <= 128)) or (rows == 1 and columns * depth >= 100_000_000)
 
 
 def check(op: str, x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
@@ -219,7 +221,9 @@ def fp8_linear(
     check("fp8_linear", x, x_scale, weight, weight_scale)
     (rows, depth), columns = x.shape, weight.shape[0]
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
-    if rows:
+    if rows and not (rows <= 64 and depth <= 2048) and fp8_gluon.serves(columns, grouped=False):
+        fp8_gluon.launch(x, x_scale, weight, weight_scale, None, out)
+    elif rows:
         tile = choose_tile(rows, columns)
         grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
         _fp8_linear[grid](
@@ -260,7 +264,9 @@ def grouped_fp8_linear(
     (rows, depth), (groups, columns, _) = x.shape, weight.shape
     require(tuple(expert_counts.shape) == (groups,), op, f"expert_counts has shape {tuple(expert_counts.shape)}")
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
-    if rows:
+    if rows > 64 * groups and fp8_gluon.serves(columns, grouped=True):
+        fp8_gluon.launch(x, x_scale, weight, weight_scale, expert_counts, out)
+    elif rows:
         tile = choose_tile(max(1, rows // groups), columns * groups)
         grid = (triton.cdiv(columns, tile.columns), rows // tile.rows + min(groups, rows))
         _grouped_fp8_linear[grid](

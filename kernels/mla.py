@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from dsv3_plugin.kernels import mla_gluon
 from dsv3_plugin.kernels.triton_math import EXACT, divide, exp_of_nonpositive, fold_sum
-
 from dsv3_plugin.ops.contract import require
 from dsv3_plugin.ops.mla_attention import KEY_BLOCK
 

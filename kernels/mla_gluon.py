@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import torch
 import triton
-from dsv3_plugin.kernels import triton_math
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -26,6 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dsv3_plugin.kernels import triton_math
 
 RANK = gl.constexpr(512)
 ROPE = gl.constexpr(64)

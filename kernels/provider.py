@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from dsv3_plugin.kernels import deep_gemm, sm90_model
 
 from dsv3_plugin.hooks import Kernel, Setting, hookimpl
+from dsv3_plugin.kernels import deep_gemm, sm90_model
 from dsv3_plugin.registry import CONTRACTS
 from dsv3_plugin.version import __version__
 

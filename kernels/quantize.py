@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsv3_plugin.kernels.triton_math import EXACT, divide
 
 from dsv3_plugin.config import FP8_BLOCK
+from dsv3_plugin.kernels.triton_math import EXACT, divide
 from dsv3_plugin.ops.contract import require, require_matrix
 from dsv3_plugin.ops.fp8 import E4M3
 from dsv3_plugin.profile import ScaleFormat

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dsv3_plugin.kernels.triton_math import EXACT
 
+from dsv3_plugin.kernels.triton_math import EXACT
 from dsv3_plugin.ops.contract import require
 
 _HEADS = 16

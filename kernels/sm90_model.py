@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from dsv3_plugin.kernels import tensor_core
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.hooks import Kernel, Setting
+from dsv3_plugin.kernels import tensor_core
 from dsv3_plugin.ops import combine, fp8, linear, mla_attention, rms_norm, rope, router, silu_and_mul
 from dsv3_plugin.ops.contract import Contract, require, require_matrix
 from dsv3_plugin.ops.elementary import exp, fold_sum
