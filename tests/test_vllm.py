@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-import torch
-
-from dsv3_plugin.checkpoint.loader import load_model
-from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.conformance import runner
-from dsv3_plugin.layers.model import bind_ops
-from dsv3_plugin.ops.rope import softmax_scale
-
-ENVIRONMENTS = Path(__file__).parent.parent / ".envs"
-REFERENCE = runner.TesteeCommand("reference", (sys.executable, "-m", "dsv3_plugin.conformance.testees.reference"))
-
-
-def python_of(environment: str) -> str:
-    python = ENVIRONMENTS / environment / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"{python} is missing: run `make environments`")
-    return str(python)
-
-
-def vllm_testee(environment: str) -> runner.TesteeCommand:
-    return runner.TesteeCommand("vllm", (python_of(environment), "-m", "dsv3_plugin.conformance.testees.vllm"))
-
-
-def run(testees, checkpoint: Path, work_dir: Path, *cases: str) -> runner.Report:
-    return runner.run(testees, checkpoint, lambda name, what: None, keep=work_dir / "kept", only=cases)
+from engines import REFERENCE, free_port, post, predict_logprobs, python_of, run, serving, shipped_testee
 
 
 @pytest.mark.parametrize(
@@ -57,7 +26,7 @@ def run(testees, checkpoint: Path, work_dir: Path, *cases: str) -> runner.Report
 def test_vllm_prints_the_reference_s_bits(
     tiny_checkpoint, tmp_path: Path, environment: str, dtype: str, cases: tuple[str, ...]
 ) -> None:
-    report = run([REFERENCE, vllm_testee(environment)], tiny_checkpoint(dtype), tmp_path, *cases)
+    report = run([REFERENCE, shipped_testee(environment)], tiny_checkpoint(dtype), tmp_path, *cases)
     assert report.passed, (report.problems, [(v.problems, v.comparisons) for v in report.verdicts if not v.passed])
     served = report.results["vllm"].served
     assert served.model_class == "dsv3_plugin.vllm_backend.model.DeepseekV3ForCausalLM"
@@ -79,7 +48,7 @@ def test_vllm_s_own_model_is_caught_and_named(
 ) -> None:
     # MLA's real sizes are the only ones that vLLM's own CPU kernels take.
     monkeypatch.setenv("DSV3_PLUGIN", "off")
-    report = run([REFERENCE, vllm_testee("vllm")], wide_checkpoint, tmp_path, "prefill")
+    report = run([REFERENCE, shipped_testee("vllm")], wide_checkpoint, tmp_path, "prefill")
     assert not report.passed
     served = report.results["vllm"].served.model_class
     assert served.startswith("vllm.model_executor.models.")
@@ -89,54 +58,13 @@ def test_vllm_s_own_model_is_caught_and_named(
     assert "switched off by DSV3_PLUGIN" in (tmp_path / "kept" / "vllm" / "log.txt").read_text()
 
 
-def predict_logprobs(checkpoint: Path, token_ids: list[int]) -> torch.Tensor:
-    """log-softmax of the reference's logits at every position, fp32 [tokens, vocab_size]."""
-    reader = CheckpointReader(checkpoint)
-    ops = bind_ops(reader.config, reader.profile(), torch.device("cpu"))
-    model = load_model(reader, ops)
-
-    def attend(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        ends = torch.tensor([0, len(latent)])
-        sizes = {"kv_lora_rank": reader.config.kv_lora_rank, "scale": softmax_scale(reader.config)}
-        return ops.mla_attention(q, latent.unsqueeze(0), torch.tensor([[0]]), ends[1:], ends, **sizes)
-
-    hidden = model(torch.tensor(token_ids), torch.arange(len(token_ids)), attend)
-    return torch.log_softmax(model.lm_head(hidden), dim=-1)
-
-
-@contextmanager
-def vllm_serve(checkpoint: Path, log: Path, *arguments: str, **environment: str) -> Iterator[str]:
-    """`vllm serve CHECKPOINT`; yields the server's address once it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def vllm_serve(checkpoint: Path, log: Path, *arguments: str) -> AbstractContextManager[str]:
+    """`vllm serve CHECKPOINT`."""
+    port = free_port()
     command = [str(Path(python_of("vllm")).with_name("vllm")), "serve", str(checkpoint), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-model-len", "256", *arguments]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CACHE_ROOT": str(log.parent / "vllm-cache")}
-    variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | settings
-    with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=out, env=variables | environment)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            if server.poll() is not None:
-                raise RuntimeError(f"vllm serve ended with status {server.returncode}:\n{log.read_text()[-3000:]}")
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=2).close()
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def post(address: str, path: str, body: dict[str, object]) -> dict[str, object]:
-    data = json.dumps(body).encode()
-    request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.load(answer)
+    return serving(command, port, log, settings)
 
 
 def test_vllm_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: Path) -> None:
