@@ -11,11 +11,13 @@ balances experts. Data, pipeline and expert parallel ranks are Megatron's; so ar
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
@@ -64,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, help="write Megatron's distributed checkpoint to this folder at the end")
     parser.add_argument("--load", type=Path, help="continue from such a folder")
     parser.add_argument("--hf-output", type=Path, help="write a Hugging Face checkpoint to this new folder at the end")
+    parser.add_argument("--evaluate", type=Path, help="token ids of samples, JSON; see `evaluate`")
     parser.add_argument("--load-output", type=Path, help="write each expert's load at each iteration to this file")
     return parser.parse_args()
 
@@ -135,7 +139,7 @@ class Loads:
 
 def start(arguments: argparse.Namespace) -> None:
     """Process groups. Raises `EngineError` for sizes that do not fit."""
-    world = int(os.environ.setdefault("WORLD_SIZE", "1"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     tensor, pipeline = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
     expert = arguments.expert_model_parallel_size
     if world % (tensor * pipeline) or (world // pipeline) % expert:
@@ -149,9 +153,9 @@ def start(arguments: argparse.Namespace) -> None:
             f"global batch size {arguments.global_batch_size} is not a multiple of micro batch size"
             f" {arguments.micro_batch_size} times {replicas} data parallel ranks"
         )
-    for name, value in {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
-        os.environ.setdefault(name, value)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # torchrun says who the others are; alone there is nobody to find.
+    alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -178,16 +182,15 @@ def train(arguments: argparse.Namespace) -> None:
         moe_aux_loss_coeff=arguments.moe_aux_loss_coeff,
         finalize_model_grads_func=loads.finalize,
     )
-    model: Any = build_model(
+    gpt = build_model(
         reader.config,
         config,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
-    if config.bf16:
-        model = Float16Module(config, model)
+    model: Any = Float16Module(config, gpt) if config.bf16 else gpt
     if arguments.finetune_from_weights:
-        load_checkpoint(model, arguments.checkpoint)
+        load_checkpoint(gpt, arguments.checkpoint)
     model = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
@@ -227,7 +230,7 @@ def train(arguments: argparse.Namespace) -> None:
         wd_incr_steps=iterations,
         wd_incr_style="constant",
     )
-    first = resume(arguments.load, model, optimizer, schedule) if arguments.load else 0
+    first = resume(arguments.load, gpt, optimizer, schedule) if arguments.load else 0
     if dist.get_rank() == 0:
         print(f"{len(text.tokens):,} tokens, unigram entropy {text.unigram_entropy():.3f} nats", flush=True)
 
@@ -250,10 +253,12 @@ def train(arguments: argparse.Namespace) -> None:
         schedule.step(increment=1)
         report(iteration, losses, gradient_norm, optimizer.param_groups[0]["lr"])
 
+    if arguments.evaluate:
+        evaluate(arguments.evaluate, model)
     if arguments.save:
-        save(arguments.save, last, model, optimizer, schedule)
+        save(arguments.save, last, gpt, optimizer, schedule)
     if arguments.hf_output:
-        save_checkpoint(model, arguments.checkpoint, arguments.hf_output)
+        save_checkpoint(gpt, arguments.checkpoint, arguments.hf_output)
     if loads.history and dist.get_rank() == dist.get_world_size() - 1:
         window = max(1, (last - first) // 10)
         print(f"max / mean load of an expert over the last {window} iterations: {loads.imbalance(window):.3f}")
@@ -275,6 +280,25 @@ def report(iteration: int, losses: list[dict[str, torch.Tensor]], gradient_norm:
         MTPLossLoggingHelper.clean_metrics_in_tracker()
     if parallel_state.get_data_parallel_rank() == 0:
         print(f"{line} | grad norm {gradient_norm:.6f} | lr {lr:.3e}", flush=True)
+
+
+def evaluate(file: Path, model: Any) -> None:
+    """Log-probabilities of samples by the training forward, packed: what a policy gradient weighs them with.
+
+    `file` holds a JSON list of token ids a sample. `file` with the suffix `.trainer` gets, for each sample, fp32
+    log-probabilities of its tokens 1, 2, ... as a list of JSON.
+    """
+    samples = json.loads(file.read_text())
+    starts = torch.tensor([0, *map(len, samples)]).cumsum(0).int()
+    longest = max(map(len, samples))
+    packing = PackedSeqParams("thd", starts, starts, max_seqlen_q=longest, max_seqlen_kv=longest)
+    tokens = torch.tensor([token for sample in samples for token in sample])
+    positions = torch.cat([torch.arange(len(sample)) for sample in samples])
+    with torch.no_grad():
+        logits = model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=packing)[0]
+    chosen = torch.log_softmax(logits[:-1], -1).gather(1, tokens[1:, None])[:, 0].tolist()
+    of_samples = [chosen[start : end - 1] for start, end in pairwise(starts.tolist())]
+    file.with_suffix(".trainer").write_text(json.dumps(of_samples))
 
 
 def state_of(model: Any, optimizer: Any, schedule: Any, *, is_loading: bool) -> dict[str, Any]:

@@ -8,8 +8,6 @@ training on a server's samples rests on.
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from torch import distributed as dist
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.protocol import Case, Job, RequestResult, Served, prefix_digest
@@ -217,12 +216,8 @@ class _Watch:
 
 def _start_one_rank() -> None:
     """A world of one, which Megatron needs for its process groups."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(create_gloo_process_groups=True)
     model_parallel_cuda_manual_seed(0)
 

@@ -176,8 +176,8 @@ _all_to_all_single = torch.distributed.all_to_all_single
 
 @patch(torch.distributed, "all_to_all_single")
 def all_to_all_single(
-    output: torch.Tensor, input: torch.Tensor, output_splits: Any = None, input_splits: Any = None, **kwargs: Any
+    output: torch.Tensor, input: torch.Tensor, output_split_sizes: Any, input_split_sizes: Any, **kwargs: Any
 ) -> Any:
     """The token dispatcher turns split sizes into numbers only when it moves them off a GPU; gloo refuses tensors."""
-    splits = (s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_splits, input_splits))
+    splits = (s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes))
     return _all_to_all_single(output, input, *splits, **kwargs)
