@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 DTYPES ?= bf16 fp32 fp8
-TESTEES ?= reference vllm sglang
+TESTEES ?= reference vllm sglang megatron
 WORK := .work
 UV := .envs/tools/bin/uv
 CORE := .envs/core/bin
@@ -24,7 +24,7 @@ conformance: $(DTYPES:%=$(WORK)/small-%) $(TESTEES:%=.envs/%/.ready) .envs/core/
 		$(CORE)/dsv3 conformance run $(TESTEES:%=--testee %) --checkpoint $(WORK)/small-$$dtype; \
 	done
 
-test: lint .envs/vllm/.ready .envs/vllm-0.27.1/.ready .envs/sglang/.ready
+test: lint environments
 	$(CORE)/python -m pytest
 
 lint: .envs/core/.ready
@@ -36,7 +36,7 @@ lint: .envs/core/.ready
 bench: .envs/core/.ready
 	$(CORE)/dsv3 bench linear
 
-environments: .envs/core/.ready .envs/vllm/.ready .envs/vllm-0.27.1/.ready .envs/sglang/.ready
+environments: .envs/core/.ready .envs/vllm/.ready .envs/vllm-0.27.1/.ready .envs/sglang/.ready .envs/megatron/.ready
 
 $(WORK)/small-%: .envs/core/.ready
 	$(CORE)/dsv3 checkpoint make small $@ --seed 0 --dtype $*
@@ -53,6 +53,10 @@ $(WORK)/small-%: .envs/core/.ready
 .envs/%/.ready: requirements/%.txt pyproject.toml .envs/tools/.ready
 	$(UV) venv --quiet --clear --python $(PYTHON) .envs/$*
 	$(UV) pip install --quiet --python .envs/$*/bin/python --no-deps $(TORCH_BACKEND) --requirement $<
+	for file in $(wildcard requirements/$*.any-python.txt); do \
+		.envs/tools/bin/python -m pip --python .envs/$*/bin/python install --quiet --no-deps --ignore-requires-python \
+			--requirement $$file || exit 1; \
+	done
 	$(UV) pip install --quiet --python .envs/$*/bin/python --no-deps --editable .
 	for package in $(dir $(wildcard requirements/$*-*/pyproject.toml)); do \
 		$(UV) pip install --quiet --python .envs/$*/bin/python --no-deps ./$$package || exit 1; \
