@@ -153,7 +153,7 @@ def random_experts(tokens: int) -> torch.Tensor:
 
 
 def sort_by_expert(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the layer does before its grouped products, in operations that a CUDA graph can hold: (rows, slots, counts)."""
+    """(rows, slots, counts) for grouped products, in operations that a CUDA graph can hold."""
     flat = ids.flatten()
     expert, order = torch.sort(flat, stable=True)
     slots = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))

@@ -1,0 +1,147 @@
+"""Compile the GPU kernels for sm_90a on a machine without a GPU, at the shapes of DeepSeek-V3."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from dsv3_plugin.kernels import (
+    bf16_linear,
+    combine,
+    fp8_gluon,
+    fp8_linear,
+    mla,
+    mla_gluon,
+    quantize,
+    rms_norm,
+    rope,
+    router,
+    silu_and_mul,
+)
+
+_EXACT = {"enable_fp_fusion": False}
+_ALIGNED = ("columns", "depth", "width", "heads", "block_size", "token_stride", "head_stride", "block_stride")
+_ALIGNED += ("x_row_stride", "x_head_stride", "out_row_stride", "out_head_stride")
+
+
+class Source(NamedTuple):
+    """A kernel, the types of its arguments in order, its compile-time parameters and launch options."""
+
+    kernel: Any
+    types: str
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Compiled(NamedTuple):
+    """What the compiler made."""
+
+    ptx: str
+    spilled_bytes: int
+
+
+def _descriptor(rows: int, columns: int, dtype: str, bits: int) -> str:
+    return f"tensordesc<{dtype}[{rows}, {columns}],{gl.NVMMASharedLayout(128, bits, 2)!r}>"
+
+
+def _fp8(rows: int, columns: int, weight_first: bool, warps: int) -> Source:
+    constants = {"ROWS": rows, "COLUMNS": columns, "WEIGHT_FIRST": weight_first, "BAND": 8}
+    types = "*fp8e4nv *fp32 *fp8e4nv *fp32 *bf16 i32 i32 i32 i32 i32"
+    return Source(fp8_linear._fp8_linear, types, constants, {"num_warps": warps, "num_stages": 4})
+
+
+def _fp8_gluon(groups: int, second: int, tokens_first: bool, stages: int) -> Source:
+    constants = {"GROUPS": groups, "PADDED": max(1, groups), "N": second, "TOKENS_FIRST": tokens_first}
+    constants |= {"STAGES": stages, "BAND": 8} | ({} if groups else {"counts": None})
+    first, other = _descriptor(64, 128, "fp8e4nv", 8), _descriptor(second, 128, "fp8e4nv", 8)
+    x, weight = (first, other) if tokens_first else (other, first)
+    types = f"{x}|{weight}|*fp32|*fp32|{'*i64|' if groups else ''}*bf16|i32|i32|i32|i32|i32"
+    return Source(fp8_gluon._linear, types, constants, {"num_warps": 4})
+
+
+def _bf16(rows: int, columns: int, depth: int, warps: int, stages: int) -> Source:
+    constants = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "BAND": 8}
+    types = "*bf16 *bf16 *bf16 i32 i32 i32 i32 i32 i32 i32"
+    return Source(bf16_linear._linear, types, constants, {"num_warps": warps, "num_stages": stages})
+
+
+_ROUTE = {"EXPERTS": 256, "GROUPS": 8, "GROUPS_CHOSEN": 4, "TOPK": 8, "NORMALISE": True}
+_ROUTE |= {"GROUPS_PADDED": 8, "SIZE_PADDED": 32, "TOPK_PADDED": 8}
+_MLA = {"BLOCK_SIZE": 16, "REQUESTS": 128, "PADDED": 128, "RANK": 512, "ROPE": 64, "RANK_PADDED": 512}
+_MLA |= {"ROPE_PADDED": 64, "ROWS": 64, "KEYS": 64}
+_HALF, _ROPE = _descriptor(64, 256, "bf16", 16), _descriptor(64, 64, "bf16", 16)
+_GROUPED = {"GROUPS": 256, "PADDED": 256, "ROWS": 16, "COLUMNS": 128}
+
+SOURCES: dict[str, Source] = {
+    "rms_norm": Source(rms_norm._rms_norm, "*bf16 *bf16 *bf16 fp32", {"K": 7168, "LANES": 512}, _EXACT),
+    "quantize ue8m0": Source(
+        quantize._quantize, "*bf16 *fp8e4nv *fp32 i32 i32 i32", {"GROUPS": 32, "UE8M0": True}, _EXACT
+    ),
+    "quantize float32": Source(
+        quantize._quantize, "*bf16 *fp8e4nv *fp32 i32 i32 i32", {"GROUPS": 32, "UE8M0": False}, _EXACT
+    ),
+    "silu_and_mul": Source(silu_and_mul._silu_and_mul, "*bf16 *bf16 i32", {"COLUMNS": 1024}, _EXACT),
+    "rope": Source(rope._rope, "*bf16 *fp32 *fp32 *bf16 i32 i32 i32", {"PAIRS": 32, "WIDTH": 32, "HEADS": 16}, _EXACT),
+    "combine": Source(combine._combine, "*bf16 *i64 *fp32 *bf16 *bf16 i32", {"TOPK": 8, "COLUMNS": 1024}, _EXACT),
+    "route": Source(router._route, "*fp32 *fp32 *i64 *fp32 fp32", _ROUTE, _EXACT | {"num_warps": 1}),
+    "bf16 few rows": _bf16(16, 32, 256, 4, 4),
+    "bf16 many rows": _bf16(128, 256, 64, 8, 3),
+    "fp8 few rows": _fp8(16, 64, True, 4),
+    "fp8 many rows": _fp8(128, 128, False, 8),
+    "fp8 experts, few rows": Source(
+        fp8_linear._grouped_fp8_linear,
+        "*fp8e4nv *fp32 *i64 *fp8e4nv *fp32 *bf16 i32 i32 i32 i32",
+        _GROUPED | {"WEIGHT_FIRST": True},
+        {"num_warps": 4, "num_stages": 4},
+    ),
+    "fp8 gluon": _fp8_gluon(0, 128, True, 6),
+    "fp8 gluon, one row": _fp8_gluon(0, 16, False, 8),
+    "fp8 gluon, experts": _fp8_gluon(256, 128, True, 6),
+    "mla": Source(
+        mla._mla_attention,
+        "*bf16 *bf16 *i32 *i32 *i32 *bf16 fp32 i32 i32 i32 i32",
+        _MLA,
+        _EXACT | {"num_warps": 8, "num_stages": 2},
+    ),
+    "mla gluon": Source(
+        mla_gluon._mla_attention,
+        f"{_HALF}|{_ROPE}|{_HALF}|{_ROPE}|*i32|*i32|*i32|*bf16|fp32|i32|i32|i32",
+        {"REQUESTS": 128, "PADDED": 128, "REGISTERS": 240},
+        _EXACT | {"num_warps": 4},
+    ),
+}
+
+
+def compile_kernel(source: Source, folder: Path) -> Compiled:
+    """Compile a kernel to sm_90a and let the assembler say what it spilled."""
+    names = source.kernel.arg_names
+    types = iter(source.types.split("|" if "|" in source.types else " "))
+    signature = {name: "constexpr" if name in source.constants else next(types) for name in names}
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in signature.items()
+        if kind.startswith("*") or (name in _ALIGNED and kind == "i32")
+    }
+    make = GluonASTSource if source.kernel.is_gluon() else ASTSource
+    ast = make(source.kernel, signature, source.constants, attributes)
+    compiled = triton.compile(ast, target=GPUTarget("cuda", 90, 32), options=source.options)
+    ptx = compiled.asm["ptx"]
+    file = folder / "kernel.ptx"
+    file.write_text(ptx)
+    assembler = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
+    said = subprocess.run(
+        [assembler, "-v", "-arch=sm_90a", file, "-o", folder / "kernel.cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    return Compiled(ptx, sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", said)))

@@ -1,0 +1,38 @@
+"""The GPU kernels, compiled without a GPU: which instructions they are made of."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: the GPU kernels are not compiled here")
+
+from aot import SOURCES, compile_kernel  # noqa: E402
+
+# Registers that the attention kernel parks while it divides at its end, outside the loop over keys.
+SPILLS_ALLOWED = {"mla": 512, "mla gluon": 512}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_instructions(name, tmp_path):
+    ptx, spilled = compile_kernel(SOURCES[name], tmp_path)
+    print(name, spilled, "bytes spilled")
+    assert not re.search(r"\b(atom|red)\.", ptx), "an atomic operation has no order"
+    assert spilled <= SPILLS_ALLOWED.get(name, 0)
+    if "fp8" in name and "quantize" not in name:
+        assert "wgmma.mma_async.sync.aligned" in ptx
+        assert "mma.sync" not in ptx.replace("wgmma.mma_async.sync", ""), "mma.sync has other fp8 sums"
+        assert "fma.rn.f32" in ptx
+    if name in ("mla", "mla gluon"):
+        assert "wgmma.mma_async.sync.aligned" in ptx
+    if SOURCES[name].options.get("enable_fp_fusion") is False:
+        assert "fma.rn" not in ptx and "ex2.approx" not in ptx, "the contract rounds product and sum"
+
+
+def test_few_fp8_rows_on_the_first_side_would_be_seen(tmp_path):
+    """The gate's twin: the tile that the kernels avoid compiles to the instruction that it looks for."""
+    source = SOURCES["fp8 many rows"]
+    source = source._replace(constants=source.constants | {"ROWS": 16}, options={"num_warps": 4, "num_stages": 4})
+    ptx, _ = compile_kernel(source, tmp_path)
+    assert "mma.sync.aligned.m16n8k16" in ptx
