@@ -21,6 +21,7 @@ from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Kernel, Setting
 from dsv3_plugin.ops import combine, fp8, linear, mla_attention, rms_norm, rope, router, silu_and_mul
 from dsv3_plugin.ops.contract import Contract
+from dsv3_plugin.version import __version__
 
 Mode = Literal["strict", "fast"]
 MODE_VARIABLE = "DSV3_PLUGIN_MODE"
@@ -90,6 +91,11 @@ class Ops:
     grouped_fp8_linear: Callable[..., Any]
     master_weights: MasterWeights | None = None
     """Only in training, in the FP8 profile: the layers then hold no FP8 weights."""
+
+    def announcement(self, served: str) -> str:
+        """What an adapter writes to its engine's log when it builds the model class `served`."""
+        profile = self.setting.profile.name
+        return f"dsv3-plugin {__version__} serves {served}: profile {profile}, {self.mode} mode, kernels: {self.describe()}"
 
     def describe(self) -> str:
         """One line for a log: each provider with the operations that it serves."""

@@ -18,7 +18,6 @@ from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
-from dsv3_plugin.version import __version__
 from dsv3_plugin.vllm_backend import compat
 from dsv3_plugin.vllm_backend.attention import LatentCache
 
@@ -55,14 +54,7 @@ def _prepare(vllm_config: VllmConfig, model_config: Any, served: str) -> tuple[O
     config = read_config(model_config)
     profile = profile_for(config, model_config.dtype)
     ops = bind_ops(config, profile, torch.device(vllm_config.device_config.device))
-    logger.info(
-        "dsv3-plugin %s serves %s: profile %s, %s mode, kernels: %s",
-        __version__,
-        served,
-        profile.name,
-        ops.mode,
-        ops.describe(),
-    )
+    logger.info(ops.announcement(served))
     return ops, config
 
 

@@ -21,7 +21,6 @@ from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.sglang_backend import compat
 from dsv3_plugin.sglang_backend.attention import LatentAttend
-from dsv3_plugin.version import __version__
 
 logger = logging.getLogger("sglang.dsv3_plugin")
 
@@ -52,14 +51,7 @@ def prepare(hf_config: Any, served: str) -> tuple[Ops, DeepseekV3Config]:
     config = DeepseekV3Config.from_dict(hf_config.to_dict(), where=f"{path}/config.json")
     profile = profile_for(config, dtype)
     ops = bind_ops(config, profile, device)
-    logger.info(
-        "dsv3-plugin %s serves %s: profile %s, %s mode, kernels: %s",
-        __version__,
-        served,
-        profile.name,
-        ops.mode,
-        ops.describe(),
-    )
+    logger.info(ops.announcement(served))
     return ops, config
 
 
