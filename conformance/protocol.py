@@ -30,7 +30,6 @@ from pydantic import BaseModel, ConfigDict
 
 from dsv3_plugin.errors import ConformanceError
 
-PROTOCOL_VERSION = 1
 PROGRESS_PREFIX = "DSV3-PROGRESS "
 
 _T = TypeVar("_T", bound=BaseModel)
@@ -76,7 +75,7 @@ class Case(_Message):
 class Job(_Message):
     """What a testee is asked to do."""
 
-    protocol_version: Literal[1] = PROTOCOL_VERSION
+    protocol_version: Literal[1] = 1
     checkpoint: str
     block_size: int
     cases: tuple[Case, ...]
@@ -113,7 +112,7 @@ class Served(_Message):
 class Result(_Message):
     """A testee's answer."""
 
-    protocol_version: Literal[1] = PROTOCOL_VERSION
+    protocol_version: Literal[1] = 1
     testee: str
     versions: dict[str, str]
     served: Served

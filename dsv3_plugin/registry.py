@@ -94,8 +94,8 @@ class Ops:
 
     def announcement(self, served: str) -> str:
         """What an adapter writes to its engine's log when it builds the model class `served`."""
-        profile = self.setting.profile.name
-        return f"dsv3-plugin {__version__} serves {served}: profile {profile}, {self.mode} mode, kernels: {self.describe()}"
+        arithmetic = f"profile {self.setting.profile.name}, {self.mode} mode"
+        return f"dsv3-plugin {__version__} serves {served}: {arithmetic}, kernels: {self.describe()}"
 
     def describe(self) -> str:
         """One line for a log: each provider with the operations that it serves."""
@@ -160,7 +160,7 @@ def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] |
         provenance.append(Choice(contract.op, contract.version, best.provider, best.version, best.certificate, refused))
     if missing:
         raise KernelError(f"no kernel may serve in {mode} mode on {setting.device_type}: {'; '.join(missing)}")
-    return Ops(setting=setting, mode=mode, provenance=tuple(provenance), **bound)
+    return Ops(setting=setting, mode=mode, provenance=tuple(provenance), master_weights=None, **bound)
 
 
 def _choose(
