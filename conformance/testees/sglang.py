@@ -71,7 +71,9 @@ class SglangTestee:
     def run(self, case: Case) -> SglangOutcome:
         """Submit the case's rounds and step the engine until each has finished."""
         if case.num_speculative_tokens != self.num_speculative_tokens:
-            self.start_engine(case.num_speculative_tokens)
+            # As SGLang does; threads that load weights do not inherit the mode.
+            with torch.inference_mode(False), torch.no_grad():
+                self.start_engine(case.num_speculative_tokens)
         assert self.observer is not None
         if not self.scheduler.flush_cache():
             raise ConformanceError("SGLang did not empty its cache between two cases")
@@ -136,7 +138,7 @@ class SglangTestee:
             # Said outright: SGLang runs a float32 checkpoint in another dtype by default.
             dtype=DeepseekV3Config.from_pretrained(self.job.checkpoint).torch_dtype,
             device="cpu",
-            attention_backend="dsv3" if "dsv3" in ATTENTION_BACKENDS else "torch_native",
+            attention_backend="dsv3" if "dsv3" in ATTENTION_BACKENDS else "triton",
             skip_tokenizer_init=True,
             context_length=512,
             max_total_tokens=4096,

@@ -24,10 +24,6 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     _enum = PlatformEnum.OOT
 
-    def get_default_attention_backend(self) -> str:
-        """The one that dsv3-plugin registers."""
-        return "dsv3"
-
     def get_mla_kv_pool_cls(self) -> type:
         """The latent cache's class."""
         from sglang_cpu.pools import LatentPool

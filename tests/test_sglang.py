@@ -1,0 +1,141 @@
+"""The SGLang adapter, in real SGLang engines of their own environment (`make environments`)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import torch
+from engines import REFERENCE, free_port, post, predict_logits, python_of, run, serving, shipped_testee
+
+MODELS = "dsv3_plugin.sglang_backend.models"
+# Of the plugins installed for SGLang, only the one that lets it run on a CPU.
+WITHOUT_PLUGIN = {"SGLANG_PLUGINS": "sglang_cpu"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "engines", "cases"),
+    [
+        ("bf16", ("vllm", "sglang"), ()),
+        ("fp32", ("sglang",), ("batch", "chunked_prefill", "prefix_cache_chunked", "mtp_2")),
+        ("fp8", ("sglang",), ("batch", "chunked_prefill", "prefix_cache_chunked", "mtp_2")),
+    ],
+)
+def test_sglang_prints_the_bits_of_the_others(
+    tiny_checkpoint, tmp_path: Path, dtype: str, engines: tuple[str, ...], cases: tuple[str, ...]
+) -> None:
+    report = run([REFERENCE, *map(shipped_testee, engines)], tiny_checkpoint(dtype), tmp_path, *cases)
+    assert report.passed, (report.problems, [(v.problems, v.comparisons) for v in report.verdicts if not v.passed])
+    served = report.results["sglang"].served
+    assert served.model_class == f"{MODELS}.deepseek_v3.DeepseekV3ForCausalLM"
+    assert served.draft_class == f"{MODELS}.deepseek_nextn.DeepseekV3ForCausalLMNextN"
+    assert served.profile == dtype
+    assert served.kernels == report.results["reference"].served.kernels
+    for verdict in report.verdicts:
+        for comparison in verdict.comparisons:
+            assert comparison.equal_rows > 500, comparison
+        # SGLang verifies a step to its end, also beyond the last token that a request asked for.
+        last_drafts = verdict.case.num_speculative_tokens * len(verdict.case.requests)
+        assert verdict.rows_alone["sglang"] <= last_drafts, verdict.case.name
+    outcomes = {case.name: case for case in report.results["sglang"].cases}
+    assert 0 < outcomes["mtp_2"].num_accepted_tokens < outcomes["mtp_2"].num_draft_tokens
+    log = (tmp_path / "kept" / "sglang" / "log.txt").read_text()
+    for name in ("DeepseekV3ForCausalLM", "DeepseekV3ForCausalLMNextN"):
+        assert re.search(rf"dsv3-plugin \S+ serves {name}: profile {dtype}, strict mode, kernels: reference", log)
+
+
+def test_sglang_s_model_package_variable(tiny_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`SGLANG_EXTERNAL_MODEL_PACKAGE` serves our classes without the entry point, on an attention backend of SGLang's
+    own.
+    """
+    for name, value in (WITHOUT_PLUGIN | {"SGLANG_EXTERNAL_MODEL_PACKAGE": MODELS}).items():
+        monkeypatch.setenv(name, value)
+    report = run([REFERENCE, shipped_testee("sglang")], tiny_checkpoint("bf16"), tmp_path, "batch")
+    assert report.passed, (report.problems, report.verdicts)
+    assert report.results["sglang"].served.model_class == f"{MODELS}.deepseek_v3.DeepseekV3ForCausalLM"
+
+
+def test_sglang_s_own_model_is_caught_and_named(
+    wide_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # MLA's real sizes are the only ones that SGLang's own kernels take.
+    monkeypatch.setenv("DSV3_PLUGIN", "off")
+    report = run([REFERENCE, shipped_testee("sglang")], wide_checkpoint, tmp_path, "prefill")
+    assert not report.passed
+    served = report.results["sglang"].served.model_class
+    assert served == "sglang.srt.models.deepseek_v2.DeepseekV3ForCausalLM"
+    assert report.problems == [f"sglang served {served}, which is not dsv3-plugin's model"]
+    pair = next(c for c in report.verdicts[0].comparisons if (c.left, c.right) == ("reference", "sglang"))
+    assert pair.different_rows > 0.9 * (pair.different_rows + pair.equal_rows)
+    assert "switched off by DSV3_PLUGIN" in (tmp_path / "kept" / "sglang" / "log.txt").read_text()
+
+
+def sglang_serve(checkpoint: Path, log: Path, *arguments: str) -> AbstractContextManager[str]:
+    """`python -m sglang.launch_server --model-path CHECKPOINT`."""
+    port = free_port()
+    command = [python_of("sglang"), "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--port", str(port)]
+    command += ["--device", "cpu", "--dtype", "bfloat16", "--attention-backend", "dsv3", "--disable-cuda-graph"]
+    command += ["--context-length", "256", "--max-total-tokens", "2048", "--max-running-requests", "8", *arguments]
+    # SGLang's faster way to a prompt's logprobs, logits - logsumexp, rounds otherwise than log-softmax.
+    return serving(command, port, log, {"SGLANG_ENABLE_FAST_INPUT_LOGPROBS": "0"})
+
+
+def test_sglang_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint("bf16")
+    prompt = list(range(300, 340))
+    log = tmp_path / "serve.log"
+    greedy = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    sampled = {"temperature": 0.75, "sampling_seed": 7, "max_new_tokens": 24, "ignore_eos": True}
+    logprobs = {"return_logprob": True, "top_logprobs_num": 3}
+    with sglang_serve(checkpoint, log) as address:
+        body = {"input_ids": prompt, "sampling_params": greedy, "logprob_start_len": 0}
+        generated = post(address, "/generate", body | logprobs)
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 3}
+        completed = post(address, "/v1/completions", body | {"ignore_eos": True})
+        drawn = post(address, "/generate", {"input_ids": prompt, "sampling_params": sampled} | logprobs)
+
+    tokens = generated["output_ids"]
+    predicted = torch.log_softmax(predict_logits(checkpoint, prompt + tokens), dim=-1)
+    answers = generated["meta_info"]
+    # Pairs (logprob, token); the first token of a prompt has none.
+    of_prompt = [tuple(item[:2]) for item in answers["input_token_logprobs"][1:]]
+    assert of_prompt == [(predicted[i, token].item(), token) for i, token in enumerate(prompt[1:])]
+    rows = predicted[len(prompt) - 1 : -1]
+    assert rows.argmax(-1).tolist() == tokens
+    of_output = [tuple(item[:2]) for item in answers["output_token_logprobs"]]
+    assert of_output == [(row[token].item(), token) for row, token in zip(rows, tokens, strict=True)]
+    best = [[item[0] for item in items] for items in answers["output_top_logprobs"]]
+    assert best == rows.topk(3).values.tolist()
+    (choice,) = completed["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [logprob for logprob, _ in of_output]
+
+    # At a temperature SGLang reports the distribution that it drew from: log(softmax(logits / temperature)).
+    tokens = drawn["output_ids"]
+    logits = predict_logits(checkpoint, prompt + tokens)[len(prompt) - 1 : -1]
+    rows = torch.log(torch.softmax(logits / sampled["temperature"], dim=-1))
+    of_output = [tuple(item[:2]) for item in drawn["meta_info"]["output_token_logprobs"]]
+    assert of_output == [(row[token].item(), token) for row, token in zip(rows, tokens, strict=True)]
+    assert rows.argmax(-1).tolist() != tokens
+    assert re.search(r"dsv3-plugin \S+ serves DeepseekV3ForCausalLM: profile bf16, strict mode", log.read_text())
+
+
+def test_sglang_serve_drafts(tiny_checkpoint, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint("bf16")
+    prompt = list(range(300, 340))
+    log = tmp_path / "serve.log"
+    draft = ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", "2", "--speculative-eagle-topk", "1"]
+    with sglang_serve(checkpoint, log, *draft, "--speculative-num-draft-tokens", "3") as address:
+        params = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+        answer = post(address, "/generate", {"input_ids": prompt, "sampling_params": params, "return_logprob": True})
+    tokens, meta = answer["output_ids"], answer["meta_info"]
+    rows = torch.log_softmax(predict_logits(checkpoint, prompt + tokens)[len(prompt) - 1 : -1], dim=-1)
+    of_output = [tuple(item[:2]) for item in meta["output_token_logprobs"]]
+    assert of_output == [(row.max().item(), int(row.argmax())) for row in rows]
+    assert meta["spec_verify_ct"] < len(tokens) == 12
+    for name in ("DeepseekV3ForCausalLM", "DeepseekV3ForCausalLMNextN"):
+        assert re.search(rf"dsv3-plugin \S+ serves {name}: profile bf16, strict mode", log.read_text())
