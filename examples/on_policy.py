@@ -39,7 +39,9 @@ from vllm import LLM, SamplingParams
 
 def main():
     checkpoint, prompts, new_tokens, output = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    llm = LLM(checkpoint, max_model_len=256, enforce_eager=True, seed=0, max_num_seqs=4)
+    dtype = json.load(open(checkpoint + "/config.json"))["torch_dtype"]
+    settings = dict(max_model_len=256, max_num_seqs=4, kv_cache_memory_bytes=64 << 20, enforce_eager=True, seed=0)
+    llm = LLM(checkpoint, dtype=dtype, **settings)
     settings = SamplingParams(temperature=1.0, max_tokens=new_tokens, ignore_eos=True, logprobs=0, seed=0)
     results = [r.outputs[0] for r in llm.generate([{"prompt_token_ids": p} for p in prompts], settings)]
     samples = [(list(r.token_ids), [step[t].logprob for t, step in zip(r.token_ids, r.logprobs)]) for r in results]
@@ -87,6 +89,7 @@ def main() -> None:
 def run(command: list[str]) -> None:
     """Run a program; stop with its last words if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     if done.returncode:
         sys.exit("\n".join(done.stdout.splitlines()[-20:]))

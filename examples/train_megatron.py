@@ -1,6 +1,6 @@
 """Pre-training DeepSeek-V3 with Megatron-Core on the text that every Python ships.
 
-    torchrun --nproc-per-node 2 examples/train_megatron.py CHECKPOINT --expert-model-parallel-size 2 --train-iters 300
+    torchrun --nproc-per-node 2 examples/train_megatron.py CHECKPOINT --expert-model-parallel-size 2
 
 CHECKPOINT is a Hugging Face folder (`dsv3 checkpoint make tiny CHECKPOINT`): its configuration and its tokenizer, and
 with `--finetune-from-weights` its weights. The recipe is the DeepSeek-V3 report's (section 4.2), scaled to a toy:
@@ -51,17 +51,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parser.add_argument("--expert-model-parallel-size", type=int, default=1)
     parser.add_argument("--use-distributed-optimizer", action="store_true")
-    parser.add_argument("--train-iters", type=int, default=300)
+    parser.add_argument("--train-iters", type=int, default=200)
     parser.add_argument("--exit-interval", type=int, help="stop after so many iterations, as if interrupted")
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--global-batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--min-lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--min-lr", type=float, default=1e-4)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--clip-grad", type=float, default=1.0)
     parser.add_argument("--init-method-std", type=float, default=0.02)
-    parser.add_argument("--moe-router-bias-update-rate", type=float, default=1e-3)
+    # The report's 0.001 is for many thousands of iterations.
+    parser.add_argument("--moe-router-bias-update-rate", type=float, default=1e-2)
     parser.add_argument("--moe-aux-loss-coeff", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--save", type=Path, help="write Megatron's distributed checkpoint to this folder at the end")

@@ -76,7 +76,7 @@ class Attention(MegatronModule):
 
         A shorter sequence of a batch is padded at its end: no token sees what follows it.
         """
-        s, b, _ = hidden_states.shape
+        s, b = hidden_states.shape[:2]
         if packed_seq_params is None:
             starts = torch.arange(b + 1, device=hidden_states.device) * s
         else:

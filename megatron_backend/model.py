@@ -16,7 +16,6 @@ from dsv3_plugin.megatron_backend import compat
 from dsv3_plugin.megatron_backend.layer_spec import block_spec, mtp_spec
 from dsv3_plugin.megatron_backend.layers import Binding, OutputLayer
 from dsv3_plugin.profile import Profile, profile_for
-from dsv3_plugin.version import __version__
 
 logger = logging.getLogger("megatron.dsv3_plugin")
 
@@ -73,15 +72,11 @@ def build_model(
     if warning := compat.untested_warning():
         logger.warning(warning)
     ops = differentiable(bind_ops(config, profile, device))
-    with device:
-        rotary = RotaryTable(config)
-    logger.info(
-        "dsv3-plugin %s trains: profile %s, %s mode, kernels: %s", __version__, profile.name, ops.mode, ops.describe()
-    )
-    # The core's parameters are created where the default device is.
+    logger.info(ops.announcement("GPTModel"))
+    # The core's parameters and tables are created where the default device is.
     with device:
         return DeepseekV3GPTModel(
-            Binding(ops, config, rotary),
+            Binding(ops, config, RotaryTable(config)),
             transformer_config,
             pre_process=pre_process,
             post_process=post_process,

@@ -27,11 +27,13 @@ class Router(TopKRouter):  # type: ignore[misc]
     `expert_bias` is `e_score_correction_bias`. The tokens of each expert are counted in integers.
     """
 
+    expert_bias: torch.Tensor | None
+
     def __init__(self, binding: Binding, config: Any, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
         self.binding = binding
         if self.enable_expert_bias:
-            counts = torch.zeros_like(self.expert_bias, dtype=torch.int64)
+            counts = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=self.weight.device)
             self.register_buffer("local_tokens_per_expert", counts, persistent=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
@@ -39,7 +41,7 @@ class Router(TopKRouter):  # type: ignore[misc]
         bias = self.expert_bias
         super()._apply(fn, recurse)
         if bias is not None:
-            self.expert_bias = bias.to(self.expert_bias.device)
+            self.expert_bias = bias.to(self.weight.device)
         return self
 
     def forward(

@@ -25,7 +25,7 @@ from dsv3_plugin.checkpoint.reader import INDEX_FILE, SINGLE_FILE, CheckpointRea
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.megatron_backend.moe import LocalExperts
-from dsv3_plugin.ops.fp8 import dequantize_weight, quantize_weight
+from dsv3_plugin.ops.fp8 import E4M3, dequantize_weight, quantize_weight
 from dsv3_plugin.profile import profile_for
 
 # The core's module names, and Megatron's. `{layer}` is a decoder layer's number or the MTP layer.
@@ -105,12 +105,19 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     reader = CheckpointReader(path)
     reader.validate()
     places = local_tensors(model, reader.config)
-    scales = {name: tensor for name, tensor in reader.tensors() if name.endswith(SCALE_SUFFIX)}
+    halves: dict[str, torch.Tensor] = {}
     for name, tensor in reader.tensors():
-        if name not in places:
+        weight = name.removesuffix(SCALE_SUFFIX)
+        if weight not in places:
             continue
-        scale = scales.get(name + SCALE_SUFFIX)
-        places[name].copy_(tensor if scale is None else dequantize_weight(tensor, scale))
+        is_scale = name != weight
+        if is_scale or tensor.dtype == E4M3:
+            other = halves.pop(weight, None)
+            if other is None:
+                halves[weight] = tensor
+                continue
+            tensor = dequantize_weight(other, tensor) if is_scale else dequantize_weight(tensor, other)
+        places[weight].copy_(tensor)
 
 
 def _checkpoint_tensors(model: nn.Module, config: DeepseekV3Config) -> Iterator[tuple[str, torch.Tensor]]:

@@ -217,7 +217,7 @@ class _Watch:
 def _start_one_rank() -> None:
     """A world of one, which Megatron needs for its process groups."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     parallel_state.initialize_model_parallel(create_gloo_process_groups=True)
     model_parallel_cuda_manual_seed(0)
 

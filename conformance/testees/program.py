@@ -60,8 +60,10 @@ class Testee(Protocol):
     """An engine under test."""
 
     name: str
-    schedule_not_followed: str | None
-    """See `Result.schedule_not_followed`."""
+
+    @property
+    def schedule_not_followed(self) -> str | None:
+        """See `Result.schedule_not_followed`."""
 
     def versions(self) -> dict[str, str]:
         """Versions beside ours, torch's and Python's."""

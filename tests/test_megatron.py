@@ -1,0 +1,266 @@
+"""Megatron's forward, its training on two processes, its checkpoints, and the stand-ins for CUDA."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TinyCheckpoint
+from safetensors.torch import load_file, save_file
+
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.conformance import runner
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ROOT / "examples" / "train_megatron.py"
+ON_POLICY = ROOT / "examples" / "on_policy.py"
+CASES = ("batch", "mtp_1")
+
+
+@pytest.fixture(scope="module")
+def python() -> str:
+    """The environment's Python."""
+    path = ROOT / ".envs" / "megatron" / "bin" / "python"
+    if not path.exists():
+        pytest.skip(f"{path} is missing: run `make environments`")
+    return str(path)
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def train(python: str, checkpoint: Path, *arguments: object, processes: int = 1) -> str:
+    """Run the example; returns what it printed. A failure shows its last lines."""
+    command = [python, "-W", "ignore"]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    small = ["--micro-batch-size", "2", "--global-batch-size", "4", "--seq-length", "64"]
+    done = run([*command, str(TRAIN), str(checkpoint), *small, *map(str, arguments)])
+    assert done.returncode == 0, "\n".join(done.stdout.splitlines()[-15:])
+    return done.stdout
+
+
+def losses(printed: str) -> list[str]:
+    """The losses as printed, six digits each."""
+    return re.findall(r"lm loss (\S+) \| mtp loss (\S+)", printed)
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return dict(CheckpointReader(checkpoint).tensors())
+
+
+# The forward
+
+
+def reference() -> runner.TesteeCommand:
+    return runner.TesteeCommand.parse("reference", ROOT / ".envs")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp8"])
+def test_the_training_forward_has_the_references_bits(dtype: str, python: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    megatron = runner.TesteeCommand("megatron", (python, "-m", "dsv3_plugin.conformance.testees.megatron"))
+    report = runner.run([reference(), megatron], tiny_checkpoint(dtype), lambda *_: None, only=CASES)
+    assert report.passed, report.to_json()
+    assert report.results["megatron"].schedule_not_followed
+    compared = [c for v in report.verdicts for c in v.comparisons if {"megatron", "reference"} == {c.left, c.right}]
+    print(f"{sum(c.equal_rows for c in compared):,} rows equal")
+
+
+def test_experts_added_up_in_megatrons_order_are_caught(python: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    sabotaged = runner.TesteeCommand("megatron", (python, str(Path(__file__).with_name("sabotaged_megatron.py"))))
+    report = runner.run([reference(), sabotaged], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
+    assert not report.passed
+    comparisons = {(c.left, c.right): c for c in report.verdicts[0].comparisons}
+    first = comparisons["reference", "megatron"].first_difference
+    assert first is not None and first.stream == "layers.1.mlp"
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def alone(python: str, tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What one process prints over three iterations, and the checkpoint that it writes."""
+    output = tmp_path_factory.mktemp("alone") / "hf"
+    arguments = "--finetune-from-weights", "--train-iters", 3, "--hf-output", output
+    return train(python, tiny_checkpoint("bf16"), *arguments), output
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("--expert-model-parallel-size", 2),
+        ("--pipeline-model-parallel-size", 2),
+        ("--use-distributed-optimizer",),
+        (),
+    ],
+)
+def test_two_processes_train(
+    layout: tuple[object, ...],
+    python: str,
+    alone: tuple[str, Path],
+    tiny_checkpoint: TinyCheckpoint,
+    tmp_path: Path,
+) -> None:
+    """The first two losses are of the same weights (warm-up begins at zero): equal in every printed digit."""
+    output = tmp_path / "hf"
+    arguments = "--finetune-from-weights", "--train-iters", 3, "--hf-output", output, *layout
+    printed = losses(train(python, tiny_checkpoint("bf16"), *arguments, processes=2))
+    expected = losses(alone[0])
+    assert len(printed) == 3
+    assert printed[:2] == expected[:2]
+    assert abs(float(printed[2][0]) - float(expected[2][0])) < 0.02
+    CheckpointReader(output).validate()
+
+
+def test_resuming_continues_with_equal_bits(python: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    arguments = "--finetune-from-weights", "--train-iters", 4
+    whole = train(python, tiny_checkpoint("bf16"), *arguments, "--hf-output", tmp_path / "whole")
+    first = train(python, tiny_checkpoint("bf16"), *arguments, "--exit-interval", 2, "--save", tmp_path / "state")
+    rest = ("--load", tmp_path / "state", "--hf-output", tmp_path / "resumed")
+    second = train(python, tiny_checkpoint("bf16"), *arguments, *rest)
+    assert losses(whole) == losses(first) + losses(second)
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_every_weight_learns_and_the_bias_moves_by_its_step(
+    alone: tuple[str, Path], tiny_checkpoint: TinyCheckpoint
+) -> None:
+    before, after = weights(tiny_checkpoint("bf16")), weights(alone[1])
+    copies = ("layers.4.embed_tokens.weight", "layers.4.shared_head.head.weight")
+    assert {name for name in before if name not in after} == {f"model.{name}" for name in copies}
+    unchanged = [name for name in after if torch.equal(before[name], after[name])]
+    # An expert that no token chose has no gradient, and bf16 hides small steps of few of the norms' numbers.
+    assert all(".experts." in name for name in unchanged), unchanged
+    for name in after:
+        if name.endswith("e_score_correction_bias"):
+            steps = (after[name].double() - before[name].double()) / 1e-2
+            assert float((steps - steps.round()).abs().max()) < 1e-4
+            assert float(steps.abs().max().round()) in (1, 2, 3)
+
+
+def test_samples_have_the_trainers_probabilities(python: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    done = run([python, str(ON_POLICY), str(tiny_checkpoint("fp8")), "--trainer", python])
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "96 of 96 sampled tokens have equal log-probabilities; KL = 0.0" in done.stdout
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp8"])
+def test_a_checkpoint_survives_the_way_in_and_out(
+    dtype: str, python: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    output = tmp_path / "hf"
+    train(python, tiny_checkpoint(dtype), "--finetune-from-weights", "--train-iters", 0, "--hf-output", output)
+    before, after = weights(tiny_checkpoint(dtype)), weights(output)
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in after)
+
+
+def refusal(python: str, checkpoint: Path, *arguments: str) -> str:
+    done = run([python, "-W", "ignore", str(TRAIN), str(checkpoint), *arguments])
+    assert done.returncode != 0
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_missing_expert_is_named(python: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    good = tiny_checkpoint("bf16")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in good.glob("*.json"):
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(good / "model.safetensors")
+    del tensors["model.layers.2.mlp.experts.5.up_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    line = refusal(python, broken, "--finetune-from-weights")
+    assert line.startswith("error: ") and "model.layers.2.mlp.experts.5.up_proj.weight" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--pipeline-model-parallel-size", "2"), "1 processes cannot be divided"),
+        (("--expert-model-parallel-size", "3"), "1 processes cannot be divided"),
+        (("--global-batch-size", "6"), "global batch size 6 is not a multiple of micro batch size 4"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_one_line(
+    arguments: tuple[str, ...], expected: str, python: str, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    line = refusal(python, tiny_checkpoint("bf16"), *arguments)
+    assert line.startswith("error: ") and expected in line
+
+
+REFUSED = """
+import sys
+import torch
+from megatron.core import parallel_state
+from torch import distributed as dist
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.errors import EngineError
+from dsv3_plugin.megatron_backend.config import transformer_config
+from dsv3_plugin.megatron_backend.model import build_model
+from dsv3_plugin.profile import profile_for
+config = DeepseekV3Config.from_pretrained(sys.argv[1])
+for settings in ({"moe_token_dispatcher_type": "allgather"}, {"hidden_dropout": 0.1}, {"layernorm_epsilon": 1e-5},
+                 {"context_parallel_size": 2}, {"moe_expert_capacity_factor": 1.0}):
+    try:
+        build_model(config, transformer_config(config, profile_for(config), **settings))
+    except EngineError as error:
+        print(error)
+"""
+
+
+def test_settings_that_the_layers_cannot_honour_are_refused(python: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    lines = run([python, "-W", "ignore", "-c", REFUSED, str(tiny_checkpoint("bf16"))]).stdout.strip().splitlines()
+    asked = [line for line in lines if line.startswith("dsv3-plugin's layers need")]
+    names = [line.split("need ")[1].split("=")[0] for line in asked]
+    assert names == [
+        "moe_token_dispatcher_type",
+        "hidden_dropout",
+        "layernorm_epsilon",
+        "context_parallel_size",
+        "moe_expert_capacity_factor",
+    ], lines
+
+
+# The stand-ins
+
+
+UNTOUCHED = """
+import torch
+before = torch.cuda.current_device, torch.zeros, torch.Tensor.type, torch.distributed.all_to_all_single
+import dsv3_plugin.autograd.bind, dsv3_plugin.layers.model
+after = torch.cuda.current_device, torch.zeros, torch.Tensor.type, torch.distributed.all_to_all_single
+assert before == after and "megatron_cpu" not in __import__("sys").modules
+torch.cuda.is_available = lambda: True
+import megatron_cpu
+megatron_cpu.install()
+assert all(getattr(owner, name) is not function for owner, name, function in megatron_cpu.PATCHES)
+print("untouched")
+"""
+
+
+def test_no_stand_in_without_megatron_or_on_a_gpu(python: str) -> None:
+    assert run([python, "-c", UNTOUCHED]).stdout.strip() == "untouched"
+
+
+def test_without_stand_ins_a_cpu_is_refused_in_one_line(python: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    program = "import megatron_cpu; megatron_cpu.install = lambda: None\n" + REFUSED.replace(
+        "from megatron.core import parallel_state\n", ""
+    )
+    printed = run([python, "-W", "ignore", "-c", program, str(tiny_checkpoint("bf16"))]).stdout
+    assert "Megatron-Core needs a GPU" in printed, printed
