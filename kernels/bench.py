@@ -308,7 +308,7 @@ def small_cases() -> Iterator[Case]:
             x = bf16(m, 1)
 
             def vllm() -> Call:
-                from vllm.model_executor.layers.fused_moe import grouped_topk
+                from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import grouped_topk
 
                 return lambda: grouped_topk(x, logits, _TOPK, True, 8, 4, "sigmoid", 2.5, bias)
 

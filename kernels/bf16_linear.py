@@ -130,13 +130,15 @@ def _grouped_linear(
 
 def choose_tile(rows: int, columns: int) -> Tile:
     """A tile for `rows` rows of x and `columns` rows of weight; any choice gives the same bits."""
-    if rows <= 16:
-        return Tile(16, 32 if columns <= 8192 else 64, 256, 4, 4)
+    if rows <= 16 or (rows <= 128 and columns <= 1024):
+        return Tile(16, 16, 256, 4, 5) if columns <= 4096 else Tile(16, 32 if columns <= 8192 else 64, 256, 4, 4)
     if rows <= 32:
         return Tile(32, 32 if columns <= 8192 else 64, 128, 4, 5)
     if rows <= 64:
         return Tile(64, 64, 128, 4, 4)
-    if rows <= 256:
+    if columns <= 1024:
+        return Tile(128, 64, 64, 4, 4)
+    if rows <= 256 and columns <= 16384:
         return Tile(64, 128, 64, 4, 4)
     return Tile(128, 256, 64, 8, 3)
 

@@ -37,5 +37,5 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     require(tuple(weight.shape) == (x.shape[1],), "rms_norm", f"weight has shape {tuple(weight.shape)}")
     out = torch.empty_like(x)
     if len(x):
-        _rms_norm[(len(x),)](x, weight, out, eps, x.shape[1], _LANES, num_warps=4, **EXACT)
+        _rms_norm[(len(x),)](x, weight, out, eps, x.shape[1], _LANES, num_warps=8, **EXACT)
     return out

@@ -10,7 +10,7 @@ import triton.language as tl
 from dsv3_plugin.kernels.triton_math import EXACT, sigmoid
 from dsv3_plugin.ops.contract import require, require_matrix
 
-_COLUMNS = 1024
+_COLUMNS = 512
 
 
 @triton.jit
@@ -31,5 +31,5 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     if rows:
-        _silu_and_mul[(rows, triton.cdiv(width, _COLUMNS))](gate_up, out, width, _COLUMNS, num_warps=4, **EXACT)
+        _silu_and_mul[(rows, triton.cdiv(width, _COLUMNS))](gate_up, out, width, _COLUMNS, num_warps=2, **EXACT)
     return out

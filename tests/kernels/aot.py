@@ -82,14 +82,16 @@ _HALF, _ROPE = _descriptor(64, 256, "bf16", 16), _descriptor(64, 64, "bf16", 16)
 _GROUPED = {"GROUPS": 256, "PADDED": 256, "ROWS": 16, "COLUMNS": 128}
 
 SOURCES: dict[str, Source] = {
-    "rms_norm": Source(rms_norm._rms_norm, "*bf16 *bf16 *bf16 fp32", {"K": 7168, "LANES": 512}, _EXACT),
+    "rms_norm": Source(
+        rms_norm._rms_norm, "*bf16 *bf16 *bf16 fp32", {"K": 7168, "LANES": 512}, _EXACT | {"num_warps": 8}
+    ),
     "quantize ue8m0": Source(
         quantize._quantize, "*bf16 *fp8e4nv *fp32 i32 i32 i32", {"GROUPS": 32, "UE8M0": True}, _EXACT
     ),
     "quantize float32": Source(
         quantize._quantize, "*bf16 *fp8e4nv *fp32 i32 i32 i32", {"GROUPS": 32, "UE8M0": False}, _EXACT
     ),
-    "silu_and_mul": Source(silu_and_mul._silu_and_mul, "*bf16 *bf16 i32", {"COLUMNS": 1024}, _EXACT),
+    "silu_and_mul": Source(silu_and_mul._silu_and_mul, "*bf16 *bf16 i32", {"COLUMNS": 512}, _EXACT | {"num_warps": 2}),
     "rope": Source(rope._rope, "*bf16 *fp32 *fp32 *bf16 i32 i32 i32", {"PAIRS": 32, "WIDTH": 32, "HEADS": 16}, _EXACT),
     "combine": Source(combine._combine, "*bf16 *i64 *fp32 *bf16 *bf16 i32", {"TOPK": 8, "COLUMNS": 1024}, _EXACT),
     "route": Source(router._route, "*fp32 *fp32 *i64 *fp32 fp32", _ROUTE, _EXACT | {"num_warps": 1}),

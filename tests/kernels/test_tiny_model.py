@@ -1,0 +1,35 @@
+"""A machine without a GPU prints the logits that an H200 printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_model import PROFILES, logits
+
+from dsv3_plugin.kernels.check import bits_differ
+
+# Recorded on an NVIDIA H200, 2026-11-22: python tests/kernels/tiny_model.py tests/kernels/tiny_model_h200.safetensors
+RECORDED = load_file(Path(__file__).with_name("tiny_model_h200.safetensors"))
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_cpu_prints_the_logits_of_an_h200(name):
+    printed = logits(name, "cpu")
+    print(name, printed.numel(), "logits, standard deviation", printed.std().item())
+    assert printed.isfinite().all()
+    assert bits_differ(RECORDED[name], printed) == 0
+
+
+def test_the_profiles_differ():
+    """The twin: the comparison can fail."""
+    assert bits_differ(RECORDED["bf16"], RECORDED["fp8 ue8m0"]) > 1000
+
+
+@pytest.mark.skipif(not HOPPER, reason="no Hopper card on this machine")
+@pytest.mark.parametrize("name", PROFILES)
+def test_this_card_prints_them_too(name):
+    assert bits_differ(RECORDED[name], logits(name, "cuda")) == 0
