@@ -27,9 +27,11 @@ from safetensors.torch import save_file
 from dsv3_plugin.hooks import Kernel
 from dsv3_plugin.kernels import provider, sm90_model
 from dsv3_plugin.ops.fp8 import quantize_fp8, quantize_weight
+from dsv3_plugin.profile import ScaleFormat
 
 # Products that the model may be asked for in one case, some ns each.
 _BUDGET = 1 << 25
+_FORMATS: tuple[ScaleFormat, ...] = ("ue8m0", "float32")
 
 
 class Sizes(NamedTuple):
@@ -129,13 +131,13 @@ def quantize_case(rng: random.Random, at: Sizes) -> Case:
     """From subnormal to near overflow, both scale formats."""
     x = numbers(rng, rng.choice(at.rows), rng.choice(at.depths))
     x = x * 2.0 ** rng.choice((-130, -20, 0, 0, 0, 20, 100))
-    return Case((x if rng.random() < 0.8 else x.float(), rng.choice(("ue8m0", "float32"))), {})
+    return Case((x if rng.random() < 0.8 else x.float(), rng.choice(_FORMATS)), {})
 
 
 def fp8_linear_case(rng: random.Random, at: Sizes) -> Case:
     """Both scale formats; columns that fill no scale block."""
     rows, columns, depth = sizes(rng, at)
-    scale_format = rng.choice(("ue8m0", "float32"))
+    scale_format = rng.choice(_FORMATS)
     weight = quantize_weight(numbers(rng, columns - rng.choice((0, 0, 8)), depth), scale_format)
     return Case((*quantize_fp8(numbers(rng, rows, depth), scale_format), *weight), {})
 
@@ -144,7 +146,7 @@ def grouped_fp8_linear_case(rng: random.Random, at: Sizes) -> Case:
     """Both scale formats; experts without rows, and one with all."""
     rows, columns, depth = sizes(rng, at)
     counts = experts(rng, at, rows)
-    scale_format = rng.choice(("ue8m0", "float32"))
+    scale_format = rng.choice(_FORMATS)
     weights = [quantize_weight(numbers(rng, columns, depth), scale_format) for _ in counts]
     values, scales = (torch.stack(parts) for parts in zip(*weights, strict=True))
     return Case((*quantize_fp8(numbers(rng, rows, depth), scale_format), counts, values, scales), {})
