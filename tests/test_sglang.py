@@ -139,3 +139,144 @@ def test_sglang_serve_drafts(tiny_checkpoint, tmp_path: Path) -> None:
     assert meta["spec_verify_ct"] < len(tokens) == 12
     for name in ("DeepseekV3ForCausalLM", "DeepseekV3ForCausalLMNextN"):
         assert re.search(rf"dsv3-plugin \S+ serves {name}: profile bf16, strict mode", log.read_text())
+
+
+PLUGIN_PROGRAM = """
+import logging, os, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+from sglang.srt.models.registry import ModelRegistry
+from sglang.srt.plugins.hook_registry import HookRegistry
+from dsv3_plugin.sglang_backend import compat, plugin
+
+def show(step):
+    for name in plugin.ARCHITECTURES:
+        model, _ = ModelRegistry.resolve_model_cls([name])
+        print(f"{step}: {name} is {model.__module__}:{model.__qualname__}", flush=True)
+
+class TheirModel:
+    __module__ = "their_plugin.model"
+
+os.environ["DSV3_PLUGIN"] = "off"
+plugin.register()
+show("off")
+del os.environ["DSV3_PLUGIN"]
+plugin.register()
+plugin.register()
+HookRegistry.apply_hooks()
+show("on")
+ModelRegistry.models["DeepseekV3ForCausalLM"] = TheirModel
+show("later")
+plugin.register()
+show("earlier")
+compat.TESTED = ("0.1.0", "0.2.0")
+print("untested")
+plugin.register()
+print("broken")
+plugin.MODELS = "a_package_that_is_not_there"
+try:
+    plugin.register()
+except ImportError as error:
+    print("raised", error)
+model, _ = ModelRegistry.resolve_model_cls(["DeepseekV3ForCausalLM"])
+try:
+    model(config=None)
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_the_entry_point() -> None:
+    """In order: the kill switch, registering twice, another plugin after ours and before it, an untested version, our
+    own models failing to import.
+    """
+    command = [python_of("sglang"), "-u", "-c", PLUGIN_PROGRAM]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = done.stdout
+    assert done.returncode == 0, output
+    assert "off: DeepseekV3ForCausalLM is sglang.srt.models.deepseek_v2:DeepseekV3ForCausalLM\n" in output
+    for step in ("on", "earlier"):
+        assert f"{step}: DeepseekV3ForCausalLM is {MODELS}.deepseek_v3:DeepseekV3ForCausalLM\n" in output
+        assert f"{step}: DeepseekV3ForCausalLMNextN is {MODELS}.deepseek_nextn:DeepseekV3ForCausalLMNextN\n" in output
+    later, earlier = output.index("later: "), output.index("earlier: ")
+    assert "dsv3-plugin does not serve DeepseekV3ForCausalLM: another plugin registered" in output[:later]
+    assert "their_plugin.model:TheirModel" in output[:later]
+    replaced = "dsv3-plugin replaces their_plugin.model:TheirModel for DeepseekV3ForCausalLM"
+    assert replaced in output[later:earlier]
+    assert replaced not in output[:later] + output[earlier:]
+    untested = output.index("untested\n")
+    assert "dsv3-plugin is tested with SGLang 0.1.0 to 0.2.0, this is 0.5.20" in output[untested:]
+    assert "is tested with" not in output[:untested]
+    failed = (
+        "EngineError: dsv3-plugin could not be registered: ModuleNotFoundError: No module named"
+        " 'a_package_that_is_not_there'; set DSV3_PLUGIN=off for SGLang's own model"
+    )
+    assert failed in output
+
+
+class TestBadInput:
+    """Each ends the engine with an error that says what to do; none falls back to SGLang's own model."""
+
+    @staticmethod
+    def start(checkpoint: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+        command = [python_of("sglang"), "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
+        command += ["--device", "cpu", "--port", str(free_port()), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+        return done.returncode, done.stdout + done.stderr
+
+    def test_checkpoint_without_a_tensor(self, tiny_checkpoint, tmp_path: Path) -> None:
+        broken = tmp_path / "broken"
+        shutil.copytree(tiny_checkpoint("bf16"), broken)
+        file = broken / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        status, output = self.start(broken)
+        assert status != 0
+        assert re.search(r"CheckpointError: .*model\.safetensors", output), output[-2000:]
+
+    def test_unsupported_dtype(self, tiny_checkpoint) -> None:
+        status, output = self.start(tiny_checkpoint("bf16"), "--dtype", "float16")
+        assert status != 0
+        assert "ConfigError: dtype=torch.float16 has no numerics profile; use float32 or bfloat16" in output
+
+    def test_engine_settings_that_cannot_be_exact(self, tiny_checkpoint) -> None:
+        command = [python_of("sglang"), "-u", "-c", SETTINGS_PROGRAM, str(tiny_checkpoint("bf16"))]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
+        answers = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("EngineError: ")]
+        assert answers == [
+            "dsv3-plugin serves on one rank, but tp_size=2; set it to 1, or DSV3_PLUGIN=off for SGLang's own model",
+            "dsv3-plugin serves on one rank, but pp_size=2; set it to 1, or DSV3_PLUGIN=off for SGLang's own model",
+            "kv_cache_dtype=fp8_e4m3 was asked for, but the latent cache has the model's dtype",
+            "speculative_eagle_topk=2; MTP drafts a chain of tokens, so set it to 1",
+            "dsv3-plugin does not serve LoRA adapters",
+            "dsv3-plugin does not run in CUDA graphs under SGLang yet: pass --disable-cuda-graph",
+        ]
+
+
+SETTINGS_PROGRAM = """
+import sys
+import torch
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.runtime_context import publish
+from sglang.srt.server_args import ServerArgs
+from dsv3_plugin.errors import EngineError
+from dsv3_plugin.sglang_backend import compat
+
+speculative = {"speculative_algorithm": "EAGLE", "speculative_num_steps": 2, "speculative_eagle_topk": 2}
+for device, graphs, settings in (
+    ("cpu", False, {"tp_size": 2}),
+    ("cpu", False, {"pp_size": 2}),
+    ("cpu", False, {"kv_cache_dtype": "fp8_e4m3"}),
+    ("cpu", False, speculative | {"speculative_num_draft_tokens": 4}),
+    ("cpu", False, {"enable_lora": True, "lora_target_modules": ["all"], "max_lora_rank": 8}),
+    ("cuda", True, {}),
+    ("cuda", False, {}),
+):
+    common = {"model_path": sys.argv[1], "device": "cpu", "attention_backend": "dsv3", "dtype": "bfloat16"}
+    publish(ServerArgs(**common, disable_cuda_graph=not graphs, **settings), role="scheduler")
+    try:
+        compat.require_supported(torch.device(device), torch.bfloat16)
+        print("no objection to", device, settings)
+    except EngineError as error:
+        print(f"EngineError: {error}")
+"""

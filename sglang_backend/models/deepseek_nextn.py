@@ -26,7 +26,7 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
         self.ops, self.config = prepare(config, "DeepseekV3ForCausalLMNextN")
         self.model = DeepseekV3MTP(self.ops, self.config)
         self.lm_head = self.model.lm_head
-        self.lm_head.quant_method = CoreHead()
+        self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
         self.logits_processor = LogitsProcessor(config)
         self._loaded = False
 

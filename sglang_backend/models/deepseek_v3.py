@@ -65,7 +65,7 @@ class DeepseekV3ForCausalLM(nn.Module):
         # By the checkpoint's names.
         self.model = deepseek.model
         self.lm_head = deepseek.lm_head
-        self.lm_head.quant_method = CoreHead()
+        self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
         self.logits_processor = LogitsProcessor(config)
         self._loaded = False
 
