@@ -222,13 +222,13 @@ def train(arguments: argparse.Namespace) -> None:
         max_lr=arguments.lr,
         min_lr=arguments.min_lr,
         lr_warmup_steps=max(1, iterations // 20),
-        lr_decay_steps=iterations + 1,
+        lr_decay_steps=max(iterations, 1) + 1,
         lr_decay_style="WSD",
         wsd_decay_steps=iterations // 3,
         lr_wsd_decay_style="cosine",
         start_wd=arguments.weight_decay,
         end_wd=arguments.weight_decay,
-        wd_incr_steps=iterations,
+        wd_incr_steps=max(iterations, 1),
         wd_incr_style="constant",
     )
     first = resume(arguments.load, gpt, optimizer, schedule) if arguments.load else 0
@@ -304,10 +304,12 @@ def evaluate(file: Path, model: Any) -> None:
 
 def state_of(model: Any, optimizer: Any, schedule: Any, *, is_loading: bool) -> dict[str, Any]:
     """What continuing needs; the text's order is a function of the iteration."""
-    weights = model.sharded_state_dict()
+    # How the distributed optimizer cuts its state; the same number of data-parallel ranks must read it.
+    metadata = {"distrib_optim_sharding_type": "dp_reshardable"}
+    weights = model.sharded_state_dict(metadata=metadata)
     return {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading),
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata),
         "schedule": schedule.state_dict(),
         "iteration": 0,
     }

@@ -123,12 +123,24 @@ def test_two_processes_train(
     CheckpointReader(output).validate()
 
 
-def test_resuming_continues_with_equal_bits(python: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
-    arguments = "--finetune-from-weights", "--train-iters", 4
-    whole = train(python, tiny_checkpoint("bf16"), *arguments, "--hf-output", tmp_path / "whole")
-    first = train(python, tiny_checkpoint("bf16"), *arguments, "--exit-interval", 2, "--save", tmp_path / "state")
-    rest = ("--load", tmp_path / "state", "--hf-output", tmp_path / "resumed")
-    second = train(python, tiny_checkpoint("bf16"), *arguments, *rest)
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [
+        (1, ()),
+        (2, ("--expert-model-parallel-size", 2, "--use-distributed-optimizer")),
+        (2, ("--pipeline-model-parallel-size", 2)),
+    ],
+)
+def test_resuming_continues_with_equal_bits(
+    processes: int, layout: tuple[object, ...], python: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    def go(*arguments: object) -> str:
+        common = "--finetune-from-weights", "--train-iters", 4, *layout
+        return train(python, tiny_checkpoint("bf16"), *common, *arguments, processes=processes)
+
+    whole = go("--hf-output", tmp_path / "whole")
+    first = go("--exit-interval", 2, "--save", tmp_path / "state")
+    second = go("--load", tmp_path / "state", "--hf-output", tmp_path / "resumed")
     assert losses(whole) == losses(first) + losses(second)
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
     assert expected.keys() == found.keys()
@@ -142,8 +154,8 @@ def test_every_weight_learns_and_the_bias_moves_by_its_step(
     copies = ("layers.4.embed_tokens.weight", "layers.4.shared_head.head.weight")
     assert {name for name in before if name not in after} == {f"model.{name}" for name in copies}
     unchanged = [name for name in after if torch.equal(before[name], after[name])]
-    # An expert that no token chose has no gradient, and bf16 hides small steps of few of the norms' numbers.
-    assert all(".experts." in name for name in unchanged), unchanged
+    # An expert that no token chose has no gradient, and a norm's weights are near 1, where bf16 hides two small steps.
+    assert all(".experts." in name or "norm." in name for name in unchanged), unchanged
     for name in after:
         if name.endswith("e_score_correction_bias"):
             steps = (after[name].double() - before[name].double()) / 1e-2
@@ -258,9 +270,16 @@ def test_no_stand_in_without_megatron_or_on_a_gpu(python: str) -> None:
     assert run([python, "-c", UNTOUCHED]).stdout.strip() == "untouched"
 
 
-def test_without_stand_ins_a_cpu_is_refused_in_one_line(python: str, tiny_checkpoint: TinyCheckpoint) -> None:
-    program = "import megatron_cpu; megatron_cpu.install = lambda: None\n" + REFUSED.replace(
-        "from megatron.core import parallel_state\n", ""
-    )
-    printed = run([python, "-W", "ignore", "-c", program, str(tiny_checkpoint("bf16"))]).stdout
-    assert "Megatron-Core needs a GPU" in printed, printed
+NO_DEVICE = """
+from dsv3_plugin.errors import EngineError
+from dsv3_plugin.megatron_backend import compat
+try:
+    compat.require_device()
+except EngineError as error:
+    print(error)
+"""
+
+
+def test_without_stand_ins_a_cpu_is_refused_in_one_line(python: str) -> None:
+    (line,) = run([python, "-c", NO_DEVICE]).stdout.strip().splitlines()
+    assert line.startswith("Megatron-Core needs a GPU")

@@ -21,11 +21,11 @@ PATCHES: list[tuple[object, str, Callable[..., Any]]] = []
 """Owner, name and stand-in of every patched symbol."""
 
 
-def patch(owner: object, *names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a stand-in for `owner.name`, for each of `names`."""
+def patch(owner: object, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a stand-in for `owner.name`."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        PATCHES.extend((owner, name, function) for name in names)
+        PATCHES.append((owner, name, function))
         return function
 
     return register
@@ -68,14 +68,13 @@ def _factory(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # `device="cuda"` is written out in the optimizers, the clipping of gradients and the pipeline schedules.
-for _name in ("tensor", "zeros", "empty", "full"):
+for _name in ("tensor", "zeros"):
     patch(torch, _name)(_factory(getattr(torch, _name)))
 
 
 @patch(torch.Tensor, "cuda")
-@patch(torch.nn.Module, "cuda")
-def cuda(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """`weight.data.cuda()` where the first and the last pipeline stage share their embedding, and others."""
+def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`weight.data.cuda()` where the first and the last pipeline stage share their embedding."""
     return self
 
 
@@ -101,15 +100,9 @@ class Stream:
     def wait_stream(self, stream: Any) -> None:
         """Everything before is done."""
 
-    def wait_event(self, event: Any) -> None:
-        """Everything before is done."""
-
     def record_event(self, event: Any = None) -> Event:
         """An event that has happened."""
         return Event()
-
-    def synchronize(self) -> None:
-        """Everything before is done."""
 
 
 class Event:
@@ -118,12 +111,6 @@ class Event:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def record(self, *args: Any) -> None:
-        """It has happened."""
-
-    def wait(self, *args: Any) -> None:
-        """It has happened."""
-
     def synchronize(self) -> None:
         """It has happened."""
 
@@ -131,7 +118,7 @@ class Event:
 PATCHES += [(torch.cuda, "Stream", Stream), (torch.cuda, "Event", Event)]
 
 
-@patch(torch.cuda, "current_stream", "default_stream")
+@patch(torch.cuda, "current_stream")
 def current_stream(*args: Any) -> Stream:
     """The token dispatcher and the gradient buffers compare and wait for streams."""
     return Stream()
@@ -143,9 +130,9 @@ def stream(*args: Any) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-@patch(torch.cuda, "synchronize", "set_device")
-def nothing(*args: Any, **kwargs: Any) -> None:
-    """Everything before is done, on the only device."""
+@patch(torch.cuda, "synchronize")
+def synchronize(*args: Any) -> None:
+    """Pipeline stages wait for what they have sent and received."""
 
 
 # Random numbers. Megatron's tracker keeps states of CUDA generators.
@@ -155,12 +142,6 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
     """`model_parallel_cuda_manual_seed` saves the state under a name."""
     return torch.get_rng_state()
-
-
-@patch(torch.cuda, "set_rng_state")
-def set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    """The tracker restores a named state."""
-    torch.set_rng_state(state)
 
 
 @patch(torch.cuda, "manual_seed")
