@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dsv3_plugin.errors import KernelError
 from dsv3_plugin.ops.linear import linear
 from dsv3_plugin.ops.tile import pin_one_thread
 
@@ -20,11 +22,6 @@ app = typer.Typer(help="Measure what exactness costs.", no_args_is_help=True)
 
 # Rows, input features, output features: a batch of decodes, a prefill, a single token.
 _SHAPES = ((64, 2048, 2048), (1, 2048, 2048), (300, 2048, 2048), (64, 7168, 2112))
-
-
-@app.callback()
-def _group() -> None:
-    """Keep `linear` a subcommand while it is the only one."""
 
 
 @app.command("linear")
@@ -51,6 +48,19 @@ def bench_linear(
                 f"{ratio:.2f}",
             )
     Console().print(table)
+
+
+@app.command("kernels")
+def bench_kernels(
+    only: Annotated[list[str] | None, typer.Option(help="Groups of the scoreboard; all by default. Repeat it.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
+) -> None:
+    """This package's GPU kernels against the best public ones, on this machine's card."""
+    if not torch.cuda.is_available():
+        raise KernelError("the kernels are for a Hopper GPU, and torch finds no CUDA device here")
+    from dsv3_plugin.kernels import bench
+
+    bench.main(only, markdown)
 
 
 def interleaved(a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:

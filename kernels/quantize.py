@@ -57,7 +57,7 @@ def quantize_fp8(x: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tens
     require_matrix(op, "x", x, (torch.bfloat16, torch.float32))
     require(x.shape[1] % FP8_BLOCK == 0, op, f"K={x.shape[1]} is not a multiple of {FP8_BLOCK}")
     values = torch.empty_like(x, dtype=E4M3)
-    scales = empty_scales(*x.shape, device=x.device)
+    scales = empty_scales(x.shape[0], x.shape[1], x.device)
     groups = scales.numel()
     if groups:
         grid = (triton.cdiv(groups, _GROUPS),)

@@ -58,7 +58,7 @@ def fp8_linear(
     for k in range(blocks):
         span = slice(k * FP8_BLOCK, (k + 1) * FP8_BLOCK)
         raw = tensor_core.dot(tensor_core.FP8, x[:, span], weight[:, span])
-        acc = fp8._fma(raw, x_scale[:, k, None] * column_scale[None, :, k], acc)
+        acc = fp8.fma(raw, x_scale[:, k, None] * column_scale[None, :, k], acc)
     return acc.to(torch.bfloat16)
 
 
@@ -77,21 +77,6 @@ def grouped_fp8_linear(
         fp8_linear(row, scale, weight[e], weight_scale[e]) for (e, row), (_, scale) in zip(rows, scales, strict=True)
     ]
     return torch.cat(outputs) if outputs else x.new_empty(0, weight.shape[1], dtype=torch.bfloat16)
-
-
-def correctly_rounded_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`rms_norm` with the square root rounded correctly, as the contract says and a GPU does.
-
-    On a CPU `torch.sqrt` is a vector library's and off by one ulp in 0.6 % of a large fp32 tensor; taken in fp64 and
-    rounded to fp32 it is right to the last bit.
-    """
-    require_matrix("rms_norm", "x", x, (torch.bfloat16,))
-    require(weight.dtype == x.dtype, "rms_norm", f"weight is {weight.dtype}, x is {x.dtype}")
-    require(tuple(weight.shape) == (x.shape[1],), "rms_norm", f"weight has shape {tuple(weight.shape)}")
-    wide = x.float()
-    mean = fold_sum(wide * wide) / x.shape[1]
-    root = torch.sqrt((mean + eps).double()).float()
-    return (wide * (1.0 / root) * weight.float()).to(x.dtype)
 
 
 def attention(
@@ -154,7 +139,7 @@ _OPERATIONS: tuple[tuple[Contract, Callable[..., Any]], ...] = (
     (fp8.QUANTIZE_FP8, fp8.quantize_fp8),
     (fp8.FP8_LINEAR, fp8_linear),
     (fp8.GROUPED_FP8_LINEAR, grouped_fp8_linear),
-    (rms_norm.RMS_NORM, correctly_rounded_rms_norm),
+    (rms_norm.RMS_NORM, rms_norm.rms_norm),
     (rope.ROPE, rope.rope),
     (silu_and_mul.SILU_AND_MUL, silu_and_mul.silu_and_mul),
     (router.ROUTE, router.route),

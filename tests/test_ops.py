@@ -337,6 +337,14 @@ MINIMAL = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 32,
     "max_position_embeddings": 500,
+    "q_lora_rank": None,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
 }
 
 
@@ -515,7 +523,7 @@ def test_fma_is_rounded_once() -> None:
     b += [draw.gauss(0, 1) for _ in range(3000)]
     c += [draw.gauss(0, 1) * 2.0 ** draw.randrange(-30, 30) for _ in range(3000)]
     left, right, addend = (torch.tensor(values, dtype=torch.float32) for values in (a, b, c))
-    found = fp8._fma(left, right, addend)
+    found = fp8.fma(left, right, addend)
     triples = zip(left.tolist(), right.tolist(), addend.tolist(), strict=True)
     expected = [float(rounded(Fraction(x) * Fraction(y) + Fraction(z))) for x, y, z in triples]
     assert found.tolist() == expected

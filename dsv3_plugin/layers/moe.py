@@ -77,8 +77,9 @@ def permutation(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor,
     topk_ids [T, k] to (rows int64 [T k], the token of each sorted pair; slots int64 [T, k], where each token's pairs
     went; expert_counts int64 [num_experts]).
     """
-    flat = topk_ids.flatten()
-    order = torch.argsort(flat, stable=True)
+    experts, order = torch.sort(topk_ids.flatten(), stable=True)
     slots = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
-    counts = torch.bincount(flat, minlength=num_experts)
+    # Not `bincount`, which a CUDA graph cannot hold.
+    ends = torch.searchsorted(experts, torch.arange(num_experts, device=experts.device), right=True)
+    counts = ends.diff(prepend=ends.new_zeros(1))
     return order // topk_ids.shape[1], slots.view_as(topk_ids), counts

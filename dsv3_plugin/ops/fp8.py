@@ -102,7 +102,7 @@ def fp8_linear(
     for k in range(blocks):
         span = slice(k * FP8_BLOCK, (k + 1) * FP8_BLOCK)
         raw = F.linear(x[:, span].double(), weight[:, span].double()).float()
-        acc = _fma(raw, x_scale[:, k, None] * column_scale[None, :, k], acc)
+        acc = fma(raw, x_scale[:, k, None] * column_scale[None, :, k], acc)
     return acc.to(torch.bfloat16)
 
 
@@ -122,7 +122,7 @@ def grouped_fp8_linear(
     return torch.cat(outputs) if outputs else x.new_empty(0, weight.shape[1], dtype=torch.bfloat16)
 
 
-def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """a * b + c of fp32 tensors, rounded once.
 
     The product is exact in fp64. The sum may not be; rounding it to odd (an inexact sum with an even last bit moves
