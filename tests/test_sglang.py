@@ -45,6 +45,7 @@ def test_sglang_prints_the_bits_of_the_others(
     outcomes = {case.name: case for case in report.results["sglang"].cases}
     assert 0 < outcomes["mtp_2"].num_accepted_tokens < outcomes["mtp_2"].num_draft_tokens
     log = (tmp_path / "kept" / "sglang" / "log.txt").read_text()
+    assert re.search(r"^MIXED of [2-8] requests$", log, re.M), "no chunk was computed together with a decode"
     for name in ("DeepseekV3ForCausalLM", "DeepseekV3ForCausalLMNextN"):
         assert re.search(rf"dsv3-plugin \S+ serves {name}: profile {dtype}, strict mode, kernels: reference", log)
 

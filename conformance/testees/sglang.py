@@ -115,6 +115,8 @@ class SglangTestee:
         plan = scheduler.get_next_batch_to_run(running_batch=scheduler.running_batch, last_batch=scheduler.last_batch)
         scheduler.running_batch, batch = plan.running_batch, plan.batch_to_run
         if batch:
+            # For the log: the schedule that the engine chose.
+            print(f"{batch.forward_mode.name} of {len(batch.reqs)} requests", flush=True)
             scheduler.process_batch_result(batch, scheduler.run_batch(batch))
         scheduler.last_batch = batch
         return bool(batch)
