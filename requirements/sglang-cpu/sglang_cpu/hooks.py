@@ -22,7 +22,8 @@ def leave_threads(**kwargs: Any) -> None:
 def use_triton_for_drafts() -> None:
     """SGLang finds a draft's slots and builds and verifies draft trees by sgl_kernel, or on Intel GPUs by Triton
     kernels, which an interpreter can run. The choice is a flag of each module, read when the function is called; on
-    an unknown platform neither is chosen and the results are left undefined.
+    an unknown platform neither is chosen and the results are left undefined. As on Intel GPUs, drafts are then verified
+    greedily at every temperature.
     """
     from sglang.kernels.ops.speculative import cache_locs
     from sglang.srt.speculative import eagle_utils
