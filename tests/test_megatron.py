@@ -169,6 +169,76 @@ def test_samples_have_the_trainers_probabilities(python: str, tiny_checkpoint: T
     assert "96 of 96 sampled tokens have equal log-probabilities; KL = 0.0" in done.stdout
 
 
+GRADIENTS = """
+import sys
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import distributed as dist
+from torch.nn.functional import cross_entropy
+from dsv3_plugin.autograd.bind import differentiable
+from dsv3_plugin.checkpoint.loader import load_model, load_mtp
+from dsv3_plugin.checkpoint.names import checkpoint_tensors
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.layers.model import bind_ops
+from dsv3_plugin.megatron_backend.config import transformer_config
+from dsv3_plugin.megatron_backend.model import build_model
+from dsv3_plugin.megatron_backend.weights import load_checkpoint, local_tensors
+from dsv3_plugin.ops.rope import softmax_scale
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+parallel_state.initialize_model_parallel(create_gloo_process_groups=True)
+model_parallel_cuda_manual_seed(0)
+reader = CheckpointReader(sys.argv[1])
+config = reader.config
+tokens = torch.randint(config.vocab_size, (71,), generator=torch.Generator().manual_seed(3))
+ids, labels, positions = tokens[:-1], tokens[1:], torch.arange(70)
+
+gpt = build_model(config, transformer_config(config, reader.profile(), moe_aux_loss_coeff=0.0))
+load_checkpoint(gpt, sys.argv[1])
+gpt.train()
+gpt(ids[None], positions[None], None, labels=labels[None]).mean().backward()
+for parameter in gpt.parameters():
+    parameter.data = parameter.grad
+found = local_tensors(gpt, config)
+
+ops = differentiable(bind_ops(config, reader.profile(), torch.device("cpu")))
+parts = {"main": load_model(reader, ops), "mtp": load_mtp(reader, ops)}
+for part in parts.values():
+    part.requires_grad_(True)
+
+def attend(layer_idx, q, latent):
+    batch = torch.tensor([[0]]), torch.tensor([len(latent)]), torch.tensor([0, len(latent)])
+    rank, scale = config.kv_lora_rank, softmax_scale(config)
+    return ops.mla_attention(q, latent.unsqueeze(0), *batch, kv_lora_rank=rank, scale=scale)
+
+hidden = parts["main"](ids, positions, attend)
+drafted = parts["mtp"](labels[:-1], positions[:-1], hidden[:-1], attend)
+loss = cross_entropy(parts["main"].lm_head(hidden), labels)
+(loss + 0.3 * cross_entropy(parts["mtp"].lm_head(drafted), labels[1:])).backward()
+worst = 0.0
+for name, spec in checkpoint_tensors(config).items():
+    places = [(dict(parts[p].named_parameters())[t.parameter].grad, t.index) for p, t in spec.targets.items()]
+    if not places or "e_score" in name:
+        continue
+    expected = sum(torch.zeros(spec.shape) if grad is None else grad[index] for grad, index in places)
+    if expected.any():
+        worst = max(worst, float((found[name] - expected).abs().max() / expected.abs().max()))
+    else:
+        assert not found[name].any(), name
+print("worst", worst)
+"""
+
+
+def test_megatrons_gradients_are_the_cores(python: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    """The dispatcher, Megatron's losses and the MTP layer's place change no gradient, in fp32, beyond rounding."""
+    printed = run([python, "-W", "ignore", "-c", GRADIENTS, str(tiny_checkpoint("fp32"))]).stdout
+    assert "worst" in printed, printed[-2000:]
+    worst = float(printed.split("worst")[1])
+    print(f"largest difference over a gradient's largest element: {worst:.1e}")
+    assert worst < 1e-5
+
+
 # Checkpoints
 
 
