@@ -127,6 +127,7 @@ class SglangTestee:
         from sglang.srt.managers.scheduler import Scheduler
         from sglang.srt.runtime_context import publish
         from sglang.srt.server_args import PortArgs, ServerArgs
+        from sglang.srt.utils import configure_logger
 
         self.stop_engine()
         speculative = {
@@ -153,6 +154,7 @@ class SglangTestee:
             **(speculative if num_speculative_tokens else {}),
         )
         publish(arguments, role="scheduler")
+        configure_logger(arguments)
         ranks = dict.fromkeys(("gpu_id", "tp_rank", "moe_ep_rank", "pp_rank", "attn_cp_rank", "moe_dp_rank"), 0)
         self.scheduler = Scheduler(arguments, PortArgs.init_new(arguments), **ranks, dp_rank=None)
         if self.scheduler.disable_radix_cache or not self.scheduler.is_mixed_chunk:
