@@ -17,6 +17,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,11 @@ def start(arguments: argparse.Namespace) -> None:
         raise EngineError(
             f"{world} processes cannot be divided into tensor parallel {tensor}, pipeline parallel {pipeline} and"
             f" expert parallel {expert}"
+        )
+    if arguments.load and arguments.use_distributed_optimizer and find_spec("transformer_engine") is None:
+        raise EngineError(
+            "over torch's Adam, Megatron's distributed optimizer does not restore its state exactly: --load needs"
+            " TransformerEngine, or a run without --use-distributed-optimizer"
         )
     replicas = world // (tensor * pipeline)
     if arguments.global_batch_size % (replicas * arguments.micro_batch_size):

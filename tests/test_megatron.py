@@ -127,7 +127,7 @@ def test_two_processes_train(
     ("processes", "layout"),
     [
         (1, ()),
-        (2, ("--expert-model-parallel-size", 2, "--use-distributed-optimizer")),
+        (2, ("--expert-model-parallel-size", 2)),
         (2, ("--pipeline-model-parallel-size", 2)),
     ],
 )
@@ -276,10 +276,11 @@ def test_missing_expert_is_named(python: str, tiny_checkpoint: TinyCheckpoint, t
     [
         (("--pipeline-model-parallel-size", "2"), "1 processes cannot be divided"),
         (("--expert-model-parallel-size", "3"), "1 processes cannot be divided"),
+        (("--use-distributed-optimizer", "--load", "folder"), "does not restore its state exactly"),
         (("--global-batch-size", "6"), "global batch size 6 is not a multiple of micro batch size 4"),
     ],
 )
-def test_sizes_that_do_not_divide_are_one_line(
+def test_arguments_that_cannot_work_are_one_line(
     arguments: tuple[str, ...], expected: str, python: str, tiny_checkpoint: TinyCheckpoint
 ) -> None:
     line = refusal(python, tiny_checkpoint("bf16"), *arguments)
