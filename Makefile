@@ -38,7 +38,7 @@ bench: .envs/core/.ready
 
 environments: .envs/core/.ready .envs/vllm/.ready .envs/vllm-0.27.1/.ready .envs/sglang/.ready .envs/megatron/.ready
 
-$(WORK)/small-%: .envs/core/.ready
+$(WORK)/small-%: | .envs/core/.ready
 	$(CORE)/dsv3 checkpoint make small $@ --seed 0 --dtype $*
 
 .envs/tools/.ready:
