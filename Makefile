@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 DTYPES ?= bf16 fp32 fp8
-TESTEES ?= reference vllm sglang megatron
+TESTEES ?= reference vllm
 WORK := .work
 UV := .envs/tools/bin/uv
 CORE := .envs/core/bin
