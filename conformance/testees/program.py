@@ -121,6 +121,11 @@ def run_job(make_testee: Callable[[Job], Testee], job: Job, result_dir: Path) ->
     write_message(result, result_dir)
 
 
+def class_name(module: object) -> str:
+    """The class that really serves, as module and name."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def kernels_of(ops: Ops) -> dict[str, str]:
     """Operation to provider and version, as bound."""
     return {choice.op: f"{choice.provider} {choice.version}" for choice in ops.provenance}

@@ -142,8 +142,8 @@ class ReferenceTestee:
     def served(self) -> Served:
         """The core's classes and kernels."""
         return Served(
-            model_class=_class_name(self.model),
-            draft_class=_class_name(self.mtp) if self.mtp is not None else None,
+            model_class=program.class_name(self.model),
+            draft_class=program.class_name(self.mtp) if self.mtp is not None else None,
             profile=self.ops.setting.profile.name,
             kernels=program.kernels_of(self.ops),
         )
@@ -350,10 +350,6 @@ class Engine:
                 Piece(piece.sequence, piece.start + len(piece.token_ids), [token])
                 for piece, token in zip(successors, drafts, strict=True)
             ]
-
-
-def _class_name(module: object) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 if __name__ == "__main__":

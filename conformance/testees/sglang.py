@@ -226,8 +226,8 @@ class Observer:
         """What the workers built."""
         ops = getattr(self.target.model, "ops", None)
         return Served(
-            model_class=_class_name(self.target.model),
-            draft_class=_class_name(self.draft.model) if self.draft is not None else None,
+            model_class=program.class_name(self.target.model),
+            draft_class=program.class_name(self.draft.model) if self.draft is not None else None,
             profile=ops.setting.profile.name if ops is not None else "unknown",
             kernels=program.kernels_of(ops) if ops is not None else {},
         )
@@ -312,10 +312,6 @@ def _tokens_of_requests(forward_batch: Any, tokens: int) -> list[int]:
     if mode.is_extend() and not mode.is_target_verify():
         return list(forward_batch.extend_seq_lens_cpu)
     return [tokens // requests] * requests
-
-
-def _class_name(module: object) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 if __name__ == "__main__":

@@ -204,8 +204,8 @@ class Observer:
         """What the runner built."""
         ops = getattr(self.runner.model, "ops", None)
         return Served(
-            model_class=_class_name(self.runner.model),
-            draft_class=_class_name(self.drafter.model) if self.drafter is not None else None,
+            model_class=program.class_name(self.runner.model),
+            draft_class=program.class_name(self.drafter.model) if self.drafter is not None else None,
             profile=ops.setting.profile.name if ops is not None else "unknown",
             kernels=program.kernels_of(ops) if ops is not None else {},
         )
@@ -318,10 +318,6 @@ def _observe(
         rows = slice(len(keys), len(keys) + count)
         keys += tracker.observe(request, (positions[rows] + shift).tolist(), input_ids[rows].tolist())
     return keys
-
-
-def _class_name(module: object) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 if __name__ == "__main__":
