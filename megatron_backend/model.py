@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -15,6 +16,7 @@ from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.megatron_backend import compat
 from dsv3_plugin.megatron_backend.layer_spec import block_spec, mtp_spec
 from dsv3_plugin.megatron_backend.layers import Binding, OutputLayer
+from dsv3_plugin.megatron_backend.names import checkpoint_key
 from dsv3_plugin.profile import Profile, profile_for
 
 logger = logging.getLogger("megatron.dsv3_plugin")
@@ -51,6 +53,13 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
                 tp_group=self.pg_collection.tp,
             )
         super().setup_embeddings_and_output_layer()
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's, under the keys of Megatron's own layers."""
+        state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
+        for tensor in nested_values(state):
+            tensor.key = checkpoint_key(tensor.key, self.binding.config)
+        return state
 
 
 def build_model(

@@ -8,7 +8,6 @@ when they are written; with power-of-two scales neither step changes a number.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,46 +24,9 @@ from dsv3_plugin.checkpoint.reader import INDEX_FILE, SINGLE_FILE, CheckpointRea
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.megatron_backend.moe import LocalExperts
+from dsv3_plugin.megatron_backend.names import module_name
 from dsv3_plugin.ops.fp8 import E4M3, dequantize_weight, quantize_weight
 from dsv3_plugin.profile import profile_for
-
-# The core's module names, and Megatron's. `{layer}` is a decoder layer's number or the MTP layer.
-_IN_MODEL = {
-    "model.embed_tokens": "embedding.word_embeddings",
-    "embed_tokens": "embedding.word_embeddings",
-    "model.norm": "decoder.final_layernorm",
-    "lm_head": "output_layer",
-    "layer.enorm": "mtp.layers.0.enorm",
-    "layer.hnorm": "mtp.layers.0.hnorm",
-    "layer.eh_proj": "mtp.layers.0.eh_proj.core",
-    "layer.shared_head.norm": "mtp.layers.0.final_layernorm",
-}
-_IN_LAYER = (
-    ("self_attn.", "self_attention.core."),
-    ("post_attention_layernorm.", "pre_mlp_layernorm."),
-    ("mlp.gate.e_score_correction_bias", "mlp.router.expert_bias"),
-    ("mlp.gate.weight", "mlp.router.weight"),
-    ("mlp.experts.", "mlp.experts.core."),
-    ("mlp.shared_experts.", "mlp.shared_experts.core."),
-    ("mlp.", "mlp.core."),
-    ("", ""),
-)
-
-
-def megatron_name(parameter: str, first_layer: int) -> str:
-    """Megatron's name for a parameter of `DeepseekV3` or `DeepseekV3MTP`, on the stage that begins at `first_layer`.
-
-    The name of an earlier stage's layer has a negative number, which no module has.
-    """
-    module, _, leaf = parameter.rpartition(".")
-    if module in _IN_MODEL:
-        return f"{_IN_MODEL[module]}.{leaf}"
-    found = re.fullmatch(r"(?:model\.layers\.(\d+)|layer)\.(.+)", parameter)
-    assert found is not None, parameter
-    number, rest = found.groups()
-    prefix = "mtp.layers.0.mtp_model_layer" if number is None else f"decoder.layers.{int(number) - first_layer}"
-    core, ours = next(pair for pair in _IN_LAYER if rest.startswith(pair[0]))
-    return f"{prefix}.{ours}{rest.removeprefix(core)}"
 
 
 def local_tensors(model: nn.Module, config: DeepseekV3Config) -> dict[str, torch.Tensor]:
@@ -77,7 +39,7 @@ def local_tensors(model: nn.Module, config: DeepseekV3Config) -> dict[str, torch
     first_expert = next((m.first_expert for m in model.modules() if isinstance(m, LocalExperts)), 0)
 
     def place(part: Part, target: Target) -> torch.Tensor | None:
-        tensor = state.get(megatron_name(target.parameter, first_layer))
+        tensor = state.get(module_name(target.parameter, first_layer))
         if tensor is None:
             return None
         index = target.index
