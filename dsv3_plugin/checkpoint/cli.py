@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from dsv3_plugin.checkpoint.make import DEFAULT_SHARD_BYTES, CheckpointDtype, make_checkpoint
+from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.names import SCALE_SUFFIX
 from dsv3_plugin.checkpoint.presets import PRESETS, read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.tokenizer import tokenizer_name
+from dsv3_plugin.checkpoint.writer import DEFAULT_SHARD_BYTES
 
 app = typer.Typer(help="Make test checkpoints and check any checkpoint.", no_args_is_help=True)
 

@@ -16,28 +16,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, TensorSpec, checkpoint_tensors
-from dsv3_plugin.checkpoint.reader import INDEX_FILE, SINGLE_FILE, CheckpointReader
+from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.tokenizer import tokenizer_files
+from dsv3_plugin.checkpoint.writer import DEFAULT_SHARD_BYTES, Progress, new_folder, write_weights
 from dsv3_plugin.config import FP8_BLOCK, DeepseekV3Config
-from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.ops.fp8 import E4M3, quantize_weight
 from dsv3_plugin.profile import profile_for
-
-DEFAULT_SHARD_BYTES = 500_000_000
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
@@ -67,7 +61,7 @@ def make_checkpoint(
     *,
     dtype: CheckpointDtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> CheckpointReader:
     """Write a checkpoint of random weights, with a tokenizer where the vocabulary allows one.
 
@@ -84,24 +78,18 @@ def make_checkpoint(
     """
     config = _with_dtype(config, dtype)
     maker = _Maker(DeepseekV3Config.from_dict(config), seed)
-    if max_shard_bytes <= 0:
-        raise CheckpointError(f"the largest shard must have a positive size, not {max_shard_bytes} bytes")
     texts = {"config.json": json.dumps(config, indent=2) + "\n", **tokenizer_files(maker.config.vocab_size)}
-    directory = Path(directory).resolve()
-    _check_target(directory, sum(map(maker.size, maker.weights)))
-    # A sibling, so that the last step is a rename inside one file system.
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        try:
-            _write_weights(maker, partial, max_shard_bytes, progress)
-            for name, text in texts.items():
-                (partial / name).write_text(text, "utf-8")
-            partial.rename(directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory}: cannot be written: {error}") from None
+    with new_folder(directory, sum(map(maker.size, maker.weights))) as folder:
+        specs = {spec.name: spec for spec in maker.weights}
+        write_weights(
+            folder,
+            {name: maker.size(spec) for name, spec in specs.items()},
+            lambda names: chain.from_iterable(maker.tensors(specs[name]).items() for name in names),
+            max_shard_bytes,
+            progress,
+        )
+        for name, text in texts.items():
+            (folder / name).write_text(text, "utf-8")
     return CheckpointReader(directory)
 
 
@@ -120,44 +108,6 @@ def _with_dtype(config: dict[str, Any], dtype: CheckpointDtype | None) -> dict[s
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
         }
     return config
-
-
-def _check_target(directory: Path, needed: int) -> None:
-    """Raise `CheckpointError` if the folder is in use or its disk is too small."""
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory}: is a file; name a folder that does not exist")
-    if directory.is_dir() and any(directory.iterdir()):
-        raise CheckpointError(f"{directory}: is not empty; nothing is overwritten, name another folder")
-    parent = next(parent for parent in directory.parents if parent.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise CheckpointError(f"{directory}: needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free")
-
-
-def _write_weights(maker: _Maker, folder: Path, max_bytes: int, progress: Callable[[int, int], None]) -> None:
-    shards: list[list[TensorSpec]] = [[]]
-    filled = 0
-    for spec in maker.weights:
-        if shards[-1] and filled + maker.size(spec) > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(spec)
-        filled += maker.size(spec)
-
-    total, done = sum(map(maker.size, maker.weights)), 0
-    weight_map: dict[str, str] = {}
-    for number, specs in enumerate(shards, 1):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors: dict[str, torch.Tensor] = {}
-        for spec in specs:
-            tensors |= maker.tensors(spec)
-            done += maker.size(spec)
-            progress(done, total)
-        save_file(tensors, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 @dataclass(frozen=True)

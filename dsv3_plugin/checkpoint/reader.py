@@ -7,7 +7,7 @@ mistake shows in seconds and before any memory is taken. `tensors` streams the d
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +73,12 @@ class CheckpointReader:
                     headers[name] = Header(file, tuple(view.get_shape()), _DTYPES.get(dtype, dtype))
         return headers
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors on the CPU, shard by shard; a consumer that keeps none needs the memory of one."""
+    def tensors(self, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, torch.Tensor]]:
+        """The wanted tensors on the CPU, shard by shard; a consumer that keeps none needs the memory of one."""
         for file, _ in self._shards():
             with _open(file) as shard:
                 for name in shard.keys():  # noqa: SIM118 - a safe_open handle is no mapping
-                    if not name.endswith(IGNORED_SUFFIX):
+                    if not name.endswith(IGNORED_SUFFIX) and wanted(name):
                         yield name, shard.get_tensor(name)
 
     def validate(self) -> dict[str, Header]:
