@@ -53,6 +53,12 @@ def always(setting: Setting) -> str | None:
     return None
 
 
+def whole_sums_only(setting: Setting) -> str | None:
+    """A kernel that cannot keep the sums of reduction slices apart (`dsv3_plugin.ops.slices`)."""
+    slices = setting.profile.reduction_slices
+    return None if slices == 1 else f"keeps no fp32 sums of slices, {slices} reduction slices were asked for"
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One implementation of one operation.

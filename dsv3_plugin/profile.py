@@ -1,21 +1,23 @@
 """Numerics profiles: which numbers flow between operations.
 
-A profile fixes the dtype of activations and weights and the kind of FP8 scales; the order of every sum is
-fixed by each operation's contract (`dsv3_plugin.ops`). Two programs that run the same profile on the same
-kind of device print the same bits.
+A profile fixes the dtype of activations and weights, the kind of FP8 scales and the number of slices of the sums that
+tensor-parallel ranks share; the order of every sum is fixed by each operation's contract (`dsv3_plugin.ops`). Two
+programs that run the same profile on the same kind of device print the same bits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.config import FP8_BLOCK, DeepseekV3Config
 from dsv3_plugin.errors import ConfigError
 
 ScaleFormat = Literal["ue8m0", "float32"]
+SLICES_VARIABLE = "DSV3_REDUCTION_SLICES"
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,19 @@ class Profile:
     """Dtype of activations, norms, embedding, router, attention and head."""
     scale_format: ScaleFormat | None = None
     """Format of FP8 scales; None where linears are not quantised."""
+    reduction_slices: int = 1
+    """Slices of the products that tensor-parallel ranks share (`dsv3_plugin.ops.slices`): a power of two. Any
+    tensor-parallel size that divides it gives the same bits.
+    """
 
     @property
     def is_fp8(self) -> bool:
         """Whether the projections and experts are block-scaled FP8."""
         return self.scale_format is not None
+
+    def __str__(self) -> str:
+        """`bf16`, or `bf16 in 2 reduction slices`: what logs and reports call this arithmetic."""
+        return self.name if self.reduction_slices == 1 else f"{self.name} in {self.reduction_slices} reduction slices"
 
 
 FP32 = Profile("fp32", torch.float32)
@@ -41,11 +51,28 @@ FP8_FLOAT32 = Profile("fp8", torch.bfloat16, "float32")
 
 
 def profile_for(config: DeepseekV3Config, dtype: torch.dtype | None = None) -> Profile:
-    """The profile that a checkpoint's configuration asks for.
+    """The profile that a checkpoint's configuration and `DSV3_REDUCTION_SLICES` ask for.
 
-    `dtype` is an engine's explicit choice (`--dtype`). Raises `ConfigError` where no profile has that dtype.
+    `dtype` is an engine's explicit choice (`--dtype`). Raises `ConfigError` where no profile has that dtype, or the
+    model cannot be cut into so many slices.
     """
-    dtype = dtype or getattr(torch, config.torch_dtype)
+    profile = _profile_of_dtype(config, dtype or getattr(torch, config.torch_dtype))
+    slices = reduction_slices_from_environment()
+    if slices == 1:
+        return profile
+    _require_divisible(config, slices, FP8_BLOCK if profile.is_fp8 else 1)
+    return replace(profile, reduction_slices=slices)
+
+
+def reduction_slices_from_environment() -> int:
+    """`DSV3_REDUCTION_SLICES`, 1 where unset. Raises `ConfigError` for anything but a power of two."""
+    text = os.environ.get(SLICES_VARIABLE, "1")
+    if not text.isdecimal() or int(text).bit_count() != 1:
+        raise ConfigError(f"{SLICES_VARIABLE}={text!r}; use a power of two")
+    return int(text)
+
+
+def _profile_of_dtype(config: DeepseekV3Config, dtype: torch.dtype) -> Profile:
     if config.quantization_config is not None:
         if dtype != torch.bfloat16:
             raise ConfigError(f"an fp8 checkpoint computes in bfloat16, but dtype={dtype} was asked for")
@@ -54,3 +81,25 @@ def profile_for(config: DeepseekV3Config, dtype: torch.dtype | None = None) -> P
         if profile.dtype == dtype:
             return profile
     raise ConfigError(f"dtype={dtype} has no numerics profile; use float32 or bfloat16")
+
+
+def _require_divisible(config: DeepseekV3Config, slices: int, block: int) -> None:
+    """Raise `ConfigError` unless every shared product has `slices` slices of whole heads and whole FP8 blocks."""
+    heads = config.num_attention_heads
+    sizes = {
+        "num_attention_heads": (heads, 1),
+        "vocab_size": (config.vocab_size, 1),
+        "hidden_size": (config.hidden_size, 1),
+        "num_attention_heads * v_head_dim": (heads * config.v_head_dim, block),
+        "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)": (heads * config.qk_head_dim, block),
+        "num_attention_heads * (qk_nope_head_dim + v_head_dim)": (
+            heads * (config.qk_nope_head_dim + config.v_head_dim),
+            block,
+        ),
+        "intermediate_size": (config.intermediate_size, block),
+        "n_shared_experts * moe_intermediate_size": (config.shared_intermediate_size, block),
+    }
+    for name, (size, whole) in sizes.items():
+        if size % (slices * whole):
+            blocks = f" of whole blocks of {whole}" if whole > 1 else ""
+            raise ConfigError(f"{SLICES_VARIABLE}={slices}: {name}={size} has no {slices} equal slices{blocks}")

@@ -21,6 +21,7 @@ from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Kernel, Setting
 from dsv3_plugin.ops import combine, fp8, linear, mla_attention, rms_norm, rope, router, silu_and_mul
 from dsv3_plugin.ops.contract import Contract
+from dsv3_plugin.ops.slices import Slices
 from dsv3_plugin.version import __version__
 
 Mode = Literal["strict", "fast"]
@@ -61,7 +62,7 @@ class MasterWeights:
     """How a trainer multiplies with FP8 weights that it holds in the profile's dtype; each call quantises anew."""
 
     linear: Callable[..., Any]
-    """x [M, K], weight [N, K] to [M, N]."""
+    """x [M, K], weight [N, K] to [M, N], with fp8_linear's `out_dtype`."""
     grouped_linear: Callable[..., Any]
     """x [M, K] sorted by expert, expert_counts [E], weight [E, N, K] to [M, N]."""
     quantized: Callable[..., Any]
@@ -89,12 +90,14 @@ class Ops:
     quantize_fp8: Callable[..., Any]
     fp8_linear: Callable[..., Any]
     grouped_fp8_linear: Callable[..., Any]
+    slices: Slices
+    """Of the products that tensor-parallel ranks share, those that this process holds."""
     master_weights: MasterWeights | None = None
     """Only in training, in the FP8 profile: the layers then hold no FP8 weights."""
 
     def announcement(self, served: str) -> str:
         """What an adapter writes to its engine's log when it builds the model class `served`."""
-        arithmetic = f"profile {self.setting.profile.name}, {self.mode} mode"
+        arithmetic = f"profile {self.setting.profile}, {self.mode} mode"
         return f"dsv3-plugin {__version__} serves {served}: {arithmetic}, kernels: {self.describe()}"
 
     def describe(self) -> str:
@@ -160,7 +163,8 @@ def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] |
         provenance.append(Choice(contract.op, contract.version, best.provider, best.version, best.certificate, refused))
     if missing:
         raise KernelError(f"no kernel may serve in {mode} mode on {setting.device_type}: {'; '.join(missing)}")
-    return Ops(setting=setting, mode=mode, provenance=tuple(provenance), master_weights=None, **bound)
+    slices = Slices(setting.profile.reduction_slices)
+    return Ops(setting=setting, mode=mode, provenance=tuple(provenance), slices=slices, master_weights=None, **bound)
 
 
 def _choose(

@@ -11,7 +11,7 @@ import importlib.util
 
 import torch
 
-from dsv3_plugin.hooks import Kernel, Setting
+from dsv3_plugin.hooks import Kernel, Setting, whole_sums_only
 from dsv3_plugin.ops.fp8 import FP8_LINEAR
 
 PROVIDER = "deep-gemm"
@@ -54,7 +54,7 @@ def refuses(setting: Setting) -> str | None:
         return f"computes arithmetic sm90 on Hopper, not {setting.arithmetic} on {setting.device_type}"
     if importlib.util.find_spec("deep_gemm") is None:
         return "DeepGEMM is not installed"
-    return None
+    return whole_sums_only(setting)
 
 
 def kernels() -> list[Kernel]:

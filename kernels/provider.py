@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsv3_plugin.hooks import Kernel, Setting, hookimpl
+from dsv3_plugin.hooks import Kernel, Setting, hookimpl, whole_sums_only
 from dsv3_plugin.kernels import deep_gemm, sm90_model
 from dsv3_plugin.registry import CONTRACTS
 from dsv3_plugin.version import __version__
@@ -53,7 +53,7 @@ def refuses(setting: Setting) -> str | None:
         return f"the tensor core multiplies bf16 or fp8, the profile computes in {setting.profile.dtype}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    return None
+    return whole_sums_only(setting)
 
 
 @hookimpl

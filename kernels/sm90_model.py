@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import FP8_BLOCK
-from dsv3_plugin.hooks import Kernel, Setting
+from dsv3_plugin.hooks import Kernel, Setting, whole_sums_only
 from dsv3_plugin.kernels import tensor_core
 from dsv3_plugin.ops import combine, fp8, linear, mla_attention, rms_norm, rope, router, silu_and_mul
 from dsv3_plugin.ops.contract import Contract, require, require_matrix
@@ -129,7 +129,7 @@ def refuses(setting: Setting) -> str | None:
         return f"models arithmetic sm90 on a CPU, not {setting.arithmetic} on {setting.device_type}"
     if setting.profile.dtype != torch.bfloat16:
         return f"the tensor core multiplies bf16 or fp8, the profile computes in {setting.profile.dtype}"
-    return None
+    return whole_sums_only(setting)
 
 
 _OPERATIONS: tuple[tuple[Contract, Callable[..., Any]], ...] = (

@@ -23,8 +23,8 @@ def master_weights(ops: Ops) -> MasterWeights:
     scale_format = ops.setting.profile.scale_format
     assert scale_format is not None
 
-    def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return _Linear.apply(ops, x, weight)
+    def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        return _Linear.apply(ops, x, weight, out_dtype)
 
     def grouped_linear(x: torch.Tensor, expert_counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return _GroupedLinear.apply(ops, x, expert_counts, weight)
@@ -42,19 +42,19 @@ def _dequantize_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ops: Ops, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, ops: Ops, x: torch.Tensor, weight: torch.Tensor, out_dtype: Any) -> torch.Tensor:
         scale_format = ops.setting.profile.scale_format
         assert scale_format is not None
         operands = *ops.quantize_fp8(x, scale_format), *quantize_weight(weight, scale_format)
         ctx.save_for_backward(*operands)
         ctx.dtypes = x.dtype, weight.dtype
-        return ops.fp8_linear(*operands)
+        return ops.fp8_linear(*operands) if out_dtype is None else ops.fp8_linear(*operands, out_dtype=out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, x_scale, weight, weight_scale = ctx.saved_tensors
         gradients = product_gradients(grad, _dequantize_rows(x, x_scale), dequantize_weight(weight, weight_scale))
-        return None, gradients[0].to(ctx.dtypes[0]), gradients[1].to(ctx.dtypes[1])
+        return None, gradients[0].to(ctx.dtypes[0]), gradients[1].to(ctx.dtypes[1]), None
 
 
 class _GroupedLinear(torch.autograd.Function):

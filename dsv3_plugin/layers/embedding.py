@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from dsv3_plugin.layers.linear import linear_in_slices
 from dsv3_plugin.registry import Ops
 
 
@@ -32,4 +33,4 @@ class Head(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, hidden] to logits fp32 [T, vocab_size]."""
-        return self.ops.linear(x, self.weight, out_dtype=torch.float32)
+        return linear_in_slices(self.ops, x, self.weight, self.ops.slices.held, out_dtype=torch.float32)

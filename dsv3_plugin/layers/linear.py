@@ -1,4 +1,8 @@
-"""A projection, in the profile's dtype or block-scaled FP8."""
+"""Projections, in the profile's dtype or block-scaled FP8.
+
+`ColumnLinear` and `RowLinear` are those that tensor-parallel ranks share: each rank builds them with its own part of
+the sizes. How they are cut into slices is `dsv3_plugin.ops.slices`; on one rank with one slice they are a `Linear`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from torch import nn
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.ops.fp8 import E4M3, dequantize_weight
+from dsv3_plugin.ops.slices import tree_sum
 from dsv3_plugin.registry import Ops
 
 
@@ -49,6 +54,57 @@ class Linear(nn.Module):
         if self.masters is not None:
             return self.masters.quantized(self.weight)
         return dequantize_weight(self.weight, self.weight_scale_inv).to(self.ops.setting.profile.dtype)
+
+
+class ColumnLinear(Linear):
+    """A projection whose outputs are cut into slices: heads, or features of an MLP."""
+
+    def __init__(
+        self, ops: Ops, in_features: int, out_features: int, *, quantized: bool = True, fused: int = 1
+    ) -> None:
+        """`fused`: the number of projections, each cut on its own, whose rows `weight` holds one after the other."""
+        super().__init__(ops, in_features, out_features, quantized=quantized)
+        self.fused = fused
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in_features] to [T, out_features]."""
+        x = self.ops.slices.enter(x)
+        if self.is_fp8 or self.ops.setting.profile.reduction_slices == 1:
+            return super().forward(x)
+        return linear_in_slices(self.ops, x, self.weight, self.fused * self.ops.slices.held)
+
+
+class RowLinear(Linear):
+    """A projection whose inputs are cut into slices: the outputs of a `ColumnLinear`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in_features] to [T, out_features]."""
+        profile, slices = self.ops.setting.profile, self.ops.slices
+        if profile.reduction_slices == 1:
+            return super().forward(x)
+        parts = zip(x.chunk(slices.held, 1), range(slices.held), strict=True)
+        return slices.fold(tree_sum([self._sum(part.contiguous(), i) for part, i in parts])).to(profile.dtype)
+
+    def _sum(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """x [T, in_features / slices] times slice `index` of the weight's columns, to fp32 [T, out_features]."""
+        count = self.ops.slices.held
+        weight = self.weight.chunk(count, 1)[index].contiguous()
+        if not self.is_fp8:
+            return self.ops.linear(x, weight, out_dtype=torch.float32)
+        if self.masters is not None:
+            return self.masters.linear(x, weight, out_dtype=torch.float32)
+        scale = self.weight_scale_inv.chunk(count, 1)[index].contiguous()
+        quantized, x_scale = self.ops.quantize_fp8(x, self.ops.setting.profile.scale_format)
+        return self.ops.fp8_linear(quantized, x_scale, weight, scale, out_dtype=torch.float32)
+
+
+def linear_in_slices(
+    ops: Ops, x: torch.Tensor, weight: torch.Tensor, slices: int, *, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """x [T, K] times weight [N, K], each of `slices` equal slices of N as a product of its own, to [T, N]."""
+    if slices == 1:
+        return ops.linear(x, weight, out_dtype=out_dtype)
+    return torch.cat([ops.linear(x, rows, out_dtype=out_dtype) for rows in weight.chunk(slices)], dim=1)
 
 
 class GroupedLinear(nn.Module):

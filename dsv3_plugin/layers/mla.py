@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.layers.linear import Linear
+from dsv3_plugin.layers.linear import ColumnLinear, Linear, RowLinear
 from dsv3_plugin.layers.norm import RMSNorm
 from dsv3_plugin.registry import Ops
 
@@ -28,7 +28,7 @@ class Attend(Protocol):
 
 
 class MLA(nn.Module):
-    """Self-attention of one layer."""
+    """Self-attention of one layer, or of a tensor-parallel rank's heads: then `num_attention_heads` is their number."""
 
     def __init__(self, ops: Ops, config: DeepseekV3Config, layer_idx: int) -> None:
         super().__init__()
@@ -37,15 +37,15 @@ class MLA(nn.Module):
         self.layer_idx = layer_idx
         hidden, heads = config.hidden_size, config.num_attention_heads
         if config.q_lora_rank is None:
-            self.q_proj = Linear(ops, hidden, heads * config.qk_head_dim)
+            self.q_proj = ColumnLinear(ops, hidden, heads * config.qk_head_dim)
         else:
             self.q_a_proj = Linear(ops, hidden, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(ops, config.q_lora_rank, config.rms_norm_eps)
-            self.q_b_proj = Linear(ops, config.q_lora_rank, heads * config.qk_head_dim)
+            self.q_b_proj = ColumnLinear(ops, config.q_lora_rank, heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(ops, hidden, config.latent_dim)
         self.kv_a_layernorm = RMSNorm(ops, config.kv_lora_rank, config.rms_norm_eps)
         self.kv_b_proj = Linear(ops, config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
-        self.o_proj = Linear(ops, heads * config.v_head_dim, hidden)
+        self.o_proj = RowLinear(ops, heads * config.v_head_dim, hidden)
         self._absorbed: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def weights_changed(self) -> None:

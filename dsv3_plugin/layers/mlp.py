@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dsv3_plugin.layers.linear import Linear
+from dsv3_plugin.layers.linear import ColumnLinear, RowLinear
 from dsv3_plugin.registry import Ops
 
 
@@ -15,8 +15,8 @@ class MLP(nn.Module):
     def __init__(self, ops: Ops, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.ops = ops
-        self.gate_up_proj = Linear(ops, hidden_size, 2 * intermediate_size)
-        self.down_proj = Linear(ops, intermediate_size, hidden_size)
+        self.gate_up_proj = ColumnLinear(ops, hidden_size, 2 * intermediate_size, fused=2)
+        self.down_proj = RowLinear(ops, intermediate_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, hidden] to [T, hidden]."""

@@ -15,7 +15,7 @@ from torch import nn
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.decoder import DecoderLayer
 from dsv3_plugin.layers.embedding import Embedding, Head
-from dsv3_plugin.layers.linear import Linear
+from dsv3_plugin.layers.linear import ColumnLinear
 from dsv3_plugin.layers.mla import Attend
 from dsv3_plugin.layers.norm import RMSNorm
 from dsv3_plugin.layers.rotary import RotaryTable
@@ -37,7 +37,7 @@ class MTPLayer(DecoderLayer):
         super().__init__(ops, config, config.mtp_layer_idx)
         self.enorm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = Linear(ops, 2 * config.hidden_size, config.hidden_size, quantized=False)
+        self.eh_proj = ColumnLinear(ops, 2 * config.hidden_size, config.hidden_size, quantized=False)
         self.shared_head = SharedHead(ops, config)
 
     def predict(

@@ -81,10 +81,15 @@ def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor
 
 
 def fp8_linear(
-    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """Quantised x [M, K] with scales [M, K / 128] times weight [N, K] with scales [ceil(N / 128), K / 128], to bf16
-    [M, N].
+    """Quantised x [M, K] with scales [M, K / 128] times weight [N, K] with scales [ceil(N / 128), K / 128], to [M, N]
+    of bf16, or of fp32, which keeps the unrounded sum (`dsv3_plugin.ops.slices`).
     """
     op = "fp8_linear"
     require_matrix(op, "x", x, (E4M3,))
@@ -96,6 +101,7 @@ def fp8_linear(
     expected = (-(-weight.shape[0] // FP8_BLOCK), blocks)
     require(tuple(x_scale.shape) == (rows, blocks), op, f"x_scale has shape {tuple(x_scale.shape)}")
     require(tuple(weight_scale.shape) == expected, op, f"weight_scale has shape {tuple(weight_scale.shape)}")
+    require(out_dtype in (torch.bfloat16, torch.float32), op, f"out_dtype is {out_dtype}")
 
     column_scale = weight_scale.repeat_interleave(FP8_BLOCK, 0)[: weight.shape[0]]
     acc = torch.zeros(rows, weight.shape[0], dtype=torch.float32, device=x.device)
@@ -103,7 +109,7 @@ def fp8_linear(
         span = slice(k * FP8_BLOCK, (k + 1) * FP8_BLOCK)
         raw = F.linear(x[:, span].double(), weight[:, span].double()).float()
         acc = fma(raw, x_scale[:, k, None] * column_scale[None, :, k], acc)
-    return acc.to(torch.bfloat16)
+    return acc.to(out_dtype)
 
 
 def grouped_fp8_linear(

@@ -21,7 +21,8 @@ _FLOATS = (torch.float32, torch.bfloat16)
 def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     """x [M, K], weight [N, K] of one dtype, to [M, N].
 
-    `out_dtype` is the operands' dtype or fp32; fp32 keeps the unrounded sum (router logits, the head's logits).
+    `out_dtype` is the operands' dtype or fp32; fp32 keeps the unrounded sum (router logits, the head's logits,
+    slices of a sum).
     """
     require_matrix("linear", "x", x, _FLOATS)
     require_matrix("linear", "weight", weight, (x.dtype,))

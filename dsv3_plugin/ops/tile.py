@@ -5,7 +5,7 @@ K = 1024 on, fp32 always). Here every product runs on tiles of exactly `ROWS` ro
 with zeros: the library then always sees one shape, and a row's bits depend neither on its place in the tile nor on
 its neighbours. Nor may they depend on the number of threads, so a CPU profile runs on one
 (fp32 products split K over threads). The tile size is part of the CPU arithmetic: another one gives other bits. So
-is the number of columns: a slice of a weight may give other bits than the whole.
+is the number of columns: a slice of a weight may give other bits than the whole (`slices`).
 
 64 rows, because the library repacks the weight at every call: at 64 x 2048 x 2048 in bf16 a tile of 16 costs 2.5
 times the untiled product, 32 costs 1.4, 64 costs 1.0.
