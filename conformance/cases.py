@@ -82,6 +82,17 @@ def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:
             min_cached_tokens=len(shared),
         ),
     ]
+    drawn = [
+        request.model_copy(update={"temperature": 0.7, "seed": seed})
+        for seed, request in enumerate(text.requests((4, 33, 70), 10))
+    ]
+    cases.append(
+        Case(
+            name="sampled",
+            title="sampling at a temperature, in a batch and alone",
+            rounds=(tuple(drawn), *_alone(drawn)),
+        )
+    )
     if with_mtp:
         cases += [
             Case(

@@ -8,6 +8,7 @@ comes after it follows from it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from dsv3_plugin.conformance.protocol import Case, RequestResult
+from dsv3_plugin.conformance.protocol import Case, Request, RequestResult, prefix_digest
 from dsv3_plugin.conformance.rows import layer_streams
+from dsv3_plugin.conformance.sampling import processed_logprobs
 
 Key = tuple[int, int]
 
@@ -170,6 +172,35 @@ def tokens_differ(left: RequestResult, right: RequestResult) -> int | None:
         if a != b:
             return position
     return None if len(left.token_ids) == len(right.token_ids) else min(len(left.token_ids), len(right.token_ids))
+
+
+def sampling_problems(case: Case, requests: Sequence[RequestResult], specification: RowFile) -> list[str]:
+    """What is wrong with the tokens that a testee drew, beside the bits of its rows.
+
+    The log-probability of each must be the specification's, and the same request must draw the same tokens every time.
+    """
+    problems = []
+    rows = dict(zip(specification.keys("logits"), specification.values("logits"), strict=True))
+    drawn: dict[Request, int] = {}
+    for index, (request, result) in enumerate(zip(case.requests, requests, strict=True)):
+        if request.temperature == 0:
+            continue
+        prompt = len(request.prompt_token_ids)
+        expected = [
+            float(processed_logprobs(rows[index, prefix_digest(result.token_ids[:end])], request.temperature)[token])
+            for end, token in enumerate(result.token_ids[prompt:], prompt)
+        ]
+        found = list(result.logprobs)
+        if found != expected:
+            wrong = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
+            problems.append(
+                f"request {index} has log-probabilities {found[wrong : wrong + 1]} at position {prompt + wrong},"
+                f" log-softmax of logits / temperature is {expected[wrong : wrong + 1]}"
+            )
+        first = drawn.setdefault(request, index)
+        if (position := tokens_differ(requests[first], result)) is not None:
+            problems.append(f"requests {first} and {index} are the same and drew other tokens at position {position}")
+    return problems
 
 
 def missing_rows(case: Case, requests: tuple[RequestResult, ...], rows: RowFile) -> str | None:

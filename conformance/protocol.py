@@ -40,10 +40,14 @@ class _Message(BaseModel):
 
 
 class Request(_Message):
-    """A prompt and how many tokens to generate greedily; the end-of-sequence token does not stop it."""
+    """A prompt and how many tokens to generate; the end-of-sequence token does not stop it."""
 
     prompt_token_ids: tuple[int, ...]
     max_tokens: int
+    temperature: float = 0.0
+    """0: greedy."""
+    seed: int = 0
+    """Of the random numbers at a temperature above 0: the same request draws the same tokens in every batch."""
 
 
 class Case(_Message):
@@ -71,6 +75,11 @@ class Case(_Message):
         """All requests in order; a row's request index counts through the rounds."""
         return tuple(request for requests in self.rounds for request in requests)
 
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn, so that testees go on with different ones."""
+        return any(request.temperature > 0 for request in self.requests)
+
 
 class Job(_Message):
     """What a testee is asked to do."""
@@ -87,6 +96,8 @@ class RequestResult(_Message):
     token_ids: tuple[int, ...]
     """Prompt and generated tokens."""
     num_cached_tokens: int
+    logprobs: tuple[float, ...] = ()
+    """Of the generated tokens, where the request has a temperature: see `sampling.processed_logprobs`."""
 
 
 class CaseResult(_Message):
@@ -121,6 +132,10 @@ class Result(_Message):
     """Why this testee computed the cases' sequences and not their schedules: a trainer has no cache. Its rows are
     compared; of caches and drafts nothing is claimed.
     """
+
+    def outcome_of(self, case: Case) -> CaseResult:
+        """What became of `case`, which the result must have."""
+        return next(outcome for outcome in self.cases if outcome.name == case.name)
 
 
 def prefix_digest(token_ids: Sequence[int]) -> int:

@@ -11,7 +11,7 @@ NOT_CLAIMED = (
     "equality with other versions of dsv3-plugin, torch or the CPU's matrix library",
     "equality between kinds of device, or with engines' own DeepSeek-V3",
     "tensor, pipeline or expert parallel layouts",
-    "sampling at a temperature above 0",
+    "which tokens an engine's random numbers draw",
 )
 
 
@@ -61,7 +61,7 @@ def _cell(name: str, verdict: CaseVerdict, report: Report) -> str:
     lines = [f"[red]{different:,} of {total:,} differ[/]" if different else f"[green]{total:,} equal[/]"]
     if verdict.rows_alone[name]:
         lines.append(f"[yellow]{verdict.rows_alone[name]:,} without counterpart[/]")
-    outcome = next(c for c in report.results[name].cases if c.name == verdict.case.name)
+    outcome = report.results[name].outcome_of(verdict.case)
     if report.results[name].schedule_not_followed:
         return "\n".join([*lines, "schedule not followed"])
     if verdict.case.min_cached_tokens:

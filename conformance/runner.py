@@ -19,11 +19,20 @@ from typing import Any
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.cases import BLOCK_SIZE, make_cases
-from dsv3_plugin.conformance.compare import Comparison, RowFile, compare_case, missing_rows, rows_alone, tokens_differ
+from dsv3_plugin.conformance.compare import (
+    Comparison,
+    RowFile,
+    compare_case,
+    missing_rows,
+    rows_alone,
+    sampling_problems,
+    tokens_differ,
+)
 from dsv3_plugin.conformance.protocol import (
     PROGRESS_PREFIX,
     Case,
     Job,
+    Request,
     Result,
     read_result,
     specification_file,
@@ -36,6 +45,7 @@ from dsv3_plugin.errors import ConformanceError
 ENGINES = {"reference": None, "vllm": "vllm", "sglang": "sglang", "megatron": "megatron"}
 """Testees that ship with the suite, and the module that their environment must have."""
 SPECIFICATION = "specification"
+_REPLAY = "replay"
 _PACKAGE = "dsv3_plugin.conformance.testees"
 
 Progress = Callable[[str, str], None]
@@ -162,7 +172,8 @@ def run(
     job = Job(checkpoint=str(checkpoint.resolve()), block_size=BLOCK_SIZE, cases=cases)
     write_message(job, work_dir)
     _run_programs(testees, work_dir, progress)
-    results = {name: read_result(work_dir / name) for name in names}
+    results = {name: _read_complete_result(job, work_dir / name) for name in names}
+    _replay(job, results, work_dir, progress)
     report = Report(str(checkpoint), reader.profile().name, results)
     for case in cases:
         progress("suite", f"comparing {case.name}")
@@ -180,6 +191,53 @@ def select(cases: tuple[Case, ...], only: Sequence[str]) -> tuple[Case, ...]:
         known = ", ".join(case.name for case in cases)
         raise ConformanceError(f"--case {', '.join(sorted(unknown))}: unknown; this checkpoint has {known}")
     return tuple(case for case in cases if not only or case.name in only)
+
+
+def _read_complete_result(job: Job, result_dir: Path) -> Result:
+    result = read_result(result_dir)
+    asked, answered = [case.name for case in job.cases], [case.name for case in result.cases]
+    if asked != answered:
+        raise ConformanceError(f"{result_dir}: cases {', '.join(asked)} were asked for, {', '.join(answered)} came")
+    return result
+
+
+def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Progress) -> None:
+    """Let the reference compute the sequences that each testee drew; they are its specification.
+
+    Greedy testees choose the same tokens as the reference, whose own run holds the specification.
+    """
+    replay_dir = work_dir / _REPLAY
+    cases = [
+        Case(
+            name=_replay_name(case.name, name),
+            title=f"{case.title}: the tokens of {name}",
+            rounds=tuple((Request(prompt_token_ids=r.token_ids[:-1], max_tokens=1),) for r in outcome.requests),
+        )
+        for name, result in results.items()
+        for case, outcome in zip(job.cases, result.cases, strict=True)
+        if case.samples and not specification_file(work_dir / name, case.name).exists()
+    ]
+    if cases:
+        replay_dir.mkdir()
+        write_message(job.model_copy(update={"cases": tuple(cases)}), replay_dir)
+        reference = TesteeCommand(SPECIFICATION, (sys.executable, "-m", f"{_PACKAGE}.reference"))
+        _run_programs([reference], replay_dir, progress)
+
+
+def _replay_name(case_name: str, testee: str) -> str:
+    return f"{case_name}.{testee}"
+
+
+def _specification(case: Case, names: Sequence[str], work_dir: Path) -> dict[str, RowFile]:
+    """For each testee the rows of its sequences computed in one pass each, where there are any."""
+    files = {name: specification_file(work_dir / name, case.name) for name in names}
+    own = {name: RowFile(file) for name, file in files.items() if file.exists()}
+    if not case.samples:
+        return dict.fromkeys(names, next(iter(own.values()))) if own else {}
+    replayed = work_dir / _REPLAY / SPECIFICATION
+    return {
+        name: own.get(name) or RowFile(specification_file(replayed, _replay_name(case.name, name))) for name in names
+    }
 
 
 def _run_programs(testees: Sequence[TesteeCommand], work_dir: Path, progress: Progress) -> None:
@@ -230,17 +288,15 @@ def _run_program(testee: TesteeCommand, work_dir: Path, progress: Progress, fail
 def _judge(case: Case, results: dict[str, Result], work_dir: Path) -> CaseVerdict:
     """Compare all pairs on one case."""
     problems: list[str] = []
-    rows: dict[str, RowFile] = {}
-    for name in results:
-        specification = specification_file(work_dir / name, case.name)
-        if specification.exists():
-            rows[SPECIFICATION] = RowFile(specification)
-        rows[name] = RowFile(tensor_file(work_dir / name, case.name))
-    outcomes = {name: next(c for c in result.cases if c.name == case.name) for name, result in results.items()}
+    rows = {name: RowFile(tensor_file(work_dir / name, case.name)) for name in results}
+    specification = _specification(case, list(results), work_dir)
+    outcomes = {name: result.outcome_of(case) for name, result in results.items()}
     for name, outcome in outcomes.items():
         missing = missing_rows(case, outcome.requests, rows[name])
         if missing is not None:
             problems.append(f"{name}: {missing}")
+        elif case.samples:
+            problems += [f"{name}: {text}" for text in sampling_problems(case, outcome.requests, specification[name])]
         if results[name].schedule_not_followed:
             continue
         cached = min(r.num_cached_tokens for r in outcome.requests[-len(case.rounds[-1]) :])
@@ -251,13 +307,18 @@ def _judge(case: Case, results: dict[str, Result], work_dir: Path) -> CaseVerdic
                 f"{name}: {outcome.num_accepted_tokens} of {outcome.num_draft_tokens} draft tokens were accepted,"
                 f" at least {case.min_accepted_tokens} should have been"
             )
-    for left, right in combinations(outcomes, 2):
+    for left, right in () if case.samples else combinations(outcomes, 2):
         for index, (a, b) in enumerate(zip(outcomes[left].requests, outcomes[right].requests, strict=True)):
             position = tokens_differ(a, b)
             if position is not None:
                 problems.append(f"{left} and {right} chose different tokens in request {index} at position {position}")
-    comparisons = [compare_case(case.name, (a, rows[a]), (b, rows[b])) for a, b in combinations(rows, 2)]
-    return CaseVerdict(case, tuple(comparisons), tuple(problems), {name: rows_alone(name, rows) for name in outcomes})
+    comparisons = [compare_case(case.name, (SPECIFICATION, specification[n]), (n, rows[n])) for n in specification]
+    comparisons += [compare_case(case.name, (a, rows[a]), (b, rows[b])) for a, b in combinations(rows, 2)]
+    alone = {
+        name: rows_alone(name, rows | ({SPECIFICATION: specification[name]} if specification else {}))
+        for name in outcomes
+    }
+    return CaseVerdict(case, tuple(comparisons), tuple(problems), alone)
 
 
 def _served_otherwise(results: dict[str, Result], profile: str) -> list[str]:

@@ -52,12 +52,22 @@ def register() -> None:
 def _register_attention_and_hooks() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-    from sglang.srt.server_args import add_attention_backend_choices
+    from sglang.srt.server_args import (
+        add_attention_backend_choices,
+        add_deterministic_attention_backend_choices,
+        add_radix_supported_deterministic_attention_backend_choices,
+    )
 
     from dsv3_plugin.sglang_backend import attention
 
     register_attention_backend(attention.NAME)(attention.LatentBackend)
-    add_attention_backend_choices([attention.NAME])
+    for add_choices in (
+        add_attention_backend_choices,
+        # With `--enable-deterministic-inference` SGLang keeps a request's seed and answers log-softmax.
+        add_deterministic_attention_backend_choices,
+        add_radix_supported_deterministic_attention_backend_choices,
+    ):
+        add_choices([attention.NAME])
     factory = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
     for hook in (attention.create_decode_backend, attention.create_draft_extend_backend):
         HookRegistry.register(f"{factory}.{hook.__name__}", hook, HookType.AROUND)

@@ -2,19 +2,22 @@
 
 `ulp:MODULE` moves one output of a module of `DeepseekV3Model` by one ulp; `tile:ROWS` runs the CPU's products on other
 tiles; `page` replaces the newest cached token by the oldest; `tokens` answers other tokens than it computed; `silent`
-leaves a row out; `crash` raises.
+leaves a row out; `log_of_softmax` answers log-probabilities that are rounded otherwise; `seed` draws by other random
+numbers each time; `crash` raises.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
 import torch
 
+from dsv3_plugin.conformance import sampling
 from dsv3_plugin.conformance.protocol import Case, Job
-from dsv3_plugin.conformance.testees import program
-from dsv3_plugin.conformance.testees.reference import ReferenceOutcome, ReferenceTestee
+from dsv3_plugin.conformance.testees import program, reference
+from dsv3_plugin.conformance.testees.reference import ReferenceTestee
 from dsv3_plugin.ops import tile
 
 SABOTAGE, _, ARGUMENT = sys.argv.pop(1).partition(":")
@@ -35,6 +38,15 @@ class SabotagedTestee(ReferenceTestee):
             raise RuntimeError("sabotaged on purpose")
         if SABOTAGE == "tile":
             tile.ROWS = int(ARGUMENT)
+        if SABOTAGE == "log_of_softmax":
+            sampling.processed_logprobs = lambda logits, temperature: (logits / temperature).softmax(-1).log()
+        if SABOTAGE == "seed":
+            seeds = itertools.count()
+
+            def draw(logits: torch.Tensor, request: Any, position: int) -> Any:
+                return sampling.next_token(logits, request.model_copy(update={"seed": next(seeds)}), position)
+
+            reference.next_token = draw
         super().__init__(job)
         if SABOTAGE == "ulp":
             self.model.model.get_submodule(ARGUMENT).register_forward_hook(bump, prepend=True)
@@ -49,7 +61,7 @@ class SabotagedTestee(ReferenceTestee):
 
             object.__setattr__(self.ops, "mla_attention", off_by_one)
 
-    def run(self, case: Case) -> ReferenceOutcome:
+    def run(self, case: Case) -> program.Outcome:
         outcome = super().run(case)
         if SABOTAGE == "tokens":
             first = outcome.requests[0]

@@ -34,7 +34,7 @@ def run(testees, checkpoint: Path, work_dir: Path, *cases: str) -> runner.Report
 def test_every_schedule_of_the_reference_is_the_specification(tiny_checkpoint, tmp_path: Path, dtype: str) -> None:
     report = run([REFERENCE], tiny_checkpoint(dtype), tmp_path)
     assert report.passed, [v for v in report.verdicts if not v.passed]
-    assert len(report.verdicts) == 9
+    assert len(report.verdicts) == 10
     for verdict in report.verdicts:
         (comparison,) = verdict.comparisons
         assert (comparison.left, comparison.right) == ("specification", "reference")
@@ -93,6 +93,23 @@ def test_wrong_tokens_and_missing_rows_fail(tiny_checkpoint, tmp_path: Path, sab
     report = run([REFERENCE, sabotaged(sabotage)], tiny_checkpoint("bf16"), tmp_path, "decode")
     assert not report.passed
     assert any(re.search(problem, text) for text in report.verdicts[0].problems), report.verdicts[0].problems
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "problem"),
+    [
+        ("log_of_softmax", r"sabotaged: request \d has log-probabilities \[-[\d.]+\] at position \d+, log-softmax of"),
+        ("seed", r"sabotaged: requests \d and \d are the same and drew other tokens at position \d+"),
+    ],
+)
+def test_another_form_of_logprobs_and_a_lost_seed_fail(
+    tiny_checkpoint, tmp_path: Path, sabotage: str, problem: str
+) -> None:
+    report = run([REFERENCE, sabotaged(sabotage)], tiny_checkpoint("bf16"), tmp_path, "sampled")
+    assert all(comparison.equal for comparison in report.verdicts[0].comparisons)
+    problems = report.verdicts[0].problems
+    assert problems
+    assert all(re.search(problem, text) for text in problems), problems
 
 
 def test_a_case_that_did_not_test_what_it_says_fails(tiny_checkpoint, tmp_path: Path, monkeypatch) -> None:

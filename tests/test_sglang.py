@@ -13,6 +13,8 @@ import pytest
 import torch
 from engines import REFERENCE, free_port, post, predict_logits, python_of, run, serving, shipped_testee
 
+from dsv3_plugin.conformance.sampling import processed_logprobs
+
 MODELS = "dsv3_plugin.sglang_backend.models"
 # Of the plugins installed for SGLang, only the one that lets it run on a CPU.
 WITHOUT_PLUGIN = {"SGLANG_PLUGINS": "sglang_cpu"}
@@ -81,9 +83,11 @@ def sglang_serve(checkpoint: Path, log: Path, *arguments: str) -> AbstractContex
     port = free_port()
     command = [python_of("sglang"), "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--port", str(port)]
     command += ["--device", "cpu", "--dtype", "bfloat16", "--attention-backend", "dsv3", "--disable-cuda-graph"]
-    command += ["--context-length", "256", "--max-total-tokens", "2048", "--max-running-requests", "8", *arguments]
-    # SGLang's faster way to a prompt's logprobs, logits - logsumexp, rounds otherwise than log-softmax.
-    return serving(command, port, log, {"SGLANG_ENABLE_FAST_INPUT_LOGPROBS": "0"})
+    command += ["--context-length", "256", "--max-total-tokens", "2048", "--max-running-requests", "8"]
+    # Otherwise SGLang rounds a prompt's logprobs (logits - logsumexp) and a sampled token's (log of softmax) in its own
+    # ways, and does not look at a request's seed.
+    command += ["--enable-deterministic-inference", *arguments]
+    return serving(command, port, log, {})
 
 
 def test_sglang_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: Path) -> None:
@@ -99,6 +103,7 @@ def test_sglang_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: 
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 3}
         completed = post(address, "/v1/completions", body | {"ignore_eos": True})
         drawn = post(address, "/generate", {"input_ids": prompt, "sampling_params": sampled} | logprobs)
+        again = post(address, "/generate", {"input_ids": prompt, "sampling_params": sampled})
 
     tokens = generated["output_ids"]
     predicted = torch.log_softmax(predict_logits(checkpoint, prompt + tokens), dim=-1)
@@ -115,10 +120,11 @@ def test_sglang_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: 
     (choice,) = completed["choices"]
     assert choice["logprobs"]["token_logprobs"] == [logprob for logprob, _ in of_output]
 
-    # At a temperature SGLang reports the distribution that it drew from: log(softmax(logits / temperature)).
+    # At a temperature: those of the distribution that it drew from.
+    assert drawn["output_ids"] == again["output_ids"]
     tokens = drawn["output_ids"]
     logits = predict_logits(checkpoint, prompt + tokens)[len(prompt) - 1 : -1]
-    rows = torch.log(torch.softmax(logits / sampled["temperature"], dim=-1))
+    rows = processed_logprobs(logits, sampled["temperature"])
     of_output = [tuple(item[:2]) for item in drawn["meta_info"]["output_token_logprobs"]]
     assert of_output == [(row[token].item(), token) for row, token in zip(rows, tokens, strict=True)]
     assert rows.argmax(-1).tolist() != tokens

@@ -9,7 +9,7 @@ training on a server's samples rests on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import distributed as dist
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.protocol import Case, Job, RequestResult, Served, prefix_digest
 from dsv3_plugin.conformance.rows import RowKey, RowRecorder, layer_streams
+from dsv3_plugin.conformance.sampling import next_token
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.megatron_backend import compat
 from dsv3_plugin.megatron_backend.config import transformer_config
@@ -30,17 +31,6 @@ from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.weights import load_checkpoint
 
 Hook = Callable[[Any, Any, Any], None]
-
-
-@dataclass
-class MegatronOutcome:
-    """See `program.Outcome`."""
-
-    recorder: RowRecorder = field(default_factory=RowRecorder)
-    specification: None = None
-    requests: list[RequestResult] = field(default_factory=list)
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
 
 
 class MegatronTestee:
@@ -78,23 +68,31 @@ class MegatronTestee:
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def run(self, case: Case) -> MegatronOutcome:
+    def run(self, case: Case) -> program.Outcome:
         """Generate round by round, then evaluate everything that came out."""
-        outcome = MegatronOutcome()
+        outcome = program.Outcome()
         self.watch.recorder = outcome.recorder
         sequences: list[list[int]] = []
+        logprobs: list[list[float]] = []
         for requests in case.rounds:
             batch = [list(request.prompt_token_ids) for request in requests]
+            logprobs += [[] for _ in requests]
             left = [request.max_tokens for request in requests]
             while any(left):
                 going = [i for i, tokens in enumerate(left) if tokens]
                 logits = self.padded([(len(sequences) + i, batch[i]) for i in going])
                 for i, of_sequence in zip(going, logits, strict=True):
-                    batch[i].append(int(of_sequence.argmax()))
+                    token, logprob = next_token(of_sequence, requests[i], len(batch[i]))
+                    if logprob is not None:
+                        logprobs[len(sequences) + i].append(logprob)
+                    batch[i].append(token)
                     left[i] -= 1
             sequences += batch
         self.packed(list(enumerate(sequences)))
-        outcome.requests = [RequestResult(token_ids=tuple(tokens), num_cached_tokens=0) for tokens in sequences]
+        outcome.requests = [
+            RequestResult(token_ids=tuple(tokens), num_cached_tokens=0, logprobs=tuple(of_tokens))
+            for tokens, of_tokens in zip(sequences, logprobs, strict=True)
+        ]
         return outcome
 
     def padded(self, sequences: list[tuple[int, list[int]]]) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -32,28 +33,20 @@ from dsv3_plugin.registry import Ops
 from dsv3_plugin.version import __version__
 
 
-class Outcome(Protocol):
+@dataclass
+class Outcome:
     """What a testee knows after a case."""
 
-    @property
-    def requests(self) -> list[RequestResult]:
-        """Each request's tokens, in order."""
-
-    @property
-    def num_draft_tokens(self) -> int:
-        """Draft tokens that were verified."""
-
-    @property
-    def num_accepted_tokens(self) -> int:
-        """Draft tokens that were accepted."""
-
-    @property
-    def recorder(self) -> RowRecorder:
-        """All rows."""
-
-    @property
-    def specification(self) -> RowRecorder | None:
-        """The same sequences, each computed in one pass; only the reference has it."""
+    recorder: RowRecorder = field(default_factory=RowRecorder)
+    """All rows."""
+    specification: RowRecorder | None = None
+    """The same sequences, each computed in one pass; only the reference has it."""
+    requests: list[RequestResult] = field(default_factory=list)
+    """Each request's tokens, in order."""
+    num_draft_tokens: int = 0
+    """Draft tokens that were verified."""
+    num_accepted_tokens: int = 0
+    """Draft tokens that were accepted."""
 
 
 class Testee(Protocol):

@@ -18,6 +18,7 @@ from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, prefix_digest
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
+from dsv3_plugin.conformance.sampling import next_token
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.rope import softmax_scale
@@ -92,11 +93,19 @@ class Sequence:
     num_computed: int
     num_cached: int
     drafts: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
         """Whether all tokens were generated."""
         return len(self.token_ids) >= len(self.request.prompt_token_ids) + self.request.max_tokens
+
+    def choose(self, logits: torch.Tensor) -> None:
+        """Append the token that logits [vocab_size] yield."""
+        token, logprob = next_token(logits, self.request, len(self.token_ids))
+        self.token_ids.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
 
 
 class Piece(NamedTuple):
@@ -105,17 +114,6 @@ class Piece(NamedTuple):
     sequence: Sequence
     start: int
     token_ids: list[int]
-
-
-@dataclass
-class ReferenceOutcome:
-    """See `program.Outcome`."""
-
-    recorder: RowRecorder
-    specification: RowRecorder
-    requests: list[RequestResult] = field(default_factory=list)
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
 
 
 class ReferenceTestee:
@@ -148,12 +146,12 @@ class ReferenceTestee:
             kernels=program.kernels_of(self.ops),
         )
 
-    def run(self, case: Case) -> ReferenceOutcome:
+    def run(self, case: Case) -> program.Outcome:
         """Run the case's schedule, then each finished sequence in one pass."""
         outcome = Engine(self, case).run()
-        self.layers.recorder = outcome.specification
+        specification = outcome.specification = self.layers.recorder = RowRecorder()
         for index, request in enumerate(outcome.requests):
-            self.whole_sequence(index, list(request.token_ids), outcome.specification)
+            self.whole_sequence(index, list(request.token_ids), specification)
         return outcome
 
     def whole_sequence(self, index: int, token_ids: list[int], recorder: RowRecorder) -> None:
@@ -192,7 +190,7 @@ class Engine:
         config = testee.config
         self.testee = testee
         self.case = case
-        self.outcome = ReferenceOutcome(RowRecorder(), RowRecorder())
+        self.outcome = program.Outcome()
         self.recorder = testee.layers.recorder = self.outcome.recorder
         tokens = sum(len(r.prompt_token_ids) + r.max_tokens + case.num_speculative_tokens for r in case.requests)
         num_blocks = tokens // testee.block_size + len(case.requests)
@@ -201,7 +199,7 @@ class Engine:
         self.seen = TokenTracker()
         self.seen_by_draft = TokenTracker()
 
-    def run(self) -> ReferenceOutcome:
+    def run(self) -> program.Outcome:
         """Run all rounds."""
         index = 0
         for requests in self.case.rounds:
@@ -211,7 +209,9 @@ class Engine:
                 self.step([sequence for sequence in sequences if not sequence.finished])
             for s in sequences:
                 self.outcome.requests.append(
-                    RequestResult(token_ids=tuple(s.token_ids), num_cached_tokens=s.num_cached)
+                    RequestResult(
+                        token_ids=tuple(s.token_ids), num_cached_tokens=s.num_cached, logprobs=tuple(s.logprobs)
+                    )
                 )
         return self.outcome
 
@@ -244,12 +244,12 @@ class Engine:
         wanted = [i for i, key in enumerate(flat_keys) if self.wants_logits(pieces, key)]
         logits = self.testee.model.lm_head(hidden[wanted])
         self.recorder.add("logits", pick(flat_keys, wanted), logits)
-        next_tokens = dict(zip(wanted, logits.argmax(1).tolist(), strict=True))
+        logits_of = dict(zip(wanted, logits, strict=True))
 
         kept: list[Piece] = []
         kept_rows: list[int] = []
         for piece, first_row in zip(pieces, batch.query_start_loc.tolist(), strict=False):
-            count = self.accept(piece, {row - first_row: token for row, token in next_tokens.items()})
+            count = self.accept(piece, {row - first_row: of_row for row, of_row in logits_of.items()})
             kept.append(Piece(piece.sequence, piece.start, piece.token_ids[:count]))
             kept_rows += range(first_row, first_row + count)
             self.cache.remember(piece.sequence.token_ids[: piece.sequence.num_computed], piece.sequence.blocks)
@@ -302,7 +302,7 @@ class Engine:
         in_prompt = key.position < len(sequence.request.prompt_token_ids)
         return key.position >= len(sequence.token_ids) - 1 or (in_prompt and self.case.prompt_logits)
 
-    def accept(self, piece: Piece, next_tokens: dict[int, int]) -> int:
+    def accept(self, piece: Piece, logits: dict[int, torch.Tensor]) -> int:
         """Append the tokens that a piece's rows yield: drafts as long as they are what the model chooses, then its
         own choice.
 
@@ -314,7 +314,7 @@ class Engine:
             s.num_computed = end
             return len(piece.token_ids)
         count = len(s.token_ids) - piece.start
-        s.token_ids.append(next_tokens[count - 1])
+        s.choose(logits[count - 1])
         drafts = piece.token_ids[count:]
         self.outcome.num_draft_tokens += len(drafts)
         for draft in drafts:
@@ -322,7 +322,7 @@ class Engine:
                 break
             self.outcome.num_accepted_tokens += 1
             count += 1
-            s.token_ids.append(next_tokens[count - 1])
+            s.choose(logits[count - 1])
         s.drafts = []
         s.num_computed = piece.start + count
         return count

@@ -15,7 +15,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
 from array import array
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,17 +28,6 @@ from dsv3_plugin.errors import ConformanceError
 from dsv3_plugin.sglang_backend import compat
 
 MAX_BATCHED_TOKENS = 2048
-
-
-@dataclass
-class SglangOutcome:
-    """See `program.Outcome`."""
-
-    recorder: RowRecorder
-    specification: None = None
-    requests: list[RequestResult] = field(default_factory=list)
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
 
 
 class SglangTestee:
@@ -68,7 +56,7 @@ class SglangTestee:
         """The classes that SGLang built; with speculative decoding where any case had it."""
         return max(self._served, key=lambda served: served.draft_class is not None)
 
-    def run(self, case: Case) -> SglangOutcome:
+    def run(self, case: Case) -> program.Outcome:
         """Submit the case's rounds and step the engine until each has finished."""
         if case.num_speculative_tokens != self.num_speculative_tokens:
             # As SGLang does; threads that load weights do not inherit the mode.
@@ -78,7 +66,7 @@ class SglangTestee:
         if not self.scheduler.flush_cache():
             raise ConformanceError("SGLang did not empty its cache between two cases")
         self.scheduler.chunked_prefill_size = case.max_num_batched_tokens or MAX_BATCHED_TOKENS
-        outcome = SglangOutcome(RowRecorder())
+        outcome = program.Outcome()
         self.observer.start_case(outcome)
         index = 0
         for requests in case.rounds:
@@ -86,8 +74,10 @@ class SglangTestee:
             index += len(requests)
         return outcome
 
-    def run_round(self, outcome: SglangOutcome, first: int, requests: tuple[Request, ...], prompt_logits: bool) -> None:
-        """Submit requests together and generate greedily."""
+    def run_round(
+        self, outcome: program.Outcome, first: int, requests: tuple[Request, ...], prompt_logits: bool
+    ) -> None:
+        """Submit requests together and generate."""
         assert self.observer is not None
         for index, request in enumerate(requests, first):
             self.observer.start_request(index, request)
@@ -104,6 +94,7 @@ class SglangTestee:
                 RequestResult(
                     token_ids=request.prompt_token_ids + tuple(req.output_ids_through_stop),
                     num_cached_tokens=req.cached_tokens,
+                    logprobs=tuple(req.logprob.output_token_logprobs_val) if request.temperature else (),
                 )
             )
             outcome.num_draft_tokens += req.spec_verify_ct * (self.num_speculative_tokens or 0)
@@ -129,7 +120,10 @@ class SglangTestee:
         from sglang.srt.server_args import PortArgs, ServerArgs
         from sglang.srt.utils import configure_logger
 
+        from dsv3_plugin.sglang_backend import attention
+
         self.stop_engine()
+        ours = attention.NAME in ATTENTION_BACKENDS
         speculative = {
             "speculative_algorithm": "EAGLE",
             "speculative_num_steps": num_speculative_tokens,
@@ -141,7 +135,9 @@ class SglangTestee:
             # Said outright: SGLang runs a float32 checkpoint in another dtype by default.
             dtype=DeepseekV3Config.from_pretrained(self.job.checkpoint).torch_dtype,
             device="cpu",
-            attention_backend="dsv3" if "dsv3" in ATTENTION_BACKENDS else "triton",
+            attention_backend=attention.NAME if ours else "triton",
+            # Honours seeds. With its own attention SGLang would cut chunks to multiples of 4096 tokens.
+            enable_deterministic_inference=ours,
             skip_tokenizer_init=True,
             context_length=512,
             max_total_tokens=4096,
@@ -181,7 +177,12 @@ def tokenized_request(index: int, request: Request, prompt_logits: bool) -> Any:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-    params = SamplingParams(temperature=0, max_new_tokens=request.max_tokens, ignore_eos=True)
+    params = SamplingParams(
+        temperature=request.temperature,
+        sampling_seed=request.seed,
+        max_new_tokens=request.max_tokens,
+        ignore_eos=True,
+    )
     params.normalize(None)
     return TokenizedGenerateReqInput(
         rid=str(index),
@@ -192,7 +193,7 @@ def tokenized_request(index: int, request: Request, prompt_logits: bool) -> Any:
         token_type_ids=None,
         sampling_params=params,
         # Makes the engine compute logits for the prompt.
-        return_logprob=prompt_logits,
+        return_logprob=prompt_logits or request.temperature > 0,
         logprob_start_len=0 if prompt_logits else -1,
         top_logprobs_num=0,
         token_ids_logprob=None,
@@ -204,13 +205,13 @@ class Observer:
     """Watches the models of a scheduler's workers."""
 
     def __init__(self, scheduler: Any) -> None:
-        self.outcome: SglangOutcome | None = None
+        self.outcome: program.Outcome | None = None
         self.target = Watched(scheduler.tp_worker.model_runner.model, 0)
         self.draft: Watched | None = None
         if scheduler.draft_worker is not None:
             self.draft = Watched(scheduler.draft_worker.draft_worker.draft_runner.model, 1)
 
-    def start_case(self, outcome: SglangOutcome) -> None:
+    def start_case(self, outcome: program.Outcome) -> None:
         """Record into `outcome` from now on."""
         for watched in (self.target, self.draft):
             if watched is not None:

@@ -22,7 +22,6 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import gc
 import tempfile
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -31,21 +30,10 @@ import torch
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served
-from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
+from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.errors import ConformanceError
 from dsv3_plugin.vllm_backend import compat
-
-
-@dataclass
-class VllmOutcome:
-    """See `program.Outcome`."""
-
-    recorder: RowRecorder
-    specification: None = None
-    requests: list[RequestResult] = field(default_factory=list)
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
 
 
 class VllmTestee:
@@ -74,7 +62,7 @@ class VllmTestee:
         """The classes that vLLM built; with speculative decoding where any case had it."""
         return max(self._served, key=lambda served: served.draft_class is not None)
 
-    def run(self, case: Case) -> VllmOutcome:
+    def run(self, case: Case) -> program.Outcome:
         """Submit the case's rounds and step the engine until each has finished."""
         if case.num_speculative_tokens != self.num_speculative_tokens:
             self.start_engine(case.num_speculative_tokens)
@@ -82,7 +70,7 @@ class VllmTestee:
         self.llm.reset_prefix_cache()
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
         scheduler.max_num_scheduled_tokens = case.max_num_batched_tokens or self.scheduled_tokens
-        outcome = VllmOutcome(RowRecorder())
+        outcome = program.Outcome()
         self.observer.start_case(outcome)
         drafted, accepted = self.draft_counters()
         index = 0
@@ -101,7 +89,7 @@ class VllmTestee:
         return drafted, accepted
 
     def run_round(self, first: int, requests: tuple[Request, ...], prompt_logits: bool) -> list[RequestResult]:
-        """Submit requests together and generate greedily."""
+        """Submit requests together and generate."""
         from vllm import SamplingParams
 
         assert self.observer is not None
@@ -109,7 +97,9 @@ class VllmTestee:
         for index, request in enumerate(requests, first):
             self.observer.start_request(index, request)
             params = SamplingParams(
-                temperature=0,
+                temperature=request.temperature,
+                seed=request.seed,
+                logprobs=0 if request.temperature else None,
                 max_tokens=request.max_tokens,
                 ignore_eos=True,
                 detokenize=False,
@@ -122,13 +112,18 @@ class VllmTestee:
             for output in engine.step():
                 if output.finished:
                     finished[int(output.request_id)] = output
-        return [
-            RequestResult(
-                token_ids=request.prompt_token_ids + tuple(finished[index].outputs[0].token_ids),
-                num_cached_tokens=finished[index].num_cached_tokens or 0,
+        results = []
+        for index, request in enumerate(requests, first):
+            generated = finished[index].outputs[0]
+            chosen = zip(generated.token_ids, generated.logprobs or (), strict=False)
+            results.append(
+                RequestResult(
+                    token_ids=request.prompt_token_ids + tuple(generated.token_ids),
+                    num_cached_tokens=finished[index].num_cached_tokens or 0,
+                    logprobs=tuple(of_token[token].logprob for token, of_token in chosen),
+                )
             )
-            for index, request in enumerate(requests, first)
-        ]
+        return results
 
     def start_engine(self, num_speculative_tokens: int) -> None:
         """Build an engine for the job's checkpoint, after taking down the one before."""
@@ -149,6 +144,7 @@ class VllmTestee:
             enable_prefix_caching=True,
             enable_chunked_prefill=True,
             disable_log_stats=False,
+            logprobs_mode="processed_logprobs",
             seed=0,
             speculative_config=speculative if num_speculative_tokens else None,
         )
@@ -178,7 +174,7 @@ class Observer:
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
-        self.outcome: VllmOutcome | None = None
+        self.outcome: program.Outcome | None = None
         self.seen = TokenTracker()
         self.keys: list[RowKey] | None = None
         self.sampled_rows: list[int] = []
@@ -189,7 +185,7 @@ class Observer:
         if self.drafter is not None:
             self._watch_draft(self.drafter)
 
-    def start_case(self, outcome: VllmOutcome) -> None:
+    def start_case(self, outcome: program.Outcome) -> None:
         """Record into `outcome` from now on."""
         self.outcome = outcome
         if self.layers is not None:

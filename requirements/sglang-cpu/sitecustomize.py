@@ -4,7 +4,8 @@ SGLang imports torchvision unconditionally. torchvision's published build needs 
 operators are missing and its import fails where it describes two of them to the tracer. They are declared here first.
 
 SGLang moves its bookkeeping (which token is in which slot) with Triton kernels. Triton's interpreter runs them on a
-CPU; the variable is read when the kernels are defined.
+CPU; the variable is read when the kernels are defined. torch.compile, which SGLang puts around its sampling of seeded
+requests, cannot trace that interpreter.
 """
 
 from __future__ import annotations
@@ -32,3 +33,4 @@ class TorchvisionOperators(MetaPathFinder):
 
 sys.meta_path.insert(0, TorchvisionOperators())
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

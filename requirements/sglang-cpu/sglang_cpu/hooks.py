@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 
@@ -11,6 +12,10 @@ def register() -> None:
     """Called by SGLang in each of its processes."""
     HookRegistry.register("sglang.srt.distributed.bootstrap._init_cpu_threads_env", leave_threads, HookType.REPLACE)
     use_triton_for_drafts()
+    hashing = "sglang.kernels.ops.sampling.murmur_hash.murmur_hash32"
+    HookRegistry.register(hashing, murmur_hash32, HookType.REPLACE)
+    invariance = "sglang.srt.batch_invariant_ops.enable_batch_invariant_mode"
+    HookRegistry.register(invariance, leave_operators, HookType.REPLACE)
 
 
 def leave_threads(**kwargs: Any) -> None:
@@ -29,3 +34,20 @@ def use_triton_for_drafts() -> None:
     from sglang.srt.speculative import eagle_utils
 
     cache_locs._is_xpu = eagle_utils._is_xpu = True
+
+
+def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
+    """A sampled request's random numbers: SGLang hashes by sgl_kernel on a CPU, and elsewhere by this Triton kernel.
+
+    seed and positions integers [n], col_indices integers [m], to uint32 [n, m].
+    """
+    from sglang.kernels.ops.sampling.murmur_hash import murmur_hash32_kernel
+
+    n, m, block = len(seed), len(col_indices), 1 << 16
+    hashed = torch.empty(n, m, dtype=torch.uint32)
+    murmur_hash32_kernel[n, -(-m // block)](seed, positions, col_indices, hashed, n, m, BLOCK_SIZE=block)
+    return hashed
+
+
+def leave_operators(enable_bmm: bool = True) -> None:
+    """SGLang's deterministic inference replaces operators of torch by Triton kernels, and raises without a GPU."""
