@@ -10,7 +10,7 @@ import torch
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import untested_version_warning
 from dsv3_plugin.errors import EngineError
-from dsv3_plugin.profile import Profile
+from dsv3_plugin.profile import SLICES_VARIABLE, Profile
 
 TESTED = ("0.19.2", "0.19.2")
 
@@ -20,7 +20,7 @@ def megatron_version() -> str:
     try:
         return metadata.version("megatron-core")
     except metadata.PackageNotFoundError:
-        raise EngineError("Megatron-Core is not installed: pip install megatron-core") from None
+        raise EngineError("Megatron-Core is not installed: pip install 'dsv3-plugin[megatron]'") from None
 
 
 def untested_warning() -> str | None:
@@ -42,10 +42,9 @@ def require_supported(transformer_config: Any, config: DeepseekV3Config, profile
     """Raise `EngineError`, one line, for what the layers cannot compute exactly as the contracts say."""
     asked = transformer_config
     required = {
-        "tensor_model_parallel_size": 1,
         "expert_tensor_parallel_size": 1,
         "context_parallel_size": 1,
-        "sequence_parallel": False,
+        "sequence_parallel": asked.tensor_model_parallel_size > 1,
         "moe_token_dispatcher_type": "alltoall",
         "moe_expert_capacity_factor": None,
         "moe_shared_expert_overlap": False,
@@ -71,6 +70,12 @@ def require_supported(transformer_config: Any, config: DeepseekV3Config, profile
         found = getattr(asked, name, value)
         if found != value:
             raise EngineError(f"dsv3-plugin's layers need {name}={value}, but {found} was asked for")
+    slices, ranks = profile.reduction_slices, asked.tensor_model_parallel_size
+    if slices % ranks:
+        raise EngineError(
+            f"tensor_model_parallel_size={ranks} needs sums in as many slices, and these are in {slices}: set"
+            f" {SLICES_VARIABLE}={ranks} for this trainer and for every server that must have its bits"
+        )
     experts, ranks = config.n_routed_experts, asked.expert_model_parallel_size
     if experts % ranks:
         raise EngineError(f"{experts} experts cannot be divided among expert_model_parallel_size={ranks} ranks")

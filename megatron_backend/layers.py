@@ -7,20 +7,27 @@ need, parameters in `params_dtype`, an output beside a bias that is None.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear, get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import _MODEL_PARALLEL_RNG_TRACKER_NAME
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import InputError
-from dsv3_plugin.layers.linear import Linear
+from dsv3_plugin.layers.linear import ColumnLinear, linear_in_slices
 from dsv3_plugin.layers.mla import MLA
 from dsv3_plugin.layers.mlp import MLP
 from dsv3_plugin.layers.rotary import RotaryTable
+from dsv3_plugin.megatron_backend.tensor_parallel import all_tokens, cut_weights, own_tokens
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
 
@@ -35,15 +42,50 @@ class Binding:
     rotary: RotaryTable
 
 
-def make_trainable(module: nn.Module, config: Any) -> None:
-    """Let the core's parameters learn, and initialise them: matrices by Megatron's `init_method`, norms as ones."""
-    for parameter in module.parameters():
-        parameter.requires_grad_(True)
-        if config.perform_initialization:
-            if parameter.dim() == 1:
-                nn.init.ones_(parameter)
+def make_trainable(parameter: nn.Parameter, config: Any, *, random_state: str | None = None) -> None:
+    """Let a parameter of the core learn, and initialise it: a matrix by Megatron's `init_method`, a norm as ones.
+
+    `random_state` names the state of Megatron's tracker to draw from, for what differs between ranks.
+    """
+    parameter.requires_grad_(True)
+    if not config.perform_initialization:
+        return
+    with get_cuda_rng_tracker().fork(random_state) if random_state else nullcontext():
+        nn.init.ones_(parameter) if parameter.dim() == 1 else config.init_method(parameter)
+
+
+class CoreModule(MegatronModule):
+    """A layer of the core, as `core`. Tensor-parallel ranks share the weights of its column and row projections."""
+
+    def __init__(self, core: nn.Module, config: Any) -> None:
+        super().__init__(config)
+        self.core = core
+        self.cut = cut_weights(core)
+        for name, parameter in core.named_parameters():
+            if name in self.cut and config.tensor_model_parallel_size > 1:
+                make_trainable(parameter, config, random_state=_MODEL_PARALLEL_RNG_TRACKER_NAME)
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=self.cut[name], stride=1)
             else:
-                config.init_method(parameter)
+                make_trainable(parameter, config)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Each weight as one tensor, cut along its dimension; of gate and up each."""
+        prefix = f"{prefix}core."
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.core.state_dict(keep_vars=True),
+            prefix,
+            self.cut,
+            sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+        for name, module in self.core.named_modules():
+            if isinstance(module, ColumnLinear) and module.fused == 2:
+                key = f"{prefix}{name}.weight"
+                state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
+        return state
 
 
 class Norm(MegatronModule):
@@ -54,28 +96,32 @@ class Norm(MegatronModule):
         self.ops = binding.ops
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Megatron's mark for gradients of a rank's own tokens, which it adds over the ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., hidden_size] to the same shape."""
         return self.ops.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
 
 
-class Attention(MegatronModule):
+class Attention(CoreModule):
     """Absorbed MLA over whole sequences, causal; Megatron's attention mask is not looked at."""
 
     def __init__(self, config: Any, layer_number: int, binding: Binding, **_: Any) -> None:
-        super().__init__(config)
+        heads = binding.config.num_attention_heads // config.tensor_model_parallel_size
+        own_heads = binding.config.model_copy(update={"num_attention_heads": heads})
+        super().__init__(MLA(binding.ops, own_heads, layer_number - 1), config)
         self.binding = binding
-        self.core = MLA(binding.ops, binding.config, layer_number - 1)
-        make_trainable(self.core, config)
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: Any = None, packed_seq_params: Any = None, **_: Any
     ) -> tuple[torch.Tensor, None]:
         """hidden_states [s, b, hidden] to the same shape; with `packed_seq_params`, b is 1 and s holds its sequences.
+        Under sequence parallelism s are this rank's tokens.
 
         A shorter sequence of a batch is padded at its end: no token sees what follows it.
         """
+        hidden_states = all_tokens(hidden_states, self.config)
         s, b = hidden_states.shape[:2]
         if packed_seq_params is None:
             starts = torch.arange(b + 1, device=hidden_states.device) * s
@@ -85,7 +131,7 @@ class Attention(MegatronModule):
         sequences = _Sequences(self.binding, starts)
         x = hidden_states.transpose(0, 1).reshape(b * s, -1)
         out = self.core(x, *self.binding.rotary(sequences.positions), sequences.attend)
-        return out.view(b, s, -1).transpose(0, 1).contiguous(), None
+        return own_tokens(out.view(b, s, -1).transpose(0, 1).contiguous(), self.config), None
 
 
 class _Sequences:
@@ -105,10 +151,10 @@ class _Sequences:
 
     def attend(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         """See `dsv3_plugin.layers.mla.Attend`."""
-        config = self.binding.config
-        return self.binding.ops.mla_attention(
+        config, ops = self.binding.config, self.binding.ops
+        return ops.mla_attention(
             q,
-            latent.unsqueeze(1),
+            ops.slices.enter(latent).unsqueeze(1),
             self.pages,
             self.lengths,
             self.starts,
@@ -117,17 +163,17 @@ class _Sequences:
         )
 
 
-class DenseMLP(MegatronModule):
+class DenseMLP(CoreModule):
     """The MLP of the first layers, and the shared expert of the others."""
 
     def __init__(self, binding: Binding, intermediate_size: int, config: Any, **_: Any) -> None:
-        super().__init__(config)
-        self.core = MLP(binding.ops, config.hidden_size, intermediate_size)
-        make_trainable(self.core, config)
+        own_features = intermediate_size // config.tensor_model_parallel_size
+        super().__init__(MLP(binding.ops, config.hidden_size, own_features), config)
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """hidden_states [s, b, hidden] to the same shape."""
-        return self.core(hidden_states.reshape(-1, hidden_states.shape[-1])).view(hidden_states.shape), None
+        x = all_tokens(hidden_states, self.config)
+        return own_tokens(self.core(x.reshape(-1, x.shape[-1])).view(x.shape), self.config), None
 
 
 class SharedExpert(DenseMLP):
@@ -138,16 +184,16 @@ class SharedExpert(DenseMLP):
         return super().forward(hidden_states)[0]
 
 
-class EHProjection(MegatronModule):
-    """The MTP layer's projection of [embedding; hidden]; never quantised."""
+class EHProjection(CoreModule):
+    """The MTP layer's projection of [embedding; hidden]; never quantised. Megatron gathers the ranks' outputs."""
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, binding: Binding, **_: Any) -> None:
-        super().__init__(config)
-        self.core = Linear(binding.ops, input_size, output_size, quantized=False)
-        make_trainable(self.core, config)
+        own_size = output_size // config.tensor_model_parallel_size
+        super().__init__(ColumnLinear(binding.ops, input_size, own_size, quantized=False), config)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """x [s, b, 2 hidden] to [s, b, hidden]."""
+        """x [s, b, 2 hidden] to [s, b, hidden], all tokens and this rank's part of hidden."""
+        x = all_tokens(x, self.config)
         return self.core(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1), None
 
 
@@ -159,7 +205,10 @@ class OutputLayer(ColumnParallelLinear):  # type: ignore[misc]
         self.ops = binding.ops
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """input [s, b, hidden] to logits fp32 [s, b, vocab_size]."""
-        logits = self.ops.linear(input.reshape(-1, input.shape[-1]), weight, out_dtype=torch.float32)
+        """input [s, b, hidden] to logits fp32 [s, b, vocab_size], all tokens and this rank's part of the vocabulary."""
+        input = all_tokens(input, self.config)
+        slices = self.ops.slices
+        x = slices.enter(input.reshape(-1, input.shape[-1]))
+        logits = linear_in_slices(self.ops, x, weight, slices.held, out_dtype=torch.float32)
         # No view for autograd: Megatron's cross-entropy works in place, which a view of a kernel's output forbids.
         return torch.ops.aten._unsafe_view(logits, [*input.shape[:-1], logits.shape[1]])

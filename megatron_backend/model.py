@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,6 +18,7 @@ from dsv3_plugin.megatron_backend import compat
 from dsv3_plugin.megatron_backend.layer_spec import block_spec, mtp_spec
 from dsv3_plugin.megatron_backend.layers import Binding, OutputLayer
 from dsv3_plugin.megatron_backend.names import checkpoint_key
+from dsv3_plugin.megatron_backend.tensor_parallel import share
 from dsv3_plugin.profile import Profile, profile_for
 
 logger = logging.getLogger("megatron.dsv3_plugin")
@@ -81,6 +83,8 @@ def build_model(
     if warning := compat.untested_warning():
         logger.warning(warning)
     ops = differentiable(bind_ops(config, profile, device))
+    if transformer_config.tensor_model_parallel_size > 1:
+        ops = share(ops, parallel_state.get_tensor_model_parallel_group())
     logger.info(ops.announcement("GPTModel"))
     # The core's parameters and tables are created where the default device is.
     with device:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
@@ -85,10 +86,12 @@ class LocalExperts(MegatronModule):
         self.ep_group = pg_collection.ep
         self.expert_dp_group = pg_collection.expt_dp
         self.core = Experts(binding.ops, num_local_experts, config.hidden_size, binding.config.moe_intermediate_size)
-        make_trainable(self.core, config)
         for parameter in self.parameters():
-            # Megatron's mark for gradients that are summed over the ranks with the same experts only.
-            parameter.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+            make_trainable(parameter, config, random_state=get_expert_parallel_rng_tracker_name())
+            # Megatron's mark for gradients that are summed over the ranks with the same experts, not over the
+            # data-parallel ones: under tensor parallelism each rank has tokens of its own for whole experts.
+            of_all_ranks = config.expert_model_parallel_size == config.tensor_model_parallel_size == 1
+            parameter.allreduce = of_all_ranks  # type: ignore[attr-defined]
 
     @property
     def first_expert(self) -> int:

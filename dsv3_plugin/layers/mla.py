@@ -44,7 +44,7 @@ class MLA(nn.Module):
             self.q_b_proj = ColumnLinear(ops, config.q_lora_rank, heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(ops, hidden, config.latent_dim)
         self.kv_a_layernorm = RMSNorm(ops, config.kv_lora_rank, config.rms_norm_eps)
-        self.kv_b_proj = Linear(ops, config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.kv_b_proj = ColumnLinear(ops, config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = RowLinear(ops, heads * config.v_head_dim, hidden)
         self._absorbed: tuple[torch.Tensor, torch.Tensor] | None = None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import torch.distributed
 
 CPU = torch.device("cpu")
-PATCHES: list[tuple[object, str, Callable[..., Any]]] = []
+PATCHES: list[tuple[object, str, Any]] = []
 """Owner, name and stand-in of every patched symbol."""
 
 
@@ -39,6 +40,8 @@ def install() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # It keeps a table of torch's functions, in which a stand-in must not appear under several names.
     importlib.import_module("torch._dynamo")
+    # Its tracker warns of draws from the CPU's generator, which is the device's here.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     for owner, name, function in PATCHES:
         setattr(owner, name, function)
 
@@ -139,9 +142,19 @@ def synchronize(*args: Any) -> None:
 
 
 @patch(torch.cuda, "get_rng_state")
+@patch(torch.cuda.random, "get_rng_state")
 def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
     """`model_parallel_cuda_manual_seed` saves the state under a name."""
     return torch.get_rng_state()
+
+
+@patch(torch.cuda, "_lazy_call")
+def lazy_call(function: Callable[[], None], **kwargs: Any) -> None:
+    """The tracker sets its states by a call that would wait for CUDA; it takes a generator from the table below."""
+    function()
+
+
+PATCHES.append((torch.cuda, "default_generators", {CPU: torch.default_generator}))
 
 
 @patch(torch.cuda, "manual_seed")
