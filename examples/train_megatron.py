@@ -167,6 +167,7 @@ def start(arguments: argparse.Namespace) -> None:
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=1,
         create_gloo_process_groups=True,
     )
     torch.manual_seed(arguments.seed)

@@ -6,6 +6,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import untested_version_warning
@@ -36,6 +37,16 @@ def require_device() -> torch.device:
         raise EngineError(
             "Megatron-Core needs a GPU; the tests run it on a CPU in an environment with requirements/megatron-cpu"
         ) from None
+
+
+def require_whole_experts() -> None:
+    """Raise `EngineError` where the process groups cut routed experts, as Megatron's do under tensor parallelism."""
+    ranks = parallel_state.get_expert_tensor_parallel_world_size()
+    if ranks > 1:
+        raise EngineError(
+            f"the process groups cut each routed expert over {ranks} ranks, and dsv3-plugin keeps it whole: give"
+            " initialize_model_parallel expert_tensor_parallel_size=1 (--expert-tensor-parallel-size 1)"
+        )
 
 
 def require_supported(transformer_config: Any, config: DeepseekV3Config, profile: Profile) -> None:

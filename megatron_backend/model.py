@@ -79,6 +79,7 @@ def build_model(
     """
     profile = profile or profile_for(config)
     compat.require_supported(transformer_config, config, profile)
+    compat.require_whole_experts()
     device = compat.require_device()
     if warning := compat.untested_warning():
         logger.warning(warning)
