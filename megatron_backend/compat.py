@@ -6,7 +6,6 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import untested_version_warning
@@ -41,6 +40,9 @@ def require_device() -> torch.device:
 
 def require_whole_experts() -> None:
     """Raise `EngineError` where the process groups cut routed experts, as Megatron's do under tensor parallelism."""
+    # Here, so that a program without Megatron can import this module and say so.
+    from megatron.core import parallel_state
+
     ranks = parallel_state.get_expert_tensor_parallel_world_size()
     if ranks > 1:
         raise EngineError(
