@@ -65,7 +65,7 @@ def cut_weights(core: nn.Module) -> dict[str, int]:
     """The parameters of a core layer that ranks share, and the dimension that is cut."""
     kinds = ((ColumnLinear, 0), (RowLinear, 1))
     return {
-        f"{name}.weight": dim
+        f"{name}.weight".removeprefix("."): dim
         for name, module in core.named_modules()
         for kind, dim in kinds
         if isinstance(module, kind)
