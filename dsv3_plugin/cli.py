@@ -10,6 +10,7 @@ from dsv3_plugin.bench import app as bench_app
 from dsv3_plugin.checkpoint.cli import app as checkpoint_app
 from dsv3_plugin.conformance.cli import app as conformance_app
 from dsv3_plugin.errors import DSV3Error
+from dsv3_plugin.megatron_backend.cli import app as convert_app
 
 app = typer.Typer(
     help="DeepSeek-V3 with one arithmetic in vLLM, SGLang and Megatron-Core.",
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(conformance_app, name="conformance")
+app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 
 

@@ -17,6 +17,48 @@ def transformer_config(config: DeepseekV3Config, profile: Profile, **settings: A
     The defaults train as the DeepSeek-V3 report does (section 4.2): bias update at 0.001, complementary sequence-wise
     balance loss at 0.0001, MTP loss at 0.3.
     """
+    fields: dict[str, Any] = {
+        **_architecture(config),
+        "activation_func": torch.nn.functional.silu,
+        "gated_linear_unit": True,
+        "num_moe_experts": config.n_routed_experts,
+        "params_dtype": profile.dtype,
+        "pipeline_dtype": profile.dtype,
+        "bf16": profile.dtype == torch.bfloat16,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        # What tensor parallelism needs here; see `tensor_parallel`.
+        "sequence_parallel": settings.get("tensor_model_parallel_size", 1) > 1,
+        "expert_tensor_parallel_size": 1,
+        # Fusions are kernels of Megatron's own arithmetic.
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+    }
+    return MLATransformerConfig(**(fields | settings))
+
+
+def megatron_arguments(config: DeepseekV3Config) -> dict[str, Any]:
+    """The model as Megatron's command line names it: for `args` in its checkpoints, and a script's defaults."""
+    return {
+        **_architecture(config),
+        "num_experts": config.n_routed_experts,
+        "swiglu": True,
+        "multi_latent_attention": True,
+        "qk_layernorm": True,
+        "position_embedding_type": "rope",
+        "untie_embeddings_and_output_weights": True,
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": config.vocab_size,
+        "bf16": config.torch_dtype == "bfloat16",
+        "ckpt_format": "torch_dist",
+    }
+
+
+def _architecture(config: DeepseekV3Config) -> dict[str, Any]:
+    """What `MLATransformerConfig` and the command line call by one name."""
     dense = config.first_k_dense_replace
     yarn = config.rope_scaling
     fields: dict[str, Any] = {
@@ -34,21 +76,8 @@ def transformer_config(config: DeepseekV3Config, profile: Profile, **settings: A
         "normalization": "RMSNorm",
         "layernorm_epsilon": config.rms_norm_eps,
         "add_bias_linear": False,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "params_dtype": profile.dtype,
-        "pipeline_dtype": profile.dtype,
-        "bf16": profile.dtype == torch.bfloat16,
-        "use_cpu_initialization": not torch.cuda.is_available(),
-        # Fusions are kernels of Megatron's own arithmetic.
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "apply_rope_fusion": False,
-        "num_moe_experts": config.n_routed_experts,
         "moe_layer_freq": [0] * dense + [1] * (config.num_hidden_layers - dense),
         "moe_ffn_hidden_size": config.moe_intermediate_size,
         "moe_shared_expert_intermediate_size": config.shared_intermediate_size,
@@ -75,4 +104,4 @@ def transformer_config(config: DeepseekV3Config, profile: Profile, **settings: A
             "mscale": yarn.mscale,
             "mscale_all_dim": yarn.mscale_all_dim,
         }
-    return MLATransformerConfig(**(fields | settings))
+    return fields

@@ -7,8 +7,6 @@ when they are written; with power-of-two scales neither step changes a number.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,14 +17,14 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 from torch import nn
 
-from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, Part, Target, checkpoint_tensors
-from dsv3_plugin.checkpoint.reader import INDEX_FILE, SINGLE_FILE, CheckpointReader
+from dsv3_plugin.checkpoint.masters import as_written, numbers
+from dsv3_plugin.checkpoint.names import Part, Target, checkpoint_tensors
+from dsv3_plugin.checkpoint.reader import SINGLE_FILE, CheckpointReader
+from dsv3_plugin.checkpoint.writer import copy_side_files, write_index
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.megatron_backend.moe import LocalExperts
 from dsv3_plugin.megatron_backend.names import module_name
-from dsv3_plugin.ops.fp8 import E4M3, dequantize_weight, quantize_weight
-from dsv3_plugin.profile import profile_for
 
 
 def local_tensors(model: nn.Module, config: DeepseekV3Config) -> dict[str, torch.Tensor]:
@@ -48,6 +46,10 @@ def local_tensors(model: nn.Module, config: DeepseekV3Config) -> dict[str, torch
             if not 0 <= expert < len(tensor):
                 return None
             index = expert, *index[1:]
+        elif index and getattr(tensor, "tensor_model_parallel", False):
+            ranks = parallel_state.get_tensor_model_parallel_world_size()
+            (rows,) = index
+            index = (slice(rows.start // ranks, rows.stop // ranks),)  # type: ignore[union-attr]
         return tensor.data[index]
 
     places = {}
@@ -67,42 +69,45 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     reader = CheckpointReader(path)
     reader.validate()
     places = local_tensors(model, reader.config)
-    halves: dict[str, torch.Tensor] = {}
-    for name, tensor in reader.tensors():
-        weight = name.removesuffix(SCALE_SUFFIX)
-        if weight not in places:
-            continue
-        is_scale = name != weight
-        if is_scale or tensor.dtype == E4M3:
-            other = halves.pop(weight, None)
-            if other is None:
-                halves[weight] = tensor
-                continue
-            tensor = dequantize_weight(other, tensor) if is_scale else dequantize_weight(tensor, other)
-        places[weight].copy_(tensor)
+    for name, tensor in numbers(reader, places.__contains__):
+        places[name].copy_(_own_part(tensor, places[name].shape))
+
+
+def _own_part(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """This tensor-parallel rank's part, of `shape`, of a whole tensor."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    for dim, size in enumerate(shape):
+        if size != tensor.shape[dim]:
+            tensor = tensor.narrow(dim, rank * size, size)
+    return tensor
+
+
+def _whole(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The tensor of `shape` whose parts the tensor-parallel ranks hold; a copy on the CPU."""
+    for dim, size in enumerate(shape):
+        if size != tensor.shape[dim]:
+            parts = [torch.empty_like(tensor) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
+            dist.all_gather(parts, tensor.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+            return torch.cat(parts, dim).cpu()
+    return tensor.cpu().clone()
 
 
 def _checkpoint_tensors(model: nn.Module, config: DeepseekV3Config) -> Iterator[tuple[str, torch.Tensor]]:
     """What this rank writes: of several ranks that hold the same tensor, the first."""
     writes = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     writes_experts = parallel_state.get_expert_data_parallel_rank() == 0
-    scale_format = profile_for(config).scale_format
+    is_first = parallel_state.get_tensor_model_parallel_rank() == 0
     specs = checkpoint_tensors(config)
     for name, tensor in local_tensors(model, config).items():
-        if not (writes_experts if ".mlp.experts." in name else writes):
+        is_expert = ".mlp.experts." in name
+        if not (writes_experts if is_expert else writes):
             continue
         if name == "model.embed_tokens.weight" and not parallel_state.is_pipeline_first_stage():
             continue  # the MTP layer's copy
-        tensor = tensor.detach().cpu()
-        if name + SCALE_SUFFIX in specs:
-            assert scale_format is not None
-            quantized, scale = quantize_weight(tensor, scale_format)
-            yield name, quantized
-            yield name + SCALE_SUFFIX, scale
-        elif name.endswith(BIAS_SUFFIX):
-            yield name, tensor.clone()
-        else:
-            yield name, tensor.to(profile_for(config).dtype).clone()
+        # Every tensor-parallel rank sends its part.
+        whole = _whole(tensor, specs[name].shape)
+        if is_expert or is_first:
+            yield from as_written(name, whole, config)
 
 
 def save_checkpoint(model: nn.Module, like: str | Path, path: str | Path) -> None:
@@ -129,12 +134,9 @@ def save_checkpoint(model: nn.Module, like: str | Path, path: str | Path) -> Non
     files: list[Any] = [None] * world
     dist.all_gather_object(files, dict.fromkeys(tensors, file))
     if rank == 0:
-        for other in like.iterdir():
-            if other.suffix == ".json" and other.name != INDEX_FILE:
-                shutil.copyfile(other, path / other.name)
+        copy_side_files(like, path)
         if world > 1:
             weight_map = {name: file for part in files for name, file in part.items()}
-            index = {"metadata": {}, "weight_map": weight_map}
-            (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+            write_index(path, weight_map, sum(file.stat().st_size for file in path.glob("*.safetensors")))
         CheckpointReader(path).validate()
     dist.barrier()

@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]
 """Called with the bytes done and to be done."""
 
 # What stands beside the weights: configuration, tokenizer, chat template, model code, licences.
-_SIDE_FILES = (".json", ".jinja", ".md", ".model", ".py", ".txt")
+_SIDE_FILES = (".json", ".jinja", ".md", ".model", ".py")
 
 
 @contextmanager
