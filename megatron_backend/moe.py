@@ -89,9 +89,8 @@ class LocalExperts(MegatronModule):
         for parameter in self.parameters():
             make_trainable(parameter, config, random_state=get_expert_parallel_rng_tracker_name())
             # Megatron's mark for gradients that are summed over the ranks with the same experts, not over the
-            # data-parallel ones: under tensor parallelism each rank has tokens of its own for whole experts.
-            of_all_ranks = config.expert_model_parallel_size == config.tensor_model_parallel_size == 1
-            parameter.allreduce = of_all_ranks  # type: ignore[attr-defined]
+            # data-parallel ones. Set on one rank too: the optimizer's state then has the same names in every layout.
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
     @property
     def first_expert(self) -> int:
