@@ -29,12 +29,7 @@ def transformer_config(config: DeepseekV3Config, profile: Profile, **settings: A
         # What tensor parallelism needs here; see `tensor_parallel`.
         "sequence_parallel": settings.get("tensor_model_parallel_size", 1) > 1,
         "expert_tensor_parallel_size": 1,
-        # Fusions are kernels of Megatron's own arithmetic.
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
         "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "apply_rope_fusion": False,
     }
     return MLATransformerConfig(**(fields | settings))
 
@@ -54,6 +49,8 @@ def megatron_arguments(config: DeepseekV3Config) -> dict[str, Any]:
         "padded_vocab_size": config.vocab_size,
         "bf16": config.torch_dtype == "bfloat16",
         "ckpt_format": "torch_dist",
+        "bias_gelu_fusion": False,
+        "bias_swiglu_fusion": False,
     }
 
 
@@ -94,6 +91,11 @@ def _architecture(config: DeepseekV3Config) -> dict[str, Any]:
         "moe_token_dispatcher_type": "alltoall",
         "mtp_num_layers": config.num_nextn_predict_layers or None,
         "mtp_loss_scaling_factor": 0.3,
+        # Fusions are kernels of Megatron's own arithmetic.
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
     }
     if yarn:
         fields |= {

@@ -26,6 +26,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 from dsv3_plugin.checkpoint.masters import as_written, numbers
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, Target, TensorSpec, checkpoint_tensors
@@ -302,7 +303,7 @@ def _readable(checkpoint: Path) -> Iterator[None]:
     """Turn what Megatron and torch raise for damaged files into one line."""
     try:
         yield
-    except (CheckpointingException, dist.checkpoint.CheckpointException, OSError, RuntimeError, ValueError) as error:
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise CheckpointError(f"{checkpoint}: cannot be read: {reason[0]}") from None
 
@@ -313,7 +314,7 @@ def _one_process() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield
     finally:
