@@ -1,9 +1,10 @@
-# Each environment is built once and reused: .envs/NAME from requirements/NAME.txt and the packages requirements/NAME-*/.
+# Each environment is built once and reused: .envs/NAME from requirements/NAME.txt and the packages requirements/NAME-*/;
+# NAME is an engine or ENGINE-VERSION, and every version gets requirements/ENGINE-cpu/.
 # PyTorch's CPU build: from PIP_FIND_LINKS where that is set, else from PyTorch's own index.
 
 PYTHON ?= python3
 DTYPES ?= bf16 fp32 fp8
-TESTEES ?= reference vllm
+TESTEES ?= reference vllm sglang
 WORK := .work
 UV := .envs/tools/bin/uv
 CORE := .envs/core/bin
@@ -36,7 +37,9 @@ lint: .envs/core/.ready
 bench: .envs/core/.ready
 	$(CORE)/dsv3 bench linear
 
-environments: .envs/core/.ready .envs/vllm/.ready .envs/vllm-0.27.1/.ready .envs/sglang/.ready .envs/megatron/.ready
+ENVIRONMENTS := core vllm vllm-0.27.1 sglang sglang-0.5.17 sglang-0.5.23 megatron
+
+environments: $(ENVIRONMENTS:%=.envs/%/.ready)
 
 $(WORK)/small-%: | .envs/core/.ready
 	$(CORE)/dsv3 checkpoint make small $@ --seed 0 --dtype $*
@@ -58,7 +61,8 @@ $(WORK)/small-%: | .envs/core/.ready
 			--requirement $$file || exit 1; \
 	done
 	$(UV) pip install --quiet --python .envs/$*/bin/python --no-deps --editable .
-	for package in $(dir $(wildcard requirements/$*-*/pyproject.toml)); do \
+	for package in $(sort $(dir $(wildcard $(addsuffix /pyproject.toml, \
+			requirements/$*-* requirements/$(firstword $(subst -, ,$*))-cpu)))); do \
 		$(UV) pip install --quiet --python .envs/$*/bin/python --no-deps ./$$package || exit 1; \
 	done
 	touch $@

@@ -13,7 +13,7 @@ import torch
 from dsv3_plugin.engines import KILL_SWITCH, untested_version_warning
 from dsv3_plugin.errors import EngineError
 
-TESTED = ("0.5.20", "0.5.20")
+TESTED = ("0.5.17", "0.5.23")
 
 
 def sglang_version() -> str:
@@ -36,9 +36,10 @@ def require_supported(device: torch.device, dtype: torch.dtype) -> None:
     """
     from sglang.srt import runtime_context
 
-    parallel = runtime_context.get_parallel()
+    # Not `get_parallel()`: in some versions that asks process groups which do not exist.
+    arguments = runtime_context.get_server_args()
     for name in ("tp_size", "pp_size", "attn_cp_size", "dcp_size"):
-        size = getattr(parallel, name, 1)
+        size = getattr(arguments, name, 1)
         if size != 1:
             raise EngineError(
                 f"dsv3-plugin serves on one rank, but {name}={size};"

@@ -52,6 +52,19 @@ def test_sglang_prints_the_bits_of_the_others(
         assert re.search(rf"dsv3-plugin \S+ serves {name}: profile {dtype}, strict mode, kernels: reference", log)
 
 
+@pytest.mark.parametrize("version", ["0.5.17", "0.5.23"])
+def test_the_ends_of_the_version_range(tiny_checkpoint, tmp_path: Path, version: str) -> None:
+    testee = shipped_testee(f"sglang-{version}")
+    cases = ("batch", "chunked_prefill", "prefix_cache_chunked", "sampled", "mtp_2")
+    report = run([REFERENCE, testee], tiny_checkpoint("bf16"), tmp_path, *cases)
+    assert report.passed, (report.problems, [(v.problems, v.comparisons) for v in report.verdicts if not v.passed])
+    result = report.results["sglang"]
+    assert result.versions["sglang"] == version
+    assert result.served.model_class == f"{MODELS}.deepseek_v3.DeepseekV3ForCausalLM"
+    assert result.served.draft_class == f"{MODELS}.deepseek_nextn.DeepseekV3ForCausalLMNextN"
+    assert "is tested with" not in (tmp_path / "kept" / "sglang" / "log.txt").read_text()
+
+
 def test_sglang_s_model_package_variable(tiny_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`SGLANG_EXTERNAL_MODEL_PACKAGE` serves our classes without the entry point, on an attention backend of SGLang's
     own.

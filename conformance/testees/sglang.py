@@ -115,9 +115,7 @@ class SglangTestee:
     def start_engine(self, num_speculative_tokens: int) -> None:
         """Build an engine for the job's checkpoint, after taking down the one before."""
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-        from sglang.srt.managers.scheduler import Scheduler
-        from sglang.srt.runtime_context import publish
-        from sglang.srt.server_args import PortArgs, ServerArgs
+        from sglang.srt.server_args import ServerArgs
         from sglang.srt.utils import configure_logger
 
         from dsv3_plugin.sglang_backend import attention
@@ -149,11 +147,11 @@ class SglangTestee:
             random_seed=0,
             **(speculative if num_speculative_tokens else {}),
         )
-        publish(arguments, role="scheduler")
         configure_logger(arguments)
-        ranks = dict.fromkeys(("gpu_id", "tp_rank", "moe_ep_rank", "pp_rank", "attn_cp_rank", "moe_dp_rank"), 0)
-        self.scheduler = Scheduler(arguments, PortArgs.init_new(arguments), **ranks, dp_rank=None)
-        if self.scheduler.disable_radix_cache or not self.scheduler.is_mixed_chunk:
+        self.scheduler = build_scheduler(arguments)
+        # Some versions never mix chunks with drafts; the cases with drafts have no chunks.
+        mixed = self.scheduler.is_mixed_chunk or num_speculative_tokens
+        if self.scheduler.disable_radix_cache or not mixed:
             raise ConformanceError("SGLang switched the radix cache or mixed chunks off; the cases need both")
         self.num_speculative_tokens = num_speculative_tokens
         self.observer = Observer(self.scheduler)
@@ -170,6 +168,22 @@ class SglangTestee:
         destroy_model_parallel()
         destroy_distributed_environment()
         gc.collect()
+
+
+def build_scheduler(arguments: Any) -> Any:
+    """The scheduler of a single rank."""
+    from sglang.srt import runtime_context
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.server_args import PortArgs
+
+    ports = PortArgs.init_new(arguments)
+    if hasattr(runtime_context, "SpawnRanks"):
+        ranks = runtime_context.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
+        runtime_context.publish(arguments, role="scheduler", ranks=ranks)
+        return Scheduler(arguments, ports)
+    runtime_context.publish(arguments, role="scheduler")
+    names = "gpu_id", "tp_rank", "moe_ep_rank", "pp_rank", "attn_cp_rank", "moe_dp_rank"
+    return Scheduler(arguments, ports, **dict.fromkeys(names, 0), dp_rank=None)
 
 
 def tokenized_request(index: int, request: Request, prompt_logits: bool) -> Any:
@@ -296,8 +310,8 @@ class Watched:
         self.rows = prune(numbers, None, None, metadata)[0].flatten().tolist()
         return prune(hidden, before_norm, aux, metadata)
 
-    def _head(self, head: Any, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
-        logits = head(hidden, *args)
+    def _head(self, head: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = head(hidden, *args, **kwargs)
         rows, self.rows = self.rows[: len(hidden)], self.rows[len(hidden) :]
         assert len(rows) == len(hidden), "logits of rows that the pass does not have"
         if self.recorder is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,10 +31,14 @@ def use_triton_for_drafts() -> None:
     an unknown platform neither is chosen and the results are left undefined. As on Intel GPUs, drafts are then verified
     greedily at every temperature.
     """
-    from sglang.kernels.ops.speculative import cache_locs
-    from sglang.srt.speculative import eagle_utils
-
-    cache_locs._is_xpu = eagle_utils._is_xpu = True
+    for name in (
+        "sglang.kernels.ops.speculative.cache_locs",
+        "sglang.kernels.ops.speculative.spec_tree",
+        "sglang.srt.speculative.eagle_utils",
+    ):
+        module = import_module(name)
+        if hasattr(module, "_is_xpu"):  # where the choice is made depends on the version
+            module._is_xpu = True
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:

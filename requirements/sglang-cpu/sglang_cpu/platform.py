@@ -35,3 +35,11 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang_cpu.pools import TokenAllocator
 
         return TokenAllocator
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """Asked by SGLang 0.5.23: `hooks` lets drafts run."""
+        return algorithm == "EAGLE"
+
+    def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
+        """Asked by SGLang 0.5.23."""
+        return algorithm == "EAGLE"
