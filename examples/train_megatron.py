@@ -1,11 +1,12 @@
-"""Pre-training DeepSeek-V3 with Megatron-Core on the text that every Python ships.
+"""Pre-training DeepSeek-V3 with Megatron-Core, in one small loop, on the text that every Python ships or your own.
 
     torchrun --nproc-per-node 2 examples/train_megatron.py CHECKPOINT --expert-model-parallel-size 2
 
 CHECKPOINT is a Hugging Face folder (`dsv3 checkpoint make tiny CHECKPOINT`): its configuration and its tokenizer, and
 with `--finetune-from-weights` its weights. The recipe is the DeepSeek-V3 report's (section 4.2), scaled to a toy:
-AdamW 0.9 / 0.95, gradients clipped at 1, warm-up, constant, cosine; MTP loss weighted 0.3, then 0.1; the bias update
-balances experts. Data, pipeline and expert parallel ranks are Megatron's; so are optimizer, schedules and `--save`.
+AdamW 0.9 / 0.95, gradients clipped at 1, growing batches, warm-up, constant, cosine; MTP loss weighted 0.3, then 0.1;
+the bias update balances experts, and rests at the end. Parallel ranks, optimizer, schedules and `--save` are
+Megatron's; pretrain_megatron.py uses its training loop, too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.num_microbatches_calculator import (
+    get_current_global_batch_size,
+    get_num_microbatches,
+    init_num_microbatches_calculator,
+    update_num_microbatches,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -35,9 +42,12 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from torch import distributed as dist
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.checkpoint.writer import copy_side_files
 from dsv3_plugin.conformance.texts import real_text, tokenize
-from dsv3_plugin.errors import DSV3Error, EngineError
+from dsv3_plugin.errors import DSV3Error, EngineError, InputError
+from dsv3_plugin.megatron_backend import recipe
 from dsv3_plugin.megatron_backend.config import transformer_config
+from dsv3_plugin.megatron_backend.convert import RELEASE, TRACKER, find_checkpoint
 from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.moe import Router
 from dsv3_plugin.megatron_backend.weights import load_checkpoint, save_checkpoint
@@ -47,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     """Megatron's own names where it has them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", type=Path, nargs="+", help="text files, in place of Python's language reference")
     parser.add_argument("--finetune-from-weights", action="store_true", help="begin from the checkpoint's weights")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
@@ -57,6 +68,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--global-batch-size", type=int, default=8)
+    parser.add_argument(
+        "--rampup-batch-size",
+        nargs=3,
+        type=int,
+        metavar=("START", "INCREMENT", "SAMPLES"),
+        help="begin with batches of START, which grow by INCREMENT to the global size over so many samples",
+    )
+    parser.add_argument("--recompute-granularity", choices=("full", "selective"))
+    parser.add_argument("--recompute-method", choices=("uniform", "block"))
+    parser.add_argument("--recompute-num-layers", type=int)
+    parser.add_argument("--recompute-modules", nargs="+")
+    parser.add_argument("--lr-warmup-fraction", type=float, default=0.05)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--min-lr", type=float, default=1e-4)
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -74,14 +97,23 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read(files: list[Path] | None) -> str:
+    """The text to train on. Raises `InputError` for what is no text."""
+    try:
+        return "\n\n".join(file.read_text("utf-8") for file in files) if files else real_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--data: cannot be read: {error}") from None
+
+
 class Text:
-    """Samples of a token stream in an order that the seed and the iteration fix, whatever the layout."""
+    """Samples of a token stream in an order that the seed fixes, whatever the layout."""
 
     def __init__(self, tokens: list[int], arguments: argparse.Namespace) -> None:
         self.tokens = torch.tensor(tokens)
         self.length = arguments.seq_length
-        self.batch = arguments.global_batch_size
         self.micro_batch = arguments.micro_batch_size
+        if len(tokens) <= self.length:
+            raise InputError(f"the text has {len(tokens)} tokens, and --seq-length {self.length} needs one more")
         generator = torch.Generator("cpu").manual_seed(arguments.seed)
         self.order = torch.randperm((len(tokens) - 1) // self.length, generator=generator)
 
@@ -90,11 +122,11 @@ class Text:
         total = len(self.tokens)
         return -sum(n / total * math.log(n / total) for n in Counter(self.tokens.tolist()).values())
 
-    def micro_batches(self, iteration: int) -> Iterator[dict[str, torch.Tensor]]:
-        """This data-parallel rank's share of an iteration's global batch."""
+    def micro_batches(self, first: int, batch: int) -> Iterator[dict[str, torch.Tensor]]:
+        """This data-parallel rank's share of the `batch` samples from `first` on."""
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        first = iteration * self.batch + rank * self.batch // size
-        for start in range(first, first + self.batch // size, self.micro_batch):
+        first += rank * batch // size
+        for start in range(first, first + batch // size, self.micro_batch):
             samples = self.order[torch.arange(start, start + self.micro_batch) % len(self.order)]
             window = self.tokens[samples.unsqueeze(1) * self.length + torch.arange(self.length + 1)]
             device = torch.device(torch.cuda.current_device())
@@ -155,11 +187,13 @@ def start(arguments: argparse.Namespace) -> None:
             " TransformerEngine, or a run without --use-distributed-optimizer"
         )
     replicas = world // (tensor * pipeline)
-    if arguments.global_batch_size % (replicas * arguments.micro_batch_size):
-        raise EngineError(
-            f"global batch size {arguments.global_batch_size} is not a multiple of micro batch size"
-            f" {arguments.micro_batch_size} times {replicas} data parallel ranks"
-        )
+    schedule = recipe.batch_size_schedule(arguments.rampup_batch_size, arguments.global_batch_size)
+    for size in (int(step.split(":")[1]) for step in schedule.split()):
+        if size % (replicas * arguments.micro_batch_size):
+            raise EngineError(
+                f"global batch size {size} is not a multiple of micro batch size"
+                f" {arguments.micro_batch_size} times {replicas} data parallel ranks"
+            )
     # torchrun says who the others are; alone there is nobody to find.
     alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
@@ -170,6 +204,12 @@ def start(arguments: argparse.Namespace) -> None:
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=True,
     )
+    init_num_microbatches_calculator(
+        dist.get_rank(),
+        micro_batch_size=arguments.micro_batch_size,
+        data_parallel_size=replicas,
+        step_batch_size_schedule=schedule,
+    )
     torch.manual_seed(arguments.seed)
     model_parallel_cuda_manual_seed(arguments.seed)
 
@@ -177,7 +217,7 @@ def start(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> None:
     """The whole run."""
     reader = CheckpointReader(arguments.checkpoint)
-    text = Text(tokenize(real_text(), arguments.checkpoint), arguments)
+    text = Text(tokenize(read(arguments.data), arguments.checkpoint), arguments)
     loads = Loads()
     config = transformer_config(
         reader.config,
@@ -188,6 +228,10 @@ def train(arguments: argparse.Namespace) -> None:
         init_method_std=arguments.init_method_std,
         moe_router_bias_update_rate=arguments.moe_router_bias_update_rate,
         moe_aux_loss_coeff=arguments.moe_aux_loss_coeff,
+        recompute_granularity=arguments.recompute_granularity,
+        recompute_method=arguments.recompute_method,
+        recompute_num_layers=arguments.recompute_num_layers,
+        recompute_modules=arguments.recompute_modules,
         finalize_model_grads_func=loads.finalize,
     )
     gpt = build_model(
@@ -223,48 +267,52 @@ def train(arguments: argparse.Namespace) -> None:
         [model],
     )
     iterations = arguments.train_iters
+    warmup = max(1, int(arguments.lr_warmup_fraction * iterations))
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=arguments.lr,
         min_lr=arguments.min_lr,
-        lr_warmup_steps=max(1, iterations // 20),
-        lr_decay_steps=max(iterations, 1) + 1,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(warmup + 1, round(recipe.LR_DECAY_ENDS * iterations)),
         lr_decay_style="WSD",
-        wsd_decay_steps=iterations // 3,
+        wsd_decay_steps=round((recipe.LR_DECAY_ENDS - recipe.LR_DECAY_BEGINS) * iterations),
         lr_wsd_decay_style="cosine",
         start_wd=arguments.weight_decay,
         end_wd=arguments.weight_decay,
         wd_incr_steps=max(iterations, 1),
         wd_incr_style="constant",
     )
-    first = resume(arguments.load, gpt, optimizer, schedule) if arguments.load else 0
+    first, samples = resume(arguments.load, gpt, optimizer, schedule) if arguments.load else (0, 0)
     if dist.get_rank() == 0:
         print(f"{len(text.tokens):,} tokens, unigram entropy {text.unigram_entropy():.3f} nats", flush=True)
 
     forward_backward = get_forward_backward_func()
     last = min(iterations, first + (arguments.exit_interval or iterations))
     for iteration in range(first, last):
-        config.mtp_loss_scaling_factor = 0.3 if iteration < 2 * iterations // 3 else 0.1
+        recipe.follow(config, iteration / iterations, arguments.moe_router_bias_update_rate)
+        update_num_microbatches(samples, consistency_check=False)
+        batch = get_current_global_batch_size()
         model.zero_grad_buffer()
         optimizer.zero_grad()
         losses = forward_backward(
             forward_step_func=forward_step,
-            data_iterator=text.micro_batches(iteration),
+            data_iterator=text.micro_batches(samples, batch),
             model=[model],
-            num_microbatches=text.batch // text.micro_batch // parallel_state.get_data_parallel_world_size(),
+            num_microbatches=get_num_microbatches(),
             seq_length=text.length,
             micro_batch_size=text.micro_batch,
             forward_only=False,
         )
         _, gradient_norm, _ = optimizer.step()
+        samples += batch
         schedule.step(increment=1)
-        report(iteration, losses, gradient_norm, optimizer.param_groups[0]["lr"])
+        report(iteration, losses, gradient_norm, optimizer.param_groups[0]["lr"], batch)
 
     if arguments.evaluate:
         evaluate(arguments.evaluate, model)
     if arguments.save:
-        save(arguments.save, last, gpt, optimizer, schedule)
+        save(arguments.save, arguments.checkpoint, last, samples, gpt, optimizer, schedule)
     if arguments.hf_output:
         save_checkpoint(gpt, arguments.checkpoint, arguments.hf_output)
     if loads.history and dist.get_rank() == dist.get_world_size() - 1:
@@ -274,7 +322,7 @@ def train(arguments: argparse.Namespace) -> None:
             torch.save(torch.stack(loads.history), arguments.load_output)
 
 
-def report(iteration: int, losses: list[dict[str, torch.Tensor]], gradient_norm: float, lr: float) -> None:
+def report(iteration: int, losses: list[dict[str, torch.Tensor]], gradient_norm: float, lr: float, batch: int) -> None:
     """A line an iteration, from the last pipeline stage, which knows the losses."""
     if not losses:
         return
@@ -287,7 +335,7 @@ def report(iteration: int, losses: list[dict[str, torch.Tensor]], gradient_norm:
         line += f" | mtp loss {MTPLossLoggingHelper.tracker['loss_values'][0].item() / len(losses):.6f}"
         MTPLossLoggingHelper.clean_metrics_in_tracker()
     if parallel_state.get_data_parallel_rank() == 0:
-        print(f"{line} | grad norm {gradient_norm:.6f} | lr {lr:.3e}", flush=True)
+        print(f"{line} | grad norm {gradient_norm:.6f} | lr {lr:.3e} | batch {batch}", flush=True)
 
 
 def evaluate(file: Path, model: Any) -> None:
@@ -310,7 +358,7 @@ def evaluate(file: Path, model: Any) -> None:
 
 
 def state_of(model: Any, optimizer: Any, schedule: Any, *, is_loading: bool) -> dict[str, Any]:
-    """What continuing needs; the text's order is a function of the iteration."""
+    """What continuing needs; the text's order is a function of the samples."""
     # How the distributed optimizer cuts its state; the same number of data-parallel ranks must read it.
     metadata = {"distrib_optim_sharding_type": "dp_reshardable"}
     weights = model.sharded_state_dict(metadata=metadata)
@@ -319,24 +367,37 @@ def state_of(model: Any, optimizer: Any, schedule: Any, *, is_loading: bool) -> 
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata),
         "schedule": schedule.state_dict(),
         "iteration": 0,
+        "consumed_samples": 0,
     }
 
 
-def save(folder: Path, iteration: int, model: Any, optimizer: Any, schedule: Any) -> None:
-    """Write Megatron's distributed checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save(folder: Path, like: Path, iteration: int, samples: int, model: Any, optimizer: Any, schedule: Any) -> None:
+    """Write Megatron's distributed checkpoint, as its own training loop lays it out, and what is beside the weights."""
+    latest = folder / f"iter_{iteration:07d}"
+    latest.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    state = state_of(model, optimizer, schedule, is_loading=False) | {"iteration": iteration}
-    dist_checkpointing.save(state, str(folder))
+    state = state_of(model, optimizer, schedule, is_loading=False)
+    dist_checkpointing.save(state | {"iteration": iteration, "consumed_samples": samples}, str(latest))
+    if dist.get_rank() == 0:
+        copy_side_files(like, folder)
+        (folder / TRACKER).write_text(str(iteration))
 
 
-def resume(folder: Path, model: Any, optimizer: Any, schedule: Any) -> int:
-    """Read it; returns the iteration to continue with."""
-    state = dist_checkpointing.load(state_of(model, optimizer, schedule, is_loading=True), str(folder))
+def resume(folder: Path, model: Any, optimizer: Any, schedule: Any) -> tuple[int, int]:
+    """Read it; returns the iteration to continue with and the samples before it.
+
+    Of a converted checkpoint, which has no optimizer's state, only the weights are read.
+    """
+    latest, _ = find_checkpoint(folder)
+    if latest.name == RELEASE:
+        model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(latest))["model"])
+        optimizer.reload_model_params()
+        return 0, 0
+    state = dist_checkpointing.load(state_of(model, optimizer, schedule, is_loading=True), str(latest))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
-    return int(state["iteration"])
+    return int(state["iteration"]), int(state["consumed_samples"])
 
 
 def main() -> None:

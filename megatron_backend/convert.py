@@ -133,7 +133,7 @@ def to_hugging_face(
     The MTP layer's copies of embedding and head are written, as in released checkpoints. Returns a reader of the
     result. Raises `CheckpointError` for bad input, before anything is written.
     """
-    checkpoint, beside = _find(Path(source))
+    checkpoint, beside = find_checkpoint(source)
     side_files = Path(like) if like is not None else beside
     if not (side_files / "config.json").is_file():
         raise CheckpointError(
@@ -216,8 +216,13 @@ def _copies_that_differ(reader: CheckpointReader, names: Iterable[str]) -> list[
     ]
 
 
-def _find(source: Path) -> tuple[Path, Path]:
-    """The folder of one iteration, and the folder where configuration and tokenizer would be."""
+def find_checkpoint(source: str | Path) -> tuple[Path, Path]:
+    """The folder of one iteration, and the folder where configuration and tokenizer would be.
+
+    `source` is what Megatron's `--load` takes, of which the latest iteration is meant, or one iteration's folder.
+    Raises `CheckpointError` for anything else.
+    """
+    source = Path(source)
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
     tracker = source / TRACKER
