@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dsv3_plugin.conformance import report as reports
 from dsv3_plugin.conformance import runner
+from dsv3_plugin.conformance.protocol import Device
 from dsv3_plugin.errors import ConformanceError
 
 app = typer.Typer(help="Prove that engines print the same logits, bit for bit.", no_args_is_help=True)
@@ -31,6 +32,7 @@ def run(
     ],
     checkpoint: Annotated[Path, typer.Option(help="A DeepSeek-V3 checkpoint folder.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the full report to this new file.")] = None,
+    device: Annotated[Device, typer.Option(help="Where every testee runs the model.")] = "cpu",
     case: Annotated[list[str] | None, typer.Option(help="Run only this case. Repeat it.")] = None,
     environments: Annotated[Path, typer.Option(help="Folder with an environment NAME for each testee.")] = Path(
         ".envs"
@@ -44,7 +46,7 @@ def run(
     testees = [runner.TesteeCommand.parse(text, environments) for text in testee]
     console = Console()
     with _LiveProgress(console) as progress:
-        report = runner.run(testees, checkpoint, progress, keep=keep, only=case or ())
+        report = runner.run(testees, checkpoint, progress, device=device, keep=keep, only=case or ())
     reports.print_report(report, console)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n")

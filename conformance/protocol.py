@@ -32,6 +32,8 @@ from dsv3_plugin.errors import ConformanceError
 
 PROGRESS_PREFIX = "DSV3-PROGRESS "
 
+Device = Literal["cpu", "cuda"]
+
 _T = TypeVar("_T", bound=BaseModel)
 
 
@@ -86,6 +88,8 @@ class Job(_Message):
 
     protocol_version: Literal[1] = 1
     checkpoint: str
+    device: Device = "cpu"
+    """Where the model runs; on another kind of device the bits are others."""
     block_size: int
     cases: tuple[Case, ...]
 

@@ -31,6 +31,7 @@ from dsv3_plugin.conformance.compare import (
 from dsv3_plugin.conformance.protocol import (
     PROGRESS_PREFIX,
     Case,
+    Device,
     Job,
     Request,
     Result,
@@ -150,6 +151,7 @@ def run(
     checkpoint: Path,
     progress: Progress,
     *,
+    device: Device = "cpu",
     keep: Path | None = None,
     only: Sequence[str] = (),
 ) -> Report:
@@ -169,7 +171,7 @@ def run(
         raise ConformanceError(f"testees need different names, and none may be {SPECIFICATION!r}: {', '.join(names)}")
     work_dir = keep or Path(tempfile.mkdtemp(prefix="dsv3-conformance-"))
     work_dir.mkdir(parents=True, exist_ok=keep is None)
-    job = Job(checkpoint=str(checkpoint.resolve()), block_size=BLOCK_SIZE, cases=cases)
+    job = Job(checkpoint=str(checkpoint.resolve()), device=device, block_size=BLOCK_SIZE, cases=cases)
     write_message(job, work_dir)
     _run_programs(testees, work_dir, progress)
     results = {name: _read_complete_result(job, work_dir / name) for name in names}

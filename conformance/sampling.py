@@ -24,9 +24,9 @@ def next_token(logits: torch.Tensor, request: Request, position: int) -> tuple[i
     """
     if request.temperature == 0:
         return int(logits.argmax()), None
-    logprobs = processed_logprobs(logits, request.temperature)
+    logprobs = processed_logprobs(logits, request.temperature).cpu()
     # A digest of both, because torch's generator looks at 32 bits of its seed only.
-    generator = torch.Generator().manual_seed(prefix_digest((request.seed, position)))
+    generator = torch.Generator("cpu").manual_seed(prefix_digest((request.seed, position)))
     # The largest of log-probability + Gumbel noise is a draw from the distribution.
     noise = torch.empty_like(logprobs).exponential_(generator=generator).log().neg()
     token = int((logprobs + noise).argmax())

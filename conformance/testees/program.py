@@ -28,7 +28,7 @@ from dsv3_plugin.conformance.protocol import (
     write_message,
 )
 from dsv3_plugin.conformance.rows import RowRecorder
-from dsv3_plugin.errors import DSV3Error
+from dsv3_plugin.errors import ConformanceError, DSV3Error
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.version import __version__
 
@@ -83,6 +83,8 @@ def main(make_testee: Callable[[Job], Testee]) -> None:
 def run_job(make_testee: Callable[[Job], Testee], job: Job, result_dir: Path) -> None:
     """Run every case of `job` and write the result folder."""
     result_dir.mkdir(parents=True, exist_ok=True)
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise ConformanceError("the job asks for a GPU, and torch finds none here")
     with _progress("starting"):
         testee = make_testee(job)
     cases = []

@@ -126,7 +126,8 @@ class ReferenceTestee:
         reader = CheckpointReader(Path(job.checkpoint))
         reader.validate()
         self.config = reader.config
-        self.ops = bind_ops(self.config, reader.profile(), torch.device("cpu"))
+        torch.set_default_device(job.device)
+        self.ops = bind_ops(self.config, reader.profile(), torch.device(job.device))
         self.model = load_model(reader, self.ops)
         drafts = any(case.num_speculative_tokens for case in job.cases)
         self.mtp = load_mtp(reader, self.ops) if drafts else None

@@ -132,7 +132,7 @@ class SglangTestee:
             model_path=self.job.checkpoint,
             # Said outright: SGLang runs a float32 checkpoint in another dtype by default.
             dtype=DeepseekV3Config.from_pretrained(self.job.checkpoint).torch_dtype,
-            device="cpu",
+            device=self.job.device,
             attention_backend=attention.NAME if ours else "triton",
             # Honours seeds. With its own attention SGLang would cut chunks to multiples of 4096 tokens.
             enable_deterministic_inference=ours,

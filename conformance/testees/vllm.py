@@ -45,9 +45,13 @@ class VllmTestee:
     def __init__(self, job: Job) -> None:
         os.environ.setdefault("VLLM_CACHE_ROOT", tempfile.mkdtemp(prefix="dsv3-vllm-"))
         try:
-            import vllm  # noqa: F401
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise ConformanceError(f"vLLM cannot be imported by this Python: {error}") from None
+        if current_platform.device_type != job.device:
+            raise ConformanceError(
+                f"this vLLM is built for {current_platform.device_type}, the job asks for {job.device}"
+            )
         self.job = job
         self.num_speculative_tokens: int | None = None
         self.observer: Observer | None = None
