@@ -18,7 +18,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ from dsv3_plugin.megatron_backend.config import transformer_config
 from dsv3_plugin.megatron_backend.convert import RELEASE, TRACKER, find_checkpoint
 from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.moe import Router
+from dsv3_plugin.megatron_backend.optimizer import restore_exactly
 from dsv3_plugin.megatron_backend.weights import load_checkpoint, save_checkpoint
 
 
@@ -181,11 +181,6 @@ def start(arguments: argparse.Namespace) -> None:
             f"{world} processes cannot be divided into tensor parallel {tensor}, pipeline parallel {pipeline} and"
             f" expert parallel {expert}"
         )
-    if arguments.load and arguments.use_distributed_optimizer and find_spec("transformer_engine") is None:
-        raise EngineError(
-            "over torch's Adam, Megatron's distributed optimizer does not restore its state exactly: --load needs"
-            " TransformerEngine, or a run without --use-distributed-optimizer"
-        )
     replicas = world // (tensor * pipeline)
     schedule = recipe.batch_size_schedule(arguments.rampup_batch_size, arguments.global_batch_size)
     for size in (int(step.split(":")[1]) for step in schedule.split()):
@@ -266,6 +261,7 @@ def train(arguments: argparse.Namespace) -> None:
         ),
         [model],
     )
+    restore_exactly(optimizer)
     iterations = arguments.train_iters
     warmup = max(1, int(arguments.lr_warmup_fraction * iterations))
     schedule = OptimizerParamScheduler(
@@ -359,8 +355,8 @@ def evaluate(file: Path, model: Any) -> None:
 
 def state_of(model: Any, optimizer: Any, schedule: Any, *, is_loading: bool) -> dict[str, Any]:
     """What continuing needs; the text's order is a function of the samples."""
-    # How the distributed optimizer cuts its state; the same number of data-parallel ranks must read it.
-    metadata = {"distrib_optim_sharding_type": "dp_reshardable"}
+    # How the distributed optimizer cuts its state: so that any layout can read it.
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
     weights = model.sharded_state_dict(metadata=metadata)
     return {
         "model": weights,
