@@ -83,6 +83,7 @@ def require_supported(transformer_config: Any, config: DeepseekV3Config, profile
         found = getattr(asked, name, value)
         if found != value:
             raise EngineError(f"dsv3-plugin's layers need {name}={value}, but {found} was asked for")
+    _require_recomputable(asked)
     slices, ranks = profile.reduction_slices, asked.tensor_model_parallel_size
     if slices % ranks:
         raise EngineError(
@@ -96,4 +97,25 @@ def require_supported(transformer_config: Any, config: DeepseekV3Config, profile
         raise EngineError(
             "training in fp8 needs power-of-two scales (scale_fmt ue8m0): a weight that is read with other scales"
             " and quantised again is not the same"
+        )
+
+
+_RECOMPUTED = ("layernorm", "mla_up_proj", "mlp", "moe", "shared_experts")
+
+
+def _require_recomputable(transformer_config: Any) -> None:
+    """Raise `EngineError` for a part that is not recomputed, or not without TransformerEngine."""
+    if transformer_config.recompute_granularity != "selective":
+        return
+    for name in transformer_config.recompute_modules:
+        if name not in _RECOMPUTED:
+            raise EngineError(
+                f"recompute_modules={name} is not supported, {', '.join(_RECOMPUTED)} are; attention's probabilities"
+                " are recomputed always"
+            )
+    from megatron.core.tensor_parallel import random
+
+    if "layernorm" in transformer_config.recompute_modules and not random.HAVE_TE:
+        raise EngineError(
+            "recompute_modules=layernorm needs TransformerEngine: Megatron-Core calls it whatever the dtype"
         )

@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.random import _MODEL_PARALLEL_RNG_TRACKER_NAME
+from megatron.core.tensor_parallel.random import _MODEL_PARALLEL_RNG_TRACKER_NAME, CheckpointWithoutOutput
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
@@ -24,7 +24,7 @@ from torch import nn
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.layers.linear import ColumnLinear, linear_in_slices
-from dsv3_plugin.layers.mla import MLA
+from dsv3_plugin.layers.mla import MLA, Attend
 from dsv3_plugin.layers.mlp import MLP
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.megatron_backend.tensor_parallel import all_tokens, cut_weights, own_tokens
@@ -104,13 +104,34 @@ class Norm(MegatronModule):
         return self.ops.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
 
 
+class RecomputedMLA(MLA):
+    """MLA that keeps neither queries nor latent vectors for its backward pass (`recompute_modules=mla_up_proj`)."""
+
+    def up_project(self, *operands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `MLA.up_project`."""
+        self.checkpoint = CheckpointWithoutOutput(fp8=None)
+        return self.checkpoint.checkpoint(super().up_project, *operands)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """See `MLA.forward`."""
+
+        def attend_and_discard(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+            out = attend(layer_idx, q, latent)
+            self.checkpoint.discard_output_and_register_recompute(out)
+            return out
+
+        return super().forward(x, cos, sin, attend_and_discard)
+
+
 class Attention(CoreModule):
     """Absorbed MLA over whole sequences, causal; Megatron's attention mask is not looked at."""
 
     def __init__(self, config: Any, layer_number: int, binding: Binding, **_: Any) -> None:
         heads = binding.config.num_attention_heads // config.tensor_model_parallel_size
         own_heads = binding.config.model_copy(update={"num_attention_heads": heads})
-        super().__init__(MLA(binding.ops, own_heads, layer_number - 1), config)
+        recompute = config.recompute_granularity == "selective" and "mla_up_proj" in config.recompute_modules
+        kind = RecomputedMLA if recompute else MLA
+        super().__init__(kind(binding.ops, own_heads, layer_number - 1), config)
         self.binding = binding
 
     def forward(

@@ -68,24 +68,34 @@ class MLA(nn.Module):
             self._absorbed = absorbed
         return absorbed
 
-    def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, hidden] to heads before absorption and rotation [T, H, qk_head_dim]."""
-        if self.config.q_lora_rank is None:
-            q = self.q_proj(x)
+    def compress(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, hidden] to what the up projections read: queries [T, q_lora_rank], or x itself where the model has no
+        q_lora_rank, and keys and values [T, latent_dim].
+        """
+        return x if self.config.q_lora_rank is None else self.q_a_proj(x), self.kv_a_proj_with_mqa(x)
+
+    def up_project(
+        self, queries: torch.Tensor, latent: torch.Tensor, w_uk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `compress` gave, and the key half of `absorbed_weights`, to what attention reads: q [T, H, latent_dim],
+        and the latent vectors [T, latent_dim] as they are cached.
+        """
+        config = self.config
+        if config.q_lora_rank is None:
+            heads = self.q_proj(queries)
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        return q.view(x.shape[0], self.config.num_attention_heads, self.config.qk_head_dim)
+            heads = self.q_b_proj(self.q_a_layernorm(queries))
+        heads = heads.view(-1, config.num_attention_heads, config.qk_head_dim)
+        q_nope, q_pe = heads.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q = torch.cat((self.ops.head_linear(q_nope, w_uk), self.ops.rope(q_pe, cos, sin)), dim=-1)
+
+        compressed, k_pe = latent.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        compressed = self.kv_a_layernorm(compressed.contiguous())
+        return q, torch.cat((compressed, self.ops.rope(k_pe.unsqueeze(1), cos, sin).squeeze(1)), dim=-1)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         """x [T, hidden]; cos, sin fp32 [T, qk_rope_head_dim / 2] at the tokens' positions; to [T, hidden]."""
-        config = self.config
         w_uk, w_uv = self.absorbed_weights()
-        q_nope, q_pe = self.queries(x).split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        q = torch.cat((self.ops.head_linear(q_nope, w_uk), self.ops.rope(q_pe, cos, sin)), dim=-1)
-
-        compressed, k_pe = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        compressed = self.kv_a_layernorm(compressed.contiguous())
-        latent = torch.cat((compressed, self.ops.rope(k_pe.unsqueeze(1), cos, sin).squeeze(1)), dim=-1)
-
+        q, latent = self.up_project(*self.compress(x), w_uk, cos, sin)
         out = attend(self.layer_idx, q, latent)
         return self.o_proj(self.ops.head_linear(out, w_uv).flatten(1))
