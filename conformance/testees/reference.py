@@ -143,7 +143,7 @@ class ReferenceTestee:
         return Served(
             model_class=program.class_name(self.model),
             draft_class=program.class_name(self.mtp) if self.mtp is not None else None,
-            profile=self.ops.setting.profile.name,
+            profile=str(self.ops.setting.profile),
             kernels=program.kernels_of(self.ops),
         )
 

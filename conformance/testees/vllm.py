@@ -206,7 +206,7 @@ class Observer:
         return Served(
             model_class=program.class_name(self.runner.model),
             draft_class=program.class_name(self.drafter.model) if self.drafter is not None else None,
-            profile=ops.setting.profile.name if ops is not None else "unknown",
+            profile=str(ops.setting.profile) if ops is not None else "unknown",
             kernels=program.kernels_of(ops) if ops is not None else {},
         )
 
