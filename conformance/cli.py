@@ -32,6 +32,8 @@ def run(
     ],
     checkpoint: Annotated[Path, typer.Option(help="A DeepSeek-V3 checkpoint folder.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the full report to this new file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page to this new file.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this new file.")] = None,
     device: Annotated[Device, typer.Option(help="Where every testee runs the model.")] = "cpu",
     case: Annotated[list[str] | None, typer.Option(help="Run only this case. Repeat it.")] = None,
     environments: Annotated[Path, typer.Option(help="Folder with an environment NAME for each testee.")] = Path(
@@ -40,7 +42,7 @@ def run(
     keep: Annotated[Path | None, typer.Option(help="Keep job, results and logs in this new folder.")] = None,
 ) -> None:
     """Run testees on one checkpoint, compare every row, and exit with status 1 if any bit differs."""
-    for path in (json_file, keep):
+    for path in (json_file, html, junit, keep):
         if path is not None and path.exists():
             raise ConformanceError(f"{path}: exists already and is not overwritten")
     testees = [runner.TesteeCommand.parse(text, environments) for text in testee]
@@ -50,6 +52,10 @@ def run(
     reports.print_report(report, console)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    if html is not None:
+        html.write_text(reports.to_html(report))
+    if junit is not None:
+        junit.write_text(reports.to_junit(report))
     raise typer.Exit(0 if report.passed else 1)
 
 

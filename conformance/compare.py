@@ -60,6 +60,14 @@ class Comparison:
         """Whether every common row has the same bits, and there are some."""
         return self.different_rows == 0 and self.equal_rows > 0
 
+    def describe(self) -> str:
+        """For the report."""
+        if self.equal:
+            return f"{self.equal_rows:,} rows equal"
+        if self.first_difference is not None:
+            return f"first difference in {self.first_difference.describe()}"
+        return "no rows in common, or of different dtypes"
+
 
 class RowFile:
     """A testee's tensor file, read stream by stream."""

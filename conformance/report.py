@@ -1,7 +1,13 @@
-"""What the terminal shows: live progress, then one table and what is not claimed."""
+"""A run's report for people and for machines: the terminal's summary, one HTML page, JUnit.
+
+All of them say the same: what served, which rows are equal, the first difference, and what is not claimed.
+"""
 
 from __future__ import annotations
 
+from xml.etree import ElementTree
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
@@ -34,12 +40,48 @@ def print_report(report: Report, console: Console) -> None:
     for problem in report.problems:
         console.print(f"[red]{problem}[/red]", highlight=False)
     console.print("Not claimed: " + "; ".join(NOT_CLAIMED) + ".", style="dim", highlight=False)
+    console.print(headline(report), style="green bold" if report.passed else "red bold", highlight=False)
+
+
+def headline(report: Report) -> str:
+    """The run in one sentence."""
     equal = sum(c.equal_rows for v in report.verdicts for c in v.comparisons)
     different = sum(c.different_rows for v in report.verdicts for c in v.comparisons)
     if report.passed:
-        console.print(f"[green bold]All {equal:,} rows equal, bit for bit[/] ({report.profile}).", highlight=False)
-    else:
-        console.print(f"[red bold]FAILED[/]: {different:,} of {equal + different:,} rows differ.", highlight=False)
+        return f"All {equal:,} rows equal, bit for bit ({report.profile})."
+    return f"FAILED: {different:,} of {equal + different:,} rows differ ({report.profile})."
+
+
+def to_html(report: Report) -> str:
+    """The report as one page that needs no other file."""
+    environment = Environment(
+        loader=PackageLoader(__package__, ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("report.html.jinja")
+    return page.render(report=report, headline=headline(report), not_claimed=NOT_CLAIMED)
+
+
+def to_junit(report: Report) -> str:
+    """The report as JUnit XML: a test for each case and pair, and one for each thing that was wrong beside the bits."""
+    suite = ElementTree.Element("testsuite", name=f"dsv3-plugin conformance: {report.checkpoint} ({report.profile})")
+    failures = 0
+
+    def add(case: str, name: str, failure: str | None) -> None:
+        nonlocal failures
+        test = ElementTree.SubElement(suite, "testcase", classname=f"conformance.{case}", name=name)
+        if failure is not None:
+            failures += 1
+            ElementTree.SubElement(test, "failure", message=failure)
+
+    for verdict in report.verdicts:
+        for comparison in verdict.comparisons:
+            name = f"{comparison.left} = {comparison.right}, {comparison.equal_rows:,} rows"
+            add(verdict.case.name, name, None if comparison.equal else comparison.describe())
+        add(verdict.case.name, "the case was run as it says", "; ".join(verdict.problems) or None)
+    add("served", "every testee served what it should", "; ".join(report.problems) or None)
+    suite.set("tests", str(len(suite)))
+    suite.set("failures", str(failures))
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
 
 
 def _table(report: Report) -> Table:
@@ -75,10 +117,6 @@ def _print_problems(verdict: CaseVerdict, console: Console) -> None:
     for problem in verdict.problems:
         console.print(f"[red]{verdict.case.name}[/]: {problem}", highlight=False)
     for comparison in verdict.comparisons:
-        pair = f"{verdict.case.name}, {comparison.left} and {comparison.right}"
-        if comparison.first_difference is not None:
-            console.print(
-                f"[red]{pair}[/]: first difference in {comparison.first_difference.describe()}", highlight=False
-            )
-        elif not comparison.equal:
-            console.print(f"[red]{pair}[/]: no rows in common, or of different dtypes", highlight=False)
+        if not comparison.equal:
+            pair = f"{verdict.case.name}, {comparison.left} and {comparison.right}"
+            console.print(f"[red]{pair}[/]: {comparison.describe()}", highlight=False)

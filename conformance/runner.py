@@ -108,6 +108,10 @@ class CaseVerdict:
         """Whether everything that the case claims holds."""
         return not self.problems and all(comparison.equal for comparison in self.comparisons)
 
+    def between(self, left: str, right: str) -> Comparison | None:
+        """How two sides compare, if they were compared."""
+        return next((c for c in self.comparisons if (c.left, c.right) == (left, right)), None)
+
 
 @dataclass
 class Report:
@@ -123,6 +127,11 @@ class Report:
     def passed(self) -> bool:
         """Whether every case of every testee passed."""
         return not self.problems and all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """All sides that some case compares."""
+        return list(dict.fromkeys((c.left, c.right) for verdict in self.verdicts for c in verdict.comparisons))
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`: the verdicts with every comparison, and each testee's own result."""
@@ -176,7 +185,7 @@ def run(
     _run_programs(testees, work_dir, progress)
     results = {name: _read_complete_result(job, work_dir / name) for name in names}
     _replay(job, results, work_dir, progress)
-    report = Report(str(checkpoint), reader.profile().name, results)
+    report = Report(str(checkpoint), str(reader.profile()), results)
     for case in cases:
         progress("suite", f"comparing {case.name}")
         report.verdicts.append(_judge(case, results, work_dir))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -148,6 +149,24 @@ class TestCommandLine:
         assert done.returncode == 1
         assert "first difference in layers.1.mlp, request 0, position 0, column 0" in " ".join(done.stdout.split())
         assert "1 ulp apart" in " ".join(done.stdout.split())
+
+    @pytest.mark.parametrize("equal", [True, False])
+    def test_page_and_junit(self, tiny_checkpoint, tmp_path: Path, equal: bool) -> None:
+        program = f"other={sys.executable} {Path(__file__).with_name('sabotaged_testee.py')} ulp:layers.1.mlp"
+        testees = ["--testee", "reference"] + ([] if equal else ["--testee", program])
+        html, junit = tmp_path / "report.html", tmp_path / "report.xml"
+        arguments = [*testees, "--checkpoint", tiny_checkpoint("bf16"), "--case", "decode", "--html", html]
+        self.dsv3(*arguments, "--junit", junit)
+        page, suite = html.read_text(), ElementTree.parse(junit).getroot()
+        names = [test.get("name") for test in suite.iter("testcase")]
+        failures = [failure.get("message") for failure in suite.iter("failure")]
+        assert re.search(r"<title>(All [\d,]+ rows equal|FAILED: [\d,]+ of [\d,]+ rows differ)", page)
+        assert int(suite.get("tests")) == len(names) == (3 if equal else 5)
+        assert int(suite.get("failures")) == len(failures) == (0 if equal else 2)
+        assert any(name.startswith("specification = reference") for name in names)
+        for message in failures:
+            assert message.startswith("first difference in layers.1.mlp, request 0, position 0, column 0")
+            assert message in page
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
