@@ -26,7 +26,7 @@ conformance: $(DTYPES:%=$(WORK)/small-%) $(TESTEES:%=.envs/%/.ready) .envs/core/
 	done
 
 test: lint environments
-	$(CORE)/python -m pytest
+	$(CORE)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: .envs/core/.ready
 	$(CORE)/ruff check .
