@@ -14,7 +14,7 @@ import torch
 from dsv3_plugin.engines import KILL_SWITCH, untested_version_warning
 from dsv3_plugin.errors import EngineError
 
-TESTED = ("0.27.1", "0.32.0")
+TESTED = ("0.26.0", "0.32.0")
 
 
 def vllm_version() -> str:
