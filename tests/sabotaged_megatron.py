@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.moe_utils import unpermute
 
-from dsv3_plugin.conformance.testees import megatron, program
+from dsv3_plugin.conformance.testees import megatron
 from dsv3_plugin.megatron_backend.moe import MoE
 
 
@@ -27,4 +27,4 @@ def postprocess(self: MoE, output: torch.Tensor, shared_expert_output: Any) -> t
 
 if __name__ == "__main__":
     MoE.postprocess = postprocess
-    program.main(megatron.MegatronTestee)
+    megatron.main()

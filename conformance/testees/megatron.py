@@ -1,21 +1,35 @@
 """The Megatron testee: the training forward, gradients and losses included, over whole sequences.
 
 A trainer has no cache and no decode, so it does not follow a case's schedule, and says so. It computes the same
-sequences: it generates greedily, each token by a whole pass over the round's requests as one padded batch, and then
-evaluates all sequences of the case in one packed pass. Its rows are compared with every server's, which is what
-training on a server's samples rests on.
+sequences: it generates them, each token by a pass over everything before it, and then evaluates all of them twice as
+training would, packed one after the other and as padded batches. Its rows are compared with every server's, which is
+what training on a server's samples rests on.
+
+    torchrun --nproc-per-node 2 -m dsv3_plugin.conformance.testees.megatron --tensor-model-parallel-size 2
+
+is the same on two ranks; the options are Megatron's. Every rank computes all sequences, the first one reports.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from torch import distributed as dist
@@ -39,15 +53,16 @@ class MegatronTestee:
     name = "megatron"
     schedule_not_followed = "a trainer has no cache; it computed the same sequences whole, padded and packed"
 
-    def __init__(self, job: Job) -> None:
-        _start_one_rank()
+    def __init__(self, job: Job, layout: dict[str, int]) -> None:
+        _start(layout)
         reader = CheckpointReader(Path(job.checkpoint))
         self.config = reader.config
-        settings = transformer_config(self.config, reader.profile(), perform_initialization=False)
+        settings = transformer_config(self.config, reader.profile(), perform_initialization=False, **layout)
         self.gpt = build_model(self.config, settings, profile=reader.profile())
         self.model = Float16Module(settings, self.gpt) if settings.bf16 else self.gpt
         load_checkpoint(self.model, job.checkpoint)
         self.model.train()
+        self.ranks = settings.tensor_model_parallel_size
         self.watch = _Watch(self.gpt, self.config.num_hidden_layers)
 
     def versions(self) -> dict[str, str]:
@@ -56,94 +71,127 @@ class MegatronTestee:
 
     def served(self) -> Served:
         """The class of the model; MTP is part of it."""
-        kind = type(self.gpt)
-        name = f"{kind.__module__}.{kind.__qualname__}"
+        name = program.class_name(self.gpt)
         ops = self.gpt.binding.ops
         return Served(
             model_class=name,
             draft_class=name if self.config.num_nextn_predict_layers else None,
-            profile=ops.setting.profile.name,
+            profile=str(ops.setting.profile),
             kernels=program.kernels_of(ops),
         )
 
     @torch.inference_mode(False)
-    @torch.enable_grad()
     def run(self, case: Case) -> program.Outcome:
-        """Generate round by round, then evaluate everything that came out."""
+        """Generate all requests, then evaluate what came out."""
         outcome = program.Outcome()
-        self.watch.recorder = outcome.recorder
-        sequences: list[list[int]] = []
-        logprobs: list[list[float]] = []
+        # The other ranks' rows are the same.
+        self.watch.recorder = outcome.recorder if dist.get_rank() == 0 else None
+        outcome.requests = self.generate(case)
+        sequences = [(index, list(request.token_ids)) for index, request in enumerate(outcome.requests)]
+        self.packed(sequences)
+        of_rounds = iter(sequences)
         for requests in case.rounds:
-            batch = [list(request.prompt_token_ids) for request in requests]
-            logprobs += [[] for _ in requests]
-            left = [request.max_tokens for request in requests]
-            while any(left):
-                going = [i for i, tokens in enumerate(left) if tokens]
-                logits = self.padded([(len(sequences) + i, batch[i]) for i in going])
-                for i, of_sequence in zip(going, logits, strict=True):
-                    token, logprob = next_token(of_sequence, requests[i], len(batch[i]))
-                    if logprob is not None:
-                        logprobs[len(sequences) + i].append(logprob)
-                    batch[i].append(token)
-                    left[i] -= 1
-            sequences += batch
-        self.packed(list(enumerate(sequences)))
-        outcome.requests = [
-            RequestResult(token_ids=tuple(tokens), num_cached_tokens=0, logprobs=tuple(of_tokens))
-            for tokens, of_tokens in zip(sequences, logprobs, strict=True)
-        ]
+            self.padded([next(of_rounds) for _ in requests])
         return outcome
 
-    def padded(self, sequences: list[tuple[int, list[int]]]) -> list[torch.Tensor]:
-        """One pass over a batch [b, s], padded at the end; returns each sequence's logits [vocab_size] at its end."""
+    @torch.no_grad()
+    def generate(self, case: Case) -> list[RequestResult]:
+        """All requests at once: rounds are for caches."""
+        tokens = [list(request.prompt_token_ids) for request in case.requests]
+        logprobs: list[list[float]] = [[] for _ in tokens]
+        for step in range(max(request.max_tokens for request in case.requests)):
+            going = [i for i, request in enumerate(case.requests) if step < request.max_tokens]
+            logits = self.next_logits([tokens[i] for i in going])
+            for i, of_token in zip(going, logits, strict=True):
+                token, logprob = next_token(of_token, case.requests[i], len(tokens[i]))
+                tokens[i].append(token)
+                if logprob is not None:
+                    logprobs[i].append(logprob)
+        return [
+            RequestResult(token_ids=tuple(of_request), num_cached_tokens=0, logprobs=tuple(logprobs[i]))
+            for i, of_request in enumerate(tokens)
+        ]
+
+    def next_logits(self, sequences: list[list[int]]) -> torch.Tensor:
+        """Logits [len(sequences), vocab_size] of each sequence's end, without the MTP layer and the other logits."""
+        batch = _Packed(sequences, self.ranks)
+        input_ids, positions, packing = batch
+        embedded = self.gpt.embedding(input_ids, positions)
+        hidden = self.gpt.decoder(embedded, attention_mask=None, packed_seq_params=packing)
+        ends = batch.starts[1 : len(sequences) + 1] - 1
+        if self.ranks == 1:
+            return self.gpt.output_layer(hidden[ends])[0][:, 0]
+        # The head of a sequence-parallel rank gathers all tokens itself.
+        logits = gather_from_tensor_model_parallel_region(self.gpt.output_layer(hidden)[0])
+        return logits[ends, 0]
+
+    @torch.enable_grad()
+    def packed(self, sequences: list[tuple[int, list[int]]]) -> None:
+        """One pass over all sequences, one after the other. The row of a last token that was never fed is left out."""
+        batch = _Packed([tokens for _, tokens in sequences], self.ranks)
+        rows: list[_Row] = []
+        draft_rows: list[_Row] = []
+        for start, (request, tokens) in zip(batch.starts.tolist(), sequences, strict=False):
+            keys = _keys(request, tokens)
+            rows += [_Row(start + p, 0, key) for p, key in enumerate(keys[:-1])]
+            draft_rows += [_Row(start + p, 0, successor) for p, successor in enumerate(keys[1:])]
+        self.forward(*batch, rows=rows, draft_rows=draft_rows)
+
+    @torch.enable_grad()
+    def padded(self, sequences: list[tuple[int, list[int]]]) -> None:
+        """One pass over a batch [b, s], padded at the end."""
         longest = max(len(tokens) for _, tokens in sequences)
+        longest += -longest % self.ranks
         input_ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
         rows: list[_Row] = []
         draft_rows: list[_Row] = []
         for b, (request, tokens) in enumerate(sequences):
             input_ids[b, : len(tokens)] = torch.tensor(tokens)
             keys = _keys(request, tokens)
-            rows += [_Row(p, b, key) for p, key in enumerate(keys)]
+            rows += [_Row(p, b, key) for p, key in enumerate(keys[:-1])]
             draft_rows += [_Row(p, b, successor) for p, successor in enumerate(keys[1:])]
-        positions = torch.arange(longest).expand(len(sequences), -1)
-        logits = self.forward(input_ids, positions, rows, draft_rows)
-        return [logits[b, len(tokens) - 1] for b, (_, tokens) in enumerate(sequences)]
-
-    def packed(self, sequences: list[tuple[int, list[int]]]) -> None:
-        """One pass over all sequences, one after the other. The row of a last token that was never fed is left out."""
-        lengths = [len(tokens) for _, tokens in sequences]
-        starts = torch.tensor([0, *lengths]).cumsum(0)
-        rows: list[_Row] = []
-        draft_rows: list[_Row] = []
-        for start, (request, tokens) in zip(starts.tolist(), sequences, strict=False):
-            keys = _keys(request, tokens)
-            rows += [_Row(start + p, 0, key) for p, key in enumerate(keys[:-1])]
-            draft_rows += [_Row(start + p, 0, successor) for p, successor in enumerate(keys[1:])]
-        input_ids = torch.tensor([token for _, tokens in sequences for token in tokens])
-        positions = torch.cat([torch.arange(n) for n in lengths])
-        packing = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=starts.int(),
-            cu_seqlens_kv=starts.int(),
-            max_seqlen_q=max(lengths),
-            max_seqlen_kv=max(lengths),
-        )
-        self.forward(input_ids.unsqueeze(0), positions.unsqueeze(0), rows, draft_rows, packed_seq_params=packing)
+        self.forward(input_ids, torch.arange(longest).expand(len(sequences), -1), rows=rows, draft_rows=draft_rows)
 
     def forward(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
+        packing: PackedSeqParams | None = None,
+        *,
         rows: list[_Row],
         draft_rows: list[_Row],
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """A training step's forward pass, recorded; input_ids and positions [b, s] to logits [b, s, vocab_size]."""
+    ) -> None:
+        """A training step's forward pass over input_ids and positions [b, s], of which `rows` are recorded."""
         self.watch.start(rows, draft_rows)
-        logits = self.model(input_ids, positions, None, **kwargs)
+        self.model(input_ids, positions, None, packed_seq_params=packing)
         self.watch.stop()
-        return logits.detach()
+
+
+class _Packed:
+    """Sequences one after the other, as arguments of `MegatronTestee.forward`.
+
+    Sequence-parallel ranks share the tokens evenly, so that a sequence of zeros may follow.
+    """
+
+    def __init__(self, sequences: list[list[int]], ranks: int) -> None:
+        padding = -sum(map(len, sequences)) % ranks
+        if padding:
+            sequences = [*sequences, [0] * padding]
+        lengths = [len(tokens) for tokens in sequences]
+        self.starts = torch.tensor([0, *lengths]).cumsum(0)
+        self.input_ids = torch.tensor([token for tokens in sequences for token in tokens])
+        self.positions = torch.cat([torch.arange(n) for n in lengths])
+
+    def __iter__(self) -> Iterator[Any]:
+        starts, longest = self.starts.int(), int(self.starts.diff().max())
+        packing = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=starts,
+            cu_seqlens_kv=starts,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        return iter((self.input_ids.unsqueeze(0), self.positions.unsqueeze(0), packing))
 
 
 @dataclass(frozen=True)
@@ -166,9 +214,10 @@ class _Watch:
     """
 
     def __init__(self, gpt: Any, num_hidden_layers: int) -> None:
-        self.recorder = RowRecorder()
+        self.recorder: RowRecorder | None = None
+        self.sequence_parallel = gpt.config.sequence_parallel
         self.rows: dict[str, list[_Row]] = {}
-        self.head_calls: Iterator[str] = iter(())
+        self.head_calls: Iterator[str] = itertools.repeat("")
         self.with_mtp: bool = gpt.mtp_process
         gpt.embedding.register_forward_hook(self._record_first("embed_tokens"))
         for i, layer in enumerate(gpt.decoder.layers):
@@ -182,17 +231,23 @@ class _Watch:
     def start(self, rows: list[_Row], draft_rows: list[_Row]) -> None:
         """A pass begins: which rows of the main model and of MTP are wanted."""
         self.rows = dict.fromkeys([*self.streams, "logits"], rows) | {"mtp.0": draft_rows}
-        # Megatron runs the head for MTP first.
+        # Megatron runs the head for MTP first. While tokens are generated nothing is recorded.
         self.head_calls = iter(("mtp.0", "logits") if self.with_mtp else ("logits",))
 
     def stop(self) -> None:
         """The pass is over."""
-        self.rows = {}
+        self.rows, self.head_calls = {}, itertools.repeat("")
 
     def _add(self, stream: str, output: Any) -> None:
         rows = self.rows.get(stream)
-        if rows:
-            activations = output[0] if isinstance(output, tuple) else output
+        if not rows:
+            return
+        activations = (output[0] if isinstance(output, tuple) else output).detach()
+        if stream in ("logits", "mtp.0"):
+            activations = gather_from_tensor_model_parallel_region(activations)
+        elif self.sequence_parallel:
+            activations = gather_from_sequence_parallel_region(activations)
+        if self.recorder is not None:
             values = activations[[row.s for row in rows], [row.b for row in rows]]
             self.recorder.add(stream, [row.key for row in rows], values)
 
@@ -212,13 +267,25 @@ class _Watch:
         self._add(next(self.head_calls), output)
 
 
-def _start_one_rank() -> None:
-    """A world of one, which Megatron needs for its process groups."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=True)
+def _start(layout: dict[str, int]) -> None:
+    """Megatron's process groups: of torchrun's processes, or of one that is alone."""
+    alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=True, expert_tensor_parallel_size=1, **layout)
     model_parallel_cuda_manual_seed(0)
 
 
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--expert-model-parallel-size", type=int, default=1)
+    layout, sys.argv[1:] = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as unread:
+        if int(os.environ.get("RANK", "0")) > 0:
+            sys.argv[-1] = unread
+        program.main(partial(MegatronTestee, layout=vars(layout)))
+
+
 if __name__ == "__main__":
-    program.main(MegatronTestee)
+    main()
