@@ -46,4 +46,4 @@ def batch_size_schedule(rampup: Sequence[int] | None, global_batch_size: int) ->
             f"--rampup-batch-size {start} {increment} {samples}: batches cannot grow from {start} by {increment} to"
             f" {global_batch_size} over {samples} samples"
         )
-    return " ".join(f"{samples * step // steps}:{start + step * increment}" for step in range(steps + 1))
+    return " ".join(f"{-(-samples * step // steps)}:{start + step * increment}" for step in range(steps + 1))
