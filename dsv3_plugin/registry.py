@@ -176,7 +176,7 @@ def _choose(
     for kernel in kernels:
         if kernel.op != contract.op:
             continue
-        reason = _refusal(kernel, contract, setting, mode)
+        reason = refusal(kernel, contract, setting, mode)
         if reason is None:
             admitted.append(kernel)
         else:
@@ -188,7 +188,8 @@ def _choose(
     return best, (*refused, *lower)
 
 
-def _refusal(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) -> str | None:
+def refusal(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) -> str | None:
+    """Why a kernel may not serve a setting, or None if it may."""
     if kernel.contract_version != contract.version:
         return f"meets contract version {kernel.contract_version}, version {contract.version} is needed"
     if mode == "strict" and kernel.certificate is None:

@@ -1,6 +1,6 @@
 """Do the GPU kernels print the contract's bits? Random cases of every operation against the model of Hopper.
 
-    python -m dsv3_plugin.kernels.check [--cases 40] [--op fp8_linear] [--seed 0] [--record golden.safetensors]
+    dsv3 kernels check [--cases 40] [--op fp8_linear] [--seed 0] [--record golden.safetensors]
 
 Expected values come from `sm90_model` on the CPU. Memory that a kernel allocates is filled with NaN first, so that an
 output nobody wrote is seen. Exits with status 1 if a bit differs.
@@ -10,20 +10,22 @@ output nobody wrote is seen. Exits with status 1 if a bit differs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import typer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Kernel
 from dsv3_plugin.kernels import provider, sm90_model
 from dsv3_plugin.ops.fp8 import quantize_fp8, quantize_weight
@@ -31,6 +33,8 @@ from dsv3_plugin.profile import ScaleFormat
 
 # Products that the model may be asked for in one case, some ns each.
 _BUDGET = 1 << 25
+# Cases whose expected results are made at a time.
+_AHEAD = 32
 _FORMATS: tuple[ScaleFormat, ...] = ("ue8m0", "float32")
 
 
@@ -281,20 +285,27 @@ class Result(NamedTuple):
 def check(kernel: Kernel, cases: int, seed: int, device: str = "cuda") -> Result:
     """Run `cases` random cases of a kernel; one whose bits differ is described by shapes and its number."""
     model = next(k for k in sm90_model.kernels() if k.op == kernel.op)
+
+    def expect(number: int) -> tuple[Case, Any]:
+        case = CASES[kernel.op](random.Random(f"{kernel.op}/{seed}/{number}"), LARGE)
+        return case, model.run(*case.args, **case.kwargs)
+
     outputs = wrong_cases = wrong_outputs = 0
     first_wrong = ""
     began = time.perf_counter()
-    for number in range(cases):
-        case = CASES[kernel.op](random.Random(f"{kernel.op}/{seed}/{number}"), LARGE)
-        expected = model.run(*case.args, **case.kwargs)
-        actual = kernel.run(*(to_device(x, device) for x in case.args), **case.kwargs)
-        wrong = bits_differ(expected, actual)
-        outputs += sum(x.numel() for x in (expected if isinstance(expected, tuple) else (expected,)))
-        if wrong:
-            wrong_cases += 1
-            wrong_outputs += wrong
-            shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in case.args]
-            first_wrong = first_wrong or f"case {number}: {wrong} outputs, {shapes} {case.kwargs}"
+    # The model is the slow part. Some cases are made ahead, on a thread each.
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, cases, _AHEAD):
+            numbers_ = range(start, min(cases, start + _AHEAD))
+            for number, (case, expected) in zip(numbers_, pool.map(expect, numbers_), strict=True):
+                actual = kernel.run(*(to_device(x, device) for x in case.args), **case.kwargs)
+                wrong = bits_differ(expected, actual)
+                outputs += sum(x.numel() for x in (expected if isinstance(expected, tuple) else (expected,)))
+                if wrong:
+                    wrong_cases += 1
+                    wrong_outputs += wrong
+                    shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in case.args]
+                    first_wrong = first_wrong or f"case {number}: {wrong} outputs, {shapes} {case.kwargs}"
     seconds = time.perf_counter() - began
     return Result(kernel.op, kernel.provider, cases, outputs, wrong_cases, wrong_outputs, first_wrong, seconds)
 
@@ -343,32 +354,76 @@ def gpu_kernels() -> list[Kernel]:
     return [kernel for kernel in provider.dsv3_kernels() if kernel.provider != sm90_model.PROVIDER]
 
 
-def main() -> int:
-    """Check the kernels named on the command line, or all, and print one line each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=40)
-    parser.add_argument("--op", action="append", choices=list(CASES))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--record", type=Path)
-    options = parser.parse_args()
-    if options.record:
-        record(options.record)
-        return 0
+def with_each_maker(kernels: list[Kernel]) -> list[Kernel]:
+    """The fp8 products choose among makers by shape; here each maker is a kernel of its own, at every shape."""
+    from dsv3_plugin.kernels import deep_gemm, fp8_linear, fp8_stream
+    from dsv3_plugin.kernels.selection import Choice
+
+    def made_by(maker: str, kernel: Kernel) -> Callable[..., torch.Tensor]:
+        grouped = kernel.op == "grouped_fp8_linear"
+
+        def run(*args: torch.Tensor) -> torch.Tensor:
+            weight = args[3 if grouped else 2]
+            if maker not in fp8_linear.makers(weight.shape[-2], grouped):
+                return kernel.run(*args)
+            draw = random.Random(str([tuple(x.shape) for x in args]))
+            shape = draw.choice(fp8_stream.GROUPED_SAMPLE if grouped else fp8_stream.DENSE_SAMPLE)
+            cut = shape._replace(groups=len(weight) if grouped else 1).filled()
+            choice = Choice(maker, cut if maker == "stream" else None)
+            serve = fp8_linear.grouped_fp8_linear if grouped else fp8_linear.fp8_linear
+            return serve(*args, choice=choice)  # type: ignore[operator]
+
+        return run
+
+    expanded = []
+    for kernel in kernels:
+        if kernel.op not in ("fp8_linear", "grouped_fp8_linear"):
+            expanded.append(kernel)
+        elif kernel.provider == deep_gemm.PROVIDER:
+            if deep_gemm.version():
+                expanded.append(replace(kernel, run=deep_gemm.product))
+        else:
+            expanded += [replace(kernel, provider=m, run=made_by(m, kernel)) for m in fp8_linear.OWN_MAKERS]
+    return expanded
+
+
+def main(
+    cases: Annotated[int, typer.Option(min=1, help="Random cases of each kernel.")] = 40,
+    op: Annotated[list[str] | None, typer.Option(help="Only this operation. Repeat it.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed makes other cases.")] = 0,
+    record_to: Annotated[
+        Path | None, typer.Option("--record", help="Write small cases and this card's results to a file instead.")
+    ] = None,
+) -> None:
+    """Compare every kernel for a GPU with the model of Hopper on this machine's CPU, bit for bit."""
+    unknown = sorted(set(op or ()) - set(CASES))
+    if unknown:
+        raise KernelError(f"there is no operation {', '.join(unknown)}; the operations are {', '.join(CASES)}")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        raise KernelError("the kernels to check run on a Hopper GPU, and this machine has none")
+    if record_to is not None:
+        record(record_to)
+        return
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
-    failed = False
-    for kernel in gpu_kernels():
-        if options.op and kernel.op not in options.op:
+    torch.set_num_threads(1)
+    results = []
+    for kernel in with_each_maker(gpu_kernels()):
+        if op and kernel.op not in op:
             continue
-        result = check(kernel, options.cases, options.seed)
+        result = check(kernel, cases, seed)
         verdict = "equal" if not result.wrong_cases else f"{result.wrong_cases} cases differ; {result.first_wrong}"
         print(
             f"{result.op:20} {result.provider:10} {result.cases:5} cases {result.outputs:12} outputs"
             f" {result.seconds:6.1f} s  {verdict}",
             flush=True,
         )
-        failed |= result.wrong_cases > 0
-    return 1 if failed else 0
+        results.append(result)
+    failed = any(result.wrong_cases for result in results)
+    outputs, checked = sum(result.outputs for result in results), sum(result.cases for result in results)
+    print(f"{checked} cases, {outputs:,} outputs: {'bits differ' if failed else 'equal in every bit'}")
+    if failed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -1,7 +1,7 @@
 """DeepGEMM as a provider of the dense fp8 product: its sums are the contract's (one fma per 128 of K, no split).
 
-It is taken where there are many rows; with few, the Triton kernel of this package is. Both print the same bits, so that
-the border between them is a choice of speed alone.
+It is taken for the shapes for which it was measured to be the fastest (`selection`), else a kernel of this package is.
+All print the same bits, so that the choice is one of speed alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsv3_plugin.ops.fp8 import FP8_LINEAR
 PROVIDER = "deep-gemm"
 _DISTRIBUTIONS = ("sgl-deep-gemm", "deep-gemm", "deep_gemm")
 _CERTIFIED = "0.1.5.post1"
-_CERTIFICATE = "equal to sm90-model in every bit on an H200 (dsv3_plugin.kernels.check)"
+_CERTIFICATE = "equal to sm90-model in every bit on an H200 (dsv3 kernels check)"
 
 
 def version() -> str | None:
@@ -37,10 +37,19 @@ def fp8_linear(
     to bf16 [M, N]. Raises `InputError`.
     """
     from dsv3_plugin.kernels import fp8_linear as own
+    from dsv3_plugin.kernels import selection
 
     own.check("fp8_linear", x, x_scale, weight, weight_scale)
-    if own.prefers_own(x.shape[0], weight.shape[0], x.shape[1]):
-        return own.fp8_linear(x, x_scale, weight, weight_scale)
+    (rows, depth), columns = x.shape, weight.shape[0]
+    makers = (PROVIDER, *own.makers(columns, grouped=False))
+    choice = selection.choose(0, columns, depth, max(1, rows), makers)
+    if choice.maker != PROVIDER:
+        return own.fp8_linear(x, x_scale, weight, weight_scale, choice=choice)
+    return product(x, x_scale, weight, weight_scale)
+
+
+def product(x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """DeepGEMM's own product of checked operands, whatever the shape."""
     import deep_gemm
 
     out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16, device=x.device)

@@ -1,4 +1,4 @@
-"""Block-scaled fp8 products, dense and by expert.
+"""Block-scaled fp8 products, dense and by expert: the choice of a kernel, and kernels in Triton for any shape.
 
 For each 128 of K four `wgmma` instructions run from zero, and their sum enters the accumulator by one fused
 multiply-add with the rounded product of the scales. Fewer than 64 rows on the instruction's first side would make the
@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from dsv3_plugin.config import FP8_BLOCK
-from dsv3_plugin.kernels import fp8_gluon
+from dsv3_plugin.kernels import fp8_gluon, fp8_stream, selection
+from dsv3_plugin.kernels.selection import Choice
 from dsv3_plugin.kernels.tiles import find_group
 from dsv3_plugin.ops.contract import require, require_matrix
 from dsv3_plugin.ops.fp8 import E4M3
@@ -189,12 +190,6 @@ def choose_tile(rows: int, columns: int) -> Tile:
     return Tile(128, 128, False, 8, 4)
 
 
-def prefers_own(rows: int, columns: int, depth: int) -> bool:
-    """Whether this package's kernel was seen to be faster than DeepGEMM's (BENCHMARKS.md); the bits are the same."""
-    shallow = depth <= 2048
-    return (shallow and (rows <= 16 or 64 < rows <= 128)) or (rows == 1 and columns * depth >= 100_000_000)
-
-
 def check(op: str, x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
     """Refuse what the kernels cannot read; weight and weight_scale may have a leading dimension of experts."""
     require_matrix(op, "x", x, (E4M3,))
@@ -212,38 +207,68 @@ def check(op: str, x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor,
     require(tuple(weight_scale.shape) == expected, op, f"weight_scale has shape {tuple(weight_scale.shape)}")
 
 
+OWN_MAKERS = ("stream", "gluon", "triton")
+"""The kernels of this package for these products: fp8_stream.cu, fp8_gluon.py, and the ones of this module."""
+
+
+def makers(columns: int, grouped: bool) -> tuple[str, ...]:
+    """Those of `OWN_MAKERS` that can make a product with `columns` rows of the weight."""
+    able = {
+        "stream": fp8_stream.serves(columns),
+        "gluon": fp8_gluon.serves(columns, grouped),
+        "triton": True,
+    }
+    return tuple(maker for maker in OWN_MAKERS if able[maker])
+
+
 def fp8_linear(
-    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    choice: Choice | None = None,
 ) -> torch.Tensor:
     """x e4m3 [M, K] with x_scale fp32 [M, K / 128], weight e4m3 [N, K] with weight_scale fp32 [ceil(N / 128), K / 128],
-    to bf16 [M, N]. Raises `InputError`.
+    to bf16 [M, N], by the kernel that `selection` finds, or by the given one. Raises `InputError`.
     """
     check("fp8_linear", x, x_scale, weight, weight_scale)
     (rows, depth), columns = x.shape, weight.shape[0]
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
-    if rows and not (rows <= 64 and depth <= 2048) and fp8_gluon.serves(columns, grouped=False):
-        fp8_gluon.launch(x, x_scale, weight, weight_scale, None, out)
-    elif rows:
-        tile = choose_tile(rows, columns)
-        grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
-        _fp8_linear[grid](
-            x,
-            x_scale,
-            weight,
-            weight_scale,
-            out,
-            rows,
-            columns,
-            depth,
-            *x_scale.stride(),
-            tile.rows,
-            tile.columns,
-            tile.weight_first,
-            BAND=8,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    if rows:
+        choice = choice or selection.choose(0, columns, depth, rows, makers(columns, grouped=False))
+        if choice.shape is not None:
+            fp8_stream.launch(x, x_scale, weight, weight_scale, None, out, choice.shape)
+        elif choice.maker == "gluon":
+            fp8_gluon.launch(x, x_scale, weight, weight_scale, None, out)
+        else:
+            _launch(x, x_scale, weight, weight_scale, out)
     return out
+
+
+def _launch(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out: torch.Tensor
+) -> None:
+    (rows, depth), columns = x.shape, weight.shape[0]
+    tile = choose_tile(rows, columns)
+    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
+    _fp8_linear[grid](
+        x,
+        x_scale,
+        weight,
+        weight_scale,
+        out,
+        rows,
+        columns,
+        depth,
+        *x_scale.stride(),
+        tile.rows,
+        tile.columns,
+        tile.weight_first,
+        BAND=8,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
 
 def grouped_fp8_linear(
@@ -252,9 +277,12 @@ def grouped_fp8_linear(
     expert_counts: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
+    *,
+    choice: Choice | None = None,
 ) -> torch.Tensor:
     """x e4m3 [M, K] sorted by expert with x_scale fp32 [M, K / 128], expert_counts integers [E], weight e4m3 [E, N, K]
-    with weight_scale fp32 [E, ceil(N / 128), K / 128], to bf16 [M, N].
+    with weight_scale fp32 [E, ceil(N / 128), K / 128], to bf16 [M, N], by the kernel that `selection` finds, or by the
+    given one.
 
     Raises `InputError`. That the counts sum to M is not checked: they stay on the device.
     """
@@ -263,28 +291,48 @@ def grouped_fp8_linear(
     check(op, x, x_scale, weight, weight_scale)
     (rows, depth), (groups, columns, _) = x.shape, weight.shape
     require(tuple(expert_counts.shape) == (groups,), op, f"expert_counts has shape {tuple(expert_counts.shape)}")
+    require(
+        expert_counts.dtype in (torch.int32, torch.int64), op, f"expert_counts is {expert_counts.dtype}, not integers"
+    )
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
-    if rows > 64 * groups and fp8_gluon.serves(columns, grouped=True):
-        fp8_gluon.launch(x, x_scale, weight, weight_scale, expert_counts, out)
-    elif rows:
-        tile = choose_tile(max(1, rows // groups), columns * groups)
-        grid = (triton.cdiv(columns, tile.columns), rows // tile.rows + min(groups, rows))
-        _grouped_fp8_linear[grid](
-            x,
-            x_scale,
-            expert_counts,
-            weight,
-            weight_scale,
-            out,
-            columns,
-            depth,
-            *x_scale.stride(),
-            groups,
-            triton.next_power_of_2(groups),
-            tile.rows,
-            tile.columns,
-            tile.weight_first,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    if rows:
+        mean_rows = -(-rows // groups)
+        choice = choice or selection.choose(groups, columns, depth, mean_rows, makers(columns, grouped=True))
+        if choice.shape is not None:
+            fp8_stream.launch(x, x_scale, weight, weight_scale, expert_counts, out, choice.shape)
+        elif choice.maker == "gluon":
+            fp8_gluon.launch(x, x_scale, weight, weight_scale, expert_counts, out)
+        else:
+            _launch_grouped(x, x_scale, expert_counts, weight, weight_scale, out)
     return out
+
+
+def _launch_grouped(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    expert_counts: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    (rows, depth), (groups, columns, _) = x.shape, weight.shape
+    tile = choose_tile(max(1, rows // groups), columns * groups)
+    grid = (triton.cdiv(columns, tile.columns), rows // tile.rows + min(groups, rows))
+    _grouped_fp8_linear[grid](
+        x,
+        x_scale,
+        expert_counts,
+        weight,
+        weight_scale,
+        out,
+        columns,
+        depth,
+        *x_scale.stride(),
+        groups,
+        triton.next_power_of_2(groups),
+        tile.rows,
+        tile.columns,
+        tile.weight_first,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from dsv3_plugin.config import FP8_BLOCK
+from dsv3_plugin.kernels.scales import empty_scales
 from dsv3_plugin.kernels.triton_math import EXACT, divide
 from dsv3_plugin.ops.contract import require, require_matrix
 from dsv3_plugin.ops.fp8 import E4M3
@@ -43,12 +44,6 @@ def _quantize(x, values, scales, groups, row_groups, scale_stride, GROUPS: tl.co
     tl.store(values + offset, quantized, mask=inside[:, None])
     target = scales + group // row_groups + group % row_groups * scale_stride
     tl.store(target, scale, mask=inside)
-
-
-def empty_scales(rows: int, depth: int, device: torch.device) -> torch.Tensor:
-    """Unwritten fp32 scales [rows, depth / 128] in the order that the copy engine wants: columns contiguous, each of
-    16 bytes' multiple."""
-    return torch.empty(depth // FP8_BLOCK, rows + -rows % 4, dtype=torch.float32, device=device).t()[:rows]
 
 
 def quantize_fp8(x: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tensor, torch.Tensor]:

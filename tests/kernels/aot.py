@@ -17,8 +17,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from dsv3_plugin.kernels import (
     bf16_linear,
     combine,
+    cuda,
     fp8_gluon,
     fp8_linear,
+    fp8_stream,
     mla,
     mla_gluon,
     quantize,
@@ -123,8 +125,14 @@ SOURCES: dict[str, Source] = {
 }
 
 
+CUDA_SOURCES: dict[str, cuda.Program] = {
+    f"fp8 stream {tuple(shape)}": shape.filled().program()
+    for shape in (*fp8_stream.DENSE_SAMPLE, *(shape._replace(groups=256) for shape in fp8_stream.GROUPED_SAMPLE))
+}
+
+
 def compile_kernel(source: Source, folder: Path) -> Compiled:
-    """Compile a kernel to sm_90a and let the assembler say what it spilled."""
+    """Compile a Triton or Gluon kernel to sm_90a."""
     names = source.kernel.arg_names
     types = iter(source.types.split("|" if "|" in source.types else " "))
     signature = {name: "constexpr" if name in source.constants else next(types) for name in names}
@@ -140,10 +148,18 @@ def compile_kernel(source: Source, folder: Path) -> Compiled:
     file = folder / "kernel.ptx"
     file.write_text(ptx)
     assembler = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
-    said = subprocess.run(
-        [assembler, "-v", "-arch=sm_90a", file, "-o", folder / "kernel.cubin"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
-    return Compiled(ptx, sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", said)))
+    command = [assembler, "-v", "-arch=sm_90a", file, "-o", folder / "kernel.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return Compiled(ptx, _spilled_bytes(said))
+
+
+def compile_cuda(program: cuda.Program) -> Compiled:
+    """The same for CUDA C++."""
+    built = cuda.build(program)
+    return Compiled(built.ptx, _spilled_bytes(built.log))
+
+
+def _spilled_bytes(said: str) -> int:
+    found = re.findall(r"(\d+) bytes spill stores", said)
+    assert found, f"the assembler did not say what it spilled: {said}"
+    return sum(int(size) for size in found)

@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is not installed: the GPU kernels are not compiled here")
+for compiler in ("triton", "cuda.bindings"):
+    pytest.importorskip(compiler, reason=f"{compiler} is not installed: `make test` runs this in .envs/kernels")
 
-from aot import SOURCES, compile_kernel  # noqa: E402
+from aot import CUDA_SOURCES, SOURCES, Compiled, compile_cuda, compile_kernel  # noqa: E402
 
 # Registers that the attention kernel parks while it divides at its end, outside the loop over keys.
 SPILLS_ALLOWED = {"mla": 512, "mla gluon": 512}
@@ -18,16 +19,33 @@ SPILLS_ALLOWED = {"mla": 512, "mla gluon": 512}
 def test_instructions(name, tmp_path):
     ptx, spilled = compile_kernel(SOURCES[name], tmp_path)
     print(name, spilled, "bytes spilled")
-    assert not re.search(r"\b(atom|red)\.", ptx), "an atomic operation has no order"
     assert spilled <= SPILLS_ALLOWED.get(name, 0)
+    check_order(ptx)
     if "fp8" in name and "quantize" not in name:
-        assert "wgmma.mma_async.sync.aligned" in ptx
-        assert "mma.sync" not in ptx.replace("wgmma.mma_async.sync", ""), "mma.sync has other fp8 sums"
-        assert "fma.rn.f32" in ptx
+        check_fp8(ptx)
     if name in ("mla", "mla gluon"):
         assert "wgmma.mma_async.sync.aligned" in ptx
     if SOURCES[name].options.get("enable_fp_fusion") is False:
         assert "fma.rn" not in ptx and "ex2.approx" not in ptx, "the contract rounds product and sum"
+
+
+def check_order(ptx: str) -> None:
+    assert not re.search(r"\b(atom|red)\.", ptx), "an atomic operation has no order"
+
+
+def check_fp8(ptx: str) -> None:
+    assert "wgmma.mma_async.sync.aligned" in ptx
+    assert "mma.sync" not in ptx.replace("wgmma.mma_async.sync", ""), "mma.sync has other fp8 sums"
+    assert "fma.rn.f32" in ptx, "the contract folds raw sums in one rounding"
+
+
+@pytest.mark.parametrize("name", CUDA_SOURCES)
+def test_cuda_instructions(name):
+    compiled: Compiled = compile_cuda(CUDA_SOURCES[name])
+    print(name, compiled.spilled_bytes, "bytes spilled")
+    assert compiled.spilled_bytes == 0
+    check_order(compiled.ptx)
+    check_fp8(compiled.ptx)
 
 
 def test_few_fp8_rows_on_the_first_side_would_be_seen(tmp_path):

@@ -1,0 +1,184 @@
+"""Block-scaled fp8 products bound by reading the weight, in CUDA C++ (fp8_stream.cu): few tokens, or experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+
+from dsv3_plugin.kernels import cuda
+from dsv3_plugin.kernels.scales import with_contiguous_columns
+
+# Shared memory that a program may have, and what it needs besides its ring.
+_SHARED_BYTES = 232_448
+
+
+class Shape(NamedTuple):
+    """How a program of fp8_stream.cu is cut; the names are explained there."""
+
+    tile_rows: int
+    tokens: int
+    slices: int = 1
+    row_blocks: int = 1
+    row_groups: int = 1
+    token_box: int = 0
+    token_parts: int = 1
+    buffers: int = 1
+    registers: int = 0
+    groups: int = 1
+    stages: int = 0
+
+    @property
+    def box(self) -> int:
+        """Tokens a copy."""
+        return self.token_box or self.tokens
+
+    @property
+    def scale_box(self) -> int:
+        """Tokens' scales a copy."""
+        return self.tokens + (4 if self.groups > 1 else 0)
+
+    def shared_bytes(self, stages: int) -> int:
+        """Shared memory of a program."""
+        tokens = -(-self.tokens // self.box) * self.box
+        scales = -(-self.slices * self.scale_box * 4 // 128) * 128
+        ring = stages * (128 * self.slices * (self.tile_rows + tokens) + scales + 16)
+        unused_rows = 64 * self.row_blocks * self.row_groups - self.tile_rows
+        return ring + 128 * unused_rows + 144 * self.row_groups * self.tokens + 8 * (self.groups + 1)
+
+    def filled(self, most: int = 32) -> Shape:
+        """With as many stages as there is room for."""
+        return self._replace(stages=max(n for n in range(1, most + 1) if self.shared_bytes(n) <= _SHARED_BYTES))
+
+    def program(self) -> cuda.Program:
+        """What is to be compiled."""
+        parameters = {
+            "TILE_ROWS": self.tile_rows,
+            "ROW_BLOCKS": self.row_blocks,
+            "ROW_GROUPS": self.row_groups,
+            "TOKENS": self.tokens,
+            "TOKEN_BOX": self.box,
+            "TOKEN_PARTS": self.token_parts,
+            "BUFFERS": self.buffers,
+            "STAGES": self.stages,
+            "SLICES": self.slices,
+            "GROUPS": self.groups,
+            "CONSUMER_REGISTERS": self.registers,
+        }
+        widths = tuple(n // self.token_parts for n in range(16, self.tokens + 1, 16))
+        return cuda.Program("fp8_stream.cu", tuple(parameters.items()), widths)
+
+
+# Ways to cut fp8_stream.cu that differ in kind: what is compiled without a GPU and checked at random shapes.
+DENSE_SAMPLE = (
+    Shape(16, 16, 4, buffers=4),
+    Shape(32, 32, 4, buffers=4),
+    Shape(56, 16, 4, buffers=4),
+    Shape(56, 64, 2, buffers=2),
+    Shape(192, 128, row_groups=3, registers=160),
+)
+GROUPED_SAMPLE = (
+    Shape(128, 16, 4, row_groups=2, buffers=4),
+    Shape(128, 48, 2, row_groups=2, buffers=2),
+    Shape(256, 144, row_blocks=2, row_groups=2, token_box=48, registers=240),
+)
+
+
+def dense_shapes(columns: int, rows: int, multiprocessors: int) -> Iterator[Shape]:
+    """Ways to cut fp8_stream.cu: tiles that give every multiprocessor equally much, and larger ones."""
+
+    def share(most: int) -> int:
+        waves = -(-columns // (multiprocessors * most))
+        return max(16, -(-columns // (multiprocessors * waves * 8)) * 8)
+
+    one, three = share(64), share(192)
+    double = min(64, 2 * one)
+    if rows <= 16:
+        yield Shape(one, 16, 4, buffers=4)
+        yield Shape(double, 16, 4, buffers=4)
+        yield Shape(three, 16, 2, row_groups=3, buffers=2)
+    elif rows <= 32:
+        yield Shape(one, 32, 4, buffers=2)
+        yield Shape(double, 32, 4, buffers=2)
+        yield Shape(three, 32, 1, row_groups=3)
+    elif rows <= 64:
+        yield Shape(one, 64, 2, buffers=2)
+        yield Shape(double, 32, 4, buffers=4)
+        yield Shape(double, 64, 2, buffers=2)
+        yield Shape(three, 64, 1, row_groups=3)
+    elif rows <= 256:
+        yield Shape(three, 128, 1, row_groups=3, registers=160)
+        yield Shape(share(128), 128, 1, row_groups=2)
+        yield Shape(double, 64, 4, buffers=2)
+
+
+def grouped_shapes(rows: int) -> Iterator[Shape]:
+    """The same for experts with `rows` tokens each, on average."""
+    if rows <= 16:
+        yield Shape(128, 16, 1, row_groups=2)
+        yield Shape(128, 16, 4, row_groups=2, buffers=4)
+        yield Shape(256, 16, 1, row_blocks=2, row_groups=2, buffers=2)
+        yield Shape(128, 32, 2, row_groups=2, buffers=2)
+    elif rows <= 64:
+        yield Shape(128, 48, 2, row_groups=2, buffers=2)
+        yield Shape(128, 64, 1, row_groups=2, token_box=32)
+        yield Shape(128, 96, 1, row_groups=2, token_box=48)
+        yield Shape(256, 96, 1, row_blocks=2, row_groups=2, token_box=48, registers=232)
+    else:
+        yield Shape(256, 144, 1, row_blocks=2, row_groups=2, token_box=48, registers=240)
+        yield Shape(128, 144, 1, row_groups=2, token_box=48, registers=232)
+        yield Shape(128, 192, 1, row_groups=2, token_box=64, registers=240)
+
+
+def compile_all(shapes: Iterable[Shape]) -> None:
+    """Compile many programs at a time, so that their first calls find them in the cache."""
+    programs = {shape.filled().program() for shape in shapes}
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(cuda.compile_program, programs))
+
+
+def serves(columns: int) -> bool:
+    """Whether the kernel can run: outputs are written 16 bytes at a time."""
+    return columns % 8 == 0 and cuda.available()
+
+
+def launch(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    expert_counts: torch.Tensor | None,
+    out: torch.Tensor,
+    shape: Shape,
+) -> None:
+    """Write out bf16 [M, N] from checked operands; weight is [N, K], or [E, N, K] with expert_counts [E]."""
+    (rows, depth), columns = x.shape, weight.shape[-2]
+    x_scale = with_contiguous_columns(x_scale)
+    weight_rows = weight.numel() // depth
+    grid = torch.cuda.get_device_properties(x.device).multi_processor_count
+    if expert_counts is None:
+        grid = min(grid, -(-columns // shape.tile_rows) * -(-rows // shape.tokens))
+    blocks = depth // 128
+    scale_box = (shape.scale_box, shape.slices)
+    arguments = (
+        _slices(x, rows, depth, (128, shape.box, shape.slices)),
+        cuda.tensor_map("fp32", x_scale.data_ptr(), (rows, blocks), (4 * x_scale.stride(1),), scale_box),
+        _slices(weight, weight_rows, depth, (128, shape.tile_rows, shape.slices)),
+        weight_scale,
+        None if expert_counts is None else expert_counts.long(),
+        out,
+        rows,
+        columns,
+        blocks,
+        shape.groups,
+    )
+    block = 128 * shape.row_groups + (128 if shape.registers else 32)
+    how = cuda.Launch(grid, block, shape.shared_bytes(shape.stages))
+    cuda.launch(shape.program(), "fp8_stream", how, arguments)
+
+
+def _slices(matrix: torch.Tensor, rows: int, depth: int, box: tuple[int, ...]) -> Any:
+    """A map of an e4m3 matrix [rows, depth] as (128, rows, depth / 128)."""
+    return cuda.tensor_map("e4m3", matrix.data_ptr(), (128, rows, depth // 128), (depth, 128), box)

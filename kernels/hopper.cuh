@@ -1,0 +1,106 @@
+// Hopper's asynchronous units in CUDA C++: barriers in shared memory, tensor copies, and the addresses that the tensor
+// core reads. `wgmma` itself is written by cuda.py, because inline assembly takes no arrays.
+
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// A descriptor that the driver encoded (CUtensorMap).
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// Initialised barriers become visible to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra passed;\n"
+        "bra again;\n"
+        "passed:\n"
+        "}\n" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void copy_tile(u32 target, const TensorMap* map, u32 barrier, int inner, int outer) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            target),
+        "l"(map), "r"(barrier), "r"(inner), "r"(outer) : "memory");
+}
+
+// The same for slices of 128 bytes of K: the map's dimensions are (128, rows, slices).
+__device__ __forceinline__ void copy_slices(u32 target, const TensorMap* map, u32 barrier, int row, int slice) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {0, %3, %4}], [%2];" ::
+            "r"(target),
+        "l"(map), "r"(barrier), "r"(row), "r"(slice) : "memory");
+}
+
+// Tiles of 128-byte rows, swizzled in groups of 8 rows, as a tensor copy with SWIZZLE_128B leaves them.
+__device__ __forceinline__ u64 tile_descriptor(u32 address) {
+    const u64 group_bytes = 1024;
+    return (u64(address & 0x3FFFF) >> 4) | (u64(1) << 16) | ((group_bytes >> 4) << 32) | (u64(1) << 62);
+}
+
+__device__ __forceinline__ void wgmma_begin() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_end() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Wait until at most `pending` of the ended groups still run; a number that unrolling makes a constant.
+__device__ __forceinline__ void wgmma_wait(int pending) {
+    if (pending == 0) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    if (pending == 1) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+    if (pending == 2) asm volatile("wgmma.wait_group.sync.aligned 2;" ::: "memory");
+    if (pending == 3) asm volatile("wgmma.wait_group.sync.aligned 3;" ::: "memory");
+}
+
+// The compiler must not move reads or writes of accumulators across an instruction that runs behind its back.
+template <int COUNT>
+__device__ __forceinline__ void hold(float (&registers)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+// Synchronise the 128 threads of one warpgroup.
+__device__ __forceinline__ void warpgroup_sync(int group) {
+    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+}
+
+// Store two 8 x 8 matrices of 16-bit numbers, transposed.
+__device__ __forceinline__ void store_transposed(u32 target, u32 a, u32 b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(target), "r"(a), "r"(b)
+                 : "memory");
+}

@@ -1,0 +1,110 @@
+"""Kernels refuse what they cannot read before anything is launched, so that a machine without a GPU can ask them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: `make test` runs this in .envs/kernels")
+
+from dsv3_plugin.errors import InputError
+from dsv3_plugin.kernels import (
+    bf16_linear,
+    combine,
+    fp8_linear,
+    quantize,
+    rms_norm,
+    rope,
+    router,
+    silu_and_mul,
+)
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def e4m3(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape).to(torch.float8_e4m3fn)
+
+
+def fp32(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
+ROUTE = {"num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
+COUNTS = torch.tensor([2, 2])
+CASES = {
+    "linear in fp32": (bf16_linear.linear, (fp32(2, 16), bf16(8, 16)), "linear: x is torch.float32"),
+    "linear, K": (bf16_linear.linear, (bf16(2, 16), bf16(8, 24)), "linear: x has K=16, weight has K=24"),
+    "linear, strides": (bf16_linear.linear, (bf16(16, 2).t(), bf16(8, 16)), "linear: x .* not contiguous"),
+    "head_linear, heads": (bf16_linear.head_linear, (bf16(2, 3, 16), bf16(4, 8, 16)), r"\(2, 3, 16\) does not fit"),
+    "grouped_linear, counts": (
+        bf16_linear.grouped_linear,
+        (bf16(4, 16), torch.tensor([4]), bf16(2, 8, 16)),
+        r"grouped_linear: expert_counts has shape \(1,\)",
+    ),
+    "quantize, K": (quantize.quantize_fp8, (bf16(2, 96), "ue8m0"), "quantize_fp8: K=96 is not a multiple of 128"),
+    "fp8, dtype": (
+        fp8_linear.fp8_linear,
+        (bf16(2, 128), fp32(2, 1), e4m3(8, 128), fp32(1, 1)),
+        "fp8_linear: x is torch.bfloat16",
+    ),
+    "fp8, K": (
+        fp8_linear.fp8_linear,
+        (e4m3(2, 96), fp32(2, 1), e4m3(8, 96), fp32(1, 1)),
+        "fp8_linear: K=96 is not a multiple of 128",
+    ),
+    "fp8, scales": (
+        fp8_linear.fp8_linear,
+        (e4m3(2, 256), fp32(2, 1), e4m3(8, 256), fp32(1, 2)),
+        r"fp8_linear: x_scale has shape \(2, 1\)",
+    ),
+    "fp8, scales of the weight": (
+        fp8_linear.fp8_linear,
+        (e4m3(2, 256), fp32(2, 2), e4m3(8, 256), fp32(2, 2)),
+        r"fp8_linear: weight_scale has shape \(2, 2\)",
+    ),
+    "fp8 experts, counts": (
+        fp8_linear.grouped_fp8_linear,
+        (e4m3(4, 128), fp32(4, 1), COUNTS.float(), e4m3(2, 8, 128), fp32(2, 1, 1)),
+        "grouped_fp8_linear: expert_counts is torch.float32",
+    ),
+    "fp8 experts, weight": (
+        fp8_linear.grouped_fp8_linear,
+        (e4m3(4, 128), fp32(4, 1), COUNTS, e4m3(8, 128), fp32(2, 1, 1)),
+        r"grouped_fp8_linear: weight has shape \(8, 128\)",
+    ),
+    "rms_norm, weight": (rms_norm.rms_norm, (bf16(2, 64), bf16(32), 1e-6), r"rms_norm: weight has shape \(32,\)"),
+    "silu, width": (silu_and_mul.silu_and_mul, (bf16(2, 63),), "silu_and_mul: gate_up has an odd width 63"),
+    "combine, slots": (
+        combine.combine,
+        (bf16(4, 64), torch.zeros(2, 2), fp32(2, 2), bf16(2, 64)),
+        "combine: slots is torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_named(name):
+    function, args, message = CASES[name]
+    with pytest.raises(InputError, match=message):
+        function(*args)
+
+
+def test_router_names_groups():
+    with pytest.raises(InputError, match="route: 10 experts do not divide into n_group=4 groups"):
+        router.route(fp32(2, 10), fp32(10), **ROUTE)
+    with pytest.raises(InputError, match=r"route: logits is torch\.bfloat16"):
+        router.route(bf16(2, 16), fp32(16), **ROUTE)
+
+
+def test_rope_names_its_argument():
+    with pytest.raises(InputError, match="rope: "):
+        rope.rope(bf16(2, 4, 64), fp32(2, 16), fp32(2, 32))
+
+
+def test_no_rows_are_no_error():
+    """The twin: what is accepted is not refused, and launches nothing."""
+    assert fp8_linear.fp8_linear(e4m3(0, 128), fp32(0, 1), e4m3(8, 128), fp32(1, 1)).shape == (0, 8)
+    assert bf16_linear.linear(bf16(0, 16), bf16(8, 16)).shape == (0, 8)

@@ -1,0 +1,70 @@
+"""The choice of an fp8 kernel by shape, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsv3_plugin.kernels import selection
+from dsv3_plugin.kernels.fp8_stream import Shape, dense_shapes
+from dsv3_plugin.kernels.selection import Row
+
+OWN = ("stream", "gluon", "triton")
+ROWS = selection.table().rows
+_SHARED_BYTES = 232_448
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.groups} x {row.rows} x {row.columns} x {row.depth}")
+def test_the_fastest_serves_what_was_measured(row):
+    fastest = min(row.microseconds, key=lambda maker: row.microseconds[maker])
+    assert selection.choose(row.groups, row.columns, row.depth, row.rows, ("deep-gemm", *OWN)).maker == fastest
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.stream], ids=lambda row: str(row.stream))
+def test_measured_cuts_are_whole(row):
+    """Tiles and stages fill columns and depth, rings have two stages and fit into shared memory."""
+    shape = row.shape()
+    assert row.columns % shape.tile_rows == 0 and row.depth % (128 * shape.slices) == 0
+    assert shape.stages >= 2
+    assert shape.shared_bytes(shape.stages) <= _SHARED_BYTES < shape.shared_bytes(shape.stages + 1)
+
+
+def test_more_tokens_than_measured_rows_take_the_next_row():
+    few = selection.choose(0, 24576, 1536, 65, OWN)
+    assert few == selection.choose(0, 24576, 1536, 128, OWN)
+    assert few.shape is not None and few.shape.tokens == 128
+
+
+def test_the_stream_kernel_serves_measured_products_only():
+    assert selection.choose(256, 4096, 7168, 4, OWN).maker == "stream"
+    for groups, columns, depth in ((255, 4096, 7168), (256, 4224, 7168), (256, 4096, 7296), (0, 2104, 7168)):
+        choice = selection.choose(groups, columns, depth, 4, OWN)
+        assert choice.maker != "stream" and choice.shape is None
+
+
+def test_an_absent_maker_is_not_chosen():
+    assert selection.choose(0, 7168, 16384, 4096, ("deep-gemm", *OWN)).maker == "deep-gemm"
+    assert selection.choose(0, 7168, 16384, 4096, OWN).maker == "gluon"
+    assert selection.choose(256, 4096, 7168, 4, ("gluon", "triton")).maker == "triton"
+
+
+def test_a_table_with_an_unknown_field_is_refused():
+    with pytest.raises(ValueError, match="extra"):
+        Row(groups=0, columns=1, depth=1, rows=1, microseconds={}, stream={}, colour="red")
+
+
+@pytest.mark.parametrize("columns", [576, 2112, 7168, 24576, 36864])
+def test_tiles_that_are_tried_fit_the_instruction_and_the_memory(columns):
+    for rows in (1, 32, 64, 128):
+        for shape in dense_shapes(columns, rows, 132):
+            tile_rows = 64 * shape.row_blocks * shape.row_groups
+            assert 16 <= shape.tile_rows <= tile_rows and shape.tile_rows % 8 == 0
+            assert shape.filled().stages >= 2
+
+
+def test_a_tile_of_several_copies_has_one_slice():
+    """Twin: the kernel refuses to compile otherwise, so that no table may hold it."""
+    for row in ROWS:
+        if row.stream:
+            shape = row.shape()
+            assert shape.slices == 1 or shape.box == shape.tokens
+    assert Shape(128, 64, 2, token_box=32).box != 64
