@@ -11,7 +11,7 @@ from dsv3_plugin.kernels import sm90_model, tensor_core
 from dsv3_plugin.kernels.check import bits_differ, recorded
 
 # Recorded on an NVIDIA H200, 2026-11-22:
-#   python -m dsv3_plugin.kernels.check --record tests/kernels/golden_h200.safetensors
+#   dsv3 kernels check --record tests/kernels/golden_h200.safetensors
 GOLDEN = recorded(Path(__file__).with_name("golden_h200.safetensors"))
 MODEL = {kernel.op: kernel.run for kernel in sm90_model.kernels()}
 
