@@ -27,6 +27,7 @@ conformance: $(DTYPES:%=$(WORK)/small-%) $(TESTEES:%=.envs/%/.ready) .envs/core/
 
 test: lint environments
 	$(CORE)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	.envs/kernels/bin/python -m pytest tests/kernels/test_aot.py tests/kernels/test_bad_input.py
 
 lint: .envs/core/.ready
 	$(CORE)/ruff check .
@@ -37,7 +38,7 @@ lint: .envs/core/.ready
 bench: .envs/core/.ready
 	$(CORE)/dsv3 bench linear
 
-ENVIRONMENTS := core vllm vllm-0.27.1 sglang sglang-0.5.17 sglang-0.5.23 megatron
+ENVIRONMENTS := core kernels vllm vllm-0.27.1 sglang sglang-0.5.17 sglang-0.5.23 megatron
 
 environments: $(ENVIRONMENTS:%=.envs/%/.ready)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Setting
-from dsv3_plugin.kernels import check
+from dsv3_plugin.kernels import check, cuda
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, FP32
 from dsv3_plugin.registry import CONTRACTS, mode_from_environment, offered_kernels, refusal
 
@@ -74,7 +74,12 @@ def list_kernels(
             table.add_row(
                 f"{contract.op} {contract.version}", f"{kernel.provider} {kernel.version}", serves, certificate
             )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if where is DeviceName.hopper and not cuda.available():
+        console.print(
+            "The fp8 products are made without fp8_stream.cu: NVRTC is not found. Install the package cuda-bindings."
+        )
 
 
 @app.command("tune")
