@@ -10,10 +10,12 @@ outputs whose bits are not ours. A peer that is not installed is named as absent
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+from unittest import mock
 
 import torch
 import typer
@@ -245,9 +247,16 @@ def bf16_cases() -> Iterator[Case]:
 
         def make(m: int = m, n: int = n, k: int = k) -> dict[str, Call | str]:
             x, weight = bf16(m, k), bf16(n, k)
+
+            def vllm() -> Call:
+                from vllm.model_executor.layers.batch_invariant import matmul_persistent
+
+                return lambda: matmul_persistent(x, weight.t())
+
             return {
                 "ours": lambda: bf16_linear.linear(x, weight),
                 "cuBLAS": lambda: torch.nn.functional.linear(x, weight),
+                "vLLM batch-invariant": peer(vllm),
             }
 
         yield Case(f"bf16 {m} x {n} x {k}", make, 2 * (m * k + n * k + m * n), bf16_operations=2 * m * n * k)
@@ -372,7 +381,20 @@ def moe_cases() -> Iterator[Case]:
 
                 return call
 
-            return {"ours": ours, "vLLM fused_experts": peer(vllm)}
+            def vllm_invariant() -> Call:
+                call = vllm()
+
+                def in_that_mode() -> torch.Tensor:
+                    with mock.patch.dict(os.environ, VLLM_BATCH_INVARIANT="1"):
+                        return call()
+
+                return in_that_mode
+
+            return {
+                "ours": ours,
+                "vLLM fused_experts": peer(vllm),
+                "vLLM fused_experts, batch-invariant": peer(vllm_invariant),
+            }
 
         hit = _EXPERTS * (1 - (1 - _TOPK / _EXPERTS) ** tokens)
         rows = tokens * _TOPK

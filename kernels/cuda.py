@@ -174,7 +174,11 @@ def function(program: Program, name: str, shared_bytes: int, device: int) -> Any
 
 
 def launch(program: Program, name: str, how: Launch, arguments: Sequence[Any]) -> None:
-    """Run kernel `name` on torch's current stream; arguments are tensors, tensor maps and 32-bit integers."""
+    """Run kernel `name` on torch's current stream.
+
+    Arguments are tensors, None for a null pointer, 32-bit integers, and tensor maps or other structures with `getPtr`.
+    Raises `KernelError` with the driver's word.
+    """
     driver = _driver()
     handle = function(program, name, how.shared_bytes, torch.cuda.current_device())
     config = driver.CUlaunchConfig()

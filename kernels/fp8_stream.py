@@ -11,7 +11,7 @@ import torch
 from dsv3_plugin.kernels import cuda
 from dsv3_plugin.kernels.scales import with_contiguous_columns
 
-# Shared memory that a program may have, and what it needs besides its ring.
+# Shared memory that a program may have on Hopper.
 _SHARED_BYTES = 232_448
 
 
