@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv3_plugin.kernels import mla_gluon
-from dsv3_plugin.kernels.triton_math import EXACT, divide, exp_of_nonpositive, fold_sum
+from dsv3_plugin.kernels import mla_hopper
+from dsv3_plugin.kernels.triton_math import EXACT, divide, exp2_of_nonpositive, fold_sum
 from dsv3_plugin.ops.contract import require
-from dsv3_plugin.ops.mla_attention import KEY_BLOCK
+from dsv3_plugin.ops.elementary import LOG2_E
+from dsv3_plugin.ops.mla_attention import KEY_BLOCK, SPLIT_KEYS
 
 _ROWS = 64
 
@@ -55,6 +56,7 @@ def _mla_attention(
     ROPE_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     request, first, queries, tile = _find_request(query_start_loc, tl.program_id(0), heads, REQUESTS, PADDED, ROWS)
     if request < REQUESTS:
@@ -68,28 +70,46 @@ def _mla_attention(
         q_rank = tl.load(q_row + rank[None, :], mask=row_inside[:, None] & (rank < RANK)[None, :], other=0)
         q_rope = tl.load(q_row + RANK + rope[None, :], mask=row_inside[:, None] & (rope < ROPE)[None, :], other=0)
 
+        # What the splits so far come to; every row sees the first one.
         maximum = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         output = tl.zeros((ROWS, RANK_PADDED), tl.float32)
-        for start in range(0, visible, KEYS):
-            key = start + tl.arange(0, KEYS)
-            key_inside = key < visible
-            block = tl.load(block_table + request * table_stride + key // BLOCK_SIZE, mask=key_inside, other=0)
-            source = cache + (block.to(tl.int64) * block_stride + key % BLOCK_SIZE * token_stride)[:, None]
-            latent = tl.load(source + rank[None, :], mask=key_inside[:, None] & (rank < RANK)[None, :], other=0)
-            k_rope = tl.load(source + RANK + rope[None, :], mask=key_inside[:, None] & (rope < ROPE)[None, :], other=0)
-            scores = tl.dot(q_rank, tl.trans(latent))
-            scores = tl.dot(q_rope, tl.trans(k_rope), scores) * scale
-            scores = tl.where(key[None, :] > position[:, None], float("-inf"), scores)
-            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-            p = exp_of_nonpositive(scores - new_maximum[:, None])
-            alpha = exp_of_nonpositive(maximum - new_maximum)
-            total = total * alpha + fold_sum(p, ROWS, KEYS)
-            output = tl.dot(p.to(latent.dtype), latent, output * alpha[:, None])
-            maximum = new_maximum
+        for split in range(0, visible, SPLIT):
+            split_maximum = tl.full((ROWS,), float("-inf"), tl.float32)
+            split_total = tl.zeros((ROWS,), tl.float32)
+            split_output = tl.zeros((ROWS, RANK_PADDED), tl.float32)
+            for start in range(split, tl.minimum(split + SPLIT, visible), KEYS):
+                key = start + tl.arange(0, KEYS)
+                key_inside = key < visible
+                block = tl.load(block_table + request * table_stride + key // BLOCK_SIZE, mask=key_inside, other=0)
+                source = cache + (block.to(tl.int64) * block_stride + key % BLOCK_SIZE * token_stride)[:, None]
+                latent = tl.load(source + rank[None, :], mask=key_inside[:, None] & (rank < RANK)[None, :], other=0)
+                k_rope = tl.load(
+                    source + RANK + rope[None, :], mask=key_inside[:, None] & (rope < ROPE)[None, :], other=0
+                )
+                scores = tl.dot(q_rank, tl.trans(latent))
+                scores = tl.dot(q_rope, tl.trans(k_rope), scores) * scale
+                scores = tl.where(key[None, :] > position[:, None], float("-inf"), scores)
+                new_maximum = tl.maximum(split_maximum, tl.max(scores, 1))
+                p = exp2_of_nonpositive(scores - new_maximum[:, None])
+                alpha = exp2_of_nonpositive(split_maximum - new_maximum)
+                split_total = split_total * alpha + fold_sum(p, ROWS, KEYS)
+                split_output = tl.dot(p.to(latent.dtype), latent, split_output * alpha[:, None])
+                split_maximum = new_maximum
+            both = tl.maximum(maximum, split_maximum)
+            of_old, of_new = exp2_of_nonpositive(maximum - both), exp2_of_nonpositive(split_maximum - both)
+            folded_total = total * of_old + split_total * of_new
+            folded_output = output * of_old[:, None] + split_output * of_new[:, None]
+            if split == 0:
+                total, output = split_total, split_output
+            else:
+                sees = position >= split
+                total = tl.where(sees, folded_total, total)
+                output = tl.where(sees[:, None], folded_output, output)
+            maximum = both
 
         target = out + (first.to(tl.int64) * heads + row)[:, None] * RANK + rank[None, :]
-        result = divide(output, tl.broadcast_to(total[:, None], (ROWS, RANK_PADDED)))
+        result = output * divide(1.0, total)[:, None]
         tl.store(target, result.to(out.dtype.element_ty), mask=row_inside[:, None] & (rank < RANK)[None, :])
 
 
@@ -130,8 +150,8 @@ def mla_attention(
     require(len(query_start_loc) == requests + 1, op, f"{requests} seq_lens, {len(query_start_loc)} query_start_loc")
     tokens, heads, dim = q.shape
     out = q.new_empty(tokens, heads, kv_lora_rank)
-    if out.numel() and mla_gluon.serves(latent_cache, kv_lora_rank):
-        mla_gluon.mla_attention(q, latent_cache, block_table, seq_lens, query_start_loc, out, scale)
+    if out.numel() and mla_hopper.serves(latent_cache, kv_lora_rank):
+        mla_hopper.mla_attention(q, latent_cache, block_table, seq_lens, query_start_loc, out, scale)
     elif out.numel():
         # Not more tiles than this: each request adds at most one that is not full.
         grid = (tokens * heads // _ROWS + min(requests, tokens),)
@@ -142,7 +162,7 @@ def mla_attention(
             seq_lens,
             query_start_loc,
             out,
-            scale,
+            scale * LOG2_E,
             heads,
             latent_cache.stride(0),
             latent_cache.stride(1),
@@ -156,6 +176,7 @@ def mla_attention(
             max(16, triton.next_power_of_2(dim - kv_lora_rank)),
             _ROWS,
             KEY_BLOCK,
+            SPLIT_KEYS,
             num_warps=8,
             num_stages=2,
             **EXACT,

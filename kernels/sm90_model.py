@@ -17,8 +17,6 @@ from dsv3_plugin.hooks import Kernel, Setting, whole_sums_only
 from dsv3_plugin.kernels import tensor_core
 from dsv3_plugin.ops import combine, fp8, linear, mla_attention, rms_norm, rope, router, silu_and_mul
 from dsv3_plugin.ops.contract import Contract, require, require_matrix
-from dsv3_plugin.ops.elementary import exp, fold_sum
-from dsv3_plugin.ops.mla_attention import KEY_BLOCK
 from dsv3_plugin.version import __version__
 
 PROVIDER = "sm90-model"
@@ -89,7 +87,7 @@ def attention(
     kv_lora_rank: int,
     scale: float,
 ) -> torch.Tensor:
-    """`mla_attention`, arguments as there; the output, scaled, is where the second product's accumulator starts."""
+    """`mla_attention`, arguments as there; the scaled output is where the second product's accumulator starts."""
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     block_size = latent_cache.shape[1]
     out = q.new_empty(*q.shape[:2], kv_lora_rank)
@@ -97,30 +95,19 @@ def attention(
         span = slice(starts[request], starts[request + 1])
         blocks = block_table[request, : -(-length // block_size)].long()
         keys = latent_cache[blocks].flatten(0, 1)[:length]
-        out[span] = _attend(q[span], keys, kv_lora_rank, scale)
+        out[span] = mla_attention.attend(q[span], keys, kv_lora_rank, scale, _ATTENTION_PRODUCTS)
     return out
 
 
-def _attend(queries: torch.Tensor, keys: torch.Tensor, kv_lora_rank: int, scale: float) -> torch.Tensor:
-    """queries [T, H, C] are the last T tokens of keys [L, C]; to [T, H, kv_lora_rank]."""
-    tokens, heads, _ = queries.shape
-    rows = queries.flatten(0, 1)
-    positions = torch.arange(len(keys) - tokens, len(keys)).repeat_interleave(heads).unsqueeze(1)
-    maximum = torch.full((len(rows), 1), -torch.inf)
-    total = torch.zeros(len(rows), 1)
-    output = torch.zeros(len(rows), kv_lora_rank)
-    for start in range(0, len(keys), KEY_BLOCK):
-        block = keys[start : start + KEY_BLOCK]
-        block = torch.nn.functional.pad(block, (0, 0, 0, KEY_BLOCK - len(block)))
-        scores = tensor_core.dot(tensor_core.BF16, rows, block) * scale
-        scores = scores.masked_fill(torch.arange(start, start + KEY_BLOCK) > positions, -torch.inf)
-        new_maximum = torch.maximum(maximum, scores.amax(1, keepdim=True))
-        p, alpha = exp(scores - new_maximum), exp(maximum - new_maximum)
-        total = total * alpha + fold_sum(p, KEY_BLOCK)
-        values = block[:, :kv_lora_rank].t()
-        output = tensor_core.dot(tensor_core.BF16, p.to(queries.dtype), values, output * alpha)
-        maximum = new_maximum
-    return (output / total).to(queries.dtype).unflatten(0, (tokens, heads))
+def _scores(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return tensor_core.dot(tensor_core.BF16, rows, keys)
+
+
+def _add_values(output: torch.Tensor, p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return tensor_core.dot(tensor_core.BF16, p, values.t(), output)
+
+
+_ATTENTION_PRODUCTS = mla_attention.Products(_scores, _add_values)
 
 
 def refuses(setting: Setting) -> str | None:

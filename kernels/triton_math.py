@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dsv3_plugin.ops import elementary
+
 EXACT = {"enable_fp_fusion": False}
 """Launch options under which a * b + c rounds twice, as the contracts say; an explicit `tl.fma` still rounds once."""
 
@@ -18,6 +20,8 @@ _LOG2_E = tl.constexpr(1.44269504088896341)
 _LN2_HIGH = tl.constexpr(0.693359375)
 _LN2_LOW = tl.constexpr(-2.12194440e-4)
 _UNDERFLOW = tl.constexpr(-87.0)
+_EXP2_5, _EXP2_4, _EXP2_3, _EXP2_2, _EXP2_1, _EXP2_0 = (tl.constexpr(c) for c in elementary.EXP2_POLYNOMIAL)
+_EXP2_UNDERFLOW = tl.constexpr(elementary.EXP2_UNDERFLOW)
 
 
 @triton.jit
@@ -38,6 +42,20 @@ def exp_of_nonpositive(x):
     p = (p * (r * r) + r) + 1.0
     scaled = ((shifted.to(tl.int32, bitcast=True) << 23) + p.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     return tl.where(x < _UNDERFLOW, 0.0, scaled)
+
+
+@triton.jit
+def exp2_of_nonpositive(x):
+    """2**x of fp32 `x` <= 0; 0 for NaN. The integer part is added to the exponent as in `exp_of_nonpositive`."""
+    shifted = x + _ROUND
+    f = x - (shifted - _ROUND)
+    p = tl.fma(f, _EXP2_5, _EXP2_4)
+    p = tl.fma(p, f, _EXP2_3)
+    p = tl.fma(p, f, _EXP2_2)
+    p = tl.fma(p, f, _EXP2_1)
+    p = tl.fma(p, f, _EXP2_0)
+    scaled = ((shifted.to(tl.int32, bitcast=True) << 23) + p.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    return tl.where(x >= _EXP2_UNDERFLOW, scaled, 0.0)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from dsv3_plugin.config import DeepseekV3Config, YarnScaling
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.ops import fp8, mla_attention, tile
 from dsv3_plugin.ops.combine import combine
-from dsv3_plugin.ops.elementary import exp, fold_sum, sigmoid
+from dsv3_plugin.ops.elementary import EXP2_POLYNOMIAL, LOG2_E, exp, exp2_of_nonpositive, fold_sum, sigmoid
 from dsv3_plugin.ops.fp8 import E4M3
 from dsv3_plugin.ops.linear import grouped_linear, head_linear, linear
 from dsv3_plugin.ops.rms_norm import rms_norm
@@ -220,6 +220,36 @@ def test_exp_and_sigmoid_in_plain_fp32() -> None:
     e = plain_exp(-np.abs(x.numpy()))
     expected = np.where(x.numpy() < 0, e, np.float32(1)) / (np.float32(1) + e)
     assert same_bits(sigmoid(x), torch.from_numpy(expected))
+
+
+def test_exp2_is_within_two_ulp() -> None:
+    patterns = torch.randint(0, 2**31, (1_000_000,), generator=generator(0)).to(torch.int32).view(torch.float32)
+    sweep = torch.linspace(-125, 0, 2_000_001, dtype=torch.float64).float()
+    x = torch.cat((sweep, -patterns[patterns <= 125]))
+    worst = float(ulps(exp2_of_nonpositive(x), x.double().exp2()).max())
+    print(f"exp2: {worst:.3f} ulp at worst over {len(x)} numbers")
+    assert 0.5 < worst <= 2
+
+
+def test_exp2_at_the_edges() -> None:
+    x = torch.tensor([0.0, -0.0, -1e-30, -1.0, -2.0, -125.0, -125.00001, -1e30, -torch.inf, torch.nan])
+    assert exp2_of_nonpositive(x).tolist() == [1, 1, 1, 0.5, 0.25, 2.0**-125, 0, 0, 0, 0]
+
+
+def horner(f: Tensor, step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    p = torch.full_like(f, EXP2_POLYNOMIAL[0])
+    for coefficient in EXP2_POLYNOMIAL[1:]:
+        p = step(p, f, torch.full_like(f, coefficient))
+    return p
+
+
+def test_exp2_steps_are_fused_multiply_adds() -> None:
+    x = -torch.rand(1_000_000, generator=generator(0)) / 2
+    x = torch.cat((x, x * 2.0**-8, x * 2.0**-16, x * 2.0**-24))
+    found = exp2_of_nonpositive(x)
+    assert same_bits(found, horner(x, fp8.fma))
+    # The twin: product and sum rounded apart are another function.
+    assert (found != horner(x, lambda a, b, c: a * b + c)).sum() > 10_000
 
 
 @pytest.mark.parametrize("function", [exp, sigmoid], ids=["exp", "sigmoid"])
@@ -725,22 +755,38 @@ def test_pages_chunks_and_batch_mates_change_no_bit(block_size: int, dtype: torc
 
 
 def plain_attention(q: Tensor, keys: Tensor) -> Tensor:
-    """One query [H, C] after all `keys` [L, C], block by block; only the matrix products are the library's."""
+    """One query [H, C] after all `keys` [L, C], split by split, block by block; only the matrix products are the
+    library's.
+    """
     f = np.float32
-    largest, total, output = np.full((HEADS, 1), -np.inf, f), np.zeros((HEADS, 1), f), np.zeros((HEADS, LATENT), f)
-    for start in range(0, len(keys), 64):
-        block = torch.zeros(64, LATENT + ROTARY)
-        block[: len(keys) - start] = keys[start : start + 64].float()
-        scores = tile.tiled_linear(q.float(), block).numpy() * f(SCALE)
-        scores[:, len(keys) - start :] = -np.inf
-        new = np.maximum(largest, scores.max(1, keepdims=True))
-        p, alpha = exp(torch.from_numpy(scores - new)), exp(torch.from_numpy(largest - new)).numpy()
-        sums = np.array([[plain_fold(list(row), 64)] for row in p.numpy()])
-        values = block[:, :LATENT].t().contiguous()
-        total = total * alpha + sums
-        output = output * alpha + tile.tiled_linear(p.to(q.dtype).float(), values).numpy()
+
+    def exp2(x: np.ndarray) -> np.ndarray:
+        return exp2_of_nonpositive(torch.from_numpy(x)).numpy()
+
+    def split_triple(keys: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        largest, total, output = np.full((HEADS, 1), -np.inf, f), np.zeros((HEADS, 1), f), np.zeros((HEADS, LATENT), f)
+        for start in range(0, len(keys), 64):
+            block = torch.zeros(64, LATENT + ROTARY)
+            block[: len(keys) - start] = keys[start : start + 64].float()
+            scores = tile.tiled_linear(q.float(), block).numpy() * f(SCALE * LOG2_E)
+            scores[:, len(keys) - start :] = -np.inf
+            new = np.maximum(largest, scores.max(1, keepdims=True))
+            p, alpha = exp2(scores - new), exp2(largest - new)
+            sums = np.array([[plain_fold(list(row), 64)] for row in p])
+            values = block[:, :LATENT].t().contiguous()
+            total = total * alpha + sums
+            output = output * alpha + tile.tiled_linear(torch.from_numpy(p).to(q.dtype).float(), values).numpy()
+            largest = new
+        return largest, total, output
+
+    largest, total, output = split_triple(keys[:1024])
+    for start in range(1024, len(keys), 1024):
+        behind = split_triple(keys[start : start + 1024])
+        new = np.maximum(largest, behind[0])
+        ours, theirs = exp2(largest - new), exp2(behind[0] - new)
+        total, output = total * ours + behind[1] * theirs, output * ours + behind[2] * theirs
         largest = new
-    return torch.from_numpy(output / total).to(q.dtype)
+    return torch.from_numpy(output * (f(1) / total)).to(q.dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -749,6 +795,82 @@ def test_attention_in_plain_fp32(dtype: torch.dtype) -> None:
     (out,) = attend([q], [keys], 16)
     for position in (0, 1, 62, 63, 64, 65, 127, 128, 149):
         assert same_bits(out[position], plain_attention(q[position], keys[: position + 1]))
+
+
+# Queries that see the last key of a split, and those that see one or two of the next.
+BORDERS = (1022, 1023, 1024, 1025, 2047, 2048, 2049, 3071, 3072)
+
+
+@pytest.fixture(scope="module")
+def long() -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of 3100 tokens, and the attention of all of them at once."""
+    q, keys = sequence(3100, 0, torch.bfloat16)
+    return q, keys, attend([q], [keys])[0]
+
+
+def test_splits_in_plain_fp32(long: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, keys, whole = long
+    for position in (*BORDERS, 3099):
+        assert same_bits(whole[position], plain_attention(q[position], keys[: position + 1]))
+
+
+def test_decode_chunks_and_batches_across_the_borders_of_splits(long: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, keys, whole = long
+    for position in BORDERS:
+        (alone,) = attend([q[position : position + 1]], [keys[: position + 1]])
+        assert same_bits(alone[0], whole[position]), f"decode at {position}"
+        (two,) = attend([q[position - 1 : position + 1]], [keys[: position + 1]], 16)
+        assert same_bits(two, whole[position - 1 : position + 1]), f"verify at {position}"
+        first, second = attend([q[:70], q[position - 65 : position + 1]], [keys[:70], keys[: position + 1]], seed=3)
+        assert same_bits(first, whole[:70]) and same_bits(second, whole[position - 65 : position + 1])
+
+
+def split_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorter splits for fewer queries, as a kernel chooses that fills its card."""
+    honest = mla_attention.attend
+
+    def by_batch(queries: Tensor, *args: object) -> Tensor:
+        monkeypatch.setattr(mla_attention, "SPLIT_KEYS", 1024 if len(queries) > 8 else 256)
+        return honest(queries, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mla_attention, "attend", by_batch)
+
+
+@pytest.mark.parametrize("split", [512, 2048, 4096])
+def test_another_split_gives_other_bits(
+    split: int, long: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: where the keys are cut is part of the arithmetic."""
+    q, keys, whole = long
+    monkeypatch.setattr(mla_attention, "SPLIT_KEYS", split)
+    (other,) = attend([q[-20:]], [keys])
+    assert int((other != whole[-20:]).sum()) > 20
+    assert (other.float() - whole[-20:].float()).abs().max() < 0.02
+
+
+def test_splits_chosen_by_the_batch_are_caught(
+    long: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, keys, whole = long
+    split_by_batch(monkeypatch)
+    (many,) = attend([q[-20:]], [keys])
+    assert same_bits(many, whole[-20:])
+    (few,) = attend([q[-2:]], [keys])
+    assert not same_bits(few, whole[-2:])
+
+
+def test_another_order_of_the_fold_is_caught() -> None:
+    q, keys = sequence(3100, 0, torch.float32)
+    rows = q[-20:].flatten(0, 1)
+    keys = torch.nn.functional.pad(keys, (0, 0, 0, -len(keys) % 64))
+    a, b, c = (
+        mla_attention.attend_split(rows, HEADS, 3080 - start, part, LATENT, SCALE, mla_attention.CPU_PRODUCTS)
+        for start, part in zip((0, 1024, 2048), keys.split(1024), strict=False)
+    )
+    fold = mla_attention.fold
+    left, right = fold(fold(a, b), c), fold(a, fold(b, c))
+    assert int((left.output != right.output).sum()) > 100
+    assert torch.allclose(left.output / left.total, right.output / right.total, rtol=1e-4, atol=1e-6)
 
 
 def float64_attention(q: Tensor, keys: Tensor) -> Tensor:

@@ -25,6 +25,18 @@ _EXP_POLYNOMIAL = (
 _EXP_UNDERFLOW = -87.0
 _EXP_OVERFLOW = 88.0
 
+LOG2_E = _LOG2_E
+# 2**f = 1 + f * P(f) on |f| <= 1/2: least largest relative error (9e-8 before rounding), coefficients as fp32 numbers.
+EXP2_POLYNOMIAL = (
+    0.001326472731307149,
+    0.009671512991189957,
+    0.05550733581185341,
+    0.24022242426872253,
+    0.6931470036506653,
+    1.0,
+)
+EXP2_UNDERFLOW = -125.0
+
 
 def exp(x: torch.Tensor) -> torch.Tensor:
     """e**x for fp32 `x` of any shape, within 2 ulp; 0 below -87, clamped at e**88 above 88. NaN stays NaN."""
@@ -39,6 +51,23 @@ def exp(x: torch.Tensor) -> torch.Tensor:
     exponent = torch.nan_to_num(n).to(torch.int32)
     power_of_two = ((exponent + 127) << 23).view(torch.float32)
     return torch.where(x < _EXP_UNDERFLOW, torch.zeros_like(p), p * power_of_two)
+
+
+def exp2_of_nonpositive(x: torch.Tensor) -> torch.Tensor:
+    """2**x for fp32 `x` <= 0, within 2 ulp: the exponential of the softmax. 0 below -125 and for NaN; 2**0 is 1.
+
+    n = x rounded to an integer, f = x - n, and a polynomial of f in Horner's form, each step one fused multiply-add.
+    Here a step is a product and a sum in fp64, rounded to fp32: for every fp32 number f in [-1/2, 1/2] that is the
+    fused step's result (tried for all of them down to 2**-60).
+    """
+    n = torch.round(x)
+    f = (x - n).double()
+    p = torch.full_like(x, EXP2_POLYNOMIAL[0])
+    for coefficient in EXP2_POLYNOMIAL[1:]:
+        p = (p.double() * f + coefficient).float()
+    seen = x >= EXP2_UNDERFLOW
+    exponent = torch.where(seen, n, 0.0).to(torch.int32)
+    return torch.where(seen, (p.view(torch.int32) + (exponent << 23)).view(torch.float32), 0.0)
 
 
 def sigmoid(x: torch.Tensor) -> torch.Tensor:

@@ -3,26 +3,36 @@
 Every head reads the same cached vector of a token: `kv_lora_rank` compressed numbers, which are key and value at
 once, and `qk_rope_head_dim` rotary numbers, which are key only (DeepSeek-V2 report, section 2.1).
 
-Contract: causal, fp32 online softmax over blocks of 64 keys at absolute positions 0, 64, 128, ..., in order. In a
-block: scores = (q . key) * scale, keys after the query at -inf; m' = max(m, scores); p = exp(scores - m'); the old
-sum and output are multiplied by exp(m - m'); p is summed by halves (i and i + 32, then 16, ...) and added to the sum;
-p, rounded to the profile's dtype, times the values is added to the output. At the end output / sum, one rounding. A
-block that a query does not see leaves it as it is, bit for bit, so chunks, batches and cache hits cannot be told
-apart.
+Contract: causal, fp32. The keys are cut into splits of 1024 at absolute positions 0, 1024, 2048, ..., so a query's
+splits depend on its position alone. A split is an online softmax over blocks of 64 keys, in order, and ends as a triple
+(maximum, sum, output). In a block: scores = (q . key) * (scale * log2 e), one fp32 factor, keys after the query at
+-inf; m' = max(m, scores); p = 2**(scores - m'); the old sum and output are multiplied by 2**(m - m'); p is summed by
+halves (i and i + 32, then 16, ...) and added to the sum; p, rounded to the profile's dtype, times the values is added
+to the output. Triples are folded in order, the first as it is: m = max(a, b), sum and output =
+of a * 2**(m_a - m) + of b * 2**(m_b - m), every product and sum rounded. At the end output * (1 / sum), one rounding
+to the profile's dtype. 2**x is `elementary.exp2_of_nonpositive`. A block or a split that a query does not see leaves
+it as it is, bit for bit, so chunks, batches and cache hits cannot be told apart; who computes which split, and where,
+cannot either.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from dsv3_plugin.ops.contract import Contract, require
-from dsv3_plugin.ops.elementary import exp, fold_sum
+from dsv3_plugin.ops.elementary import LOG2_E, exp2_of_nonpositive, fold_sum
 from dsv3_plugin.ops.tile import tiled_linear
 
-MLA_ATTENTION = Contract("mla_attention", 1, "absorbed causal attention, online softmax over 64-key blocks")
+MLA_ATTENTION = Contract(
+    "mla_attention", 2, "absorbed causal attention, online softmax over 64-key blocks in splits of 1024 keys"
+)
 
 KEY_BLOCK = 64
+SPLIT_KEYS = 1024
 
 
 def mla_attention(
@@ -72,34 +82,103 @@ def mla_attention(
             f"request {request} of {length} tokens has blocks {blocks.tolist()} of {latent_cache.shape[0]}",
         )
         keys = latent_cache[blocks].flatten(0, 1)[:length]
-        outputs.append(_attend(queries, keys, kv_lora_rank, scale))
+        outputs.append(attend(queries, keys, kv_lora_rank, scale))
     return torch.cat(outputs) if outputs else q.new_empty(0, q.shape[1], kv_lora_rank)
 
 
-def _attend(queries: torch.Tensor, keys: torch.Tensor, kv_lora_rank: int, scale: float) -> torch.Tensor:
+class Products(NamedTuple):
+    """The two matrix products: what differs between a CPU and a tensor core."""
+
+    scores: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """Rows [R, C] and keys [KEY_BLOCK, C] to fp32 [R, KEY_BLOCK]."""
+    add_values: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """Output fp32 [R, V], probabilities [R, KEY_BLOCK] and values [KEY_BLOCK, V] to fp32 [R, V]."""
+
+
+def _scores(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return tiled_linear(rows.float(), keys.float())
+
+
+def _add_values(output: torch.Tensor, p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return output + tiled_linear(p.float(), values.float().t().contiguous())
+
+
+CPU_PRODUCTS = Products(_scores, _add_values)
+
+
+def attend(
+    queries: torch.Tensor, keys: torch.Tensor, kv_lora_rank: int, scale: float, products: Products = CPU_PRODUCTS
+) -> torch.Tensor:
     """queries [T, H, C] are the last T tokens of keys [L, C]; to [T, H, kv_lora_rank]."""
     tokens, heads, _ = queries.shape
     first_position = len(keys) - tokens
-    rows = queries.flatten(0, 1).float()
-    positions = torch.arange(first_position, len(keys), device=keys.device).repeat_interleave(heads).unsqueeze(1)
-    keys = F.pad(keys, (0, 0, 0, -len(keys) % KEY_BLOCK)).float()
-
-    maximum = rows.new_full((len(rows), 1), -torch.inf)
-    total = rows.new_zeros(len(rows), 1)
-    output = rows.new_zeros(len(rows), kv_lora_rank)
-    for start in range(0, len(keys), KEY_BLOCK):
-        # Rows before `skip` see nothing of this block: leaving them out saves the work and changes no bit.
+    rows = queries.flatten(0, 1)
+    keys = F.pad(keys, (0, 0, 0, -len(keys) % KEY_BLOCK))
+    folded: Triple | None = None
+    for start in range(0, len(keys), SPLIT_KEYS):
+        # Rows before `skip` see nothing of this split: leaving them out saves the work and changes no bit.
         skip = max(0, start - first_position) * heads
+        split = keys[start : start + SPLIT_KEYS]
+        first = max(0, first_position - start)
+        triple = attend_split(rows[skip:], heads, first, split, kv_lora_rank, scale, products)
+        folded = triple if folded is None else folded.replace_tail(skip, fold(folded.tail(skip), triple))
+    assert folded is not None
+    return (folded.output * (1.0 / folded.total)).to(queries.dtype).unflatten(0, (tokens, heads))
+
+
+class Triple(NamedTuple):
+    """What a range of keys comes to, for R rows; fp32."""
+
+    maximum: torch.Tensor
+    """[R, 1], of the scores, in units of log 2."""
+    total: torch.Tensor
+    """[R, 1], of the probabilities."""
+    output: torch.Tensor
+    """[R, kv_lora_rank], not yet divided."""
+
+    def tail(self, first: int) -> Triple:
+        """Rows from `first` on."""
+        return Triple(*(x[first:] for x in self))
+
+    def replace_tail(self, first: int, tail: Triple) -> Triple:
+        """`tail` in the place of the rows from `first` on."""
+        return Triple(*(torch.cat((x[:first], y)) for x, y in zip(self, tail, strict=True)))
+
+
+def fold(a: Triple, b: Triple) -> Triple:
+    """The triple of two neighbouring ranges of keys, b behind a."""
+    maximum = torch.maximum(a.maximum, b.maximum)
+    of_a, of_b = exp2_of_nonpositive(a.maximum - maximum), exp2_of_nonpositive(b.maximum - maximum)
+    return Triple(maximum, a.total * of_a + b.total * of_b, a.output * of_a + b.output * of_b)
+
+
+def attend_split(
+    rows: torch.Tensor,
+    heads: int,
+    first_position: int,
+    keys: torch.Tensor,
+    kv_lora_rank: int,
+    scale: float,
+    products: Products,
+) -> Triple:
+    """rows [R, C] of tokens from `first_position` on, keys [n * KEY_BLOCK, C]; positions count from the first key."""
+    positions = (first_position + torch.arange(len(rows), device=rows.device) // heads).unsqueeze(1)
+    triple = Triple(
+        rows.new_full((len(rows), 1), -torch.inf, dtype=torch.float32),
+        rows.new_zeros(len(rows), 1, dtype=torch.float32),
+        rows.new_zeros(len(rows), kv_lora_rank, dtype=torch.float32),
+    )
+    for start in range(0, len(keys), KEY_BLOCK):
+        skip = max(0, start - first_position) * heads
+        old = triple.tail(skip)
         block = keys[start : start + KEY_BLOCK]
-        scores = tiled_linear(rows[skip:], block) * scale
+        scores = products.scores(rows[skip:], block) * (scale * LOG2_E)
         key_positions = torch.arange(start, start + KEY_BLOCK, device=keys.device)
         scores = scores.masked_fill(key_positions > positions[skip:], -torch.inf)
-        new_maximum = torch.maximum(maximum[skip:], scores.amax(1, keepdim=True))
-        p = exp(scores - new_maximum)
-        alpha = exp(maximum[skip:] - new_maximum)
-        values = block[:, :kv_lora_rank].t().contiguous()
-        weighted = tiled_linear(p.to(queries.dtype).float(), values)
-        total = torch.cat((total[:skip], total[skip:] * alpha + fold_sum(p, KEY_BLOCK)))
-        output = torch.cat((output[:skip], output[skip:] * alpha + weighted))
-        maximum = torch.cat((maximum[:skip], new_maximum))
-    return (output / total).to(queries.dtype).unflatten(0, (tokens, heads))
+        maximum = torch.maximum(old.maximum, scores.amax(1, keepdim=True))
+        p = exp2_of_nonpositive(scores - maximum)
+        alpha = exp2_of_nonpositive(old.maximum - maximum)
+        total = old.total * alpha + fold_sum(p, KEY_BLOCK)
+        output = products.add_values(old.output * alpha, p.to(rows.dtype), block[:, :kv_lora_rank])
+        triple = triple.replace_tail(skip, Triple(maximum, total, output))
+    return triple

@@ -22,7 +22,7 @@ from dsv3_plugin.kernels import (
     fp8_linear,
     fp8_stream,
     mla,
-    mla_gluon,
+    mla_hopper,
     quantize,
     rms_norm,
     rope,
@@ -79,8 +79,7 @@ def _bf16(rows: int, columns: int, depth: int, warps: int, stages: int) -> Sourc
 _ROUTE = {"EXPERTS": 256, "GROUPS": 8, "GROUPS_CHOSEN": 4, "TOPK": 8, "NORMALISE": True}
 _ROUTE |= {"GROUPS_PADDED": 8, "SIZE_PADDED": 32, "TOPK_PADDED": 8}
 _MLA = {"BLOCK_SIZE": 16, "REQUESTS": 128, "PADDED": 128, "RANK": 512, "ROPE": 64, "RANK_PADDED": 512}
-_MLA |= {"ROPE_PADDED": 64, "ROWS": 64, "KEYS": 64}
-_HALF, _ROPE = _descriptor(64, 256, "bf16", 16), _descriptor(64, 64, "bf16", 16)
+_MLA |= {"ROPE_PADDED": 64, "ROWS": 64, "KEYS": 64, "SPLIT": 1024}
 _GROUPED = {"GROUPS": 256, "PADDED": 256, "ROWS": 16, "COLUMNS": 128}
 
 SOURCES: dict[str, Source] = {
@@ -116,19 +115,13 @@ SOURCES: dict[str, Source] = {
         _MLA,
         _EXACT | {"num_warps": 8, "num_stages": 2},
     ),
-    "mla gluon": Source(
-        mla_gluon._mla_attention,
-        f"{_HALF}|{_ROPE}|{_HALF}|{_ROPE}|*i32|*i32|*i32|*bf16|fp32|i32|i32|i32",
-        {"REQUESTS": 128, "PADDED": 128, "REGISTERS": 240},
-        _EXACT | {"num_warps": 4},
-    ),
 }
 
 
 CUDA_SOURCES: dict[str, cuda.Program] = {
     f"fp8 stream {tuple(shape)}": shape.filled().program()
     for shape in (*fp8_stream.DENSE_SAMPLE, *(shape._replace(groups=256) for shape in fp8_stream.GROUPED_SAMPLE))
-}
+} | {"mla hopper": mla_hopper.PROGRAM}
 
 
 def compile_kernel(source: Source, folder: Path) -> Compiled:

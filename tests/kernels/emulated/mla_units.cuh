@@ -1,0 +1,309 @@
+// CUDA for the attention kernel on a CPU: every thread of a thread block is a thread of the machine, and Hopper's units
+// are functions that do at once what they would do later. `wgmma` is the model of kernels/tensor_core.py.
+//
+// It shows that sums, indices, swizzles and the counting of barriers are right. It cannot show a missing fence.
+
+#pragma once
+
+#include <algorithm>
+#include <barrier>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__
+
+using std::max;
+using std::min;
+
+struct Index {
+    int x;
+};
+static thread_local Index threadIdx, blockIdx, gridDim;
+
+struct float2 {
+    float x, y;
+};
+struct float4 {
+    float x, y, z, w;
+};
+struct uint2 {
+    uint32_t x, y;
+};
+struct uint4 {
+    uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+template <class To, class From>
+To bits_of(From x) {
+    To y;
+    static_assert(sizeof x == sizeof y);
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline int __float_as_int(float x) { return bits_of<int>(x); }
+inline float __int_as_float(int x) { return bits_of<float>(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs((int)x); }
+
+// Warps, warpgroups and the thread block.
+
+struct Warp {
+    std::barrier<> together{32};
+    int slot[32];
+};
+
+struct Block {
+    std::vector<std::unique_ptr<Warp>> warps;
+    std::vector<std::unique_ptr<std::barrier<>>> groups;
+    std::barrier<> all;
+
+    explicit Block(int threads) : all(threads) {
+        for (int i = 0; i < threads / 32; i++) warps.push_back(std::make_unique<Warp>());
+        for (int i = 0; i < threads / 128; i++) groups.push_back(std::make_unique<std::barrier<>>(128));
+    }
+};
+static Block* running;
+
+inline Warp& own_warp() { return *running->warps[threadIdx.x / 32]; }
+inline void __syncwarp() { own_warp().together.arrive_and_wait(); }
+inline void __syncthreads() { running->all.arrive_and_wait(); }
+
+// What all lanes give, seen by each.
+template <class Use>
+auto gather(int x, Use use) {
+    Warp& warp = own_warp();
+    warp.slot[threadIdx.x % 32] = x;
+    __syncwarp();
+    const auto result = use(warp.slot);
+    __syncwarp();
+    return result;
+}
+
+template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+    return bits_of<T>(gather(bits_of<int>(x), [&](const int* slot) { return slot[lane & 31]; }));
+}
+template <class T>
+T __shfl_xor_sync(unsigned all, T x, int mask) {
+    return __shfl_sync(all, x, threadIdx.x % 32 ^ mask);
+}
+template <class T>
+T __shfl_up_sync(unsigned all, T x, int by) {
+    const int lane = threadIdx.x % 32;
+    return __shfl_sync(all, x, lane >= by ? lane - by : lane);
+}
+inline uint32_t __ballot_sync(unsigned, bool x) {
+    return gather(x, [](const int* slot) {
+        uint32_t votes = 0;
+        for (int i = 0; i < 32; i++) votes |= (uint32_t)slot[i] << i;
+        return votes;
+    });
+}
+inline bool __any_sync(unsigned all, bool x) { return __ballot_sync(all, x) != 0; }
+inline int __reduce_add_sync(unsigned, int x) {
+    return gather(x, [](const int* slot) {
+        int sum = 0;
+        for (int i = 0; i < 32; i++) sum += slot[i];
+        return sum;
+    });
+}
+inline int __reduce_max_sync(unsigned, int x) {
+    return gather(x, [](const int* slot) { return *std::max_element(slot, slot + 32); });
+}
+
+// Shared memory, and the barriers in it.
+
+alignas(1024) static char memory[256 * 1024];
+inline uint32_t address(const void* p) { return (uint32_t)((const char*)p - memory); }
+
+class Barrier {
+    std::mutex mutex;
+    std::condition_variable changed;
+    int count = 0, pending = 0;
+    long bytes = 0;
+    unsigned phase = 0;
+
+    void finish_phase() {
+        if (pending != 0 || bytes != 0) return;
+        ++phase;
+        pending = count;
+        changed.notify_all();
+    }
+
+public:
+    void init(int arrivals) { count = pending = arrivals; }
+    void arrive(long expected = 0) {
+        std::unique_lock lock(mutex);
+        bytes += expected;
+        --pending;
+        finish_phase();
+    }
+    void complete(long copied) {
+        std::unique_lock lock(mutex);
+        bytes -= copied;
+        finish_phase();
+    }
+    void wait(unsigned parity) {
+        std::unique_lock lock(mutex);
+        if (changed.wait_for(lock, std::chrono::seconds(120), [&] { return (phase & 1) != parity; })) return;
+        fprintf(stderr, "thread %d of block %d waits for ever\n", threadIdx.x, blockIdx.x);
+        abort();
+    }
+};
+static std::map<const void*, Barrier> barriers;  // made by `init`, while one thread runs
+
+inline void init(uint64_t* barrier, int count) { barriers[barrier].init(count); }
+inline void expect(uint64_t* barrier, int bytes) { barriers.at(barrier).arrive(bytes); }
+inline void wait(uint64_t* barrier, int parity) { barriers.at(barrier).wait(parity); }
+inline void arrive_warp(uint64_t* barrier, int lane) {
+    __syncwarp();
+    if (lane == 0) barriers.at(barrier).arrive();
+}
+inline void publish_barriers() {}
+inline void publish_to_units() {}
+template <int GROUP>
+void wait_for_group() {
+    running->groups[GROUP]->arrive_and_wait();
+}
+template <int COUNT>
+void take_registers() {}
+template <int COUNT>
+void give_registers() {}
+inline bool elect() { return threadIdx.x % 32 == 0; }
+
+// Copies and products.
+
+constexpr int TILE = 64 * 64 * 2;
+
+struct TensorMap {
+    const char* base;
+    long long size[3], stride[3];  // bytes inside, then rows and pages
+    int box_rows;
+};
+
+// Where the layout of 128 swizzled bytes has what would lie at an address.
+inline char* swizzled(uint32_t at) { return memory + (at ^ (at >> 7 & 7) << 4); }
+
+inline void copy_box(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int page) {
+    for (int r = 0; r < map->box_rows; r++)
+        for (int byte = 0; byte < 128; byte += 2) {
+            uint16_t x = 0;
+            if (row + r < map->size[1] && page >= 0 && page < map->size[2])
+                memcpy(&x, map->base + column * 2 + byte + (row + r) * map->stride[1] + page * map->stride[2], 2);
+            memcpy(swizzled(address(to) + r * 128 + byte), &x, 2);
+        }
+    barriers.at(barrier).complete(map->box_rows * 128);
+}
+inline void copy_q(void* to, const TensorMap* map, uint64_t* barrier, int column, int row) {
+    copy_box(to, map, barrier, column, row, 0);
+}
+inline void copy_keys(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int page) {
+    copy_box(to, map, barrier, column, row, page);
+}
+
+inline uint64_t operand(const void* tile) { return address(tile) >> 4; }
+inline void begin_products() {}
+inline void commit_products() {}
+inline void finish_products() {}
+
+inline int exponent(double x) { return max((int)(bits_of<uint64_t>(x) >> 52 & 0x7FF) - 1023, -126); }
+
+// One instruction: sixteen products and the accumulator, cut off 25 bits below the largest exponent, summed, cut to fp32.
+inline float multiply_add(const uint16_t (&a)[16], const uint16_t (&b)[16], float c) {
+    double x[16], y[16];
+    int largest = exponent(c);
+    for (int k = 0; k < 16; k++) {
+        x[k] = bits_of<float>((uint32_t)a[k] << 16);
+        y[k] = bits_of<float>((uint32_t)b[k] << 16);
+        largest = max(largest, exponent(x[k]) + exponent(y[k]));
+    }
+    const double unit = std::ldexp(1.0, 25 - largest);
+    double sum = std::trunc(c * unit);
+    for (int k = 0; k < 16; k++) sum += std::trunc(x[k] * y[k] * unit);
+    return (float)bits_of<double>(bits_of<uint64_t>(sum / unit) & ~((1ull << 29) - 1));
+}
+
+// A thread's part of 64 x 2 COUNT sums; `row_of_b` says where number k of row n of the second operand lies.
+template <int COUNT, class Place>
+void multiply(float (&d)[COUNT], uint64_t a, int accumulate, Place row_of_b) {
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    for (int half = 0; half < 2; half++) {
+        const int row = thread / 32 * 16 + lane / 4 + 8 * half;
+        uint16_t x[16], y[16];
+        for (int k = 0; k < 16; k++) memcpy(&x[k], swizzled((uint32_t)(a << 4) + row * 128 + k * 2), 2);
+        for (int i = 0; i < COUNT / 2; i++) {
+            const int n = i / 2 * 8 + lane % 4 * 2 + i % 2;
+            for (int k = 0; k < 16; k++) memcpy(&y[k], swizzled(row_of_b(n, k)), 2);
+            float& sum = d[i / 2 * 4 + half * 2 + i % 2];
+            sum = multiply_add(x, y, accumulate ? sum : 0.0f);
+        }
+    }
+}
+inline void multiply_scores(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+    multiply(d, a, accumulate, [&](int n, int k) { return (uint32_t)(b << 4) + n * 128 + k * 2; });
+}
+inline void multiply_values(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+    multiply(d, a, accumulate, [&](int n, int k) { return (uint32_t)(b << 4) + n / 64 * TILE + k * 128 + n % 64 * 2; });
+}
+
+inline uint32_t bf16(float x) {
+    const uint32_t bits = bits_of<uint32_t>(x);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t bf16_pair(float low, float high) { return bf16(low) | bf16(high) << 16; }
+
+inline void store_matrices(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t part[4] = {a, b, c, d};
+    for (int i = 0; i < 4; i++) {
+        const uint32_t row = __shfl_sync(~0u, address(to), i * 8 + lane / 4);
+        memcpy(memory + row + lane % 4 * 4, &part[i], 4);
+    }
+}
+
+inline float4 load_prefix(const float4* from) { return *from; }
+inline void store_prefix(float4* to, float4 x) { *to = x; }
+
+// Run a kernel: one thread block after the other.
+inline void launch(int blocks, int threads, const std::function<void()>& kernel) {
+    for (int block = 0; block < blocks; block++) {
+        memset(memory, 0xFF, sizeof memory);
+        barriers.clear();
+        Block own(threads);
+        running = &own;
+        std::vector<std::thread> all;
+        for (int thread = 0; thread < threads; thread++)
+            all.emplace_back([&, thread] {
+                threadIdx.x = thread;
+                blockIdx.x = block;
+                gridDim.x = blocks;
+                kernel();
+            });
+        for (std::thread& thread : all) thread.join();
+    }
+}

@@ -1,0 +1,98 @@
+"""The CUDA C++ attention kernel, run on a CPU, prints the bits of the model of Hopper."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+if shutil.which("g++") is None:
+    pytest.skip("g++ is not installed: the attention kernel is not run on this CPU", allow_module_level=True)
+
+import emulation
+
+from dsv3_plugin.kernels import sm90_model
+from dsv3_plugin.kernels.check import bits_differ, numbers
+
+SCALE = 576**-0.5
+Batch = tuple[torch.Tensor, ...]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return emulation.build(tmp_path_factory.mktemp("emulated"))
+
+
+def batch(lengths: list[int], queries: list[int], heads: int, block_size: int, seed: int = 0) -> Batch:
+    """Requests on shuffled pages; what they have not written is NaN."""
+    rng = random.Random(seed)
+    blocks = [-(-length // block_size) for length in lengths]
+    cache = numbers(rng, sum(blocks) + 3, block_size, 576)
+    pages = list(range(len(cache)))
+    rng.shuffle(pages)
+    table = torch.zeros(len(blocks), max(blocks) + 1, dtype=torch.int32)
+    for request, count in enumerate(blocks):
+        table[request, :count] = torch.tensor([pages.pop() for _ in range(count)])
+        if lengths[request] % block_size:
+            cache[table[request, count - 1], lengths[request] % block_size :] = torch.nan
+    q = numbers(rng, sum(queries), heads, 576) * 0.3
+    starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
+    return q, cache, table, torch.tensor(lengths, dtype=torch.int32), starts
+
+
+def expected(case: Batch) -> torch.Tensor:
+    return sm90_model.attention(*case, kv_lora_rank=512, scale=SCALE)
+
+
+# Lengths, queries, heads, page size, multiprocessors. With one multiprocessor a tile's splits are walked in order.
+CASES = {
+    "one key": ([1], [1], 16, 64, 4),
+    "one split, verify": ([130, 64], [2, 1], 16, 64, 4),
+    "prefill, pages of 16": ([100, 70], [70, 3], 4, 16, 2),
+    "pages of one key": ([90], [2], 16, 1, 1),
+    "pages of 48 keys": ([150], [1], 16, 48, 1),
+    "splits in order": ([2100], [1], 16, 64, 1),
+    "rows on both sides of a border, in order": ([1030, 70], [9, 3], 16, 16, 1),
+    "a tile's rows end in two splits": ([2049], [2], 32, 64, 1),
+    "splits apart": ([2100, 900], [1, 1], 16, 64, 8),
+    "a border inside a tile, apart": ([1025, 2047], [3, 1], 17, 64, 12),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prints_the_bits_of_hopper(name: str, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    *shape, processors = CASES[name]
+    case = batch(*shape)
+    out = emulation.attend(monkeypatch, library, processors, *case, scale=SCALE)
+    print(name, out.numel(), "outputs")
+    assert bits_differ(expected(case), out) == 0
+
+
+def test_wide_integers_and_gaps_in_the_cache(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, cache, *integers = batch([200], [1], 16, 64)
+    wide = torch.full((len(cache), 64, 600), torch.nan, dtype=torch.bfloat16)
+    wide[..., 8:584] = cache
+    out = emulation.attend(monkeypatch, library, 2, q, wide[..., 8:584], *(x.long() for x in integers), scale=SCALE)
+    assert bits_differ(expected((q, cache, *integers)), out) == 0
+
+
+SABOTAGE = {
+    "folds from the wrong side": ("rows.a[r] = fold.a;", "rows.a[r] = fold.b;"),
+    "goes on where a split ends": ("const bool first = begin % SPLIT_KEYS == 0;", "const bool first = begin == 0;"),
+    "reads what nobody wrote": ("if (begin + KEYS > work.visible) {", "if (begin < 0) {"),
+    "sees later keys": ("if (key > position[i / 2 % 2]) scores[i] = -infinity;", ""),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_a_sabotaged_kernel_is_caught(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = emulation.build(tmp_path, [SABOTAGE[name]])
+    wrong = 0
+    for shape in (([1030], [9], 16, 64), ([100], [3], 16, 64)):
+        case = batch(*shape)
+        wrong += bits_differ(expected(case), emulation.attend(monkeypatch, library, 1, *case, scale=SCALE))
+    print(name, wrong, "outputs differ")
+    assert wrong > 0
