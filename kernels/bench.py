@@ -71,6 +71,7 @@ class Time(NamedTuple):
 def time_calls(calls: list[Call], replays: int = 15) -> Time:
     """Replay a graph of `calls`, each on other buffers."""
     calls[0]()
+    torch.cuda.synchronize()  # the other stream does not wait for inputs that are still being made
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
@@ -230,9 +231,28 @@ def attention_cases() -> Iterator[Case]:
 
                 return call
 
+            def one_split() -> Call:
+                from vllm.v1.attention.ops.triton_decode_attention import decode_attention_fwd
+
+                if queries > 1:
+                    raise NotImplementedError("decodes one token a request")
+                keys_of_heads = cache.unsqueeze(2)
+                out, lse = q.new_zeros(requests, heads, 512), q.new_zeros(requests, heads)
+                parts = q.new_empty(requests, heads, 1, 513, dtype=torch.float32)
+
+                def call() -> torch.Tensor:
+                    values = keys_of_heads[..., :512]
+                    decode_attention_fwd(
+                        q, keys_of_heads, values, out, lse, table, lengths, parts, 1, scale, 64, is_mla=True
+                    )
+                    return out
+
+                return call
+
             return {
                 "ours": lambda: mla.mla_attention(q, cache, table, lengths, starts, kv_lora_rank=512, scale=scale),
                 "FlashMLA": peer(flash_mla),
+                "vLLM batch-invariant (Triton, one split)": peer(one_split),
             }
 
         moved = requests * keys * 1152 + requests * queries * heads * 1088 * 2

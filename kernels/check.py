@@ -59,7 +59,7 @@ LARGE = Sizes(
     head_sizes=(64, 128, 512),
     groups=(1, 4, 8, 16, 24),
     latents=((512, 64), (128, 32), (64, 16)),
-    keys=2000,
+    keys=5000,
 )
 # A few kilobytes a case, for files that live in a repository.
 SMALL = Sizes((1, 3, 5), (128, 256), (16,), (1, 4), (32,), (1, 3), ((64, 16),), 70)
@@ -310,6 +310,35 @@ def check(kernel: Kernel, cases: int, seed: int, device: str = "cuda") -> Result
     return Result(kernel.op, kernel.provider, cases, outputs, wrong_cases, wrong_outputs, first_wrong, seconds)
 
 
+def check_full_card(kernel: Kernel, seed: int, device: str = "cuda") -> Result:
+    """Attention of a batch that fills the card, where a tile's splits are walked in order, against each request alone,
+    whose splits are apart. The model is too slow for such sizes; it has seen single requests.
+    """
+    began = time.perf_counter()
+    generator = torch.Generator(device).manual_seed(seed)
+    requests, heads, longest = 150, 128, 4200
+    lengths = torch.randint(1, longest, (requests,), generator=generator, device=device, dtype=torch.int32)
+    pages = -(-longest // 64)
+    table = torch.randperm(requests * pages, generator=generator, device=device).to(torch.int32).view(requests, pages)
+    cache = torch.randn(requests * pages, 64, 576, generator=generator, device=device, dtype=torch.bfloat16)
+    q = torch.randn(requests, heads, 576, generator=generator, device=device, dtype=torch.bfloat16)
+    starts = torch.arange(requests + 1, device=device, dtype=torch.int32)
+    sizes = {"kv_lora_rank": 512, "scale": 576**-0.5}
+    together = kernel.run(q, cache, table, lengths, starts, **sizes)
+    wrong = [
+        bits_differ(
+            kernel.run(q[i : i + 1], cache, table[i : i + 1], lengths[i : i + 1], starts[:2], **sizes).cpu(),
+            together[i : i + 1],
+        )
+        for i in range(requests)
+    ]
+    first_wrong = next((f"request {i} of {int(lengths[i])} keys: {n} outputs" for i, n in enumerate(wrong) if n), "")
+    seconds = time.perf_counter() - began
+    wrong_cases = sum(n > 0 for n in wrong)
+    provider_ = f"{kernel.provider}, full"
+    return Result(kernel.op, provider_, requests, together.numel(), wrong_cases, sum(wrong), first_wrong, seconds)
+
+
 def record(path: Path, *, per_op: int = 2, device: str = "cuda") -> None:
     """Write `per_op` small cases of each operation with the results of this package's own kernels."""
     tensors: dict[str, torch.Tensor] = {}
@@ -410,14 +439,17 @@ def main(
     for kernel in with_each_maker(gpu_kernels()):
         if op and kernel.op not in op:
             continue
-        result = check(kernel, cases, seed)
-        verdict = "equal" if not result.wrong_cases else f"{result.wrong_cases} cases differ; {result.first_wrong}"
-        print(
-            f"{result.op:20} {result.provider:10} {result.cases:5} cases {result.outputs:12} outputs"
-            f" {result.seconds:6.1f} s  {verdict}",
-            flush=True,
-        )
-        results.append(result)
+        own = [check(kernel, cases, seed)]
+        if kernel.op == "mla_attention":
+            own.append(check_full_card(kernel, seed))
+        for result in own:
+            verdict = "equal" if not result.wrong_cases else f"{result.wrong_cases} cases differ; {result.first_wrong}"
+            print(
+                f"{result.op:20} {result.provider:12} {result.cases:5} cases {result.outputs:12} outputs"
+                f" {result.seconds:6.1f} s  {verdict}",
+                flush=True,
+            )
+        results += own
     failed = any(result.wrong_cases for result in results)
     outputs, checked = sum(result.outputs for result in results), sum(result.cases for result in results)
     print(f"{checked} cases, {outputs:,} outputs: {'bits differ' if failed else 'equal in every bit'}")

@@ -1,7 +1,8 @@
-"""Absorbed attention over the paged latent cache: a program takes 64 rows (token, head) of one request, one head-major
-tile after the other, and walks its keys in blocks of 64 at absolute positions, in order.
+"""Absorbed attention over the paged latent cache. V3's latent has a kernel of its own, `mla_hopper`; here is the one
+for any other.
 
-The output stays in the second product's accumulator; scaling it by exp(m - m') is the only other thing done to it.
+A program takes 64 rows (token, head) of one request, one head-major tile after the other, and walks its keys in blocks
+of 64 and splits of 1024 at absolute positions, in order. A split's output stays in the second product's accumulator.
 """
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
 
