@@ -30,7 +30,9 @@ needs_megatron = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is mi
 def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | variables
     words = [str(word) for word in command]
-    return subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.run(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, timeout=900
+    )
 
 
 def train(checkpoint: Path, *arguments: object) -> list[dict[str, str]]:
@@ -146,7 +148,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from dsv3_plugin.conformance.texts import real_text, tokenize
 prefix = sys.argv[2]
 builder = IndexedDatasetBuilder(prefix + ".bin", dtype=numpy.uint16)
-builder.add_document(torch.tensor(tokenize(real_text()[:20_000], Path(sys.argv[1]))), [0])
+tokens = torch.tensor(tokenize(real_text()[:20_000], Path(sys.argv[1])))
+builder.add_document(tokens, [len(tokens)])
 builder.finalize(prefix + ".idx")
 """
 
