@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv3_plugin.autograd.bind import differentiable
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.errors import InputError
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.megatron_backend import compat
@@ -55,6 +57,16 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
                 tp_group=self.pg_collection.tp,
             )
         super().setup_embeddings_and_output_layer()
+
+    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Megatron's, of input_ids [b, s]. Raises `InputError` where tensor-parallel ranks cannot share s tokens."""
+        ranks = self.config.tensor_model_parallel_size
+        if input_ids.shape[1] % ranks:
+            raise InputError(
+                f"sequences of {input_ids.shape[1]} tokens cannot be divided among tensor_model_parallel_size={ranks}"
+                " ranks: pad them"
+            )
+        return super().forward(input_ids, *args, **kwargs)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Megatron's, under the keys of Megatron's own layers."""

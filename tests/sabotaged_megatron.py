@@ -1,7 +1,14 @@
-"""The Megatron testee with one property broken: the experts' rows are added up in Megatron's order and precision."""
+"""The Megatron testee with one property broken.
+
+    python sabotaged_megatron.py experts|reduction ...
+
+`experts`: their rows are added up in Megatron's order and precision. `reduction`: the partial sums of tensor-parallel
+ranks are rounded before they travel, as in Megatron's own layers.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -9,6 +16,7 @@ from megatron.core.transformer.moe.moe_utils import unpermute
 
 from dsv3_plugin.conformance.testees import megatron
 from dsv3_plugin.megatron_backend.moe import MoE
+from dsv3_plugin.megatron_backend.tensor_parallel import RankSlices
 
 
 def postprocess(self: MoE, output: torch.Tensor, shared_expert_output: Any) -> torch.Tensor:
@@ -25,6 +33,19 @@ def postprocess(self: MoE, output: torch.Tensor, shared_expert_output: Any) -> t
     return combined.view(dispatcher.hidden_shape) + shared_expert_output
 
 
+_fold = RankSlices.fold
+
+
+def fold(self: RankSlices, branch: torch.Tensor) -> torch.Tensor:
+    """The sum of bf16 numbers."""
+    return _fold(self, branch.bfloat16().float())
+
+
 if __name__ == "__main__":
-    MoE.postprocess = postprocess
+    what = sys.argv.pop(1)
+    if what == "experts":
+        MoE.postprocess = postprocess
+    else:
+        assert what == "reduction"
+        RankSlices.fold = fold
     megatron.main()

@@ -13,13 +13,19 @@ import torch
 from conftest import TinyCheckpoint
 from safetensors.torch import load_file, save_file
 
+from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
+from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance import runner
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "examples" / "train_megatron.py"
 ON_POLICY = ROOT / "examples" / "on_policy.py"
+SABOTAGED = Path(__file__).with_name("sabotaged_megatron.py")
 CASES = ("batch", "mtp_1")
+TENSOR_PARALLEL = "--tensor-model-parallel-size", "2"
+EXPERT_PARALLEL = "--expert-model-parallel-size", "2"
+PIPELINE_PARALLEL = "--pipeline-model-parallel-size", "2"
 
 
 @pytest.fixture(scope="module")
@@ -31,28 +37,36 @@ def python() -> str:
     return str(path)
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def run(command: list[str], slices: int = 1) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DSV3_REDUCTION_SLICES": str(slices)}
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def train(python: str, checkpoint: Path, *arguments: object, processes: int = 1) -> str:
+def on_ranks(python: str, processes: int) -> list[str]:
+    """The command that starts a program on so many processes."""
+    if processes == 1:
+        return [python, "-W", "ignore"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"
+    return [python, "-W", "ignore", "-m", *torchrun]
+
+
+def train(python: str, checkpoint: Path, *arguments: object, processes: int = 1, slices: int = 1) -> str:
     """Run the example; returns what it printed. A failure shows its last lines."""
-    command = [python, "-W", "ignore"]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
     small = ["--micro-batch-size", "2", "--global-batch-size", "4", "--seq-length", "64"]
-    done = run([*command, str(TRAIN), str(checkpoint), *small, *map(str, arguments)])
+    command = [*on_ranks(python, processes), str(TRAIN), str(checkpoint), *small, *map(str, arguments)]
+    done = run(command, slices)
     assert done.returncode == 0, "\n".join(done.stdout.splitlines()[-15:])
     return done.stdout
 
 
-def losses(printed: str) -> list[str]:
-    """The losses as printed, six digits each."""
-    return re.findall(r"lm loss (\S+) \| mtp loss (\S+)", printed)
+def losses(printed: str) -> list[tuple[str, ...]]:
+    """The losses as printed, six digits each. Of tensor-parallel ranks each prints them."""
+    found = re.findall(r"iteration (\d+) \| lm loss (\S+) \| mtp loss (\S+)", printed)
+    by_iteration = {iteration: of_iteration for iteration, *of_iteration in found}
+    return [tuple(by_iteration[iteration]) for iteration in sorted(by_iteration, key=int)]
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -77,7 +91,7 @@ def test_the_training_forward_has_the_references_bits(dtype: str, python: str, t
 
 
 def test_experts_added_up_in_megatrons_order_are_caught(python: str, tiny_checkpoint: TinyCheckpoint) -> None:
-    sabotaged = runner.TesteeCommand("megatron", (python, str(Path(__file__).with_name("sabotaged_megatron.py"))))
+    sabotaged = runner.TesteeCommand("megatron", (python, str(SABOTAGED), "experts"))
     report = runner.run([reference(), sabotaged], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
     assert not report.passed
     comparisons = {(c.left, c.right): c for c in report.verdicts[0].comparisons}
@@ -85,7 +99,61 @@ def test_experts_added_up_in_megatrons_order_are_caught(python: str, tiny_checkp
     assert first is not None and first.stream == "layers.1.mlp"
 
 
+def on_two_ranks(python: str, name: str, *arguments: str) -> runner.TesteeCommand:
+    return runner.TesteeCommand(name, (*on_ranks(python, 2), *arguments))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layouts"),
+    [
+        ("bf16", (TENSOR_PARALLEL,)),
+        ("fp32", (TENSOR_PARALLEL, EXPERT_PARALLEL, (*TENSOR_PARALLEL, *EXPERT_PARALLEL))),
+        ("fp8", (TENSOR_PARALLEL,)),
+    ],
+    ids=["bf16", "fp32", "fp8"],
+)
+def test_two_ranks_have_the_bits_of_one(
+    dtype: str,
+    layouts: tuple[tuple[str, ...], ...],
+    python: str,
+    tiny_checkpoint: TinyCheckpoint,
+    sliceable_fp8_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tensor parallel, expert parallel, both: every row of every layer, in as many slices as ranks."""
+    monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
+    checkpoint = sliceable_fp8_checkpoint if dtype == "fp8" else tiny_checkpoint(dtype)
+    testee = "-m", "dsv3_plugin.conformance.testees.megatron"
+    commands = [on_two_ranks(python, f"megatron-{i}", *testee, *layout) for i, layout in enumerate(layouts)]
+    report = runner.run([reference(), *commands], checkpoint, lambda *_: None, only=("mtp_1",))
+    assert report.passed, report.to_json()
+    assert report.profile == f"{dtype} in 2 reduction slices"
+    compared = [c for v in report.verdicts for c in v.comparisons if "reference" in (c.left, c.right)]
+    print(f"{sum(c.equal_rows for c in compared):,} rows equal")
+
+
+def test_partial_sums_that_travel_in_bf16_are_caught(
+    python: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
+    sabotaged = on_two_ranks(python, "megatron", str(SABOTAGED), "reduction", *TENSOR_PARALLEL)
+    report = runner.run([reference(), sabotaged], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
+    assert not report.passed
+    comparisons = {(c.left, c.right): c for c in report.verdicts[0].comparisons}
+    first = comparisons["reference", "megatron"].first_difference
+    assert first is not None and first.stream == "layers.0.self_attn"
+
+
 # Training
+
+
+@pytest.fixture(scope="session")
+def sliceable_fp8_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny` in fp8 with heads and a shared expert that have two slices of whole blocks of 128."""
+    path = tmp_path_factory.mktemp("sliceable") / "fp8"
+    wider = {"num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2}
+    make_checkpoint(read_config("tiny") | wider, path, 1, dtype=CheckpointDtype.FP8)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +167,14 @@ def alone(python: str, tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest
 @pytest.mark.parametrize(
     "layout",
     [
-        ("--expert-model-parallel-size", 2),
-        ("--pipeline-model-parallel-size", 2),
+        EXPERT_PARALLEL,
+        TENSOR_PARALLEL,
+        (*TENSOR_PARALLEL, *EXPERT_PARALLEL, "--use-distributed-optimizer"),
+        PIPELINE_PARALLEL,
         ("--use-distributed-optimizer",),
         (),
     ],
+    ids=" ".join,
 )
 def test_two_processes_train(
     layout: tuple[object, ...],
@@ -112,13 +183,18 @@ def test_two_processes_train(
     tiny_checkpoint: TinyCheckpoint,
     tmp_path: Path,
 ) -> None:
-    """The first two losses are of the same weights (warm-up begins at zero): equal in every printed digit."""
+    """The first two losses are of the same weights (warm-up begins at zero): equal in every printed digit, but for
+    tensor-parallel ranks, whose logits are equal and whose exponentials Megatron adds up part by part.
+    """
     output = tmp_path / "hf"
     arguments = "--finetune-from-weights", "--train-iters", 3, "--hf-output", output, *layout
-    printed = losses(train(python, tiny_checkpoint("bf16"), *arguments, processes=2))
+    # Whether in one slice or two, tiny's bf16 sums are the same.
+    slices, tolerance = (2, 2e-6) if TENSOR_PARALLEL[0] in layout else (1, 0.0)
+    printed = losses(train(python, tiny_checkpoint("bf16"), *arguments, processes=2, slices=slices))
     expected = losses(alone[0])
     assert len(printed) == 3
-    assert printed[:2] == expected[:2]
+    for found, wanted in zip(printed[:2], expected[:2], strict=True):
+        assert [float(loss) for loss in found] == pytest.approx([float(loss) for loss in wanted], abs=tolerance, rel=0)
     assert abs(float(printed[2][0]) - float(expected[2][0])) < 0.02
     CheckpointReader(output).validate()
 
@@ -126,17 +202,21 @@ def test_two_processes_train(
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
-        (1, ()),
-        (2, ("--expert-model-parallel-size", 2)),
-        (2, ("--pipeline-model-parallel-size", 2)),
+        (1, ("--use-distributed-optimizer",)),
+        (2, EXPERT_PARALLEL),
+        (2, PIPELINE_PARALLEL),
+        (2, TENSOR_PARALLEL),
+        (2, ("--use-distributed-optimizer",)),
+        (2, (*TENSOR_PARALLEL, *EXPERT_PARALLEL, "--use-distributed-optimizer")),
     ],
+    ids=str,
 )
 def test_resuming_continues_with_equal_bits(
     processes: int, layout: tuple[object, ...], python: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     def go(*arguments: object) -> str:
         common = "--finetune-from-weights", "--train-iters", 4, *layout
-        return train(python, tiny_checkpoint("bf16"), *common, *arguments, processes=processes)
+        return train(python, tiny_checkpoint("bf16"), *common, *arguments, processes=processes, slices=2)
 
     whole = go("--hf-output", tmp_path / "whole")
     first = go("--exit-interval", 2, "--save", tmp_path / "state")
@@ -145,6 +225,25 @@ def test_resuming_continues_with_equal_bits(
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("optimizer", [(), ("--use-distributed-optimizer",)], ids=["", "distributed"])
+def test_one_process_continues_what_two_tensor_parallel_ranks_began(
+    optimizer: tuple[str, ...], python: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """Weights and optimizer state change their layout: the next loss is equal, and what Adam makes of it close."""
+    checkpoint = tiny_checkpoint("bf16")
+
+    def go(processes: int, *arguments: object) -> list[tuple[str, ...]]:
+        common = "--finetune-from-weights", "--train-iters", 4, *optimizer, *arguments
+        return losses(train(python, checkpoint, *common, processes=processes, slices=2))
+
+    state = "--exit-interval", 2, "--save", tmp_path / "state"
+    begun = go(2, *TENSOR_PARALLEL, *state)
+    whole, continued = go(2, *TENSOR_PARALLEL), go(1, "--load", tmp_path / "state")
+    assert whole[:2] == begun
+    assert whole[2] == continued[0]
+    assert abs(float(whole[3][0]) - float(continued[1][0])) < 0.02
 
 
 def test_every_weight_learns_and_the_bias_moves_by_its_step(
@@ -239,6 +338,168 @@ def test_megatrons_gradients_are_the_cores(python: str, tiny_checkpoint: TinyChe
     assert worst < 1e-5
 
 
+RECOMPUTED = """
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random
+from torch import distributed as dist
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.layers.norm import RMSNorm
+from dsv3_plugin.megatron_backend import layers
+from dsv3_plugin.megatron_backend.config import transformer_config
+from dsv3_plugin.megatron_backend.model import build_model
+from dsv3_plugin.megatron_backend.weights import load_checkpoint
+
+# Where TransformerEngine would be asked whether it computes in its own FP8.
+random.HAVE_TE = True
+random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
+random.activation_recompute_forward = random.fp8_autocast = lambda **_: nullcontext()
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+parallel_state.initialize_model_parallel(create_gloo_process_groups=True)
+random.model_parallel_cuda_manual_seed(0)
+reader = CheckpointReader(sys.argv[1])
+config = reader.config
+ids = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(3))
+calls = []
+
+def gradients(**settings):
+    gpt = build_model(config, transformer_config(config, reader.profile(), **settings))
+    load_checkpoint(gpt, sys.argv[1])
+    gpt.train()
+    calls.clear()
+    gpt(ids, torch.arange(40).expand(2, -1), None, labels=ids.roll(-1, 1)).mean().backward()
+    return {name: parameter.grad for name, parameter in gpt.named_parameters()}
+
+def counted(owner, name):
+    method = getattr(owner, name)
+    def call(self, *args, **kwargs):
+        calls.append(name)
+        return method(self, *args, **kwargs)
+    setattr(owner, name, call)
+
+counted(layers.MLA, "up_project")
+counted(layers.Norm, "forward")
+counted(layers.DenseMLP, "forward")
+expected, before = gradients(), len(calls)
+modules = ["layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
+full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+settings = [{"recompute_granularity": "selective", "recompute_modules": [name]} for name in modules]
+for setting in *settings, {"recompute_granularity": "selective", "recompute_modules": modules[:3]}, full:
+    found = gradients(**setting)
+    equal = all(torch.equal(found[name], expected[name]) for name in expected)
+    print(setting.get("recompute_modules", "full"), "equal" if equal else "different", len(calls) - before)
+
+# The twin: the second time it computes something else.
+up_project = layers.MLA.up_project
+def drifting(self, queries, latent, *rest):
+    scale = 1 + 2.0**-7 * torch.is_grad_enabled()
+    return up_project(self, queries * scale, latent, *rest)
+layers.MLA.up_project = drifting
+found = gradients(recompute_granularity="selective", recompute_modules=["mla_up_proj"])
+print("twin", "equal" if all(torch.equal(found[name], expected[name]) for name in expected) else "different")
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_recomputed_activations_give_equal_gradients(dtype: str, python: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    printed = run([python, "-W", "ignore", "-c", RECOMPUTED, str(tiny_checkpoint(dtype))]).stdout
+    results = re.findall(r"^(\[.*\]|full|twin) (equal|different) ?(\d*)$", printed, re.MULTILINE)
+    assert [what for what, *_ in results] == [
+        "['layernorm']",
+        "['mla_up_proj']",
+        "['mlp']",
+        "['moe']",
+        "['shared_experts']",
+        "['layernorm', 'mla_up_proj', 'mlp']",
+        "full",
+        "twin",
+    ], printed[-2000:]
+    *settings, twin = results
+    for what, verdict, more_calls in settings:
+        assert verdict == "equal" and int(more_calls) > 0, (what, verdict, more_calls)
+    assert twin[1] == "different"
+
+
+BALANCE = """
+import sys
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import distributed as dist
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.megatron_backend.config import transformer_config
+from dsv3_plugin.megatron_backend.model import build_model
+from dsv3_plugin.megatron_backend.weights import load_checkpoint
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+parallel_state.initialize_model_parallel(create_gloo_process_groups=True)
+model_parallel_cuda_manual_seed(0)
+reader = CheckpointReader(sys.argv[1])
+config, alpha, gamma = reader.config, 0.5, 0.25
+settings = transformer_config(
+    config, reader.profile(), moe_aux_loss_coeff=alpha, moe_router_bias_update_rate=gamma
+)
+gpt = build_model(config, settings)
+load_checkpoint(gpt, sys.argv[1])
+gpt.train()
+router = gpt.decoder.layers[1].mlp.router
+tokens, sequences, experts, chosen = 24, 3, config.n_routed_experts, config.num_experts_per_tok
+x = torch.randn(tokens, sequences, config.hidden_size, generator=torch.Generator().manual_seed(1))
+
+probs, routing_map = router(x)
+(probs.sum() * 0).backward()
+found = router.weight.grad.double()
+
+# The report's equations 17 to 20, for each sequence; the choice is that of the affinities alone.
+def balance(affinity, choice):
+    f = choice.sum(0) * experts / (chosen * len(affinity))
+    return alpha * (f * (affinity / affinity.sum(-1, keepdim=True)).mean(0)).sum()
+
+def gradient(of_sequence):
+    weight = router.weight.detach().double().requires_grad_(True)
+    affinity = torch.sigmoid(x.double() @ weight.t())
+    choice = torch.zeros_like(affinity).scatter(-1, affinity.topk(chosen, -1).indices, 1.0)
+    if of_sequence == "routed":
+        choice = routing_map.view(tokens, sequences, experts).double()
+    if of_sequence == "batch":
+        loss = balance(affinity.flatten(0, 1), choice.flatten(0, 1))
+    else:
+        loss = sum(balance(affinity[:, b], choice[:, b]) for b in range(sequences)) / sequences
+    (expected,) = torch.autograd.grad(loss, weight)
+    return float((found - expected).abs().max() / expected.abs().max())
+
+print("sequence", gradient("sequence"))
+print("batch", gradient("batch"))
+print("routed", gradient("routed"))
+
+# No token is dropped, and the counters are integers.
+counts = router.local_tokens_per_expert.clone()
+assert counts.dtype == torch.int64 and torch.equal(counts, routing_map.sum(0))
+assert int(counts.sum()) == tokens * sequences * chosen and (routing_map.sum(1) == chosen).all()
+before = router.expert_bias.clone()
+_update_router_expert_bias([gpt], settings)
+expected = before + gamma * torch.sign(counts.double().mean() - counts).float()
+assert torch.equal(router.expert_bias, expected)
+print("moved", int((counts.double() < counts.double().mean()).sum()), "up", int((router.expert_bias > before).sum()))
+"""
+
+
+def test_balance_is_the_reports(python: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    """The complementary loss of each sequence, and the bias: up by gamma below the mean load, down above it."""
+    printed = run([python, "-W", "ignore", "-c", BALANCE, str(tiny_checkpoint("fp32"))]).stdout
+    error = {name: float(value) for name, value in re.findall(r"^(sequence|batch|routed) (\S+)$", printed, re.M)}
+    assert error["sequence"] < 1e-5, printed[-2000:]
+    # What it is not: one loss for the whole batch, or one that counts the biased, group-limited choice.
+    assert error["batch"] > 1e-2 and error["routed"] > 1e-2
+    below, up = re.search(r"moved (\d+) up (\d+)", printed).groups()  # type: ignore[union-attr]
+    assert below == up and int(up) > 0
+
+
 # Checkpoints
 
 
@@ -276,7 +537,7 @@ def test_missing_expert_is_named(python: str, tiny_checkpoint: TinyCheckpoint, t
     [
         (("--pipeline-model-parallel-size", "2"), "1 processes cannot be divided"),
         (("--expert-model-parallel-size", "3"), "1 processes cannot be divided"),
-        (("--use-distributed-optimizer", "--load", "folder"), "does not restore its state exactly"),
+        (("--tensor-model-parallel-size", "2"), "1 processes cannot be divided"),
         (("--global-batch-size", "6"), "global batch size 6 is not a multiple of micro batch size 4"),
     ],
 )
@@ -299,7 +560,10 @@ from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.profile import profile_for
 config = DeepseekV3Config.from_pretrained(sys.argv[1])
 for settings in ({"moe_token_dispatcher_type": "allgather"}, {"hidden_dropout": 0.1}, {"layernorm_epsilon": 1e-5},
-                 {"context_parallel_size": 2}, {"moe_expert_capacity_factor": 1.0}):
+                 {"context_parallel_size": 2}, {"moe_expert_capacity_factor": 1.0},
+                 {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": False},
+                 {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+                 {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}):
     try:
         build_model(config, transformer_config(config, profile_for(config), **settings))
     except EngineError as error:
@@ -317,7 +581,13 @@ def test_settings_that_the_layers_cannot_honour_are_refused(python: str, tiny_ch
         "layernorm_epsilon",
         "context_parallel_size",
         "moe_expert_capacity_factor",
+        "sequence_parallel",
     ], lines
+    others = [line for line in lines if line not in asked]
+    assert "tensor_model_parallel_size=2 needs sums in as many slices" in others[0]
+    assert "set DSV3_REDUCTION_SLICES=2" in others[0]
+    assert "recompute_modules=core_attn is not supported, layernorm, mla_up_proj, " in others[1]
+    assert "recompute_modules=layernorm needs TransformerEngine" in others[2]
 
 
 # The stand-ins
