@@ -48,6 +48,16 @@ def test_chunks_of_a_prompt_and_single_tokens_give_equal_bits():
     assert bits_differ(whole, chunks) == 0
 
 
+def test_splits_are_cut_at_absolute_positions():
+    generator = torch.Generator().manual_seed(4)
+    cache = torch.randn(17, 64, 80, generator=generator).bfloat16()
+    q = torch.randn(8, 1, 80, generator=generator).bfloat16()
+    whole = attention(q, cache, 1028)
+    for i in range(8):
+        assert bits_differ(whole[i : i + 1], attention(q[i : i + 1], cache, 1021 + i)) == 0
+    assert bits_differ(whole[:5], attention(q[:5], cache, 1025)) == 0
+
+
 def test_what_lies_behind_the_last_key_is_not_read():
     generator = torch.Generator().manual_seed(2)
     cache = torch.randn(2, 64, 80, generator=generator).bfloat16()
