@@ -1,0 +1,171 @@
+"""The fp8 kernel in CUDA C++, run on a CPU, prints the bits of the model of Hopper."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+if shutil.which("g++") is None:
+    pytest.skip("g++ is not installed: the fp8 kernel is not run on this CPU", allow_module_level=True)
+
+from dsv3_plugin.kernels import cuda, fp8_stream, sm90_model
+from dsv3_plugin.kernels.check import bits_differ, numbers
+from dsv3_plugin.kernels.fp8_stream import Shape
+from dsv3_plugin.ops.fp8 import quantize_fp8, quantize_weight
+from dsv3_plugin.profile import ScaleFormat
+
+_EMULATED = Path(__file__).with_name("emulated")
+_KERNELS = Path(fp8_stream.__file__).parent
+
+
+class TensorMap(ctypes.Structure):
+    """The emulated struct `TensorMap`."""
+
+    _fields_ = (
+        ("base", ctypes.c_void_p),
+        ("size", ctypes.c_longlong * 3),
+        ("stride", ctypes.c_longlong * 3),
+        ("box", ctypes.c_longlong * 3),
+    )
+
+
+def tensor_map(kind: str, address: int, size: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> TensorMap:
+    """What `cuda.tensor_map` encodes."""
+    del kind
+    sizes, steps, boxes = ((*x, 1, 1, 1)[:3] for x in (size, strides, box))
+    three = ctypes.c_longlong * 3
+    return TensorMap(address, three(*sizes), three(*steps), three(*boxes))
+
+
+def build(folder: Path, program: cuda.Program, replacements: Sequence[tuple[str, str]] = ()) -> Any:
+    """The kernel as a library, its source changed by `replacements`, each of which must apply."""
+    source = (_KERNELS / program.file).read_text()
+    for old, new in replacements:
+        assert source.count(old) == 1, (source.count(old), old)
+        source = source.replace(old, new)
+    (folder / program.file).write_text(source)
+    (folder / "wgmma.cuh").write_text("")
+    for name in ("mla_units.cuh", "hopper.cuh", "fp8_emulated.cpp"):
+        shutil.copy(_EMULATED / name, folder)
+    defines = [f"-D{name}={value}" for name, value in program.parameters]
+    options = ["-O2", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
+    library = folder / "emulated.so"
+    subprocess.run(["g++", *options, *defines, folder / "fp8_emulated.cpp", "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def run(monkeypatch: Any, library: Any, processors: int, shape: Shape, *args: Any) -> torch.Tensor:
+    """`fp8_stream.launch` of tensors on a CPU, on a card of so many multiprocessors."""
+
+    def launch(program: cuda.Program, name: str, how: cuda.Launch, arguments: Sequence[Any]) -> None:
+        plain = [
+            ctypes.byref(x)
+            if isinstance(x, TensorMap)
+            else ctypes.c_void_p(x.data_ptr())
+            if isinstance(x, torch.Tensor)
+            else x
+            for x in arguments
+        ]
+        library.emulate_fp8_stream(how.grid, how.block, *plain)
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda, "tensor_map", tensor_map)
+    properties = SimpleNamespace(multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    x, x_scale, weight, weight_scale, counts = args
+    out = torch.full((len(x), weight.shape[-2]), torch.nan, dtype=torch.bfloat16)
+    fp8_stream.launch(x, x_scale, weight, weight_scale, counts, out, shape)
+    return out
+
+
+def dense(rows: int, columns: int, depth: int) -> tuple[Any, ...]:
+    rng = random.Random(f"{rows} {columns} {depth}")
+    x = quantize_fp8(numbers(rng, rows, depth), "float32")
+    return (*x, *quantize_weight(numbers(rng, columns, depth), "float32"), None)
+
+
+def experts(counts: list[int], columns: int, depth: int, scale_format: ScaleFormat = "float32") -> tuple[Any, ...]:
+    rng = random.Random(f"{counts} {columns} {depth}")
+    x = quantize_fp8(numbers(rng, sum(counts), depth), scale_format)
+    weights = [quantize_weight(numbers(rng, columns, depth), scale_format) for _ in counts]
+    values, scales = (torch.stack(parts) for parts in zip(*weights, strict=True))
+    return (*x, values, scales, torch.tensor(counts))
+
+
+def expected(args: tuple[Any, ...]) -> torch.Tensor:
+    *operands, counts = args
+    if counts is None:
+        return sm90_model.fp8_linear(*operands)
+    x, x_scale, weight, weight_scale = operands
+    return sm90_model.grouped_fp8_linear(x, x_scale, counts, weight, weight_scale)
+
+
+# A way to cut the kernel with its ring cut short so that it wraps, multiprocessors, and a product.
+CASES: dict[str, tuple[Shape, int, tuple[Any, ...]]] = {
+    "one row, several tiles a program": (Shape(16, 16, 4, buffers=4, stages=2), 3, dense(1, 104, 1024)),
+    "depth that fills no stage": (Shape(32, 16, 4, buffers=4, stages=2), 2, dense(5, 64, 768)),
+    "tiles across scale blocks": (Shape(56, 16, 2, buffers=2, stages=3), 2, dense(9, 264, 512)),
+    "chunks of tokens": (Shape(32, 32, 2, buffers=2, stages=2), 2, dense(75, 64, 512)),
+    "three warpgroups, last tile not full": (
+        Shape(192, 16, 2, row_groups=3, buffers=2, stages=2),
+        1,
+        dense(3, 328, 512),
+    ),
+    "parts of the tokens": (Shape(64, 32, 1, token_parts=2, buffers=2, stages=2), 1, dense(20, 64, 384)),
+    "experts without rows and with many": (
+        Shape(128, 16, 2, row_groups=2, buffers=2, stages=2),
+        2,
+        experts([3, 0, 21, 0, 1], 128, 512),
+    ),
+    "experts, copies of 16 tokens": (
+        Shape(128, 48, row_groups=2, token_box=16, stages=2),
+        1,
+        experts([50, 7, 33], 128, 256, "ue8m0"),
+    ),
+    "experts, blocks of rows": (
+        Shape(256, 32, row_blocks=2, row_groups=2, token_box=16, stages=2),
+        1,
+        experts([30, 5], 256, 256),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prints_the_models_bits(name, tmp_path, monkeypatch):
+    shape, processors, args = CASES[name]
+    groups = 1 if args[4] is None else len(args[4])
+    shape = shape._replace(groups=groups)
+    library = build(tmp_path, shape.program())
+    printed = run(monkeypatch, library, processors, shape, *args)
+    print(name, printed.numel(), "outputs")
+    assert bits_differ(expected(args), printed) == 0
+
+
+SABOTAGE = {
+    "the first slice's scale": ("scales.load(min(block + s, operands.blocks - 1))", "scales.load(0)"),
+    "the neighbour's scale": (
+        "const float* place = token_scales + 8 * j",
+        "const float* place = token_scales + 1 + 8 * j",
+    ),
+    "an expert's first token": (
+        "tile.first_token = first_row[group] + chunk;",
+        "tile.first_token = first_row[group] / 4 * 4 + chunk;",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_a_wrong_kernel_is_caught(name, tmp_path, monkeypatch):
+    shape, processors, args = CASES["experts without rows and with many"]
+    shape = shape._replace(groups=len(args[4]))
+    library = build(tmp_path, shape.program(), [SABOTAGE[name]])
+    assert bits_differ(expected(args), run(monkeypatch, library, processors, shape, *args)) > 0
