@@ -124,8 +124,8 @@ def mla_attention(
     kv_lora_rank: int,
     scale: float,
 ) -> torch.Tensor:
-    """q bf16 [T, H, C], latent_cache bf16 [num_blocks, block_size, C] with any strides but 1 in C, block_table integers
-    [num_reqs, max_blocks], seq_lens integers [num_reqs], query_start_loc integers [num_reqs + 1];
+    """q bf16 [T, H, C], latent_cache bf16 [num_blocks, block_size, C] with any strides but 1 in C, block_table
+    [num_reqs, max_blocks], seq_lens [num_reqs] and query_start_loc [num_reqs + 1] int32 or int64;
     to bf16 [T, H, kv_lora_rank].
 
     Raises `InputError`. Page numbers and lengths are not checked: they stay on the device.
@@ -144,11 +144,14 @@ def mla_attention(
     require(latent_cache.stride(2) == 1, op, f"latent_cache has stride {latent_cache.stride(2)} in its last dimension")
     requests = len(seq_lens)
     require(
-        block_table.shape[0] == requests and block_table.stride(1) == 1,
+        block_table.dim() == 2 and block_table.shape[0] == requests,
         op,
-        f"block_table of shape {tuple(block_table.shape)} and stride {block_table.stride()} for {requests} seq_lens",
+        f"block_table of shape {tuple(block_table.shape)} for {requests} seq_lens",
     )
     require(len(query_start_loc) == requests + 1, op, f"{requests} seq_lens, {len(query_start_loc)} query_start_loc")
+    for name, x in (("block_table", block_table), ("seq_lens", seq_lens), ("query_start_loc", query_start_loc)):
+        require(x.dtype in (torch.int32, torch.int64), op, f"{name} is {x.dtype}, expected int32 or int64")
+        require(x.stride(-1) == 1, op, f"{name} has stride {x.stride(-1)} in its last dimension")
     tokens, heads, dim = q.shape
     out = q.new_empty(tokens, heads, kv_lora_rank)
     if out.numel() and mla_hopper.serves(latent_cache, kv_lora_rank):
