@@ -24,8 +24,14 @@ def megatron_version() -> str:
 
 
 def untested_warning() -> str | None:
-    """A warning for a Megatron-Core outside the tested range, else None."""
-    return untested_version_warning("Megatron", megatron_version(), TESTED)
+    """A warning for a Megatron-Core outside the tested range, else None.
+
+    Raises `EngineError` for one before 0.19, which builds layers from specifications of another kind.
+    """
+    version = megatron_version()
+    if version.startswith(tuple(f"0.{minor}." for minor in range(19))):
+        raise EngineError(f"Megatron-Core {version} is too old: dsv3-plugin needs {TESTED[0]}")
+    return untested_version_warning("Megatron", version, TESTED)
 
 
 def require_device() -> torch.device:

@@ -26,7 +26,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import distributed as dist
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3_plugin.checkpoint.masters import as_written, numbers
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, Target, TensorSpec, checkpoint_tensors

@@ -90,11 +90,11 @@ def build_model(
     has no kernel.
     """
     profile = profile or profile_for(config)
+    if warning := compat.untested_warning():
+        logger.warning(warning)
     compat.require_supported(transformer_config, config, profile)
     compat.require_whole_experts()
     device = compat.require_device()
-    if warning := compat.untested_warning():
-        logger.warning(warning)
     ops = differentiable(bind_ops(config, profile, device))
     if transformer_config.tensor_model_parallel_size > 1:
         ops = share(ops, parallel_state.get_tensor_model_parallel_group())

@@ -16,7 +16,7 @@ from conftest import TinyCheckpoint
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import EngineError
-from dsv3_plugin.megatron_backend import recipe
+from dsv3_plugin.megatron_backend import compat, recipe
 
 ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / ".envs" / "megatron" / "bin" / "python"
@@ -190,6 +190,13 @@ def test_megatron_s_own_loop_trains_the_model(tiny_checkpoint: TinyCheckpoint, t
     assert len(different(after["moving"], weights(original))) > 100
 
 
+@needs_megatron
+def test_a_spec_is_refused_where_it_would_have_no_effect(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    spec = "--spec", "dsv3_plugin.megatron_backend.provider", "refuse_spec"
+    with pytest.raises(AssertionError, match="error: --spec replaces the decoder layers only"):
+        pretrain(tiny_checkpoint("bf16"), tmp_path / "text", *spec)
+
+
 # On-policy
 
 
@@ -220,3 +227,22 @@ def test_one_weight_that_is_off_by_one_ulp_is_caught(tiny_checkpoint: TinyCheckp
 def test_an_unknown_server_is_refused(tmp_path: Path) -> None:
     done = on_policy(tmp_path, "--server", "nobody")
     assert done.returncode == 2 and "--server nobody: not one of reference, vllm, sglang" in done.stdout
+
+
+# Versions
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("0.16.1", "too old"), ("0.18.9", "too old"), ("0.19.2", None), ("0.20.0", "is tested with Megatron 0.19.2")],
+)
+def test_another_megatron_is_refused_or_warned_of(
+    version: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "megatron_version", lambda: version)
+    if expected == "too old":
+        with pytest.raises(EngineError, match=f"Megatron-Core {version} is too old"):
+            compat.untested_warning()
+    else:
+        warning = compat.untested_warning()
+        assert warning is None if expected is None else expected in str(warning)
