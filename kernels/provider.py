@@ -11,7 +11,7 @@ import torch
 
 from dsv3_plugin.hooks import Kernel, Setting, hookimpl, whole_sums_only
 from dsv3_plugin.kernels import deep_gemm, sm90_model
-from dsv3_plugin.ops.fp8 import FP8_LINEAR, GROUPED_FP8_LINEAR
+from dsv3_plugin.ops.mla_attention import MLA_ATTENTION
 from dsv3_plugin.registry import CONTRACTS
 from dsv3_plugin.version import __version__
 
@@ -34,7 +34,19 @@ _TRITON_MODULES = {
 }
 _CERTIFICATE = "equal to sm90-model in every bit on an H200 (dsv3 kernels check)"
 # fp8_stream.cu, one of their makers, serves only products for which it was compared with the others.
-_FP8_CERTIFICATE = f"{_CERTIFICATE}; fp8_stream.cu equal to those, for the products of selection.json"
+_CERTIFICATES: dict[str, str | None] = {
+    **dict.fromkeys(_TRITON_MODULES, _CERTIFICATE),
+    **dict.fromkeys(
+        ("fp8_linear", "grouped_fp8_linear"),
+        f"{_CERTIFICATE}; fp8_stream.cu equal to those, for the products of selection.json",
+    ),
+    # Its second version has been on no card yet, but for V3's latent.
+    "mla_attention": None,
+}
+_V3_ATTENTION_CERTIFICATE = (
+    "equal to sm90-model in every bit: 286 random cases on an H200, batches that fill the card by emulation on a CPU"
+)
+_V3_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 
 
 def on_first_call(module: str, function: str) -> Callable[..., Any]:
@@ -59,6 +71,12 @@ def refuses(setting: Setting) -> str | None:
     return whole_sums_only(setting)
 
 
+def refuses_other_latents(setting: Setting) -> str | None:
+    """Attention's kernel for the latent of V3 (mla_hopper.cu)."""
+    found = {name: setting.dims.get(name) for name in _V3_LATENT}
+    return refuses(setting) or (None if found == _V3_LATENT else f"attends with {_V3_LATENT}, the model has {found}")
+
+
 @hookimpl
 def dsv3_kernels() -> list[Kernel]:
     """The model of Hopper on a CPU, and the kernels for Hopper itself."""
@@ -70,8 +88,18 @@ def dsv3_kernels() -> list[Kernel]:
             version=__version__,
             run=on_first_call(_TRITON_MODULES[contract.op], contract.op),
             refuses=refuses,
-            certificate=_FP8_CERTIFICATE if contract in (FP8_LINEAR, GROUPED_FP8_LINEAR) else _CERTIFICATE,
+            certificate=_CERTIFICATES[contract.op],
         )
         for contract in CONTRACTS
     ]
-    return sm90_model.kernels() + own + deep_gemm.kernels()
+    v3_attention = Kernel(
+        op=MLA_ATTENTION.op,
+        contract_version=MLA_ATTENTION.version,
+        provider="cuda",
+        version=__version__,
+        run=on_first_call(_TRITON_MODULES[MLA_ATTENTION.op], MLA_ATTENTION.op),
+        refuses=refuses_other_latents,
+        certificate=_V3_ATTENTION_CERTIFICATE,
+        priority=1,
+    )
+    return [*sm90_model.kernels(), v3_attention, *own, *deep_gemm.kernels()]

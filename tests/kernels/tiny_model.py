@@ -69,7 +69,8 @@ def build(profile: Profile, overrides: dict[str, Any], device: str) -> tuple[Dee
     """The model with its weights on `device`."""
     config = DeepseekV3Config.from_dict(CONFIG | overrides)
     capability = torch.cuda.get_device_capability() if device == "cuda" else None
-    ops = bind(Setting(device, "sm90", profile, capability), "strict", provider.dsv3_kernels())
+    # Not strict: attention of so small a latent has no certificate until these logits are compared.
+    ops = bind(Setting(device, "sm90", profile, capability), "fast", provider.dsv3_kernels())
     generator = torch.Generator().manual_seed(7)
     model = DeepseekV3(ops, config)
     parameters = dict(model.named_parameters())
