@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / ".envs" / "megatron" / "bin" / "python"
 TRAIN = ROOT / "examples" / "train_megatron.py"
 ON_POLICY = ROOT / "examples" / "on_policy.py"
-PRETRAIN = Path(__file__).with_name("pretrain_on_cpu.py"), ROOT / "examples" / "pretrain_megatron.py"
+PRETRAIN = ROOT / "examples" / "pretrain_megatron.py"
+ON_CPU = Path(__file__).with_name("pretrain_on_cpu.py")
 
 needs_megatron = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is missing: run `make environments`")
 
@@ -154,7 +155,24 @@ builder.finalize(prefix + ".idx")
 """
 
 
-def pretrain(checkpoint: Path, data: Path, *arguments: object) -> str:
+# A script that hands over a function in place of a configuration.
+PROVIDER = """
+import runpy
+from megatron.core.enums import ModelType
+from megatron.training import pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from dsv3_plugin.megatron_backend.provider import add_arguments, model_provider
+
+def main():
+    example = runpy.run_path({example!r})
+    args = parse_and_validate_args(add_arguments)
+    pretrain(pretrain_cfg_container_from_args(args), example["datasets"], ModelType.encoder_or_decoder,
+             example["forward_step"], model_provider=model_provider)
+"""
+
+
+def pretrain(checkpoint: Path, data: Path, *arguments: object, script: Path = PRETRAIN) -> str:
     """Run Megatron's loop over the text; returns what it printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -163,7 +181,7 @@ def pretrain(checkpoint: Path, data: Path, *arguments: object) -> str:
     small = "--micro-batch-size", 2, "--global-batch-size", 4, "--seq-length", 32, "--train-iters", 2
     evaluation = "--split", "100,0,0", "--eval-iters", 0, "--eval-interval", 100
     machine = "--transformer-impl", "local", "--distributed-backend", "gloo", "--log-interval", 1
-    command = PYTHON, *PRETRAIN, *model, *small, *evaluation, *machine, "--data-path", data
+    command = PYTHON, ON_CPU, script, *model, *small, *evaluation, *machine, "--data-path", data
     done = run(*command, *arguments, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
@@ -177,17 +195,20 @@ def test_megatron_s_own_loop_trains_the_model(tiny_checkpoint: TinyCheckpoint, t
     data = tmp_path / "text"
     done = run(PYTHON, "-c", INDEX, original, data)
     assert done.returncode == 0, done.stdout[-2000:]
+    provider = tmp_path / "provider.py"
+    provider.write_text(PROVIDER.format(example=str(PRETRAIN)))
     after = {}
-    for name, rates in {"at rest": (0, 0), "moving": (1e-3, 1e-3)}.items():
+    for name, rate, script in ("rest", 0, PRETRAIN), ("steps", 1e-3, PRETRAIN), ("provider", 1e-3, provider):
         saved = tmp_path / name
         common = "--load", tmp_path / "converted", "--save", saved, "--save-interval", 10
-        rate = "--lr", rates[0], "--min-lr", rates[0], "--moe-router-bias-update-rate", rates[1]
-        printed = pretrain(original, data, *common, *rate)
+        rates = "--lr", rate, "--min-lr", rate, "--moe-router-bias-update-rate", rate
+        printed = pretrain(original, data, *common, *rates, script=script)
         assert len(re.findall(r"iteration +\d/ +2 .*lm loss: [67]\.\d.*mtp_1 loss: [67]\.\d", printed)) == 2, printed
         convert("to-hf", saved, tmp_path / f"{name} hf", "--like", original)
         after[name] = weights(tmp_path / f"{name} hf")
-    assert not different(after["at rest"], weights(original))
-    assert len(different(after["moving"], weights(original))) > 100
+    assert not different(after["rest"], weights(original))
+    assert len(different(after["steps"], weights(original))) > 100
+    assert not different(after["provider"], after["steps"])
 
 
 @needs_megatron
