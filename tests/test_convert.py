@@ -29,9 +29,10 @@ EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is missing: run `make environments`")
 
 
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "COLUMNS": "200"}
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "COLUMNS": "200"} | variables
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900)
 
 
 def convert(direction: str, *arguments: object) -> str:
@@ -148,13 +149,13 @@ from dsv3_plugin.megatron_backend.config import transformer_config
 from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.weights import local_tensors
 
-source, original, pipeline, expert = sys.argv[1], CheckpointReader(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+source, original, tensor_, pipeline, expert = sys.argv[1], CheckpointReader(sys.argv[2]), *map(int, sys.argv[3:])
 dist.init_process_group("gloo")
-parallel_state.initialize_model_parallel(
-    pipeline_model_parallel_size=pipeline, expert_model_parallel_size=expert, create_gloo_process_groups=True)
+sizes = dict(tensor_model_parallel_size=tensor_, pipeline_model_parallel_size=pipeline,
+             expert_model_parallel_size=expert, expert_tensor_parallel_size=1)
+parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=True)
 model_parallel_cuda_manual_seed(0)
-settings = transformer_config(original.config, original.profile(), pipeline_model_parallel_size=pipeline,
-                              expert_model_parallel_size=expert)
+settings = transformer_config(original.config, original.profile(), sequence_parallel=tensor_ > 1, **sizes)
 model = build_model(original.config, settings, parallel_state.is_pipeline_first_stage(),
                     parallel_state.is_pipeline_last_stage())
 state, missing, unexpected = dist_checkpointing.load(
@@ -162,35 +163,46 @@ state, missing, unexpected = dist_checkpointing.load(
 assert not missing and not [key for key in unexpected if not key.startswith("common_state")], (missing, unexpected)
 model.load_state_dict(state["model"])
 places = local_tensors(model, original.config)
+
+def part(tensor, shape):
+    for dim, size in enumerate(shape):
+        if size != tensor.shape[dim]:
+            tensor = tensor.narrow(dim, parallel_state.get_tensor_model_parallel_rank() * size, size)
+    return tensor
+
 wrong = [name for name, tensor in numbers(original, places.__contains__)
-         if not torch.equal(places[name], tensor.to(places[name].dtype))]
+         if not torch.equal(places[name], part(tensor, places[name].shape).to(places[name].dtype))]
 print(f"rank {dist.get_rank()}: {len(places)} tensors, {len(wrong)} wrong {wrong[:3]}", flush=True)
 dist.barrier()
 """
 
 
-def load_on_two_ranks(source: Path, original: Path, pipeline: int, expert: int) -> str:
+def load_on_two_ranks(source: Path, original: Path, tensor: int, pipeline: int, expert: int) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = "-m", "torch.distributed.run", "--no-python", "--nproc-per-node=2", f"--master-port={port}"
-    done = run(PYTHON, *launch, PYTHON, "-c", LOAD, source, original, pipeline, expert)
+    sizes = tensor, pipeline, expert
+    done = run(PYTHON, *launch, PYTHON, "-c", LOAD, source, original, *sizes, DSV3_REDUCTION_SLICES=str(tensor))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-@pytest.mark.parametrize(("dtype", "pipeline", "expert"), [("bf16", 1, 2), ("bf16", 2, 1), ("fp8", 1, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "tensor", "pipeline", "expert"),
+    [("bf16", 1, 1, 2), ("bf16", 1, 2, 1), ("bf16", 2, 1, 1), ("bf16", 2, 1, 2), ("fp8", 1, 1, 2)],
+)
 def test_one_process_converts_for_every_layout(
-    dtype: str, pipeline: int, expert: int, converted: dict[str, Path], tiny_checkpoint: TinyCheckpoint
+    dtype: str, tensor: int, pipeline: int, expert: int, converted: dict[str, Path], tiny_checkpoint: TinyCheckpoint
 ) -> None:
-    printed = load_on_two_ranks(converted[dtype], tiny_checkpoint(dtype), pipeline, expert)
+    printed = load_on_two_ranks(converted[dtype], tiny_checkpoint(dtype), tensor, pipeline, expert)
     print(printed)
     assert printed.count(" 0 wrong []") == 2
 
 
 def test_gate_and_up_swapped_are_caught_by_the_model(swapped: Path, tiny_checkpoint: TinyCheckpoint) -> None:
     """A mistake that both ways shared would come back unseen; the model's own loader finds it."""
-    printed = load_on_two_ranks(swapped, tiny_checkpoint("bf16"), 1, 2)
+    printed = load_on_two_ranks(swapped, tiny_checkpoint("bf16"), 1, 1, 2)
     assert "gate_proj.weight" in printed and " 0 wrong" not in printed
 
 
