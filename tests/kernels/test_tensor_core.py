@@ -16,7 +16,7 @@ GOLDEN = recorded(Path(__file__).with_name("golden_h200.safetensors"))
 MODEL = {kernel.op: kernel.run for kernel in sm90_model.kernels()}
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_equals_the_h200(name):
     case, printed = GOLDEN[name]
     outputs = MODEL[name.split("/")[0]](*case.args, **case.kwargs)
