@@ -180,6 +180,7 @@ class Observer:
         self.runner = runner
         self.outcome: program.Outcome | None = None
         self.seen = TokenTracker()
+        self.seen_by_draft = TokenTracker()
         self.keys: list[RowKey] | None = None
         self.sampled_rows: list[int] = []
         self.hidden: torch.Tensor | None = None
@@ -213,7 +214,6 @@ class Observer:
     # The target model.
 
     def _watch_target(self, model: Any) -> LayerRecorder | None:
-        self.seen_by_draft = TokenTracker()
         prepare = self.runner._prepare_inputs
 
         def prepare_inputs(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any) -> Any:
