@@ -194,9 +194,13 @@ def sampling_problems(case: Case, requests: Sequence[RequestResult], specificati
         if request.temperature == 0:
             continue
         prompt = len(request.prompt_token_ids)
+        keys = [(index, prefix_digest(result.token_ids[:end])) for end in range(prompt, len(result.token_ids))]
+        if unknown := [prompt + i for i, key in enumerate(keys) if key not in rows]:
+            problems.append(f"request {index} answers tokens before position {unknown[0]} that it did not compute with")
+            continue
         expected = [
-            float(processed_logprobs(rows[index, prefix_digest(result.token_ids[:end])], request.temperature)[token])
-            for end, token in enumerate(result.token_ids[prompt:], prompt)
+            float(processed_logprobs(rows[key], request.temperature)[token])
+            for key, token in zip(keys, result.token_ids[prompt:], strict=True)
         ]
         found = list(result.logprobs)
         if found != expected:

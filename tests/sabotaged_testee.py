@@ -1,9 +1,9 @@
 """A reference testee with one thing wrong: `python sabotaged_testee.py SABOTAGE JOB_DIR RESULT_DIR`.
 
 `ulp:MODULE` moves one output of a module of `DeepseekV3Model` by one ulp; `tile:ROWS` runs the CPU's products on other
-tiles; `page` replaces the newest cached token by the oldest; `tokens` answers other tokens than it computed; `silent`
-leaves a row out; `log_of_softmax` answers log-probabilities that are rounded otherwise; `seed` draws by other random
-numbers each time; `crash` raises.
+tiles; `page` replaces the newest cached token by the oldest; `tokens:N` answers another N-th token from the end (1);
+`silent` leaves a row out; `log_of_softmax` answers log-probabilities that are rounded otherwise; `seed` draws by other
+random numbers each time; `crash` raises.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ class SabotagedTestee(ReferenceTestee):
         outcome = super().run(case)
         if SABOTAGE == "tokens":
             first = outcome.requests[0]
-            wrong = (*first.token_ids[:-1], first.token_ids[-1] ^ 1)
-            outcome.requests[0] = first.model_copy(update={"token_ids": wrong})
+            wrong = list(first.token_ids)
+            wrong[-int(ARGUMENT or 1)] ^= 1
+            outcome.requests[0] = first.model_copy(update={"token_ids": tuple(wrong)})
         if SABOTAGE == "silent":
             recorder = outcome.recorder
             recorder._keys["logits"].pop()

@@ -100,6 +100,10 @@ def test_wrong_tokens_and_missing_rows_fail(tiny_checkpoint, tmp_path: Path, sab
     ("sabotage", "problem"),
     [
         ("log_of_softmax", r"sabotaged: request \d has log-probabilities \[-[\d.]+\] at position \d+, log-softmax of"),
+        (
+            "tokens:2",
+            r"sabotaged: request 0 answers tokens before position 13 that it did not compute with|are the same",
+        ),
         ("seed", r"sabotaged: requests \d and \d are the same and drew other tokens at position \d+"),
     ],
 )
