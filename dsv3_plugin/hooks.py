@@ -65,7 +65,8 @@ class Kernel:
 
     `run` takes the arguments of the operation's reference in `dsv3_plugin.ops`. `refuses` returns why the kernel
     cannot serve a setting, or None if it can. `certificate` names the evidence that it meets the contract bit for
-    bit; a kernel without one is used in fast mode only. Among kernels that may serve, the highest `priority` wins.
+    bit; a kernel without one is used in fast mode only, and `uncertified` may say why it has none: what was measured.
+    Among kernels that may serve, the highest `priority` wins.
     """
 
     op: str
@@ -75,6 +76,7 @@ class Kernel:
     run: Callable[..., Any]
     refuses: Callable[[Setting], str | None] = always
     certificate: str | None = None
+    uncertified: str | None = None
     priority: int = 0
 
 

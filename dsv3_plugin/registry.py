@@ -193,7 +193,8 @@ def refusal(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) ->
     if kernel.contract_version != contract.version:
         return f"meets contract version {kernel.contract_version}, version {contract.version} is needed"
     if mode == "strict" and kernel.certificate is None:
-        return "has no certificate, which strict mode needs"
+        why = f": {kernel.uncertified}" if kernel.uncertified else ""
+        return f"has no certificate, which strict mode needs{why}"
     return kernel.refuses(setting)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,14 @@ def test_fp8_operations_are_bound_in_the_fp8_profile_only() -> None:
     assert {contract.op for contract in CONTRACTS} - {c.op for c in ops.provenance} == FP8_OPS
     with pytest.raises(KernelError, match=r"^fp8_linear was called in the bf16 profile"):
         ops.fp8_linear(1, 2, x=3)
+
+
+def test_strict_mode_says_what_was_measured_of_a_kernel_without_certificate() -> None:
+    measured = replace(kernel(), uncertified="differs in 0.027 % of the outputs")
+    ops = bind(CPU_BF16, "strict", [measured, *REFERENCE])
+    wanted = "fast_lab 3.2: has no certificate, which strict mode needs: differs in 0.027 % of the outputs"
+    assert choice(ops).refused == (wanted,)
+    assert choice(bind(CPU_BF16, "fast", [measured, *REFERENCE])).provider == "fast_lab"
 
 
 def test_strict_mode_passes_over_what_has_no_certificate() -> None:
