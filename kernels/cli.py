@@ -70,7 +70,7 @@ def list_kernels(
         best = max(able, key=lambda kernel: kernel.priority, default=None)
         for kernel, reason in zip(offers, reasons, strict=True):
             serves = "yes" if kernel is best else f"no: {reason or 'another has priority'}"
-            certificate = kernel.certificate or "none"
+            certificate = kernel.certificate or f"none: {kernel.uncertified or 'not compared'}"
             table.add_row(
                 f"{contract.op} {contract.version}", f"{kernel.provider} {kernel.version}", serves, certificate
             )

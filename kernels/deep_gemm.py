@@ -1,18 +1,21 @@
-"""DeepGEMM as a provider of the dense fp8 product: its sums are the contract's (one fma per 128 of K, no split).
+"""DeepGEMM as a provider of products: its sums are the contract's (one fma per 128 of K, no split).
 
-It is taken for the shapes for which it was measured to be the fastest (`selection`), else a kernel of this package is.
-All print the same bits, so that the choice is one of speed alone.
+Its dense fp8 product is taken for the shapes for which it was measured to be the fastest (`selection`), else a kernel
+of this package is. All print the same bits, so that the choice is one of speed alone.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
-from dsv3_plugin.hooks import Kernel, Setting, whole_sums_only
-from dsv3_plugin.ops.fp8 import FP8_LINEAR
+from dsv3_plugin.hooks import Kernel
+from dsv3_plugin.kernels.third_party import on_hopper_with, version_of
+from dsv3_plugin.ops.contract import Contract, require
+from dsv3_plugin.ops.fp8 import E4M3, FP8_LINEAR, GROUPED_FP8_LINEAR
+from dsv3_plugin.ops.linear import LINEAR
 
 PROVIDER = "deep-gemm"
 _DISTRIBUTIONS = ("sgl-deep-gemm", "deep-gemm", "deep_gemm")
@@ -22,12 +25,7 @@ _CERTIFICATE = "equal to sm90-model in every bit on an H200 (dsv3 kernels check)
 
 def version() -> str | None:
     """The installed version, or None."""
-    for name in _DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    return version_of(*_DISTRIBUTIONS)
 
 
 def fp8_linear(
@@ -57,26 +55,80 @@ def product(x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight
     return out
 
 
-def refuses(setting: Setting) -> str | None:
-    """Serves a Hopper card where DeepGEMM is installed."""
-    if (setting.device_type, setting.arithmetic, setting.capability) != ("cuda", "sm90", (9, 0)):
-        return f"computes arithmetic sm90 on Hopper, not {setting.arithmetic} on {setting.device_type}"
-    if importlib.util.find_spec("deep_gemm") is None:
-        return "DeepGEMM is not installed"
-    return whole_sums_only(setting)
+def grouped_fp8_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    expert_counts: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+) -> torch.Tensor:
+    """x e4m3 [M, K] sorted by expert with x_scale fp32 [M, K / 128], expert_counts integers [E], weight e4m3 [E, N, K]
+    with weight_scale fp32 [E, ceil(N / 128), K / 128], to bf16 [M, N]. Raises `InputError`.
+
+    DeepGEMM wants each expert's rows to begin at a multiple of its alignment: rows are copied there and back.
+    """
+    import deep_gemm
+
+    from dsv3_plugin.kernels import fp8_linear as own
+
+    own.check(GROUPED_FP8_LINEAR.op, x, x_scale, weight, weight_scale)
+    rows, columns, experts = len(x), weight.shape[1], len(weight)
+    align = deep_gemm.get_mk_alignment_for_contiguous_layout()
+    room = (rows + experts * (align - 1)) // align * align
+    ends = expert_counts.cumsum(0)
+    padded = (expert_counts + align - 1) // align * align
+    row = torch.arange(rows, device=x.device)
+    expert = torch.searchsorted(ends, row, right=True)
+    place = row + (padded.cumsum(0) - padded - ends + expert_counts)[expert]
+    # Blocks of rows that belong to no expert are passed over.
+    experts_of_rows = torch.full((room,), -1, dtype=torch.int32, device=x.device)
+    experts_of_rows[place] = expert.to(torch.int32)
+    values = torch.zeros(room, x.shape[1], dtype=torch.uint8, device=x.device)
+    values[place] = x.view(torch.uint8)
+    scales = torch.zeros(room, x_scale.shape[1], dtype=torch.float32, device=x.device)
+    scales[place] = x_scale
+    out = torch.empty(room, columns, dtype=torch.bfloat16, device=x.device)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
+        (values.view(E4M3), scales), (weight, weight_scale), out, experts_of_rows
+    )
+    return out[place]
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """x bf16 [M, K], weight bf16 [N, K], K and N multiples of 8, to [M, N] of bf16, or of fp32 if `out_dtype` says so.
+    Raises `InputError`.
+    """
+    import deep_gemm
+
+    op, (columns, depth) = LINEAR.op, weight.shape
+    require(depth % 8 == columns % 8 == 0, op, f"DeepGEMM needs rows of 16 bytes, not K={depth} and N={columns}")
+    out = torch.empty(len(x), columns, dtype=out_dtype or x.dtype, device=x.device)
+    deep_gemm.bf16_gemm_nt(x, weight, out)
+    return out
 
 
 def kernels() -> list[Kernel]:
-    """The dense product, preferred to this package's own."""
+    """The dense fp8 product, preferred to this package's own, and slower ones of experts and in bf16."""
+    installed = version()
+    certificate = _CERTIFICATE if installed == _CERTIFIED else None
+    uncertified = None if certificate else f"only version {_CERTIFIED} was compared with the contract"
+    refuses = on_hopper_with("DeepGEMM", lambda: importlib.util.find_spec("deep_gemm") is not None)
+    offers: list[tuple[Contract, Callable[..., torch.Tensor], int]] = [
+        (FP8_LINEAR, fp8_linear, 10),
+        (GROUPED_FP8_LINEAR, grouped_fp8_linear, -1),
+        (LINEAR, linear, -1),
+    ]
     return [
         Kernel(
-            op=FP8_LINEAR.op,
-            contract_version=FP8_LINEAR.version,
+            op=contract.op,
+            contract_version=contract.version,
             provider=PROVIDER,
-            version=version() or "absent",
-            run=fp8_linear,
+            version=installed or "absent",
+            run=run,
             refuses=refuses,
-            certificate=_CERTIFICATE if version() == _CERTIFIED else None,
-            priority=10,
+            certificate=certificate,
+            uncertified=uncertified,
+            priority=priority,
         )
+        for contract, run, priority in offers
     ]

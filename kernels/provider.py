@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from dsv3_plugin.hooks import Kernel, Setting, hookimpl, whole_sums_only
-from dsv3_plugin.kernels import deep_gemm, sm90_model
+from dsv3_plugin.kernels import cublas, deep_gemm, flash_mla, sm90_model, transformer_engine
 from dsv3_plugin.ops.mla_attention import MLA_ATTENTION
 from dsv3_plugin.registry import CONTRACTS
 from dsv3_plugin.version import __version__
 
 PROVIDER = "triton"
+OTHERS = (deep_gemm, cublas, transformer_engine, flash_mla)
+"""The modules that offer other people's kernels."""
 
 # Operation to the module that serves it; the function has the operation's name.
 _TRITON_MODULES = {
@@ -102,4 +104,5 @@ def dsv3_kernels() -> list[Kernel]:
         certificate=_V3_ATTENTION_CERTIFICATE,
         priority=1,
     )
-    return [*sm90_model.kernels(), v3_attention, *own, *deep_gemm.kernels()]
+    others = [kernel for module in OTHERS for kernel in module.kernels()]
+    return [*sm90_model.kernels(), v3_attention, *own, *others]

@@ -1,0 +1,95 @@
+"""FlashMLA's dense decode, as vLLM ships it, as a provider of attention. Fast mode only.
+
+It cuts the keys of a batch into as many parts as the card has multiprocessors, so a token's bits depend on its batch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.machinery import PathFinder
+
+import torch
+
+from dsv3_plugin.hooks import Kernel, Setting
+from dsv3_plugin.kernels.third_party import on_hopper_with, version_of
+from dsv3_plugin.ops.contract import require
+from dsv3_plugin.ops.mla_attention import MLA_ATTENTION
+
+PROVIDER = "flash-mla"
+PAGE = 64
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+
+
+def mla_attention(
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    *,
+    kv_lora_rank: int,
+    scale: float,
+) -> torch.Tensor:
+    """q bf16 [T, H, 576], latent_cache bf16 [num_blocks, 64, 576], block_table [num_reqs, max_blocks], seq_lens
+    [num_reqs], query_start_loc [num_reqs + 1], to bf16 [T, H, 512].
+
+    FlashMLA wants as many queries of every request. Where that is not seen from the shapes (one query of each, or one
+    request), the counts are read from the device, and requests with equal counts go together. Raises `InputError`.
+    """
+    op = MLA_ATTENTION.op
+    block_size = latent_cache.shape[1]
+    require(block_size == PAGE, op, f"FlashMLA reads pages of {PAGE} keys, these have {block_size}")
+    require(kv_lora_rank == LATENT["kv_lora_rank"], op, f"FlashMLA reads a latent of 512, this has {kv_lora_rank}")
+    tables, lengths = block_table.to(torch.int32), seq_lens.to(torch.int32)
+    tokens, requests = len(q), len(lengths)
+    if requests == 1 or tokens == requests:
+        shaped = q.view(requests, tokens // requests, *q.shape[1:])
+        return _attend(shaped, latent_cache, tables, lengths, scale).flatten(0, 1)
+    out = q.new_empty(*q.shape[:2], kv_lora_rank)
+    starts, counts = query_start_loc[:-1], query_start_loc.diff()
+    for count in sorted(set(counts.tolist()) - {0}):
+        alike = (counts == count).nonzero().flatten()
+        rows = starts[alike, None] + torch.arange(count, device=q.device)
+        out[rows] = _attend(q[rows], latent_cache, tables[alike], lengths[alike], scale)
+    return out
+
+
+def _attend(
+    q: torch.Tensor, latent_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """q [num_reqs, queries, H, 576], to [num_reqs, queries, H, 512]."""
+    from vllm.v1.attention.ops.flashmla import flash_mla_with_kvcache, get_mla_metadata
+
+    schedule, splits = get_mla_metadata()
+    pages = latent_cache.unsqueeze(2)
+    return flash_mla_with_kvcache(
+        q, pages, block_table, seq_lens, LATENT["kv_lora_rank"], schedule, splits, scale, causal=True
+    )[0]
+
+
+def installed() -> bool:
+    """Whether vLLM is, with FlashMLA in it; vLLM is not imported."""
+    vllm = importlib.util.find_spec("vllm")
+    return vllm is not None and PathFinder.find_spec("_flashmla_C", vllm.submodule_search_locations) is not None
+
+
+def refuses(setting: Setting) -> str | None:
+    """Serves a Hopper card where vLLM has FlashMLA, for the latent of V3."""
+    found = {name: setting.dims.get(name) for name in LATENT}
+    refused = on_hopper_with("vLLM with FlashMLA", installed)(setting)
+    return refused or (None if found == LATENT else f"attends with {LATENT}, the model has {found}")
+
+
+def kernels() -> list[Kernel]:
+    """Attention."""
+    return [
+        Kernel(
+            op=MLA_ATTENTION.op,
+            contract_version=MLA_ATTENTION.version,
+            provider=PROVIDER,
+            version=version_of("vllm") or "absent",
+            run=mla_attention,
+            refuses=refuses,
+            uncertified="its splits depend on the batch",
+        )
+    ]
