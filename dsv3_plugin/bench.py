@@ -53,14 +53,37 @@ def bench_linear(
 @app.command("kernels")
 def bench_kernels(
     only: Annotated[list[str] | None, typer.Option(help="Groups of the scoreboard; all by default. Repeat it.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the measurements to this file, for `report`.")] = None,
+    rows: Annotated[bool, typer.Option(help="Also compare our rows' bits over batches.")] = True,
 ) -> None:
     """This package's GPU kernels against the best public ones, on this machine's card."""
     if not torch.cuda.is_available():
         raise KernelError("the kernels are for a Hopper GPU, and torch finds no CUDA device here")
     from dsv3_plugin.kernels import bench
 
-    bench.main(only, markdown)
+    bench.main(only, json, rows)
+
+
+@app.command("report")
+def report_kernels(
+    measurements: Annotated[Path, typer.Argument(help="What `kernels --json` wrote.")],
+    markdown: Annotated[Path | None, typer.Option(help="Write tables; printed if not given.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a plot (.svg or .png); needs matplotlib.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
+) -> None:
+    """Tables and a plot of what `kernels` measured."""
+    from dsv3_plugin.kernels import scoreboard
+
+    for path in (markdown, plot):
+        if path and path.exists() and not force:
+            raise KernelError(f"{path} exists; name another file, or replace it with --force")
+    board = scoreboard.read(measurements)
+    if plot:
+        scoreboard.plot(board, plot)
+    if markdown:
+        markdown.write_text(scoreboard.markdown(board))
+    elif not plot:
+        print(scoreboard.markdown(board), end="")
 
 
 def interleaved(a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:

@@ -1,25 +1,31 @@
-"""The scoreboard: this package's kernels beside the best public ones, on DeepSeek-V3's shapes, in one run.
+"""What the scoreboard measures: this package's kernels beside the best public ones, on DeepSeek-V3's shapes.
 
-    python -m dsv3_plugin.kernels.bench [--only dense] [--markdown FILE]
+    python -m dsv3_plugin.kernels.bench [--only dense] [--json FILE]
 
 A time is the median over replays of a CUDA graph that holds the call several times, each time on other buffers, so that
 the weights are not in the L2 cache; the spread is the 10th to the 90th percentile. The floor is the larger of bytes
-over 4.3 TB/s and operations over 1580 TFLOP/s in fp8 or 790 in bf16, what an H200 was seen to reach. `differs` counts
-outputs whose bits are not ours. A peer that is not installed is named as absent; no time stands without its peer's.
+over 4.3 TB/s and operations over 1580 TFLOP/s in fp8 or 790 in bf16, what an H200 was seen to reach. A peer that is not
+installed is named as absent; no time stands without its peer's. Records and tables: `scoreboard`; clock: `measure`.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
-import statistics
+import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 import typer
 
+from dsv3_plugin.errors import KernelError
 from dsv3_plugin.kernels import (
     bf16_linear,
     combine,
@@ -28,9 +34,13 @@ from dsv3_plugin.kernels import (
     quantize,
     rms_norm,
     router,
+    scoreboard,
     silu_and_mul,
 )
+from dsv3_plugin.kernels.measure import Call, RowBits, Rows, compare_rows, differing_bits, time_calls, workspace_bytes
+from dsv3_plugin.kernels.scoreboard import Record, Role, Scoreboard
 from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.version import __version__
 
 app = typer.Typer(add_completion=False)
 
@@ -40,18 +50,39 @@ _BF16_PER_US = 790e6
 _CACHE = 250_000_000
 _DEVICE = "cuda"
 _EXPERTS, _TOPK, _HIDDEN, _EXPERT_SIZE = 256, 8, 7168, 2048
+_LOCAL_EXPERTS = 32
+_MOST_ROWS = 4096
+_DISTRIBUTIONS = ("triton", "vllm", "sglang", "sglang-kernel", "sgl-deep-gemm", "transformer-engine-torch")
 
-Call = Callable[[], Any]
+
+@dataclass(frozen=True)
+class Contenders:
+    """The calls of one case, on buffers of their own. A text stands for a call that there is not, and says why."""
+
+    ours: Call
+    peers: dict[str, Call | str] = field(default_factory=dict)
+    invariant: dict[str, Call | str] = field(default_factory=dict)
+    """The peers' batch-invariant modes."""
+
+    def all(self) -> Iterator[tuple[str, Role, Call | str]]:
+        """Name, role and call of each, ours first."""
+        yield "ours", "ours", self.ours
+        for name, call in self.peers.items():
+            yield name, "peer", call
+        for name, call in self.invariant.items():
+            yield name, "invariant", call
 
 
 class Case(NamedTuple):
-    """One row of the scoreboard: `make` builds the calls by name, ours first, on buffers of their own."""
+    """One row of the scoreboard."""
 
     name: str
-    make: Callable[[], dict[str, Call | str]]
+    make: Callable[[], Contenders]
     bytes_moved: float
     fp8_operations: float = 0
     bf16_operations: float = 0
+    rows: Callable[[], Rows] | None = None
+    """Our operation on rows in any order and number, to compare their bits; once for all cases that share it."""
 
     @property
     def floor_us(self) -> float:
@@ -59,47 +90,10 @@ class Case(NamedTuple):
         work = self.fp8_operations / _FP8_PER_US + self.bf16_operations / _BF16_PER_US
         return max(self.bytes_moved / _BYTES_PER_US, work)
 
-
-class Time(NamedTuple):
-    """Microseconds of one call."""
-
-    median: float
-    low: float
-    high: float
-
-
-def time_calls(calls: list[Call], replays: int = 15) -> Time:
-    """Replay a graph of `calls`, each on other buffers."""
-    calls[0]()
-    torch.cuda.synchronize()  # the other stream does not wait for inputs that are still being made
-    stream = torch.cuda.Stream()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
-    times = []
-    for _ in range(replays + 3):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / len(calls))
-    deciles = statistics.quantiles(times[3:], n=10)
-    return Time(statistics.median(times[3:]), deciles[0], deciles[-1])
-
-
-def differing_bits(ours: Any, peer: Any) -> int | None:
-    """How many bf16 outputs differ; None where the results are not of one shape and dtype."""
-    if not (isinstance(ours, torch.Tensor) and isinstance(peer, torch.Tensor)):
-        return None
-    if ours.shape != peer.shape or ours.dtype != peer.dtype or ours.dtype != torch.bfloat16:
-        return None
-    return int((ours.contiguous().view(torch.int16) != peer.contiguous().view(torch.int16)).sum())
+    @property
+    def is_bound_by_memory(self) -> bool:
+        """Whether moving the bytes takes longer than the operations."""
+        return self.floor_us == self.bytes_moved / _BYTES_PER_US
 
 
 def fp8_weight(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,16 +116,17 @@ def peer(build: Callable[[], Call]) -> Call | str:
         call()
         return call
     except Exception as error:  # a scoreboard goes on without a peer, and says so
-        return f"{type(error).__name__}: {error}".splitlines()[0][:60]
+        return f"{type(error).__name__}: {error}".splitlines()[0][:100]
 
 
 def dense_cases() -> Iterator[Case]:
     """fp8 projections: prefill with 4096 tokens, decode with 1 to 128."""
     prefill = [(4096, n, k) for n, k in ((2112, 7168), (24576, 1536), (7168, 16384), (36864, 7168), (7168, 18432))]
     decode = [(m, n, k) for n, k in ((2112, 7168), (24576, 1536), (7168, 16384)) for m in (1, 16, 64, 128)]
+    rows = {(n, k): partial(_dense_rows, n, k) for _, n, k in prefill + decode}
     for m, n, k in prefill + decode:
 
-        def make(m: int = m, n: int = n, k: int = k) -> dict[str, Call | str]:
+        def make(m: int = m, n: int = n, k: int = k) -> Contenders:
             weight = fp8_weight(n, k)
             x = quantize.quantize_fp8(bf16(m, k), "float32")
             out = torch.empty(m, n, dtype=torch.bfloat16, device=_DEVICE)
@@ -145,9 +140,28 @@ def dense_cases() -> Iterator[Case]:
 
                 return call
 
-            return {"ours": lambda: fp8_linear.fp8_linear(*x, *weight), "DeepGEMM": peer(deep_gemm)}
+            def cublaslt() -> Call:
+                a_scale, b_scale = x[1].t().contiguous().t(), F.pad(weight[1], (0, -weight[1].shape[1] % 4)).t()
+                a_kind, b_kind = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+                return lambda: F.scaled_mm(x[0], weight[0].t(), a_scale, a_kind, b_scale, b_kind)
 
-        yield Case(f"fp8 {m} x {n} x {k}", make, m * k + n * k + 2 * m * n, fp8_operations=2 * m * n * k)
+            return Contenders(
+                lambda: fp8_linear.fp8_linear(*x, *weight),
+                {"DeepGEMM": peer(deep_gemm), "cuBLASLt": peer(cublaslt)},
+            )
+
+        moved = m * k + n * k + 2 * m * n
+        yield Case(f"fp8 {m} x {n} x {k}", make, moved, fp8_operations=2 * m * n * k, rows=rows[n, k])
+
+
+def _dense_rows(n: int, k: int) -> Rows:
+    weight = fp8_weight(n, k)
+    values, scales = quantize.quantize_fp8(bf16(_MOST_ROWS, k), "float32")
+    return Rows(_MOST_ROWS, lambda i: fp8_linear.fp8_linear(_rows_of(values, i), scales[i], *weight))
+
+
+def _rows_of(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return values.view(torch.uint8)[rows].view(values.dtype)
 
 
 def random_experts(tokens: int) -> torch.Tensor:
@@ -165,40 +179,86 @@ def sort_by_expert(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def grouped_cases() -> Iterator[Case]:
-    """All experts of a layer on one card. DeepGEMM gets rows that are padded to its alignment already, at no cost."""
+    """All experts of a layer on one card, and 32 of them with as many rows each. DeepGEMM gets rows that lie as it
+    wants them already, at no cost.
+    """
     for n, k in ((2 * _EXPERT_SIZE, _HIDDEN), (_HIDDEN, _EXPERT_SIZE)):
         weight = fp8_weight(_EXPERTS, n, k)
+        rows = partial(_grouped_rows, weight)
         for tokens in (128, 1024, 4096):
 
             def make(
                 tokens: int = tokens, n: int = n, k: int = k, weight: tuple[torch.Tensor, torch.Tensor] = weight
-            ) -> dict[str, Call | str]:
+            ) -> Contenders:
                 counts = torch.bincount(random_experts(tokens).flatten(), minlength=_EXPERTS)
-                x = quantize.quantize_fp8(bf16(tokens * _TOPK, k), "float32")
+                return _grouped_contenders(counts, weight, masked=tokens <= 128)
 
-                def deep_gemm() -> Call:
-                    import deep_gemm
-
-                    align = deep_gemm.get_mk_alignment_for_contiguous_layout()
-                    padded = (counts + align - 1) // align * align
-                    rows = torch.repeat_interleave(torch.arange(_EXPERTS, device=_DEVICE), padded).to(torch.int32)
-                    wide = quantize.quantize_fp8(bf16(len(rows), k), "float32")
-                    out = torch.empty(len(rows), n, dtype=torch.bfloat16, device=_DEVICE)
-                    return lambda: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(wide, weight, out, rows)
-
-                return {
-                    "ours": lambda: fp8_linear.grouped_fp8_linear(*x, counts, *weight),
-                    "DeepGEMM contiguous, padded": peer(deep_gemm),
-                }
-
-            rows = tokens * _TOPK
             hit = _EXPERTS * (1 - (1 - _TOPK / _EXPERTS) ** tokens)
-            moved = hit * n * k + rows * (k + 2 * n)
-            yield Case(f"grouped fp8 T={tokens}, 256 x {n} x {k}", make, moved, fp8_operations=2 * rows * n * k)
+            yield _grouped_case(f"grouped fp8 T={tokens}, 256 x {n} x {k}", make, hit, tokens * _TOPK, n, k, rows)
+        for each in (16, 1024):
+
+            def local(each: int = each, weight: tuple[torch.Tensor, torch.Tensor] = weight) -> Contenders:
+                few = (weight[0][:_LOCAL_EXPERTS], weight[1][:_LOCAL_EXPERTS])
+                counts = torch.full((_LOCAL_EXPERTS,), each, device=_DEVICE)
+                return _grouped_contenders(counts, few, masked=True)
+
+            name = f"grouped fp8 {_LOCAL_EXPERTS} experts x {each} rows, {n} x {k}"
+            yield _grouped_case(name, local, _LOCAL_EXPERTS, _LOCAL_EXPERTS * each, n, k, rows)
+
+
+def _grouped_case(
+    name: str, make: Callable[[], Contenders], experts: float, rows: int, n: int, k: int, check: Callable[[], Rows]
+) -> Case:
+    return Case(name, make, experts * n * k + rows * (k + 2 * n), fp8_operations=2 * rows * n * k, rows=check)
+
+
+def _grouped_contenders(counts: torch.Tensor, weight: tuple[torch.Tensor, torch.Tensor], *, masked: bool) -> Contenders:
+    """counts integers [E]; weight [E, N, K] and its scales."""
+    experts, n, k = weight[0].shape
+    rows = int(counts.sum())
+    x = quantize.quantize_fp8(bf16(rows, k), "float32")
+
+    def contiguous() -> Call:
+        import deep_gemm
+
+        align = deep_gemm.get_mk_alignment_for_contiguous_layout()
+        padded = (counts + align - 1) // align * align
+        expert = torch.repeat_interleave(torch.arange(experts, device=_DEVICE), padded).to(torch.int32)
+        wide = quantize.quantize_fp8(bf16(len(expert), k), "float32")
+        out = torch.empty(len(expert), n, dtype=torch.bfloat16, device=_DEVICE)
+        return lambda: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(wide, weight, out, expert)
+
+    def in_rooms() -> Call:
+        import deep_gemm
+
+        room = max(128, -(-int(counts.max()) // 128) * 128)
+        values, scales = quantize.quantize_fp8(bf16(experts * room, k), "float32")
+        wide = values.view(experts, room, k), scales.reshape(experts, room, -1)
+        out = torch.empty(experts, room, n, dtype=torch.bfloat16, device=_DEVICE)
+        used, expected = counts.to(torch.int32), -(-rows // experts)
+        return lambda: deep_gemm.fp8_m_grouped_gemm_nt_masked(wide, weight, out, used, expected)
+
+    peers = {"DeepGEMM contiguous": peer(contiguous)}
+    if masked:
+        peers["DeepGEMM masked"] = peer(in_rooms)
+    return Contenders(lambda: fp8_linear.grouped_fp8_linear(*x, counts, *weight), peers)
+
+
+def _grouped_rows(weight: tuple[torch.Tensor, torch.Tensor]) -> Rows:
+    """A row is a token with its eight experts."""
+    ids, tokens = random_experts(_MOST_ROWS), bf16(_MOST_ROWS, weight[0].shape[2])
+
+    def of(rows: torch.Tensor) -> torch.Tensor:
+        source, slots, counts = sort_by_expert(ids[rows])
+        x = quantize.quantize_fp8(tokens[rows][source], "float32")
+        return fp8_linear.grouped_fp8_linear(*x, counts, *weight)[slots].flatten(1)
+
+    return Rows(_MOST_ROWS, of)
 
 
 def attention_cases() -> Iterator[Case]:
     """Absorbed MLA over pages of 64: decode, verify of two tokens, one long request."""
+    rows = {heads: partial(_attention_rows, heads) for heads in (16, 128)}
     for requests, keys, heads, queries in (
         (128, 4096, 128, 1),
         (128, 4096, 16, 1),
@@ -207,9 +267,7 @@ def attention_cases() -> Iterator[Case]:
         (1, 8192, 128, 512),
     ):
 
-        def make(
-            requests: int = requests, keys: int = keys, heads: int = heads, queries: int = queries
-        ) -> dict[str, Call | str]:
+        def make(requests: int = requests, keys: int = keys, heads: int = heads, queries: int = queries) -> Contenders:
             pages = keys // 64
             cache = bf16(requests * pages, 64, 576) * 0.3
             table = torch.randperm(requests * pages, device=_DEVICE).to(torch.int32).view(requests, pages)
@@ -249,23 +307,43 @@ def attention_cases() -> Iterator[Case]:
 
                 return call
 
-            return {
-                "ours": lambda: mla.mla_attention(q, cache, table, lengths, starts, kv_lora_rank=512, scale=scale),
-                "FlashMLA": peer(flash_mla),
-                "vLLM batch-invariant (Triton, one split)": peer(one_split),
-            }
+            return Contenders(
+                lambda: mla.mla_attention(q, cache, table, lengths, starts, kv_lora_rank=512, scale=scale),
+                {"FlashMLA": peer(flash_mla)},
+                {"vLLM (Triton, one split)": peer(one_split)},
+            )
 
         moved = requests * keys * 1152 + requests * queries * heads * 1088 * 2
         name = f"MLA B={requests} S={keys} h={heads} s_q={queries}"
         operations = 2 * requests * queries * heads * 1088 * (keys - (queries - 1) / 2)
-        yield Case(name, make, moved, bf16_operations=operations)
+        yield Case(name, make, moved, bf16_operations=operations, rows=rows[heads])
+
+
+def _attention_rows(heads: int) -> Rows:
+    """512 queries of each of eight requests: decoded one by one, or as chunks of 512."""
+    chunk, requests, pages = 512, _MOST_ROWS // 512, 141
+    q, cache = bf16(_MOST_ROWS, heads, 576), bf16(requests * pages, 64, 576) * 0.3
+    table = torch.randperm(requests * pages, device=_DEVICE).to(torch.int32).view(requests, pages)
+    lengths = torch.randint(chunk, pages * 64, (requests,), device=_DEVICE, dtype=torch.int32)
+    seen = (lengths[:, None] - torch.arange(chunk - 1, -1, -1, device=_DEVICE, dtype=torch.int32)).flatten()
+    request = torch.arange(_MOST_ROWS, device=_DEVICE) // chunk
+    attend = partial(mla.mla_attention, kv_lora_rank=512, scale=192**-0.5)
+
+    def decode(rows: torch.Tensor) -> torch.Tensor:
+        starts = torch.arange(len(rows) + 1, device=_DEVICE, dtype=torch.int32)
+        return attend(q[rows], cache, table[request[rows]], seen[rows], starts)
+
+    starts = torch.arange(requests + 1, device=_DEVICE, dtype=torch.int32) * chunk
+    return Rows(_MOST_ROWS, decode, lambda: attend(q, cache, table, lengths, starts))
 
 
 def bf16_cases() -> Iterator[Case]:
     """Router, output head and absorbed projections."""
-    for m, n, k in ((1, 256, 7168), (128, 256, 7168), (4096, 256, 7168), (1, 129280, 7168), (128, 129280, 7168)):
+    shapes = ((1, 256, 7168), (128, 256, 7168), (4096, 256, 7168), (1, 129280, 7168), (128, 129280, 7168))
+    rows = {(n, k): partial(_bf16_rows, n, k) for _, n, k in shapes}
+    for m, n, k in shapes:
 
-        def make(m: int = m, n: int = n, k: int = k) -> dict[str, Call | str]:
+        def make(m: int = m, n: int = n, k: int = k) -> Contenders:
             x, weight = bf16(m, k), bf16(n, k)
 
             def vllm() -> Call:
@@ -273,30 +351,64 @@ def bf16_cases() -> Iterator[Case]:
 
                 return lambda: matmul_persistent(x, weight.t())
 
-            return {
-                "ours": lambda: bf16_linear.linear(x, weight),
-                "cuBLAS": lambda: torch.nn.functional.linear(x, weight),
-                "vLLM batch-invariant": peer(vllm),
-            }
+            def deep_gemm() -> Call:
+                import deep_gemm
 
-        yield Case(f"bf16 {m} x {n} x {k}", make, 2 * (m * k + n * k + m * n), bf16_operations=2 * m * n * k)
+                out = torch.empty(m, n, dtype=torch.bfloat16, device=_DEVICE)
 
-    def absorbed() -> dict[str, Call | str]:
-        x, weight = bf16(128, 128, 128), bf16(128, 512, 128)
-        return {
-            "ours": lambda: bf16_linear.head_linear(x, weight),
-            "cuBLAS bmm": lambda: torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1),
-        }
+                def call() -> torch.Tensor:
+                    deep_gemm.bf16_gemm_nt(x, weight, out)
+                    return out
 
-    moved = 2 * 128 * (128 * 128 + 512 * 128 + 128 * 512)
-    yield Case("head_linear T=128, 128 x 512 x 128", absorbed, moved, bf16_operations=2 * 128 * 128 * 512 * 128)
+                return call
+
+            return Contenders(
+                lambda: bf16_linear.linear(x, weight),
+                {"cuBLAS": lambda: F.linear(x, weight), "DeepGEMM": peer(deep_gemm)},
+                {"vLLM": peer(vllm)},
+            )
+
+        moved = 2 * (m * k + n * k + m * n)
+        yield Case(f"bf16 {m} x {n} x {k}", make, moved, bf16_operations=2 * m * n * k, rows=rows[n, k])
+
+    # The halves of kv_b_proj: queries to the latent, and the latent's sum to values.
+    for name, n, k in (("W_UK", 512, 128), ("W_UV", 128, 512)):
+
+        def absorbed(n: int = n, k: int = k) -> Contenders:
+            x, weight = bf16(128, 128, k), bf16(128, n, k)
+            return Contenders(
+                lambda: bf16_linear.head_linear(x, weight),
+                {"cuBLAS bmm": lambda: torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)},
+            )
+
+        def heads_of(n: int = n, k: int = k) -> Rows:
+            x, weight = bf16(_MOST_ROWS, 128, k), bf16(128, n, k)
+            return Rows(_MOST_ROWS, lambda i: bf16_linear.head_linear(x[i], weight))
+
+        moved = 2 * 128 * (128 * k + n * k + 128 * n)
+        operations = 2 * 128 * 128 * n * k
+        yield Case(f"{name} T=128, 128 x {n} x {k}", absorbed, moved, bf16_operations=operations, rows=heads_of)
+
+
+def _bf16_rows(n: int, k: int) -> Rows:
+    x, weight = bf16(_MOST_ROWS, k), bf16(n, k)
+    return Rows(_MOST_ROWS, lambda i: bf16_linear.linear(x[i], weight))
+
+
+_ROUTING: dict[str, Any] = {
+    "num_experts_per_tok": _TOPK,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
 
 
 def small_cases() -> Iterator[Case]:
     """What is bound by memory or by a launch."""
     for m in (128, 4096):
 
-        def norm(m: int = m) -> dict[str, Call | str]:
+        def norm(m: int = m) -> Contenders:
             x, weight = bf16(m, _HIDDEN), bf16(_HIDDEN)
 
             def vllm() -> Call:
@@ -305,9 +417,9 @@ def small_cases() -> Iterator[Case]:
                 out = torch.empty_like(x)
                 return lambda: _custom_ops.rms_norm(out, x, weight, 1e-6)
 
-            return {"ours": lambda: rms_norm.rms_norm(x, weight, 1e-6), "vLLM rms_norm": peer(vllm)}
+            return Contenders(lambda: rms_norm.rms_norm(x, weight, 1e-6), {"vLLM rms_norm": peer(vllm)})
 
-        def quantise(m: int = m) -> dict[str, Call | str]:
+        def quantise(m: int = m) -> Contenders:
             x = bf16(m, _HIDDEN)
 
             def vllm() -> Call:
@@ -315,12 +427,9 @@ def small_cases() -> Iterator[Case]:
 
                 return lambda: per_token_group_quant_fp8(x, 128, column_major_scales=True)
 
-            return {
-                "ours, power-of-two scales": lambda: quantize.quantize_fp8(x, "ue8m0"),
-                "vLLM per_token_group_quant_fp8": peer(vllm),
-            }
+            return Contenders(lambda: quantize.quantize_fp8(x, "ue8m0"), {"vLLM per_token_group_quant_fp8": peer(vllm)})
 
-        def swiglu(m: int = m) -> dict[str, Call | str]:
+        def swiglu(m: int = m) -> Contenders:
             x = bf16(m * _TOPK, 2 * _EXPERT_SIZE)
 
             def vllm() -> Call:
@@ -329,9 +438,9 @@ def small_cases() -> Iterator[Case]:
                 out = torch.empty(len(x), _EXPERT_SIZE, dtype=x.dtype, device=_DEVICE)
                 return lambda: torch.ops._C.silu_and_mul(out, x)
 
-            return {"ours": lambda: silu_and_mul.silu_and_mul(x), "vLLM silu_and_mul": peer(vllm)}
+            return Contenders(lambda: silu_and_mul.silu_and_mul(x), {"vLLM silu_and_mul": peer(vllm)})
 
-        def choose(m: int = m) -> dict[str, Call | str]:
+        def choose(m: int = m) -> Contenders:
             logits = torch.randn(m, _EXPERTS, device=_DEVICE)
             bias = torch.randn(_EXPERTS, device=_DEVICE) * 0.1
             x = bf16(m, 1)
@@ -341,86 +450,177 @@ def small_cases() -> Iterator[Case]:
 
                 return lambda: grouped_topk(x, logits, _TOPK, True, 8, 4, "sigmoid", 2.5, bias)
 
-            return {
-                "ours": lambda: router.route(
-                    logits,
-                    bias,
-                    num_experts_per_tok=_TOPK,
-                    n_group=8,
-                    topk_group=4,
-                    norm_topk_prob=True,
-                    routed_scaling_factor=2.5,
-                ),
-                "vLLM grouped_topk": peer(vllm),
-            }
+            return Contenders(lambda: router.route(logits, bias, **_ROUTING), {"vLLM grouped_topk": peer(vllm)})
 
-        def put_together(m: int = m) -> dict[str, Call | str]:
+        def put_together(m: int = m) -> Contenders:
             rows, shared = bf16(m * _TOPK, _HIDDEN), bf16(m, _HIDDEN)
             slots = torch.randperm(m * _TOPK, device=_DEVICE).view(m, _TOPK)
             weights = torch.rand(m, _TOPK, device=_DEVICE)
-            return {
-                "ours": lambda: combine.combine(rows, slots, weights, shared),
-                "torch gather and sum": lambda: (rows[slots].float() * weights[..., None]).sum(1).bfloat16(),
-            }
+            return Contenders(
+                lambda: combine.combine(rows, slots, weights, shared),
+                {"torch gather and sum": lambda: (rows[slots].float() * weights[..., None]).sum(1).bfloat16()},
+            )
 
-        yield Case(f"RMSNorm {m} x 7168", norm, m * _HIDDEN * 4)
-        yield Case(f"quantise {m} x 7168", quantise, m * _HIDDEN * 3)
-        yield Case(f"SwiGLU {m * _TOPK} x 4096", swiglu, m * _TOPK * _EXPERT_SIZE * 6)
-        yield Case(f"route {m} x 256", choose, m * _EXPERTS * 4)
-        yield Case(f"combine T={m}", put_together, m * (_TOPK + 2) * _HIDDEN * 2)
+        yield Case(f"RMSNorm {m} x 7168", norm, m * _HIDDEN * 4, rows=_norm_rows)
+        yield Case(f"quantise {m} x 7168", quantise, m * _HIDDEN * 3, rows=_quantise_rows)
+        yield Case(f"SwiGLU {m * _TOPK} x 4096", swiglu, m * _TOPK * _EXPERT_SIZE * 6, rows=_swiglu_rows)
+        yield Case(f"route {m} x 256", choose, m * _EXPERTS * 4, rows=_route_rows)
+        yield Case(f"combine T={m}", put_together, m * (_TOPK + 2) * _HIDDEN * 2, rows=_combine_rows)
+
+
+def _norm_rows() -> Rows:
+    x, weight = bf16(_MOST_ROWS, _HIDDEN), bf16(_HIDDEN)
+    return Rows(_MOST_ROWS, lambda i: rms_norm.rms_norm(x[i], weight, 1e-6))
+
+
+def _quantise_rows() -> Rows:
+    x = bf16(_MOST_ROWS, _HIDDEN)
+
+    def of(rows: torch.Tensor) -> torch.Tensor:
+        values, scales = quantize.quantize_fp8(x[rows], "float32")
+        return torch.cat((values.float(), scales), 1)
+
+    return Rows(_MOST_ROWS, of)
+
+
+def _swiglu_rows() -> Rows:
+    x = bf16(_MOST_ROWS, 2 * _EXPERT_SIZE)
+    return Rows(_MOST_ROWS, lambda i: silu_and_mul.silu_and_mul(x[i]))
+
+
+def _route_rows() -> Rows:
+    logits, bias = torch.randn(_MOST_ROWS, _EXPERTS, device=_DEVICE), torch.randn(_EXPERTS, device=_DEVICE) * 0.1
+    return Rows(_MOST_ROWS, lambda i: torch.cat([x.float() for x in router.route(logits[i], bias, **_ROUTING)], 1))
+
+
+def _combine_rows() -> Rows:
+    x, shared = bf16(_MOST_ROWS * _TOPK, _HIDDEN), bf16(_MOST_ROWS, _HIDDEN)
+    slots = torch.randperm(_MOST_ROWS * _TOPK, device=_DEVICE).view(_MOST_ROWS, _TOPK)
+    weights = torch.rand(_MOST_ROWS, _TOPK, device=_DEVICE)
+    return Rows(_MOST_ROWS, lambda i: combine.combine(x, slots[i], weights[i], shared[i]))
 
 
 def moe_cases() -> Iterator[Case]:
     """The routed experts of one layer, from hidden states and the router's choice to the combined output."""
     gate_up = fp8_weight(_EXPERTS, 2 * _EXPERT_SIZE, _HIDDEN)
     down = fp8_weight(_EXPERTS, _HIDDEN, _EXPERT_SIZE)
+
+    def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+        rows, slots, counts = sort_by_expert(ids)
+        a = fp8_linear.grouped_fp8_linear(*quantize.quantize_fp8(x[rows], "float32"), counts, *gate_up)
+        b = quantize.quantize_fp8(silu_and_mul.silu_and_mul(a), "float32")
+        return combine.combine(fp8_linear.grouped_fp8_linear(*b, counts, *down), slots, weights, shared)
+
+    def tokens_of(tokens: int) -> tuple[torch.Tensor, ...]:
+        none = torch.zeros(tokens, _HIDDEN, device=_DEVICE, dtype=torch.bfloat16)
+        return bf16(tokens, _HIDDEN), random_experts(tokens), torch.rand(tokens, _TOPK, device=_DEVICE), none
+
+    def any_rows() -> Rows:
+        made = tokens_of(_MOST_ROWS)
+        return Rows(_MOST_ROWS, lambda i: experts(*(tensor[i] for tensor in made)))
+
     for tokens in (128, 4096):
 
-        def make(tokens: int = tokens) -> dict[str, Call | str]:
-            x, none = bf16(tokens, _HIDDEN), torch.zeros(tokens, _HIDDEN, device=_DEVICE, dtype=torch.bfloat16)
-            ids = random_experts(tokens)
-            weights = torch.rand(tokens, _TOPK, device=_DEVICE)
-
-            def ours() -> torch.Tensor:
-                rows, slots, counts = sort_by_expert(ids)
-                a = fp8_linear.grouped_fp8_linear(*quantize.quantize_fp8(x[rows], "float32"), counts, *gate_up)
-                b = quantize.quantize_fp8(silu_and_mul.silu_and_mul(a), "float32")
-                return combine.combine(fp8_linear.grouped_fp8_linear(*b, counts, *down), slots, weights, none)
-
-            def vllm() -> Call:
-                from vllm.config import VllmConfig, set_current_vllm_config
-                from vllm.model_executor.layers.fused_moe import fused_experts
-                from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
-
-                config = fp8_w8a8_moe_quant_config(gate_up[1], down[1], block_shape=[128, 128])
-                narrow = ids.to(torch.int32)
-
-                def call() -> torch.Tensor:
-                    with set_current_vllm_config(VllmConfig()):
-                        return fused_experts(x, gate_up[0], down[0], weights, narrow, quant_config=config)
-
-                return call
-
-            def vllm_invariant() -> Call:
-                call = vllm()
-
-                def in_that_mode() -> torch.Tensor:
-                    with mock.patch.dict(os.environ, VLLM_BATCH_INVARIANT="1"):
-                        return call()
-
-                return in_that_mode
-
-            return {
-                "ours": ours,
-                "vLLM fused_experts": peer(vllm),
-                "vLLM fused_experts, batch-invariant": peer(vllm_invariant),
-            }
+        def make(tokens: int = tokens) -> Contenders:
+            x, ids, weights, none = tokens_of(tokens)
+            theirs = (x, gate_up, down, weights, ids.to(torch.int32))
+            return Contenders(
+                lambda: experts(x, ids, weights, none),
+                {
+                    "vLLM fused_experts": peer(lambda: _vllm_experts(*theirs)),
+                    "SGLang fused_experts": peer(lambda: _sglang_experts(*theirs, deterministic=False)),
+                },
+                {
+                    "vLLM fused_experts": peer(lambda: _vllm_invariant_experts(*theirs)),
+                    "SGLang fused_experts": peer(lambda: _sglang_experts(*theirs, deterministic=True)),
+                },
+            )
 
         hit = _EXPERTS * (1 - (1 - _TOPK / _EXPERTS) ** tokens)
         rows = tokens * _TOPK
         moved = hit * 3 * _EXPERT_SIZE * _HIDDEN + rows * 2 * _HIDDEN
         operations = 2 * rows * 3 * _EXPERT_SIZE * _HIDDEN
-        yield Case(f"routed experts of a layer T={tokens}", make, moved, fp8_operations=operations)
+        yield Case(f"routed experts of a layer T={tokens}", make, moved, fp8_operations=operations, rows=any_rows)
+
+
+Weight = tuple[torch.Tensor, torch.Tensor]
+
+
+def _vllm_experts(x: torch.Tensor, gate_up: Weight, down: Weight, weights: torch.Tensor, ids: torch.Tensor) -> Call:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe import fused_experts
+    from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+
+    config = fp8_w8a8_moe_quant_config(gate_up[1], down[1], block_shape=[128, 128])
+
+    def call() -> torch.Tensor:
+        with set_current_vllm_config(VllmConfig()):
+            return fused_experts(x, gate_up[0], down[0], weights, ids, quant_config=config)
+
+    return call
+
+
+def _vllm_invariant_experts(*arguments: Any) -> Call:
+    call = _vllm_experts(*arguments)
+
+    def in_that_mode() -> torch.Tensor:
+        with mock.patch.dict(os.environ, VLLM_BATCH_INVARIANT="1"):
+            return call()
+
+    return in_that_mode
+
+
+def _sglang_experts(
+    x: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    deterministic: bool,
+) -> Call:
+    from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
+    from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import fused_experts
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+    from sglang.srt.runtime_context import publish
+    from sglang.srt.server_args import ServerArgs
+
+    _start_sglang()
+    experts = len(gate_up[0])
+    config = MoeRunnerConfig(num_experts=experts, num_local_experts=experts, inplace=False)
+    chosen = StandardTopKOutput(weights, ids, None)
+    arguments = ServerArgs(model_path="dummy", enable_deterministic_inference=deterministic)
+
+    def call() -> torch.Tensor:
+        publish(arguments, role="test")
+        return fused_experts(
+            x,
+            gate_up[0],
+            down[0],
+            chosen,
+            config,
+            use_fp8_w8a8=True,
+            w1_scale=gate_up[1],
+            w2_scale=down[1],
+            block_shape=[128, 128],
+        )
+
+    return call
+
+
+@functools.cache
+def _start_sglang() -> None:
+    """SGLang's kernels ask for its process groups, even on one rank."""
+    from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
+    from sglang.srt.runtime_context import publish
+    from sglang.srt.server_args import ServerArgs
+
+    publish(ServerArgs(model_path="dummy"), role="test")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    init_distributed_environment(world_size=1, rank=0, local_rank=0, backend="gloo", distributed_init_method=address)
+    initialize_model_parallel(backend="gloo")
 
 
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
@@ -433,57 +633,88 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
-def row_of(case: Case, *, rotate: bool) -> str:
-    """Measure a case and describe it as a row of a Markdown table."""
+def copy_of(bytes_moved: float) -> Call:
+    """Read half of the bytes and write the other half."""
+    source = torch.empty(int(bytes_moved / 2), dtype=torch.uint8, device=_DEVICE)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def measure(group: str, case: Case, *, rotate: bool, rows: RowBits | None) -> list[Record]:
+    """All contenders of a case; with `rotate` each replayed call has buffers of its own."""
     copies = max(1, min(16, round(_CACHE / case.bytes_moved))) if rotate else 1
-    made = [case.make() for _ in range(copies)]
-    cells: list[str] = []
-    first = None
-    for name in made[0]:
-        calls = [calls_of_copy[name] for calls_of_copy in made]
-        if isinstance(calls[0], str):
-            cells.append(f"{name}: absent ({calls[0]})")
+    made = [list(case.make().all()) for _ in range(copies)]
+    if case.is_bound_by_memory:
+        for contenders in made:
+            contenders.append(("copy", "copy", copy_of(case.bytes_moved)))
+    records: list[Record] = []
+    ours: Any = None
+    for name, role, first in made[0]:
+        index = len(records)
+        known: dict[str, Any] = {"group": group, "case": case.name, "floor_us": case.floor_us}
+        known |= {"contender": name, "role": role}
+        if isinstance(first, str):
+            records.append(Record(**known, absent=first))
             continue
-        out = calls[0]()
-        out = out.clone() if isinstance(out, torch.Tensor) else out
+        calls: list[Call] = [contenders[index][2] for contenders in made]  # type: ignore[misc]
         try:
-            taken = time_calls([call for call in calls if not isinstance(call, str)])
+            known["workspace_bytes"] = workspace_bytes(first)
+            result = first()
+            taken = time_calls(calls)
         except RuntimeError as error:
-            cells.append(f"{name}: not timed ({str(error).splitlines()[0][:60]})")
             torch.cuda.synchronize()
+            records.append(Record(**known, absent=f"not timed: {error}".splitlines()[0][:100]))
             continue
-        text = f"{name} {taken.median:.1f} ({taken.low:.1f}-{taken.high:.1f})"
-        if first is None:
-            first = out
-            text += f" | {taken.median / case.floor_us:.2f}"
-        else:
-            wrong = differing_bits(first, out)
-            text += "" if wrong is None else f", differs {wrong}"
-        cells.append(text)
-    return f"| {case.name} | {case.floor_us:.1f} | {' | '.join(cells) if len(cells) > 1 else cells[0] + ' | -'} |"
+        known |= {"median_us": taken.median, "low_us": taken.low, "high_us": taken.high}
+        if role == "ours":
+            ours = result.clone() if isinstance(result, torch.Tensor) else result
+            if rows:
+                known |= {"rows_compared": rows.compared, "rows_differ": rows.differ}
+        elif role != "copy" and (wrong := differing_bits(ours, result)) is not None:
+            known |= {"differs": wrong, "outputs": ours.numel()}
+        records.append(Record(**known))
+    return records
 
 
 @app.command()
 def main(
-    only: Annotated[list[str] | None, typer.Option(help=f"Groups: {', '.join(GROUPS)}.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"Groups: {', '.join(GROUPS)}. Repeat it.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the measurements to this file.")] = None,
+    rows: Annotated[bool, typer.Option(help="Also compare our rows' bits over batches.")] = True,
 ) -> None:
-    """Time this package's kernels and their peers on the card of this machine."""
-    lines = [
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; microseconds, median (10th-90th percentile)",
-        "",
-        "| case | floor | ours | ours / floor | peer |",
-        "|---|---|---|---|---|",
-    ]
-    print("\n".join(lines), flush=True)
-    for name in only or GROUPS:
-        for case in GROUPS[name]():
+    """Measure this package's kernels and their peers on the card of this machine."""
+    unknown = sorted(set(only or ()) - set(GROUPS))
+    if unknown:
+        raise KernelError(f"there is no group {', '.join(unknown)}; the groups are {', '.join(GROUPS)}")
+    if json and json.exists():
+        raise KernelError(f"{json} exists; name another file")
+    compared: dict[Callable[[], Rows], RowBits] = {}
+    records: list[Record] = []
+    print("\n".join(scoreboard.HEADER), flush=True)
+    for group in only or GROUPS:
+        for case in GROUPS[group]():
+            if rows and case.rows and case.rows not in compared:
+                compared[case.rows] = compare_rows(case.rows())
+            found = compared.get(case.rows) if case.rows else None
             # The experts' weights are larger than the cache by themselves, and shared by the copies.
-            lines.append(row_of(case, rotate=name not in ("grouped", "moe")))
-            print(lines[-1], flush=True)
+            measured = measure(group, case, rotate=group not in ("grouped", "moe"), rows=found)
+            print(scoreboard.row(measured), flush=True)
+            records += measured
             torch.cuda.empty_cache()
-    if markdown:
-        markdown.write_text("\n".join(lines) + "\n")
+    if json:
+        board = Scoreboard(card=torch.cuda.get_device_name(), versions=versions(), records=tuple(records))
+        json.write_text(board.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """This package, torch, and the peers that are installed."""
+    found = {"dsv3-plugin": __version__, "torch": torch.__version__}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dsv3_plugin.errors import KernelError
-from dsv3_plugin.kernels import bench, deep_gemm, fp8_linear, fp8_stream, quantize
+from dsv3_plugin.kernels import bench, deep_gemm, fp8_linear, fp8_stream, measure, quantize
 from dsv3_plugin.kernels.fp8_stream import Shape
 from dsv3_plugin.kernels.selection import Choice, Row, Table
 
@@ -43,11 +43,11 @@ def _measure(
     microseconds = {}
     for name, calls in makers.items():
         try:
-            wrong = bench.differing_bits(expected, calls[0]())
+            wrong = measure.differing_bits(expected, calls[0]())
             if wrong:
                 report(f"{name} differs in {wrong} outputs and is left out")
                 continue
-            microseconds[name] = round(bench.time_calls(list(calls), replays=7).median, 2)
+            microseconds[name] = round(measure.time_calls(list(calls), replays=7).median, 2)
         except Exception as error:  # a kernel that cannot run here is not chosen, and the user reads why
             report(f"{name} does not run: {type(error).__name__}: {error}")
     return microseconds
