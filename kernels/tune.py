@@ -116,8 +116,8 @@ def tune(file: Path, report: Report) -> None:
     shapes += [s._replace(groups=g) for g, _, _ in GROUPED for m in GROUPED_ROWS for s in fp8_stream.grouped_shapes(m)]
     fp8_stream.compile_all(shapes)
     rows = []
-    for measure in (dense_rows, grouped_rows):
-        for row in measure(report):
+    for rows_of in (dense_rows, grouped_rows):
+        for row in rows_of(report):
             if not row.microseconds:
                 raise KernelError("no kernel made a product of the table: see above")
             best = min(row.microseconds, key=lambda name: row.microseconds[name])
