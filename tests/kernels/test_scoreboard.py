@@ -1,0 +1,113 @@
+"""The scoreboard without a GPU: what is made of records, and the comparison of rows over batches."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dsv3_plugin.cli import app
+from dsv3_plugin.errors import KernelError
+from dsv3_plugin.kernels import scoreboard
+from dsv3_plugin.kernels.measure import Rows, compare_rows, differing_bits
+from dsv3_plugin.kernels.scoreboard import Record, Scoreboard
+
+sys.path.append(str(Path(__file__).parent.parent))
+from engines import python_of
+
+TIMED = {"low_us": 9.0, "high_us": 13.0}
+
+
+def record(contender: str, role: str, median: float | None, **more: object) -> Record:
+    known = {"group": "dense", "case": "fp8 1 x 2112 x 7168", "floor_us": 5.0}
+    timed = TIMED if median else {"absent": "it is not installed"}
+    return Record.model_validate({**known, "contender": contender, "role": role, "median_us": median, **timed, **more})
+
+
+RECORDS = (
+    record("ours", "ours", 10.0, workspace_bytes=2_500_000, rows_compared=1000, rows_differ=0),
+    record("slow", "peer", 40.0, differs=3, outputs=2112),
+    record("fast", "peer", 8.0, differs=0, outputs=2112),
+    record("missing", "peer", None),
+    record("fast", "invariant", 5.5),
+)
+BOARD = Scoreboard(card="H200", versions={"torch": "2.11.0"}, records=RECORDS)
+
+
+def test_a_row_compares_ours_with_the_fastest_peer():
+    row = scoreboard.row(list(RECORDS))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:6] == ["fp8 1 x 2112 x 7168", "5.0", "10.0 (9.0-13.0)", "2.00", "0 of 1.0 k", "2.5 MB"]
+    assert cells[-1] == "1.25", "ours / fast; neither the slow peer nor an invariant mode is the best peer"
+    assert "slow 40.0 (9.0-13.0), 3 bits" in cells[6] and "missing absent (it is not installed)" in cells[6]
+
+
+def test_a_row_without_peers_claims_no_ratio():
+    assert scoreboard.row([RECORDS[0], RECORDS[3]]).endswith("| missing absent (it is not installed) | - |")
+
+
+def test_report_writes_tables_and_overwrites_nothing(tmp_path):
+    data, table = tmp_path / "data.json", tmp_path / "table.md"
+    data.write_text(BOARD.model_dump_json())
+    arguments = ["bench", "report", str(data), "--markdown", str(table)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert scoreboard.row(list(RECORDS)) in table.read_text() and "## dense" in table.read_text()
+    table.write_text("mine")
+    refused = CliRunner().invoke(app, arguments)
+    assert isinstance(refused.exception, KernelError) and "table.md exists" in str(refused.exception)
+    assert table.read_text() == "mine"
+    assert CliRunner().invoke(app, [*arguments, "--force"]).exit_code == 0
+    assert table.read_text() != "mine"
+
+
+@pytest.mark.parametrize("text", ["{", '{"card": "H200"}', None])
+def test_report_names_a_file_that_is_no_scoreboard(tmp_path, text):
+    data = tmp_path / "data.json"
+    if text is not None:
+        data.write_text(text)
+    result = CliRunner().invoke(app, ["bench", "report", str(data)])
+    assert isinstance(result.exception, KernelError) and "data.json" in str(result.exception)
+
+
+def test_the_plot_names_every_case(tmp_path):
+    """In Megatron's environment, which has matplotlib."""
+    data, plot = tmp_path / "data.json", tmp_path / "plot.svg"
+    data.write_text(BOARD.model_dump_json())
+    command = [python_of("megatron"), "-m", "dsv3_plugin.cli", "bench", "report", str(data), "--plot", str(plot)]
+    code = f"import sys; sys.argv[1:] = {command[3:]!r}; from dsv3_plugin.cli import main; main()"
+    subprocess.run([command[0], "-c", code], check=True)
+    text = plot.read_text()
+    assert all(f"<!-- {case} -->" in text for case in ("fp8 1 x 2112 x 7168", "peer, batch-invariant"))
+
+
+def test_rows_that_do_not_know_each_other_compare_equal():
+    table = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    found = compare_rows(Rows(500, lambda rows: table[rows] * 2, lambda: table * 2))
+    assert found.differ == 0 and found.compared > 500 * 8
+
+
+@pytest.mark.parametrize("kind", ["mates", "number", "together"])
+def test_rows_that_know_their_batch_are_caught(kind):
+    table = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+
+    def of(rows: torch.Tensor) -> torch.Tensor:
+        out = table[rows] * 2
+        if kind == "mates":
+            out = out + table[rows].sum() * 1e-3
+        if kind == "number" and len(rows) < 16:
+            out = torch.nextafter(out, torch.tensor(9.0))
+        return out
+
+    together = (lambda: torch.nextafter(table * 2, torch.tensor(9.0))) if kind == "together" else None
+    assert compare_rows(Rows(500, of, together)).differ > 0
+
+
+def test_bits_of_negative_zero_and_nan_count():
+    zero = torch.zeros(3)
+    assert differing_bits(zero, -zero) == 3
+    assert differing_bits(zero * torch.nan, zero * torch.nan) == 0
+    assert differing_bits(zero, zero.bfloat16()) is None
