@@ -1,0 +1,75 @@
+"""Other people's kernels as providers: what they say of themselves, and what they refuse before they are called."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsv3_plugin.errors import InputError
+from dsv3_plugin.hooks import Kernel, Setting
+from dsv3_plugin.kernels import cublas, deep_gemm, flash_mla, provider, third_party
+from dsv3_plugin.profile import BF16, FP8_UE8M0, Profile
+from dsv3_plugin.registry import bind
+
+HOPPER = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), flash_mla.LATENT)
+KERNELS = [kernel for module in provider.OTHERS for kernel in module.kernels()]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.provider}-{kernel.op}")
+def test_each_has_a_certificate_or_says_why_not(kernel):
+    assert (kernel.certificate is None) == (kernel.uncertified is not None)
+    for elsewhere in (
+        Setting("cpu", "cpu", BF16),
+        Setting("cpu", "sm90", BF16),
+        Setting("cuda", "sm90", BF16, (10, 0), flash_mla.LATENT),
+        Setting("cuda", "sm90", Profile("bf16", torch.bfloat16, reduction_slices=2), (9, 0), flash_mla.LATENT),
+    ):
+        assert kernel.refuses(elsewhere), elsewhere
+
+
+def test_what_is_not_installed_is_named():
+    refuses = third_party.on_hopper_with("a lab's kernel", lambda: False)
+    assert refuses(HOPPER) == "a lab's kernel is not installed"
+    assert third_party.on_hopper_with("a lab's kernel", lambda: True)(HOPPER) is None
+    assert third_party.version_of("no-such-distribution", "pluggy")
+    assert third_party.version_of("no-such-distribution") is None
+
+
+def test_flash_mla_attends_with_the_latent_of_v3_only(monkeypatch):
+    monkeypatch.setattr(flash_mla, "installed", lambda: True)
+    assert flash_mla.refuses(HOPPER) is None
+    other = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), {"kv_lora_rank": 128, "qk_rope_head_dim": 64})
+    assert "kv_lora_rank" in str(flash_mla.refuses(other))
+
+
+def test_strict_mode_never_takes_one_without_certificate():
+    """On a Hopper card with all of them installed; the twin: fast mode may."""
+    certified = [kernel for kernel in provider.dsv3_kernels() if kernel.provider in ("triton", "cuda")]
+    forced = [_without_refusal(kernel) for kernel in [*certified, *KERNELS]]
+    forced = [kernel for kernel in forced if kernel.provider != deep_gemm.PROVIDER]
+    strict = {choice.provider for choice in bind(HOPPER, "strict", forced).provenance}
+    assert strict <= {"triton", "cuda"}
+    others_first = [_first(kernel) if kernel.uncertified else kernel for kernel in forced]
+    assert {choice.provider for choice in bind(HOPPER, "strict", others_first).provenance} == strict
+    fast = {choice.provider for choice in bind(HOPPER, "fast", others_first).provenance}
+    assert {"cublas", "flash-mla", "transformer-engine"} & fast
+
+
+def _without_refusal(kernel: Kernel) -> Kernel:
+    return replace(kernel, refuses=lambda setting: None)
+
+
+def _first(kernel: Kernel) -> Kernel:
+    return replace(kernel, priority=100)
+
+
+def test_bad_input_is_named():
+    values = torch.zeros(2, 128).to(torch.float8_e4m3fn)
+    with pytest.raises(InputError, match="cuBLASLt needs weight rows in multiples of 16, not 24"):
+        cublas.fp8_linear(values, torch.ones(2, 1), torch.zeros(24, 128).to(values.dtype), torch.ones(1, 1))
+    q, starts = torch.zeros(1, 4, 576), torch.tensor([0, 1])
+    attend = {"scale": 1.0, "kv_lora_rank": 512}
+    with pytest.raises(InputError, match="FlashMLA reads pages of 64 keys, these have 16"):
+        flash_mla.mla_attention(q, torch.zeros(4, 16, 576), torch.zeros(1, 1), starts[1:], starts, **attend)
