@@ -36,6 +36,7 @@ from dsv3_plugin.kernels import (
     router,
     scoreboard,
     silu_and_mul,
+    transformer_engine,
 )
 from dsv3_plugin.kernels.measure import Call, RowBits, Rows, compare_rows, differing_bits, time_calls, workspace_bytes
 from dsv3_plugin.kernels.scoreboard import Record, Role, Scoreboard
@@ -425,9 +426,13 @@ def small_cases() -> Iterator[Case]:
             def vllm() -> Call:
                 from vllm.model_executor.layers.quantization.utils.fp8_utils import per_token_group_quant_fp8
 
-                return lambda: per_token_group_quant_fp8(x, 128, column_major_scales=True)
+                return lambda: per_token_group_quant_fp8(x, 128, column_major_scales=True, use_ue8m0=True)
 
-            return Contenders(lambda: quantize.quantize_fp8(x, "ue8m0"), {"vLLM per_token_group_quant_fp8": peer(vllm)})
+            theirs = partial(transformer_engine.quantize_fp8, x, "ue8m0")
+            return Contenders(
+                lambda: quantize.quantize_fp8(x, "ue8m0"),
+                {"vLLM per_token_group_quant_fp8": peer(vllm), "TransformerEngine": peer(lambda: theirs)},
+            )
 
         def swiglu(m: int = m) -> Contenders:
             x = bf16(m * _TOPK, 2 * _EXPERT_SIZE)
@@ -671,7 +676,8 @@ def measure(group: str, case: Case, *, rotate: bool, rows: RowBits | None) -> li
             if rows:
                 known |= {"rows_compared": rows.compared, "rows_differ": rows.differ}
         elif role != "copy" and (wrong := differing_bits(ours, result)) is not None:
-            known |= {"differs": wrong, "outputs": ours.numel()}
+            outputs = ours if isinstance(ours, tuple) else (ours,)
+            known |= {"differs": wrong, "outputs": sum(x.numel() for x in outputs)}
         records.append(Record(**known))
     return records
 
@@ -701,9 +707,9 @@ def main(
             print(scoreboard.row(measured), flush=True)
             records += measured
             torch.cuda.empty_cache()
-    if json:
-        board = Scoreboard(card=torch.cuda.get_device_name(), versions=versions(), records=tuple(records))
-        json.write_text(board.model_dump_json(indent=1, exclude_none=True) + "\n")
+            if json:  # now, so that a run that ends early leaves what it has
+                board = Scoreboard(card=torch.cuda.get_device_name(), versions=versions(), records=tuple(records))
+                json.write_text(board.model_dump_json(indent=1, exclude_none=True) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -85,6 +85,9 @@ def workspace_bytes(call: Call) -> int:
 
 def differing_bits(ours: Any, other: Any) -> int | None:
     """How many outputs differ in a bit; None where the results are not of one shape and dtype."""
+    if isinstance(ours, tuple) and isinstance(other, tuple) and len(ours) == len(other):
+        found = [differing_bits(*pair) for pair in zip(ours, other, strict=True)]
+        return None if None in found else sum(n for n in found if n)
     if not (isinstance(ours, torch.Tensor) and isinstance(other, torch.Tensor)):
         return None
     if ours.shape != other.shape or ours.dtype != other.dtype:

@@ -17,8 +17,8 @@ from dsv3_plugin.profile import ScaleFormat
 
 PROVIDER = "transformer-engine"
 _DISTRIBUTION = "transformer-engine-torch"
-# Its products read scales in rows of whole 16 bytes.
-_SCALES = 4
+# Its products take whole 8 rows, and scales in rows of whole 16 bytes.
+_ROWS, _SCALES = 8, 4
 
 
 def quantize_fp8(x: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,9 +35,12 @@ def fp8_linear(
     """
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
-    transposed = F.pad(x_scale.t(), (0, -len(x) % _SCALES)).contiguous()
+    missing = -len(x) % _ROWS
+    values = F.pad(x.view(torch.uint8), (0, 0, 0, missing))
+    transposed = F.pad(x_scale.t(), (0, missing)).contiguous()
     padded = F.pad(weight_scale, (0, -weight_scale.shape[1] % _SCALES)).contiguous()
-    return general_gemm(_tensor(weight, padded, 2), _tensor(x, transposed, 1), out_dtype=torch.bfloat16)[0]
+    out = general_gemm(_tensor(weight, padded, 2), _tensor(values, transposed, 1), out_dtype=torch.bfloat16)[0]
+    return out[: len(x)]
 
 
 def _quantizer(powers_of_two: bool, block_scaling_dim: int) -> Any:

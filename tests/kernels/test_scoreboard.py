@@ -111,3 +111,5 @@ def test_bits_of_negative_zero_and_nan_count():
     assert differing_bits(zero, -zero) == 3
     assert differing_bits(zero * torch.nan, zero * torch.nan) == 0
     assert differing_bits(zero, zero.bfloat16()) is None
+    assert differing_bits((zero, zero), (zero, -zero)) == 3
+    assert differing_bits((zero, zero), (zero, zero[:2])) is None
