@@ -147,11 +147,16 @@ def build(program: Program) -> Built:
 
 
 class Launch(NamedTuple):
-    """Programs, threads of each, bytes of shared memory of each."""
+    """Programs, threads of each, bytes of shared memory of each.
+
+    `early`: it may be brought to the card before the kernel before it has ended, for which it waits itself
+    (griddepcontrol.wait).
+    """
 
     grid: int
     block: int
     shared_bytes: int
+    early: bool = False
 
 
 def _driver() -> Any:
@@ -186,6 +191,11 @@ def launch(program: Program, name: str, how: Launch, arguments: Sequence[Any]) -
     config.blockDimX, config.blockDimY, config.blockDimZ = how.block, 1, 1
     config.sharedMemBytes = how.shared_bytes
     config.hStream = torch.cuda.current_stream().cuda_stream
+    if how.early:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
     values: list[Any] = []
     types: list[Any] = []
     for argument in arguments:

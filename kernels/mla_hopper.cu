@@ -20,10 +20,12 @@ constexpr int KEYS = 64;
 constexpr int RANK = 512;
 constexpr int HALF = RANK / 2;
 constexpr int TILES = 9;
+constexpr int PART = 3;  // tiles of one copy, and that one barrier waits for
+constexpr int PARTS = TILES / PART;
 constexpr int HALF_TILES = 4;
 constexpr int BLOCK_BYTES = TILES * TILE;
-constexpr int SCORE_REGISTERS = 88;
-constexpr int VALUE_REGISTERS = 168;
+constexpr int SCORE_REGISTERS = 80;
+constexpr int VALUE_REGISTERS = 176;
 
 struct Batch {
     const void* block_table;
@@ -72,10 +74,10 @@ struct Shared {
     Works works;
     uint64_t q_full, q_empty;
     uint64_t work_full[2], work_empty[2];
-    uint64_t full[2][5];   // two tiles each, the last one the rotary tile
+    uint64_t full[2][PARTS];
     uint64_t empty[2][2];  // a half of the columns each
     uint64_t scaled[2];    // alpha and maximum
-    uint64_t ready[2];     // probabilities
+    uint64_t ready[2][2];  // probabilities of 32 keys each
     uint64_t totalled[2];  // total
 };
 
@@ -192,32 +194,26 @@ struct Copies {
         uint64_t* full = shared.full[stage];
         const int row = begin % batch.block_size;
         if (batch.box_rows == KEYS) {
-            for (int half = 0; half < 2; half++) {
-                wait(&shared.empty[stage][half], parity);
-                if (elect()) {
 #pragma unroll
-                    for (int part = 2 * half; part < 2 * half + 2; part++) {
-                        expect(&full[part], 2 * TILE);
-                        copy_keys(keys + 2 * part * TILE, map, &full[part], part * 128, row, page);
-                        copy_keys(keys + (2 * part + 1) * TILE, map, &full[part], part * 128 + 64, row, page);
-                    }
-                    if (half == 1) {
-                        expect(&full[4], TILE);
-                        copy_keys(keys + 8 * TILE, map, &full[4], RANK, row, page);
-                    }
+            for (int part = 0; part < PARTS; part++) {
+                // The first part lies in the first half of the columns, the second in both, the last one in the second.
+                if (part < 2) wait(&shared.empty[stage][part], parity);
+                if (elect()) {
+                    expect(&full[part], PART * TILE);
+                    copy_keys(keys + part * PART * TILE, map, &full[part], row, part * PART, page);
                 }
             }
             page = page_of(next);
             return;
         }
         for (int half = 0; half < 2; half++) wait(&shared.empty[stage][half], parity);
-        if (lane < 5) expect(&full[lane], lane < 4 ? 2 * TILE : TILE);
+        if (lane < PARTS) expect(&full[lane], PART * TILE);
         __syncwarp();
         for (int box = lane; box < KEYS / batch.box_rows; box += 32) {
             const int key = begin + box * batch.box_rows;
             const int box_page = page_of(key), box_row = key % batch.block_size;
             for (int tile = 0; tile < TILES; tile++)
-                copy_keys(keys + tile * TILE + box * batch.box_rows * 128, map, &full[tile / 2], tile * 64, box_row,
+                copy_keys(keys + tile * TILE + box * batch.box_rows * 128, map, &full[tile / PART], box_row, tile,
                           box_page);
         }
     }
@@ -228,8 +224,8 @@ __device__ __forceinline__ void start_scores(Shared& shared, float (&scores)[32]
     const uint64_t q = operand(shared.q), keys = operand(shared.keys[stage]);
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
-        if (tile % 2 == 0) {
-            wait(&shared.full[stage][tile / 2], parity);
+        if (tile % PART == 0) {
+            wait(&shared.full[stage][tile / PART], parity);
             begin_products();
         }
 #pragma unroll
@@ -282,7 +278,7 @@ __device__ __forceinline__ void compute_probabilities(
             wait(&shared.q_empty, (turn & 1) ^ 1);
             if (next.rows > 0 && elect()) {
                 expect(&shared.q_full, BLOCK_BYTES);
-                for (int i = 0; i < TILES; i++) copy_q(shared.q + i * TILE, q_map, &shared.q_full, i * 64, next.q_row);
+                for (int i = 0; i < TILES; i += PART) copy_q(shared.q + i * TILE, q_map, &shared.q_full, next.q_row, i);
             }
         }
         wait(&shared.work_full[turn & 1], turn >> 1 & 1);
@@ -340,30 +336,34 @@ __device__ __forceinline__ void compute_probabilities(
             }
             // The outputs are scaled while the probabilities are computed.
             arrive_warp(&shared.scaled[STAGE], lane);
-            // Read again, lest the compiler move the exponentials in front of the arrival.
-            for (int r = 0; r < 2; r++) maximum[r] = *(volatile float*)&shared.maximum[STAGE][row + 8 * r];
-#pragma unroll
-            for (int i = 0; i < 32; i++)
-                scores[i] = exp2_of_nonpositive(__fsub_rn(scores[i], maximum[i / 2 % 2]));
-            // The rotary tile is overwritten: all warps must have read it.
-            wait_for_group<STAGE>();
             const int to_row = warp * 16 + lane % 16;
             char* to = shared.keys[STAGE] + 8 * TILE + to_row * 128;
 #pragma unroll
-            for (int i = 0; i < 8; i += 2) {
-                const float* p = scores + 4 * i;
-                store_matrices(to + ((i + lane / 16) ^ (to_row % 8)) * 16, bf16_pair(p[0], p[1]), bf16_pair(p[2], p[3]),
-                               bf16_pair(p[4], p[5]), bf16_pair(p[6], p[7]));
-            }
-            if (begin + KEYS > work.visible) {
-                // What lies behind the last key may be NaN, and 0 times NaN is NaN.
-                for (int i = thread; i < (begin + KEYS - work.visible) * 64; i += 128) {
-                    const int at = i / 64 + work.visible - begin, part = i % 64;
-                    *(uint4*)(shared.keys[STAGE] + part / 8 * TILE + at * 128 + part % 8 * 16) = make_uint4(0, 0, 0, 0);
+            for (int half = 0; half < 2; half++) {
+                // Read again, lest the compiler move the exponentials in front of the arrival before.
+                for (int r = 0; r < 2; r++) maximum[r] = *(volatile float*)&shared.maximum[STAGE][row + 8 * r];
+#pragma unroll
+                for (int i = 16 * half; i < 16 * half + 16; i++)
+                    scores[i] = exp2_of_nonpositive(__fsub_rn(scores[i], maximum[i / 2 % 2]));
+                // The rotary tile is overwritten: all warps must have read it.
+                if (half == 0) wait_for_group<STAGE>();
+#pragma unroll
+                for (int i = 4 * half; i < 4 * half + 4; i += 2) {
+                    const float* p = scores + 4 * i;
+                    store_matrices(to + ((i + lane / 16) ^ (to_row % 8)) * 16, bf16_pair(p[0], p[1]),
+                                   bf16_pair(p[2], p[3]), bf16_pair(p[4], p[5]), bf16_pair(p[6], p[7]));
                 }
+                if (half == 0 && begin + KEYS > work.visible) {
+                    // What lies behind the last key may be NaN, and 0 times NaN is NaN.
+                    for (int i = thread; i < (begin + KEYS - work.visible) * 64; i += 128) {
+                        const int at = i / 64 + work.visible - begin, part = i % 64;
+                        *(uint4*)(shared.keys[STAGE] + part / 8 * TILE + at * 128 + part % 8 * 16) =
+                            make_uint4(0, 0, 0, 0);
+                    }
+                }
+                publish_to_units();
+                arrive_warp(&shared.ready[STAGE][half], lane);
             }
-            publish_to_units();
-            arrive_warp(&shared.ready[STAGE], lane);
             if (own > 0) wait(&shared.totalled[STAGE ^ 1], parity_before);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
@@ -382,15 +382,16 @@ __device__ __forceinline__ void compute_probabilities(
 struct Fold {
     float maximum, a, b;
 
-    __device__ __forceinline__ Fold(float maximum_a, float maximum_b) {
-        maximum = fmaxf(maximum_a, maximum_b);
-        a = exp2_of_nonpositive(__fsub_rn(maximum_a, maximum));
-        b = exp2_of_nonpositive(__fsub_rn(maximum_b, maximum));
-    }
     __device__ __forceinline__ float operator()(float x, float y) const {
         return __fadd_rn(__fmul_rn(x, a), __fmul_rn(y, b));
     }
 };
+
+__device__ __forceinline__ Fold fold_of(float maximum_a, float maximum_b) {
+    const float maximum = fmaxf(maximum_a, maximum_b);
+    return {maximum, exp2_of_nonpositive(__fsub_rn(maximum_a, maximum)),
+            exp2_of_nonpositive(__fsub_rn(maximum_b, maximum))};
+}
 
 // The rows of a thread at the end of a split: 8 apart, of each the columns 8 i + 2 (lane % 4) and the one behind.
 struct Rows {
@@ -401,49 +402,52 @@ struct Rows {
     float a[2], b[2];  // factors of the fold with the prefix
 };
 
-// Loads of the prefix that are on their way at once.
+// Loads of the prefix before the first number is stored. Each store then frees registers for two more.
 constexpr int LOADS = 4;
 
-// Give numbers 4 i to 4 i + 3 of `output`, folded with the prefix where there is one, to `store`.
+// Give numbers 4 i to 4 i + 3 of `left` and then `right`, folded with the prefix where there is one, to `store`.
 template <bool FOLDED, class Store>
 __device__ __forceinline__ void finish_split(
-    const float (&output)[64], const float4* prefix, const Rows& rows, Store store) {
+    const float (&left)[64], const float (&right)[64], const float4* prefix, const Rows& rows, Store store) {
+    float4 before[32];
+    if (FOLDED) {
 #pragma unroll
-    for (int group = 0; group < 16; group += LOADS) {
-        float4 before[LOADS];
+        for (int i = 0; i < LOADS; i++) before[i] = load_prefix(prefix + i * 128);
+    }
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        const float* at = i < 16 ? left + 4 * i : right + 4 * (i - 16);
+        float4 x = make_float4(at[0], at[1], at[2], at[3]);
+        if (FOLDED) {
+            const auto fold = [&](int r, float old, float now) {
+                const float both = __fadd_rn(__fmul_rn(old, rows.a[r]), __fmul_rn(now, rows.b[r]));
+                return rows.sees[r] ? both : old;
+            };
+            x.x = fold(0, before[i].x, x.x);
+            x.y = fold(0, before[i].y, x.y);
+            x.z = fold(1, before[i].z, x.z);
+            x.w = fold(1, before[i].w, x.w);
+        }
+        store(i, x);
         if (FOLDED) {
 #pragma unroll
-            for (int i = 0; i < LOADS; i++) before[i] = load_prefix(prefix + (group + i) * 128);
-        }
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            const float* at = output + 4 * (group + i);
-            float4 x = make_float4(at[0], at[1], at[2], at[3]);
-            if (FOLDED) {
-                const auto fold = [&](int r, float old, float now) {
-                    const float both = __fadd_rn(__fmul_rn(old, rows.a[r]), __fmul_rn(now, rows.b[r]));
-                    return rows.sees[r] ? both : old;
-                };
-                x.x = fold(0, before[i].x, x.x);
-                x.y = fold(0, before[i].y, x.y);
-                x.z = fold(1, before[i].z, x.z);
-                x.w = fold(1, before[i].w, x.w);
-            }
-            store(group + i, x);
+            for (int j = LOADS + 2 * i; j < LOADS + 2 * i + 2; j++)
+                if (j < 32) before[j] = load_prefix(prefix + j * 128);
         }
     }
 }
 
 template <bool FOLDED>
-__device__ __forceinline__ void keep_prefix(const float (&output)[64], float4* prefix, const Rows& rows) {
-    finish_split<FOLDED>(output, prefix, rows, [&](int i, float4 x) { store_prefix(prefix + i * 128, x); });
+__device__ __forceinline__ void keep_prefix(
+    const float (&left)[64], const float (&right)[64], float4* prefix, const Rows& rows) {
+    finish_split<FOLDED>(left, right, prefix, rows, [&](int i, float4 x) { store_prefix(prefix + i * 128, x); });
 }
 
 template <bool FOLDED>
 __device__ __forceinline__ void store_output(
-    const float (&output)[64], const float4* prefix, const Rows& rows, uint16_t* out) {
+    const float (&left)[64], const float (&right)[64], const float4* prefix, const Rows& rows, uint16_t* out) {
     const float over[2] = {__frcp_rn(rows.total[0]), __frcp_rn(rows.total[1])};
-    finish_split<FOLDED>(output, prefix, rows, [&](int i, float4 x) {
+    finish_split<FOLDED>(left, right, prefix, rows, [&](int i, float4 x) {
         const uint32_t first = bf16_pair(__fmul_rn(x.x, over[0]), __fmul_rn(x.y, over[0]));
         const uint32_t second = bf16_pair(__fmul_rn(x.z, over[1]), __fmul_rn(x.w, over[1]));
         if (rows.left > 0) *(uint32_t*)(out + 8 * i) = first;
@@ -451,8 +455,9 @@ __device__ __forceinline__ void store_output(
     });
 }
 
-__device__ __forceinline__ void store_part(const float (&output)[64], const Rows& rows, float* part) {
-    finish_split<false>(output, nullptr, rows, [&](int i, float4 x) {
+__device__ __forceinline__ void store_part(
+    const float (&left)[64], const float (&right)[64], const Rows& rows, float* part) {
+    finish_split<false>(left, right, nullptr, rows, [&](int i, float4 x) {
         if (rows.left > 0) *(float2*)(part + 8 * i) = make_float2(x.x, x.y);
         if (rows.left > 8) *(float2*)(part + 8 * RANK + 8 * i) = make_float2(x.z, x.w);
     });
@@ -472,6 +477,9 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
         const int column = half * HALF + lane % 4 * 2;
         for (int split = work.key_begin; split < work.key_end; split += SPLIT_KEYS) {
             float left[64], right[64];  // columns of the half, 128 each
+            // Not for the sums, which start at zero anyway: it ends the life of the numbers before.
+#pragma unroll
+            for (int i = 0; i < 64; i++) left[i] = right[i] = 0.0f;
             const int end = min(split + SPLIT_KEYS, work.key_end);
             for (int begin = split; begin < end; begin += KEYS, ++block) {
                 const int stage = block & 1, parity = block >> 1 & 1;
@@ -485,14 +493,16 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
                         right[i] = __fmul_rn(right[i], alpha[i / 2 % 2]);
                     }
                 }
-                wait(&shared.full[stage][2 * half], parity);
-                wait(&shared.full[stage][2 * half + 1], parity);
-                wait(&shared.ready[stage], parity);
+                wait(&shared.full[stage][half], parity);
+                wait(&shared.full[stage][half + 1], parity);
                 const uint64_t p = operand(shared.keys[stage] + 8 * TILE);
                 const uint64_t values = operand(shared.keys[stage] + half * HALF_TILES * TILE);
-                begin_products();
 #pragma unroll
                 for (int k = 0; k < 4; k++) {
+                    if (k % 2 == 0) {
+                        wait(&shared.ready[stage][k / 2], parity);
+                        begin_products();
+                    }
                     const uint64_t keys = values + (k * 2048 >> 4);
                     multiply_values(left, p + (k * 32 >> 4), keys, begin != split || k > 0);
                     multiply_values(right, p + (k * 32 >> 4), keys + (2 * TILE >> 4), begin != split || k > 0);
@@ -512,8 +522,7 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
             if (work.slot >= 0) {
                 // `fold` takes it from here.
                 float* part = batch.parts + ((size_t)work.slot * ROWS + row) * RANK + column;
-                store_part(left, rows, part);
-                store_part(right, rows, part + 128);
+                store_part(left, right, rows, part);
                 if (half == 0 && lane % 4 == 0) {
                     float2* stats = batch.stats + (size_t)work.slot * ROWS + row;
                     stats[0] = make_float2(rows.maximum[0], rows.total[0]);
@@ -523,31 +532,27 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
             }
             if (split == 0 && end == work.key_end) {
                 uint16_t* out = batch.out + (size_t)(work.q_row + row) * RANK + column;
-                store_output<false>(left, prefix, rows, out);
-                store_output<false>(right, prefix, rows, out + 128);
+                store_output<false>(left, right, prefix, rows, out);
                 break;
             }
             if (split == 0) {
-                keep_prefix<false>(left, prefix, rows);
-                keep_prefix<false>(right, prefix + 16 * 128, rows);
+                keep_prefix<false>(left, right, prefix, rows);
             } else {
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     const int at = min(row + 8 * r, work.rows - 1);
                     rows.sees[r] = split <= work.first_position + (work.tile_row + at) / batch.heads;
-                    const Fold fold(rows.prefix_maximum[r], rows.maximum[r]);
+                    const Fold fold = fold_of(rows.prefix_maximum[r], rows.maximum[r]);
                     rows.a[r] = fold.a;
                     rows.b[r] = fold.b;
                     rows.maximum[r] = fold.maximum;
                     rows.total[r] = rows.sees[r] ? fold(rows.prefix_total[r], rows.total[r]) : rows.prefix_total[r];
                 }
                 if (end < work.key_end) {
-                    keep_prefix<true>(left, prefix, rows);
-                    keep_prefix<true>(right, prefix + 16 * 128, rows);
+                    keep_prefix<true>(left, right, prefix, rows);
                 } else {
                     uint16_t* out = batch.out + (size_t)(work.q_row + row) * RANK + column;
-                    store_output<true>(left, prefix, rows, out);
-                    store_output<true>(right, prefix + 16 * 128, rows, out + 128);
+                    store_output<true>(left, right, prefix, rows, out);
                 }
             }
 #pragma unroll
@@ -573,10 +578,12 @@ attend(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMa
             init(&shared.work_full[stage], 1);
             init(&shared.work_empty[stage], 16);
             init(&shared.scaled[stage], 4);
-            init(&shared.ready[stage], 4);
             init(&shared.totalled[stage], 4);
-            for (int i = 0; i < 5; i++) init(&shared.full[stage][i], 1);
-            for (int i = 0; i < 2; i++) init(&shared.empty[stage][i], 4);
+            for (int i = 0; i < PARTS; i++) init(&shared.full[stage][i], 1);
+            for (int i = 0; i < 2; i++) {
+                init(&shared.empty[stage][i], 4);
+                init(&shared.ready[stage][i], 4);
+            }
         }
         publish_barriers();
         publish_to_units();
@@ -594,39 +601,65 @@ attend(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMa
     }
 }
 
+// Parts that a thread of `fold` loads at once.
+constexpr int FOLD_LOADS = 16;
+
 // Put the stored splits of rows (token, head) together, in their order.
 extern "C" __global__ void __launch_bounds__(128) fold(const __grid_constant__ Batch batch, int all_rows) {
+    wait_for_kernel_before();
     if (!*batch.apart) return;
     const int lane = threadIdx.x % 32;
     for (int row = blockIdx.x; row < all_rows; row += gridDim.x) {
         int before = 0;  // works before this request's
         for (int first = 0; first < batch.requests; first += 32) {
-            const Lane own = look_at(batch, first + lane);
-            const int count = own.tiles * own.splits;
+            const Lane request = look_at(batch, first + lane);
+            const int count = request.tiles * request.splits;
             const uint32_t mine = __ballot_sync(
-                ~0u, row >= own.start * batch.heads && row < (own.start + own.queries) * batch.heads);
+                ~0u, row >= request.start * batch.heads && row < (request.start + request.queries) * batch.heads);
             const int source = mine ? __ffs(mine) - 1 : 32;
             before += __reduce_add_sync(~0u, lane < source ? count : 0);
             if (!mine) continue;
-            const int start = __shfl_sync(~0u, own.start, source), queries = __shfl_sync(~0u, own.queries, source);
-            const int length = __shfl_sync(~0u, own.length, source), tiles = __shfl_sync(~0u, own.tiles, source);
+            const int start = __shfl_sync(~0u, request.start, source);
+            const int queries = __shfl_sync(~0u, request.queries, source);
+            const int length = __shfl_sync(~0u, request.length, source);
+            const int tiles = __shfl_sync(~0u, request.tiles, source);
             const int local = row - start * batch.heads, tile = local / ROWS;
             const int last = min(tile * ROWS + ROWS, queries * batch.heads) - 1;
             // A tile that sees one split only has its output already.
             if (length - queries + last / batch.heads < SPLIT_KEYS) break;
             const int splits = (length - queries + local / batch.heads) / SPLIT_KEYS + 1;
             const int slot = before + tile, at = local % ROWS, column = threadIdx.x * 4;
-            float2 stats = batch.stats[(size_t)slot * ROWS + at];
-            float4 output = *(const float4*)(batch.parts + ((size_t)slot * ROWS + at) * RANK + column);
-#pragma unroll 8
-            for (int split = 1; split < splits; split++) {
-                const size_t from = (size_t)(slot + split * tiles) * ROWS + at;
-                const float2 next_stats = batch.stats[from];
-                const float4 next = *(const float4*)(batch.parts + from * RANK + column);
-                const Fold fold(stats.x, next_stats.x);
-                stats = make_float2(fold.maximum, fold(stats.y, next_stats.y));
-                output = make_float4(fold(output.x, next.x), fold(output.y, next.y), fold(output.z, next.z),
-                                     fold(output.w, next.w));
+            const auto part_of = [&](int split) { return (size_t)(slot + split * tiles) * ROWS + at; };
+            const auto load = [&](int split) { return *(const float4*)(batch.parts + part_of(split) * RANK + column); };
+            float2 stats = batch.stats[part_of(0)];
+            float4 output = load(0);
+            for (int behind = 1; behind < splits; behind += 32) {
+                // Lane i has the factors of split `behind + i`. Maxima have no order, so they need no chain.
+                const int count = min(splits - behind, 32);
+                const float2 own_stats = batch.stats[part_of(behind + min(lane, count - 1))];
+                float maximum = own_stats.x;
+                for (int i = 1; i < 32; i *= 2) {
+                    const float other = __shfl_up_sync(~0u, maximum, i);
+                    if (lane >= i) maximum = fmaxf(maximum, other);
+                }
+                const float lane_before = __shfl_up_sync(~0u, maximum, 1);
+                const Fold own = fold_of(lane == 0 ? stats.x : fmaxf(stats.x, lane_before), own_stats.x);
+                for (int first = 0; first < count; first += FOLD_LOADS) {
+                    float4 next[FOLD_LOADS];
+#pragma unroll
+                    for (int i = 0; i < FOLD_LOADS; i++)
+                        if (first + i < count) next[i] = load(behind + first + i);
+#pragma unroll
+                    for (int i = 0; i < FOLD_LOADS; i++) {
+                        if (first + i >= count) break;
+                        const int source = first + i;
+                        const Fold fold = {0.0f, __shfl_sync(~0u, own.a, source), __shfl_sync(~0u, own.b, source)};
+                        stats.y = fold(stats.y, __shfl_sync(~0u, own_stats.y, source));
+                        output = make_float4(fold(output.x, next[i].x), fold(output.y, next[i].y),
+                                             fold(output.z, next[i].z), fold(output.w, next[i].w));
+                    }
+                }
+                stats.x = __shfl_sync(~0u, own.maximum, count - 1);
             }
             const float over = __frcp_rn(stats.y);
             *(uint2*)(batch.out + (size_t)row * RANK + column) =

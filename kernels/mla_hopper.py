@@ -18,6 +18,8 @@ RANK = 512
 DIM = 576
 _ROWS = 64
 _KEYS = 64
+_TILES = 9
+_TILES_A_COPY = 3
 # What the struct `Shared` of mla_hopper.cu takes, and room to align it.
 _SHARED_BYTES = 27 * 64 * 128 + 2048 + 1024
 # Splits that may be stored at once, for each multiprocessor: 128 KiB each.
@@ -114,15 +116,18 @@ def mla_attention(
         capacity,
         apart.data_ptr(),
     )
-    q_map = cuda.tensor_map("e4m3", q.data_ptr(), (2 * DIM, tokens * heads), (2 * DIM,), (128, _ROWS))
+    # A tile is 128 bytes wide; a copy takes several, and where a page holds less than a tile's keys one.
+    q_map = cuda.tensor_map(
+        "e4m3", q.data_ptr(), (128, tokens * heads, _TILES), (2 * DIM, 128), (128, _ROWS, _TILES_A_COPY)
+    )
     key_map = cuda.tensor_map(
         "e4m3",
         latent_cache.data_ptr(),
-        (2 * DIM, block_size, pages),
-        (2 * latent_cache.stride(1), 2 * latent_cache.stride(0)),
-        (128, box_rows, 1),
+        (128, block_size, _TILES, pages),
+        (2 * latent_cache.stride(1), 128, 2 * latent_cache.stride(0)),
+        (128, box_rows, _TILES_A_COPY if box_rows == _KEYS else 1, 1),
     )
     cuda.launch(PROGRAM, "attend", cuda.Launch(grid, 512, _SHARED_BYTES), (q_map, key_map, batch))
     if capacity:
         rows = tokens * heads
-        cuda.launch(PROGRAM, "fold", cuda.Launch(min(rows, 8 * processors), 128, 0), (batch, rows))
+        cuda.launch(PROGRAM, "fold", cuda.Launch(min(rows, 8 * processors), 128, 0, early=True), (batch, rows))

@@ -46,20 +46,21 @@ __device__ __forceinline__ void arrive_warp(uint64_t* barrier, int lane) {
     if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
 }
 
-__device__ __forceinline__ void copy_q(void* to, const TensorMap* map, uint64_t* barrier, int column, int row) {
+// Copies of boxes of tiles, one tile behind the other: `tile` is the number of the first one.
+__device__ __forceinline__ void copy_q(void* to, const TensorMap* map, uint64_t* barrier, int row, int tile) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            address(to)),
-        "l"(map), "r"(column), "r"(row), "r"(address(barrier))
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {0, %2, %3}], [%4];" ::"r"(address(to)),
+        "l"(map), "r"(row), "r"(tile), "r"(address(barrier))
         : "memory");
 }
 
 __device__ __forceinline__ void copy_keys(
-    void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int page) {
+    void* to, const TensorMap* map, uint64_t* barrier, int row, int tile, int page) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(address(to)),
-        "l"(map), "r"(column), "r"(row), "r"(page), "r"(address(barrier)), "l"(EVICT_FIRST)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {0, %2, %3, %4}], [%5], %6;" ::"r"(address(to)),
+        "l"(map), "r"(row), "r"(tile), "r"(page), "r"(address(barrier)), "l"(EVICT_FIRST)
         : "memory");
 }
 
@@ -67,6 +68,9 @@ __device__ __forceinline__ void copy_keys(
 __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
+
+// Waits until the kernel launched before has ended and its writes can be read.
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Waits for the 128 threads of a warpgroup.
 template <int GROUP>

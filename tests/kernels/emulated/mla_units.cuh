@@ -186,6 +186,7 @@ inline void arrive_warp(uint64_t* barrier, int lane) {
 }
 inline void publish_barriers() {}
 inline void publish_to_units() {}
+inline void wait_for_kernel_before() {}
 template <int GROUP>
 void wait_for_group() {
     running->groups[GROUP]->arrive_and_wait();
@@ -202,28 +203,29 @@ constexpr int TILE = 64 * 64 * 2;
 
 struct TensorMap {
     const char* base;
-    long long size[3], stride[3];  // bytes inside, then rows and pages
-    int box_rows;
+    long long size[4], stride[4];  // bytes inside, then rows, tiles and pages
+    int box_rows, box_tiles;
 };
 
 // Where the layout of 128 swizzled bytes has what would lie at an address.
 inline char* swizzled(uint32_t at) { return memory + (at ^ (at >> 7 & 7) << 4); }
 
-inline void copy_box(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int page) {
-    for (int r = 0; r < map->box_rows; r++)
-        for (int byte = 0; byte < 128; byte += 2) {
-            uint16_t x = 0;
-            if (row + r < map->size[1] && page >= 0 && page < map->size[2])
-                memcpy(&x, map->base + column * 2 + byte + (row + r) * map->stride[1] + page * map->stride[2], 2);
-            memcpy(swizzled(address(to) + r * 128 + byte), &x, 2);
-        }
-    barriers.at(barrier).complete(map->box_rows * 128);
+inline void copy_keys(void* to, const TensorMap* map, uint64_t* barrier, int row, int tile, int page) {
+    for (int t = 0; t < map->box_tiles; t++)
+        for (int r = 0; r < map->box_rows; r++)
+            for (int byte = 0; byte < 128; byte += 2) {
+                uint16_t x = 0;
+                if (row + r < map->size[1] && tile + t < map->size[2] && page >= 0 && page < map->size[3])
+                    memcpy(&x,
+                           map->base + byte + (row + r) * map->stride[1] + (tile + t) * map->stride[2] +
+                               page * map->stride[3],
+                           2);
+                memcpy(swizzled(address(to) + (t * map->box_rows + r) * 128 + byte), &x, 2);
+            }
+    barriers.at(barrier).complete(map->box_tiles * map->box_rows * 128);
 }
-inline void copy_q(void* to, const TensorMap* map, uint64_t* barrier, int column, int row) {
-    copy_box(to, map, barrier, column, row, 0);
-}
-inline void copy_keys(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int page) {
-    copy_box(to, map, barrier, column, row, page);
+inline void copy_q(void* to, const TensorMap* map, uint64_t* barrier, int row, int tile) {
+    copy_keys(to, map, barrier, row, tile, 0);
 }
 
 inline uint64_t operand(const void* tile) { return address(tile) >> 4; }
