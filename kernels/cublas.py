@@ -11,7 +11,7 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.hooks import Kernel
-from dsv3_plugin.kernels.third_party import on_hopper_with
+from dsv3_plugin.kernels.third_party import Offer, kernels_of, on_hopper_with
 from dsv3_plugin.ops.contract import require
 from dsv3_plugin.ops.fp8 import FP8_LINEAR
 from dsv3_plugin.ops.linear import HEAD_LINEAR, LINEAR
@@ -54,35 +54,12 @@ def fp8_linear(
 
 def kernels() -> list[Kernel]:
     """The bf16 products and the dense fp8 product."""
-    version = torch.version.cuda or "absent"
-    refuses = on_hopper_with("a torch with CUDA", lambda: torch.version.cuda is not None)
-    return [
-        Kernel(
-            op=LINEAR.op,
-            contract_version=LINEAR.version,
-            provider=PROVIDER,
-            version=version,
-            run=linear,
-            refuses=refuses,
-            uncertified="splits K at few rows",
-        ),
-        Kernel(
-            op=HEAD_LINEAR.op,
-            contract_version=HEAD_LINEAR.version,
-            provider=PROVIDER,
-            version=version,
-            run=head_linear,
-            refuses=refuses,
-            uncertified="splits K at few rows",
-        ),
-        Kernel(
-            op=FP8_LINEAR.op,
-            contract_version=FP8_LINEAR.version,
-            provider=PROVIDER,
-            version=version,
-            run=fp8_linear,
-            refuses=refuses,
-            uncertified="differs in 0.027 % of the outputs at 16 rows",
-            priority=-1,
-        ),
-    ]
+    version = torch.version.cuda
+    return kernels_of(
+        PROVIDER,
+        version,
+        on_hopper_with("a torch with CUDA", lambda: version is not None),
+        Offer(LINEAR, linear, uncertified="splits K at few rows"),
+        Offer(HEAD_LINEAR, head_linear, uncertified="splits K at few rows"),
+        Offer(FP8_LINEAR, fp8_linear, uncertified="differs in 0.027 % of the outputs at 16 rows", priority=-1),
+    )

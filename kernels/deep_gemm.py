@@ -7,13 +7,12 @@ of this package is. All print the same bits, so that the choice is one of speed 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 
 import torch
 
 from dsv3_plugin.hooks import Kernel
-from dsv3_plugin.kernels.third_party import on_hopper_with, version_of
-from dsv3_plugin.ops.contract import Contract, require
+from dsv3_plugin.kernels.third_party import Offer, kernels_of, on_hopper_with, version_of
+from dsv3_plugin.ops.contract import require
 from dsv3_plugin.ops.fp8 import E4M3, FP8_LINEAR, GROUPED_FP8_LINEAR
 from dsv3_plugin.ops.linear import LINEAR
 
@@ -112,23 +111,11 @@ def kernels() -> list[Kernel]:
     installed = version()
     certificate = _CERTIFICATE if installed == _CERTIFIED else None
     uncertified = None if certificate else f"only version {_CERTIFIED} was compared with the contract"
-    refuses = on_hopper_with("DeepGEMM", lambda: importlib.util.find_spec("deep_gemm") is not None)
-    offers: list[tuple[Contract, Callable[..., torch.Tensor], int]] = [
-        (FP8_LINEAR, fp8_linear, 10),
-        (GROUPED_FP8_LINEAR, grouped_fp8_linear, -1),
-        (LINEAR, linear, -1),
-    ]
-    return [
-        Kernel(
-            op=contract.op,
-            contract_version=contract.version,
-            provider=PROVIDER,
-            version=installed or "absent",
-            run=run,
-            refuses=refuses,
-            certificate=certificate,
-            uncertified=uncertified,
-            priority=priority,
-        )
-        for contract, run, priority in offers
-    ]
+    return kernels_of(
+        PROVIDER,
+        installed,
+        on_hopper_with("DeepGEMM", lambda: importlib.util.find_spec("deep_gemm") is not None),
+        Offer(FP8_LINEAR, fp8_linear, certificate, uncertified, priority=10),
+        Offer(GROUPED_FP8_LINEAR, grouped_fp8_linear, certificate, uncertified, priority=-1),
+        Offer(LINEAR, linear, certificate, uncertified, priority=-1),
+    )

@@ -11,7 +11,7 @@ from importlib.machinery import PathFinder
 import torch
 
 from dsv3_plugin.hooks import Kernel, Setting
-from dsv3_plugin.kernels.third_party import on_hopper_with, version_of
+from dsv3_plugin.kernels.third_party import Offer, kernels_of, on_hopper_with, version_of
 from dsv3_plugin.ops.contract import require
 from dsv3_plugin.ops.mla_attention import MLA_ATTENTION
 
@@ -82,14 +82,5 @@ def refuses(setting: Setting) -> str | None:
 
 def kernels() -> list[Kernel]:
     """Attention."""
-    return [
-        Kernel(
-            op=MLA_ATTENTION.op,
-            contract_version=MLA_ATTENTION.version,
-            provider=PROVIDER,
-            version=version_of("vllm") or "absent",
-            run=mla_attention,
-            refuses=refuses,
-            uncertified="its splits depend on the batch",
-        )
-    ]
+    attention = Offer(MLA_ATTENTION, mla_attention, uncertified="its splits depend on the batch")
+    return kernels_of(PROVIDER, version_of("vllm"), refuses, attention)

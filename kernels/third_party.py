@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from dsv3_plugin.hooks import Setting, whole_sums_only
+from dsv3_plugin.hooks import Kernel, Setting, whole_sums_only
+from dsv3_plugin.ops.contract import Contract
 
 
 def version_of(*distributions: str) -> str | None:
@@ -29,3 +31,33 @@ def on_hopper_with(name: str, installed: Callable[[], bool]) -> Callable[[Settin
         return whole_sums_only(setting)
 
     return refuses
+
+
+class Offer(NamedTuple):
+    """One operation of a provider; the last three as in `Kernel`."""
+
+    contract: Contract
+    run: Callable[..., Any]
+    certificate: str | None = None
+    uncertified: str | None = None
+    priority: int = 0
+
+
+def kernels_of(
+    provider: str, version: str | None, refuses: Callable[[Setting], str | None], *offers: Offer
+) -> list[Kernel]:
+    """The offers as kernels of one provider; `version` is None where it is not installed."""
+    return [
+        Kernel(
+            op=offer.contract.op,
+            contract_version=offer.contract.version,
+            provider=provider,
+            version=version or "absent",
+            run=offer.run,
+            refuses=refuses,
+            certificate=offer.certificate,
+            uncertified=offer.uncertified,
+            priority=offer.priority,
+        )
+        for offer in offers
+    ]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv3_plugin.hooks import Kernel
-from dsv3_plugin.kernels.third_party import on_hopper_with, version_of
+from dsv3_plugin.kernels.third_party import Offer, kernels_of, on_hopper_with, version_of
 from dsv3_plugin.ops.fp8 import E4M3, FP8_LINEAR, QUANTIZE_FP8
 from dsv3_plugin.profile import ScaleFormat
 
@@ -78,26 +78,10 @@ def _tensor(values: torch.Tensor, scales: torch.Tensor, block_scaling_dim: int) 
 def kernels() -> list[Kernel]:
     """The quantiser and the dense product."""
     version = version_of(_DISTRIBUTION)
-    refuses = on_hopper_with("TransformerEngine for torch", lambda: version is not None)
-    return [
-        Kernel(
-            op=QUANTIZE_FP8.op,
-            contract_version=QUANTIZE_FP8.version,
-            provider=PROVIDER,
-            version=version or "absent",
-            run=quantize_fp8,
-            refuses=refuses,
-            uncertified="differs with fp32 scales",
-            priority=-1,
-        ),
-        Kernel(
-            op=FP8_LINEAR.op,
-            contract_version=FP8_LINEAR.version,
-            provider=PROVIDER,
-            version=version or "absent",
-            run=fp8_linear,
-            refuses=refuses,
-            uncertified="is cuBLASLt's product",
-            priority=-2,
-        ),
-    ]
+    return kernels_of(
+        PROVIDER,
+        version,
+        on_hopper_with("TransformerEngine for torch", lambda: version is not None),
+        Offer(QUANTIZE_FP8, quantize_fp8, uncertified="differs with fp32 scales", priority=-1),
+        Offer(FP8_LINEAR, fp8_linear, uncertified="is cuBLASLt's product", priority=-2),
+    )
