@@ -44,6 +44,21 @@ def run(testees: Sequence[runner.TesteeCommand], checkpoint: Path, work_dir: Pat
     return runner.run(testees, checkpoint, lambda name, what: None, keep=work_dir / "kept", only=cases)
 
 
+def own_model_served_when_switched_off(
+    engine: str, checkpoint: Path, work_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The class that an engine serves with `DSV3_PLUGIN=off`. The report must name it, and find its rows different."""
+    monkeypatch.setenv("DSV3_PLUGIN", "off")
+    report = run([REFERENCE, shipped_testee(engine)], checkpoint, work_dir, "prefill")
+    assert not report.passed
+    served = report.results[engine].served.model_class
+    assert report.problems == [f"{engine} served {served}, which is not dsv3-plugin's model"]
+    pair = next(c for c in report.verdicts[0].comparisons if (c.left, c.right) == ("reference", engine))
+    assert pair.different_rows > 0.9 * (pair.different_rows + pair.equal_rows)
+    assert "switched off by DSV3_PLUGIN" in (work_dir / "kept" / engine / "log.txt").read_text()
+    return served
+
+
 def predict_logits(checkpoint: Path, token_ids: list[int]) -> torch.Tensor:
     """The reference's logits at every position, fp32 [tokens, vocab_size]."""
     reader = CheckpointReader(checkpoint)

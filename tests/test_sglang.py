@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import REFERENCE, free_port, post, predict_logits, python_of, run, serving, shipped_testee
+from engines import (
+    REFERENCE,
+    free_port,
+    own_model_served_when_switched_off,
+    post,
+    predict_logits,
+    python_of,
+    run,
+    serving,
+    shipped_testee,
+)
 
 from dsv3_plugin.conformance.sampling import processed_logprobs
 
@@ -80,15 +90,8 @@ def test_sglang_s_own_model_is_caught_and_named(
     wide_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # MLA's real sizes are the only ones that SGLang's own kernels take.
-    monkeypatch.setenv("DSV3_PLUGIN", "off")
-    report = run([REFERENCE, shipped_testee("sglang")], wide_checkpoint, tmp_path, "prefill")
-    assert not report.passed
-    served = report.results["sglang"].served.model_class
+    served = own_model_served_when_switched_off("sglang", wide_checkpoint, tmp_path, monkeypatch)
     assert served == "sglang.srt.models.deepseek_v2.DeepseekV3ForCausalLM"
-    assert report.problems == [f"sglang served {served}, which is not dsv3-plugin's model"]
-    pair = next(c for c in report.verdicts[0].comparisons if (c.left, c.right) == ("reference", "sglang"))
-    assert pair.different_rows > 0.9 * (pair.different_rows + pair.equal_rows)
-    assert "switched off by DSV3_PLUGIN" in (tmp_path / "kept" / "sglang" / "log.txt").read_text()
 
 
 def sglang_serve(checkpoint: Path, log: Path, *arguments: str) -> AbstractContextManager[str]:

@@ -11,7 +11,17 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from engines import REFERENCE, free_port, post, predict_logprobs, python_of, run, serving, shipped_testee
+from engines import (
+    REFERENCE,
+    free_port,
+    own_model_served_when_switched_off,
+    post,
+    predict_logprobs,
+    python_of,
+    run,
+    serving,
+    shipped_testee,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,15 +57,8 @@ def test_vllm_s_own_model_is_caught_and_named(
     wide_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # MLA's real sizes are the only ones that vLLM's own CPU kernels take.
-    monkeypatch.setenv("DSV3_PLUGIN", "off")
-    report = run([REFERENCE, shipped_testee("vllm")], wide_checkpoint, tmp_path, "prefill")
-    assert not report.passed
-    served = report.results["vllm"].served.model_class
+    served = own_model_served_when_switched_off("vllm", wide_checkpoint, tmp_path, monkeypatch)
     assert served.startswith("vllm.model_executor.models.")
-    assert report.problems == [f"vllm served {served}, which is not dsv3-plugin's model"]
-    pair = next(c for c in report.verdicts[0].comparisons if (c.left, c.right) == ("reference", "vllm"))
-    assert pair.different_rows > 0.9 * (pair.different_rows + pair.equal_rows)
-    assert "switched off by DSV3_PLUGIN" in (tmp_path / "kept" / "vllm" / "log.txt").read_text()
 
 
 def vllm_serve(checkpoint: Path, log: Path, *arguments: str) -> AbstractContextManager[str]:
