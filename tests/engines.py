@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -57,6 +58,14 @@ def own_model_served_when_switched_off(
     assert pair.different_rows > 0.9 * (pair.different_rows + pair.equal_rows)
     assert "switched off by DSV3_PLUGIN" in (work_dir / "kept" / engine / "log.txt").read_text()
     return served
+
+
+def cut_short(checkpoint: Path, target: Path) -> Path:
+    """A copy of a checkpoint whose file of tensors lacks its end."""
+    shutil.copytree(checkpoint, target)
+    file = target / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return target
 
 
 def predict_logits(checkpoint: Path, token_ids: list[int]) -> torch.Tensor:

@@ -1,0 +1,88 @@
+"""What `dsv3 bench kernels` makes of a case, on a CPU: clock and allocator are replaced, the rest runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: `make test` runs this in .envs/kernels")
+
+from dsv3_plugin.kernels import bench
+from dsv3_plugin.kernels.bench import Case, Contenders
+from dsv3_plugin.kernels.measure import RowBits, Time
+
+OURS = torch.arange(6.0).bfloat16()
+THEIRS = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 7.0]).bfloat16()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of buffers of every contender that was timed."""
+    timed: list[int] = []
+
+    def time_calls(calls: list[bench.Call]) -> Time:
+        calls[0]()
+        timed.append(len(calls))
+        return Time(10.0, 9.0, 12.0)
+
+    monkeypatch.setattr(bench, "time_calls", time_calls)
+    monkeypatch.setattr(bench, "workspace_bytes", lambda call: 512)
+    monkeypatch.setattr(bench, "copy_of", lambda bytes_moved: lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return timed
+
+
+def case(**more: object) -> Case:
+    def make() -> Contenders:
+        def breaks() -> torch.Tensor:
+            raise RuntimeError("too many resources\nand a trace")
+
+        return Contenders(
+            lambda: OURS,
+            {"theirs": lambda: THEIRS, "absent": bench.peer(lambda: __import__("no_such_peer")), "breaks": breaks},
+            {"slow": lambda: OURS},
+        )
+
+    return Case("a case", make, **{"bytes_moved": 100e6, **more})
+
+
+def test_every_contender_has_a_record_with_its_role(clock):
+    records = bench.measure("group", case(), rotate=True, rows=RowBits(1000, 0))
+    found = [(record.contender, record.role) for record in records]
+    assert found == [
+        ("ours", "ours"),
+        ("theirs", "peer"),
+        ("absent", "peer"),
+        ("breaks", "peer"),
+        ("slow", "invariant"),
+        ("copy", "copy"),
+    ]
+    ours, theirs, absent, breaks, slow, copy = records
+    assert (ours.median_us, ours.workspace_bytes, ours.rows_compared, ours.rows_differ) == (10.0, 512, 1000, 0)
+    assert (theirs.differs, theirs.outputs) == (1, 6) and slow.differs == 0 and copy.differs is None
+    assert "no_such_peer" in str(absent.absent) and absent.median_us is None
+    assert breaks.absent == "not timed: too many resources" and breaks.median_us is None
+    assert clock == [2, 2, 2, 2], "each timed on two buffers, which a cache of 250 MB cannot hold together"
+
+
+def test_buffers_are_not_rotated_where_one_is_larger_than_the_cache(clock):
+    bench.measure("group", case(), rotate=False, rows=None)
+    assert set(clock) == {1}
+
+
+def test_what_is_bound_by_arithmetic_has_no_copy_beside_it(clock):
+    records = bench.measure("group", case(bf16_operations=1e15), rotate=False, rows=None)
+    assert [record.role for record in records] == ["ours", "peer", "peer", "peer", "invariant"]
+    assert records[0].floor_us == 1e15 / 790e6
+
+
+def test_a_group_that_there_is_not_is_named():
+    with pytest.raises(bench.KernelError, match="there is no group dens; the groups are dense, attention"):
+        bench.main(["dens"], None, True)
+
+
+def test_measurements_overwrite_nothing(tmp_path):
+    path = tmp_path / "board.json"
+    path.write_text("mine")
+    with pytest.raises(bench.KernelError, match=r"board\.json exists"):
+        bench.main(None, path, True)
