@@ -639,8 +639,8 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
 
 
 def copy_of(bytes_moved: float) -> Call:
-    """Read half of the bytes and write the other half."""
-    source = torch.empty(int(bytes_moved / 2), dtype=torch.uint8, device=_DEVICE)
+    """Read half of the bytes and write the other half, in whole pages."""
+    source = torch.empty(max(1, round(bytes_moved / 2 / 4096)) * 4096, dtype=torch.uint8, device=_DEVICE)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 

@@ -143,13 +143,19 @@ def choose_tile(rows: int, columns: int) -> Tile:
     return Tile(128, 256, 64, 8, 3)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-    """x bf16 [M, K], weight bf16 [N, K], to [M, N] of bf16, or of fp32 if `out_dtype` says so. Raises `InputError`."""
+def check(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    """Refuse what a kernel of `linear` cannot read; the output's dtype. Raises `InputError`."""
     require_matrix("linear", "x", x, (torch.bfloat16,))
     require_matrix("linear", "weight", weight, (torch.bfloat16,))
     require(x.shape[1] == weight.shape[1], "linear", f"x has K={x.shape[1]}, weight has K={weight.shape[1]}")
     out_dtype = out_dtype or x.dtype
     require(out_dtype in (torch.bfloat16, torch.float32), "linear", f"out_dtype is {out_dtype}, not bf16 or fp32")
+    return out_dtype
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """x bf16 [M, K], weight bf16 [N, K], to [M, N] of bf16, or of fp32 if `out_dtype` says so. Raises `InputError`."""
+    out_dtype = check(x, weight, out_dtype)
     (rows, depth), columns = x.shape, weight.shape[0]
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
     if rows:

@@ -1,7 +1,8 @@
 """DeepGEMM as a provider of products: its sums are the contract's (one fma per 128 of K, no split).
 
 Its dense fp8 product is taken for the shapes for which it was measured to be the fastest (`selection`), else a kernel
-of this package is. All print the same bits, so that the choice is one of speed alone.
+of this package is; its bf16 product was the fastest or equal in every shape measured. All print the same bits, so that
+the choice is one of speed alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import torch
 
 from dsv3_plugin.hooks import Kernel
 from dsv3_plugin.kernels.third_party import Offer, kernels_of, on_hopper_with, version_of
-from dsv3_plugin.ops.contract import require
 from dsv3_plugin.ops.fp8 import E4M3, FP8_LINEAR, GROUPED_FP8_LINEAR
 from dsv3_plugin.ops.linear import LINEAR
 
@@ -94,20 +94,24 @@ def grouped_fp8_linear(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-    """x bf16 [M, K], weight bf16 [N, K], K and N multiples of 8, to [M, N] of bf16, or of fp32 if `out_dtype` says so.
-    Raises `InputError`.
+    """x bf16 [M, K], weight bf16 [N, K], to [M, N] of bf16, or of fp32 if `out_dtype` says so; by DeepGEMM where rows
+    are whole 16 bytes, else by this package's own kernel. Raises `InputError`.
     """
+    from dsv3_plugin.kernels import bf16_linear as own
+
+    out_dtype = own.check(x, weight, out_dtype)
+    columns, depth = weight.shape
+    if not len(x) or depth % 8 or columns % 8:
+        return own.linear(x, weight, out_dtype=out_dtype)
     import deep_gemm
 
-    op, (columns, depth) = LINEAR.op, weight.shape
-    require(depth % 8 == columns % 8 == 0, op, f"DeepGEMM needs rows of 16 bytes, not K={depth} and N={columns}")
-    out = torch.empty(len(x), columns, dtype=out_dtype or x.dtype, device=x.device)
+    out = torch.empty(len(x), columns, dtype=out_dtype, device=x.device)
     deep_gemm.bf16_gemm_nt(x, weight, out)
     return out
 
 
 def kernels() -> list[Kernel]:
-    """The dense fp8 product, preferred to this package's own, and slower ones of experts and in bf16."""
+    """The dense fp8 and bf16 products, preferred to this package's own, and those of experts, which are slower."""
     installed = version()
     certificate = _CERTIFICATE if installed == _CERTIFIED else None
     uncertified = None if certificate else f"only version {_CERTIFIED} was compared with the contract"
@@ -117,5 +121,5 @@ def kernels() -> list[Kernel]:
         on_hopper_with("DeepGEMM", lambda: importlib.util.find_spec("deep_gemm") is not None),
         Offer(FP8_LINEAR, fp8_linear, certificate, uncertified, priority=10),
         Offer(GROUPED_FP8_LINEAR, grouped_fp8_linear, certificate, uncertified, priority=-1),
-        Offer(LINEAR, linear, certificate, uncertified, priority=-1),
+        Offer(LINEAR, linear, certificate, uncertified, priority=10 if certificate else -1),
     )
