@@ -82,5 +82,9 @@ def refuses(setting: Setting) -> str | None:
 
 def kernels() -> list[Kernel]:
     """Attention."""
-    attention = Offer(MLA_ATTENTION, mla_attention, uncertified="its splits depend on the batch")
+    attention = Offer(
+        MLA_ATTENTION,
+        mla_attention,
+        uncertified="cuts the keys by the batch: a token's bits depend on who is beside it",
+    )
     return kernels_of(PROVIDER, version_of("vllm"), refuses, attention)
