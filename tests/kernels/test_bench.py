@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: `make test` runs this in .envs/kernels")
 
-from dsv3_plugin.kernels import bench
+from dsv3_plugin.kernels import bench, scoreboard
 from dsv3_plugin.kernels.bench import Case, Contenders
 from dsv3_plugin.kernels.measure import RowBits, Time
 
@@ -74,6 +74,21 @@ def test_what_is_bound_by_arithmetic_has_no_copy_beside_it(clock):
     records = bench.measure("group", case(bf16_operations=1e15), rotate=False, rows=None)
     assert [record.role for record in records] == ["ours", "peer", "peer", "peer", "invariant"]
     assert records[0].floor_us == 1e15 / 790e6
+
+
+def test_a_case_that_fails_is_named_and_the_others_are_measured(clock, monkeypatch, tmp_path, capsys):
+    def breaks() -> Contenders:
+        raise ValueError("no such tile")
+
+    cases = [Case("broken", breaks, 1e6), case()]
+    monkeypatch.setitem(bench.GROUPS, "dense", lambda: iter(cases))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    path = tmp_path / "board.json"
+    with pytest.raises(bench.KernelError, match="not measured: broken: ValueError: no such tile"):
+        bench.main(["dense"], path, True)
+    assert "a case" in capsys.readouterr().out
+    assert {record.case for record in scoreboard.read(path).records} == {"a case"}
 
 
 def test_a_group_that_there_is_not_is_named():
