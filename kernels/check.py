@@ -12,6 +12,7 @@ itself without (it serves in fast mode only) the share of differing outputs and 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import random
@@ -507,37 +508,47 @@ def main(
         return
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
     torch.set_num_threads(1)
-    results: list[Result] = []
-    broken = 0
-    last_op = ""
-    for kernel in sorted(with_each_maker(gpu_kernels()), key=lambda kernel: list(CASES).index(kernel.op)):
+    chosen = []
+    for kernel in with_each_maker(gpu_kernels()):
         if (op and kernel.op not in op) or (provider_names and kernel.provider not in provider_names):
             continue
         if reason := kernel.refuses(_HERE):
             print(f"{kernel.op:20} {kernel.provider:12} not checked: {reason}", flush=True)
-            continue
-        if kernel.op != last_op:
-            expect.cache_clear()
-            last_op = kernel.op
-        try:
-            own = [check(kernel, cases, seed)]
-            if kernel.op == "mla_attention":
-                own.append(check_full_card(kernel, seed))
-        except Exception as error:  # the others are checked, and the exit status says that one was not
-            broken += 1
-            print(f"{kernel.op:20} {kernel.provider:12} broke: {type(error).__name__}: {error}", flush=True)
-            continue
-        for result in own:
-            print(result, flush=True)
-        results += own
+        else:
+            chosen.append(kernel)
+    if not check_all(chosen, cases, seed):
+        raise typer.Exit(1)
+
+
+def check_all(kernels: list[Kernel], cases: int, seed: int, device: str = "cuda") -> bool:
+    """Check kernels, print a line for each, and say whether all with a certificate are equal and none broke."""
+    results: list[Result] = []
+    broken = 0
+
+    def by_op(kernel: Kernel) -> int:
+        return list(CASES).index(kernel.op)
+
+    for _, alike in itertools.groupby(sorted(kernels, key=by_op), key=by_op):
+        for kernel in alike:
+            try:
+                own = [check(kernel, cases, seed, device)]
+                if kernel.op == "mla_attention":
+                    own.append(check_full_card(kernel, seed, device))
+            except Exception as error:  # the others are checked, and the answer says that one was not
+                broken += 1
+                print(f"{kernel.op:20} {kernel.provider:12} broke: {type(error).__name__}: {error}", flush=True)
+                continue
+            for result in own:
+                print(result, flush=True)
+            results += own
+        expect.cache_clear()
     failed = any(result.failed for result in results)
     exact = [result for result in results if result.exact]
     outputs, checked = sum(result.outputs for result in exact), sum(result.cases for result in exact)
     print(f"{checked} cases, {outputs:,} outputs: {'bits differ' if failed else 'equal in every bit'}")
     if broken:
         print(f"{broken} kernels broke")
-    if failed or broken:
-        raise typer.Exit(1)
+    return not (failed or broken)
 
 
 if __name__ == "__main__":

@@ -69,3 +69,31 @@ def test_shapes_are_refused_by_other_peoples_kernels_only():
     assert (result.cases, result.refused_cases) == (0, CASES)
     with pytest.raises(InputError):
         check.check(replace(other, provider="triton"), CASES, SEED, device="cpu")
+
+
+def test_a_kernel_that_breaks_is_named_and_the_others_are_checked(capsys):
+    def breaks(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError("no such symbol")
+
+    good = model_kernel("rope")
+    assert check.check_all([good, model_kernel("combine")], CASES, SEED, device="cpu")
+    assert "6 cases" in capsys.readouterr().out
+    assert not check.check_all([replace(good, run=breaks), good], CASES, SEED, device="cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert "broke: RuntimeError: no such symbol" in lines[0] and lines[1].endswith("equal")
+    assert lines[-1] == "1 kernels broke"
+
+
+def test_only_kernels_that_claim_the_bits_decide_the_verdict():
+    turned = with_one_bit_turned(model_kernel("rope"))
+    assert not check.check_all([turned], CASES, SEED, device="cpu")
+    assert check.check_all([replace(turned, uncertified="turns a bit")], CASES, SEED, device="cpu")
+
+
+def test_the_model_runs_once_for_all_kernels_of_an_operation(monkeypatch):
+    calls = []
+    model = model_kernel("rope")
+    counted = replace(model, run=lambda *args, **kwargs: calls.append(1) or model.run(*args, **kwargs))
+    monkeypatch.setattr(check.sm90_model, "kernels", lambda: [counted])
+    assert check.check_all([model, model, model], CASES, SEED, device="cpu")
+    assert len(calls) == CASES
