@@ -78,12 +78,12 @@ def report_kernels(
         if path and path.exists() and not force:
             raise KernelError(f"{path} exists; name another file, or replace it with --force")
     board = scoreboard.read(measurements)
-    if plot:
-        scoreboard.plot(board, plot)
     if markdown:
         markdown.write_text(scoreboard.markdown(board))
     elif not plot:
         print(scoreboard.markdown(board), end="")
+    if plot:
+        scoreboard.plot(board, plot)
 
 
 def interleaved(a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:

@@ -116,6 +116,8 @@ def peer(build: Callable[[], Call]) -> Call | str:
         call = build()
         call()
         return call
+    except ImportError as error:
+        return f"not installed: {error.name}"
     except Exception as error:  # a scoreboard goes on without a peer, and says so
         return f"{type(error).__name__}: {error}".splitlines()[0][:100]
 
