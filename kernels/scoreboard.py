@@ -74,12 +74,13 @@ _LEGEND = (
     "* bits: outputs of ours that changed with the batch (1 to 4096 rows, shuffled, other mates), of those compared.",
     "* workspace: the most memory that a call of ours holds besides its inputs and results.",
     "* n bits: outputs of a peer that are not ours, bit for bit.",
+    "* invariant modes: what a peer does where it promises the same.",
     "* copy: a plain copy of as many bytes as the case has to move.",
 )
 
 HEADER = (
-    "| case | floor | ours | ours / floor | bits | workspace | peers | ours / best peer |",
-    "|---|---|---|---|---|---|---|---|",
+    "| case | floor | ours | ours / floor | ours / best peer | bits | workspace | peers | their invariant modes | copy |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -107,13 +108,12 @@ def row(records: list[Record]) -> str:
     best = min((r.median_us for r in others if r.role == "peer" and r.median_us), default=None)
     cells = [ours.case, f"{ours.floor_us:.1f}", _time(ours)]
     cells.append(f"{ours.median_us / ours.floor_us:.2f}" if ours.median_us else "-")
-    if ours.rows_compared is None:
-        cells.append("-")
-    else:
-        cells.append(f"{ours.rows_differ} of {_short(ours.rows_compared)}")
-    cells.append("-" if ours.workspace_bytes is None else f"{_short(ours.workspace_bytes)}B")
-    cells.append("; ".join(_contender(record) for record in others) or "-")
     cells.append(f"{ours.median_us / best:.2f}" if ours.median_us and best else "-")
+    cells.append("-" if ours.rows_compared is None else f"{ours.rows_differ} of {_short(ours.rows_compared)}")
+    cells.append("-" if ours.workspace_bytes is None else f"{_short(ours.workspace_bytes)}B")
+    for role in ("peer", "invariant"):
+        cells.append("; ".join(_contender(record) for record in others if record.role == role) or "-")
+    cells.append(next((_time(record) for record in others if record.role == "copy"), "-"))
     return f"| {' | '.join(cells)} |"
 
 
