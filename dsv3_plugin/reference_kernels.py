@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv3_plugin.hooks import Kernel, Setting, hookimpl
-from dsv3_plugin.ops import combine, fp8, linear, mla_attention, rms_norm, rope, router, silu_and_mul
+from dsv3_plugin.ops import combine, fp8, fused, linear, mla_attention, rms_norm, rope, router, silu_and_mul
 from dsv3_plugin.ops.contract import Contract
 from dsv3_plugin.version import __version__
 
@@ -19,9 +19,17 @@ _REFERENCES = (
     (rms_norm.RMS_NORM, rms_norm.rms_norm),
     (rope.ROPE, rope.rope),
     (silu_and_mul.SILU_AND_MUL, silu_and_mul.silu_and_mul),
+    (router.ROUTER_LINEAR, router.router_linear),
     (router.ROUTE, router.route),
+    (router.MOE_ROUTER, router.moe_router),
     (combine.COMBINE, combine.combine),
     (mla_attention.MLA_ATTENTION, mla_attention.mla_attention),
+    (fused.ADD_RMS_NORM, fused.add_rms_norm),
+    (fused.RMS_NORM_FP8, fused.rms_norm_fp8),
+    (fused.ADD_RMS_NORM_FP8, fused.add_rms_norm_fp8),
+    (fused.SILU_AND_MUL_FP8, fused.silu_and_mul_fp8),
+    (fused.PERMUTE, fused.permute),
+    (fused.PERMUTE_FP8, fused.permute_fp8),
 )
 
 

@@ -19,7 +19,7 @@ import pluggy
 from dsv3_plugin import hooks, reference_kernels
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Kernel, Setting
-from dsv3_plugin.ops import combine, fp8, linear, mla_attention, rms_norm, rope, router, silu_and_mul
+from dsv3_plugin.ops import combine, fp8, fused, linear, mla_attention, rms_norm, rope, router, silu_and_mul
 from dsv3_plugin.ops.contract import Contract
 from dsv3_plugin.ops.slices import Slices
 from dsv3_plugin.version import __version__
@@ -37,11 +37,19 @@ CONTRACTS: tuple[Contract, ...] = (
     rms_norm.RMS_NORM,
     rope.ROPE,
     silu_and_mul.SILU_AND_MUL,
+    router.ROUTER_LINEAR,
     router.ROUTE,
+    router.MOE_ROUTER,
     combine.COMBINE,
     mla_attention.MLA_ATTENTION,
+    fused.ADD_RMS_NORM,
+    fused.RMS_NORM_FP8,
+    fused.ADD_RMS_NORM_FP8,
+    fused.SILU_AND_MUL_FP8,
+    fused.PERMUTE,
+    fused.PERMUTE_FP8,
 )
-_FP8_OPS = {fp8.QUANTIZE_FP8.op, fp8.FP8_LINEAR.op, fp8.GROUPED_FP8_LINEAR.op}
+_FP8_OPS = {contract.op for contract in CONTRACTS if "fp8" in contract.op}
 
 
 @dataclass(frozen=True)
@@ -84,16 +92,33 @@ class Ops:
     rms_norm: Callable[..., Any]
     rope: Callable[..., Any]
     silu_and_mul: Callable[..., Any]
+    router_linear: Callable[..., Any]
     route: Callable[..., Any]
+    moe_router: Callable[..., Any]
     combine: Callable[..., Any]
     mla_attention: Callable[..., Any]
     quantize_fp8: Callable[..., Any]
     fp8_linear: Callable[..., Any]
     grouped_fp8_linear: Callable[..., Any]
+    add_rms_norm: Callable[..., Any]
+    rms_norm_fp8: Callable[..., Any]
+    add_rms_norm_fp8: Callable[..., Any]
+    silu_and_mul_fp8: Callable[..., Any]
+    permute: Callable[..., Any]
+    permute_fp8: Callable[..., Any]
     slices: Slices
     """Of the products that tensor-parallel ranks share, those that this process holds."""
     master_weights: MasterWeights | None = None
     """Only in training, in the FP8 profile: the layers then hold no FP8 weights."""
+
+    @property
+    def quantizes_ahead(self) -> bool:
+        """Whether what makes an activation also quantises it, once for all FP8 projections that read it.
+
+        In training, and where products are cut into slices, each projection does that itself.
+        """
+        profile = self.setting.profile
+        return profile.is_fp8 and self.master_weights is None and profile.reduction_slices == 1
 
     def announcement(self, served: str) -> str:
         """What an adapter writes to its engine's log when it builds the model class `served`."""

@@ -170,9 +170,28 @@ def grouped_fp8_linear_case(rng: random.Random, at: Sizes) -> Case:
 
 
 def rms_norm_case(rng: random.Random, at: Sizes) -> Case:
-    """Widths that fill no 512 lanes."""
+    """Widths that fill no block of 128, and no power of two."""
     width = rng.choice(at.depths) + rng.choice((0, 64, 72))
     return Case((numbers(rng, rng.choice(at.rows), width), numbers(rng, width), 1e-6), {})
+
+
+def add_rms_norm_case(rng: random.Random, at: Sizes) -> Case:
+    """Widths that fill no block of 128, and no power of two."""
+    (x, weight, eps), _ = rms_norm_case(rng, at)
+    return Case((x, numbers(rng, *x.shape), weight, eps), {})
+
+
+def rms_norm_fp8_case(rng: random.Random, at: Sizes) -> Case:
+    """Widths of whole scale blocks, no power of two; both scale formats."""
+    width = rng.choice(at.depths) + rng.choice((0, 128))
+    x, weight = numbers(rng, rng.choice(at.rows), width), numbers(rng, width)
+    return Case((x, weight, 1e-6, rng.choice(_FORMATS)), {})
+
+
+def add_rms_norm_fp8_case(rng: random.Random, at: Sizes) -> Case:
+    """The same behind a sum."""
+    (x, *rest), _ = rms_norm_fp8_case(rng, at)
+    return Case((x, numbers(rng, *x.shape), *rest), {})
 
 
 def rope_case(rng: random.Random, at: Sizes) -> Case:
@@ -186,6 +205,26 @@ def rope_case(rng: random.Random, at: Sizes) -> Case:
 def silu_and_mul_case(rng: random.Random, at: Sizes) -> Case:
     """Widths of an expert and of no power of two."""
     return Case((numbers(rng, rng.choice(at.rows), 2 * (rng.choice(at.depths) + rng.choice((0, 64)))),), {})
+
+
+def silu_and_mul_fp8_case(rng: random.Random, at: Sizes) -> Case:
+    """Widths of whole scale blocks, both scale formats."""
+    width = rng.choice(at.depths) + rng.choice((0, 128))
+    return Case((numbers(rng, rng.choice(at.rows), 2 * width), rng.choice(_FORMATS)), {})
+
+
+def permute_case(rng: random.Random, at: Sizes) -> Case:
+    """Rows in any order, some never, some several times."""
+    x = numbers(rng, rng.choice(at.rows), rng.choice(at.depths) + rng.choice((0, 72)))
+    generator = torch.Generator().manual_seed(rng.getrandbits(48))
+    return Case((x, torch.randint(len(x), (rng.choice(at.rows),), generator=generator)), {})
+
+
+def permute_fp8_case(rng: random.Random, at: Sizes) -> Case:
+    """The same with scales."""
+    values, scales = quantize_fp8(numbers(rng, rng.choice(at.rows), rng.choice(at.depths)), rng.choice(_FORMATS))
+    generator = torch.Generator().manual_seed(rng.getrandbits(48))
+    return Case((values, scales, torch.randint(len(values), (rng.choice(at.rows),), generator=generator)), {})
 
 
 def route_case(rng: random.Random, at: Sizes) -> Case:
@@ -206,6 +245,21 @@ def route_case(rng: random.Random, at: Sizes) -> Case:
             "routed_scaling_factor": 2.5,
         },
     )
+
+
+def router_linear_case(rng: random.Random, at: Sizes) -> Case:
+    """Depths that fill no slice."""
+    rows, columns, depth = sizes(rng, at)
+    depth += rng.choice((0, 0, 8, 120))
+    return Case((numbers(rng, rows, depth), numbers(rng, min(columns, 512), depth)), {})
+
+
+def moe_router_case(rng: random.Random, at: Sizes) -> Case:
+    """The routers of `route_case`, from hidden states."""
+    (logits, bias), settings = route_case(rng, at)
+    depth = min(rng.choice(at.depths), _BUDGET // logits.numel() // 8 * 8 + 8)
+    weight = numbers(rng, logits.shape[1], depth) * depth**-0.5
+    return Case((numbers(rng, len(logits), depth), weight, bias), settings)
 
 
 def combine_case(rng: random.Random, at: Sizes) -> Case:
@@ -265,9 +319,17 @@ CASES: dict[str, Callable[[random.Random, Sizes], Case]] = {
     "rms_norm": rms_norm_case,
     "rope": rope_case,
     "silu_and_mul": silu_and_mul_case,
+    "router_linear": router_linear_case,
     "route": route_case,
+    "moe_router": moe_router_case,
     "combine": combine_case,
     "mla_attention": mla_attention_case,
+    "add_rms_norm": add_rms_norm_case,
+    "rms_norm_fp8": rms_norm_fp8_case,
+    "add_rms_norm_fp8": add_rms_norm_fp8_case,
+    "silu_and_mul_fp8": silu_and_mul_fp8_case,
+    "permute": permute_case,
+    "permute_fp8": permute_fp8_case,
 }
 
 

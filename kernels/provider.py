@@ -30,9 +30,17 @@ _TRITON_MODULES = {
     "rms_norm": "rms_norm",
     "rope": "rope",
     "silu_and_mul": "silu_and_mul",
+    "router_linear": "router",
     "route": "router",
+    "moe_router": "router",
     "combine": "combine",
     "mla_attention": "mla",
+    "add_rms_norm": "rms_norm",
+    "rms_norm_fp8": "rms_norm",
+    "add_rms_norm_fp8": "rms_norm",
+    "silu_and_mul_fp8": "silu_and_mul",
+    "permute": "permute",
+    "permute_fp8": "permute",
 }
 _CERTIFICATE = "equal to sm90-model in every bit on an H200 (dsv3 kernels check)"
 # fp8_stream.cu, one of their makers, serves only products for which it was compared with the others.

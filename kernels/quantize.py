@@ -9,17 +9,36 @@ import triton.language as tl
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.kernels.scales import empty_scales
-from dsv3_plugin.kernels.triton_math import EXACT, divide
+from dsv3_plugin.kernels.triton_math import EXACT, divide, negative, reciprocal
 from dsv3_plugin.ops.contract import require, require_matrix
 from dsv3_plugin.ops.fp8 import E4M3
 from dsv3_plugin.profile import ScaleFormat
 
 _GROUPS = 32
+# Below this scale a group is multiplied by the second number first, so that remainders stay normal.
+_SMALL = tl.constexpr(2.0**-64)
+_ENLARGE = tl.constexpr(2.0**64)
+_INVERSE_OF_448 = tl.constexpr(0.002232142724096775)
 
 
 @triton.jit
-def quantize_groups(wide, UE8M0: tl.constexpr):
-    """wide fp32 [G, 128] to (e4m3 [G, 128], fp32 scales [G])."""
+def _quotient(a, b, inverse):
+    """a / b of a bf16 number, correctly rounded, with b's correctly rounded inverse: a product and one correction.
+
+    Tried for all mantissas of bf16 and fp32. The signs are such that -0 stays -0.
+    """
+    guess = a * inverse
+    return tl.fma(tl.fma(guess, b, negative(a)), negative(inverse), guess)
+
+
+@triton.jit
+def _smallest_or_one(amax, scale):
+    return tl.where(amax == 0, 1.0, tl.maximum(scale, 1.1754943508222875e-38))
+
+
+@triton.jit
+def quantize_groups(wide, BF16: tl.constexpr, UE8M0: tl.constexpr):
+    """wide fp32 [G, 128] to (e4m3 [G, 128], fp32 scales [G]). `BF16`: the numbers are bf16."""
     amax = tl.max(tl.abs(wide), 1)
     if UE8M0:
         bits = amax.to(tl.int32, bitcast=True)
@@ -29,9 +48,16 @@ def quantize_groups(wide, UE8M0: tl.constexpr):
         # The inverse of a power of two is exact, so a product is the quotient.
         quotient = wide * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
     else:
-        scale = tl.where(amax == 0, 1.0, tl.maximum(divide(amax, 448.0), 1.1754943508222875e-38))
-        quotient = divide(wide, scale[:, None])
-    return tl.clamp(quotient, -448.0, 448.0).to(tl.float8e4nv), scale
+        if BF16:
+            scale = _smallest_or_one(amax, _quotient(amax, 448.0, _INVERSE_OF_448))
+            enlarge = tl.where(scale < _SMALL, _ENLARGE, 1.0)
+            divisor = scale * enlarge
+            quotient = _quotient(wide * enlarge[:, None], divisor[:, None], reciprocal(divisor)[:, None])
+        else:
+            scale = _smallest_or_one(amax, divide(amax, 448.0))
+            quotient = divide(wide, scale[:, None])
+    # The conversion clamps.
+    return quotient.to(tl.float8e4nv), scale
 
 
 @triton.jit
@@ -40,7 +66,7 @@ def _quantize(x, values, scales, groups, row_groups, scale_stride, GROUPS: tl.co
     offset = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = group < groups
     wide = tl.load(x + offset, mask=inside[:, None], other=0).to(tl.float32)
-    quantized, scale = quantize_groups(wide, UE8M0)
+    quantized, scale = quantize_groups(wide, x.dtype.element_ty == tl.bfloat16, UE8M0)
     tl.store(values + offset, quantized, mask=inside[:, None])
     target = scales + group // row_groups + group % row_groups * scale_stride
     tl.store(target, scale, mask=inside)

@@ -1,4 +1,7 @@
-"""RMSNorm: one program a row, its squares summed in 512 lanes as the contract says."""
+"""RMSNorm: one program a row, which stays in registers; its squares are folded as the contract says.
+
+Fused with what stands before and behind it in a layer: the residual sum, and quantisation to e4m3.
+"""
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
 
 from __future__ import annotations
@@ -7,35 +10,135 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv3_plugin.kernels.triton_math import EXACT, divide, fold_sum
+from dsv3_plugin.config import FP8_BLOCK
+from dsv3_plugin.kernels.quantize import quantize_groups
+from dsv3_plugin.kernels.scales import empty_scales
+from dsv3_plugin.kernels.triton_math import EXACT, divide, sum_row
 from dsv3_plugin.ops.contract import require, require_matrix
+from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.profile import ScaleFormat
 
-_LANES = 512
+_WARPS = 4
+# Up to so many rows the weight is loaded with the row, lest a program wait for it; with more rows when it is needed,
+# which leaves registers for more programs.
+_FEW_ROWS = 1024
 
 
 @triton.jit
-def _rms_norm(x, weight, out, eps, K: tl.constexpr, LANES: tl.constexpr):
+def _rms_norm(
+    x,
+    addend,
+    weight,
+    total_out,
+    out,
+    values,
+    scales,
+    eps,
+    scale_stride,
+    K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    UE8M0: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """A row as BLOCKS of 128. `addend`, `total_out`, `out` and `values` are each None where they are not wanted."""
     row = tl.program_id(0).to(tl.int64) * K
-    lane = tl.arange(0, LANES)
-    squares = tl.zeros((LANES,), tl.float32)
-    for start in tl.static_range(0, K, LANES):
-        wide = tl.load(x + row + start + lane, mask=start + lane < K, other=0).to(tl.float32)
-        squares += wide * wide
-    total = fold_sum(tl.reshape(squares, (1, LANES)), 1, LANES)
+    block = tl.arange(0, BLOCKS)
+    column = block[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = column < K
+    number = tl.load(x + row + column, mask=inside, other=0)
+    if EARLY:
+        weights = tl.load(weight + column, mask=inside, other=0)
+    if addend is not None:
+        other = tl.load(addend + row + column, mask=inside, other=0)
+        number = (number.to(tl.float32) + other.to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(total_out + row + column, number, mask=inside)
+    wide = number.to(tl.float32)
+    total = sum_row(tl.reshape(wide * wide, (BLOCKS * 128,)), BLOCKS * 128)
     factor = divide(1.0, tl.math.sqrt_rn(divide(total, K * 1.0) + eps))
-    for start in tl.static_range(0, K, LANES):
-        inside = start + lane < K
-        wide = tl.load(x + row + start + lane, mask=inside, other=0).to(tl.float32)
-        scaled = wide * factor * tl.load(weight + start + lane, mask=inside, other=0).to(tl.float32)
-        tl.store(out + row + start + lane, scaled.to(out.dtype.element_ty), mask=inside)
+    if not EARLY:
+        weights = tl.load(weight + column, mask=inside, other=0)
+    scaled = wide * tl.reshape(factor, (1, 1)) * weights.to(tl.float32)
+    rounded = scaled.to(x.dtype.element_ty)
+    if out is not None:
+        tl.store(out + row + column, rounded, mask=inside)
+    if values is not None:
+        quantized, scale = quantize_groups(rounded.to(tl.float32), True, UE8M0)
+        # As many numbers a thread as it holds of bf16, lest they change places.
+        tl.store(values + row + tl.max_contiguous(column, (1, 8)), quantized, mask=inside)
+        tl.store(scales + tl.program_id(0) + block.to(tl.int64) * scale_stride, scale, mask=block < K // 128)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x bf16 [M, K], weight bf16 [K], to bf16 [M, K]. Raises `InputError`."""
-    require_matrix("rms_norm", "x", x, (torch.bfloat16,))
-    require(weight.dtype == x.dtype, "rms_norm", f"weight is {weight.dtype}, x is {x.dtype}")
-    require(tuple(weight.shape) == (x.shape[1],), "rms_norm", f"weight has shape {tuple(weight.shape)}")
+    _require("rms_norm", x, weight)
     out = torch.empty_like(x)
-    if len(x):
-        _rms_norm[(len(x),)](x, weight, out, eps, x.shape[1], _LANES, num_warps=8, **EXACT)
+    _launch(x, None, weight, None, out, None, None, eps, "float32")
     return out
+
+
+def rms_norm_fp8(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, scale_format: ScaleFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_fp8` of `rms_norm`: x bf16 [M, K], weight bf16 [K], to (e4m3 [M, K], fp32 scales [M, K / 128]).
+
+    Raises `InputError`.
+    """
+    _require("rms_norm_fp8", x, weight, FP8_BLOCK)
+    values, scales = torch.empty_like(x, dtype=E4M3), empty_scales(x.shape[0], x.shape[1], x.device)
+    _launch(x, None, weight, None, None, values, scales, eps, scale_format)
+    return values, scales
+
+
+def add_rms_norm(
+    x: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, addend bf16 [M, K], weight bf16 [K], to their sum and its `rms_norm`, bf16 [M, K]. Raises `InputError`."""
+    _require("add_rms_norm", x, weight)
+    _require("add_rms_norm", addend, weight, rows=len(x))
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    _launch(x, addend, weight, total, out, None, None, eps, "float32")
+    return total, out
+
+
+def add_rms_norm_fp8(
+    x: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, eps: float, scale_format: ScaleFormat
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, addend bf16 [M, K], weight bf16 [K], to their sum, its `rms_norm`, and that quantised: bf16 [M, K] twice, e4m3
+    [M, K], fp32 scales [M, K / 128]. Raises `InputError`.
+    """
+    _require("add_rms_norm_fp8", x, weight, FP8_BLOCK)
+    _require("add_rms_norm_fp8", addend, weight, rows=len(x))
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    values, scales = torch.empty_like(x, dtype=E4M3), empty_scales(x.shape[0], x.shape[1], x.device)
+    _launch(x, addend, weight, total, out, values, scales, eps, scale_format)
+    return total, out, values, scales
+
+
+def _require(op: str, x: torch.Tensor, weight: torch.Tensor, multiple: int = 1, *, rows: int | None = None) -> None:
+    require_matrix(op, "x", x, (torch.bfloat16,))
+    require(weight.dtype == x.dtype, op, f"weight is {weight.dtype}, x is {x.dtype}")
+    require(tuple(weight.shape) == (x.shape[1],), op, f"weight has shape {tuple(weight.shape)}")
+    require(x.shape[1] % multiple == 0, op, f"K={x.shape[1]} is not a multiple of {multiple}")
+    require(rows is None or len(x) == rows, op, f"the addend has {len(x)} rows, x has {rows}")
+
+
+def _launch(
+    x: torch.Tensor,
+    addend: torch.Tensor | None,
+    weight: torch.Tensor,
+    total: torch.Tensor | None,
+    out: torch.Tensor | None,
+    values: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    eps: float,
+    scale_format: ScaleFormat,
+) -> None:
+    if not len(x):
+        return
+    stride = 0 if scales is None else scales.stride(1)
+    blocks = triton.next_power_of_2(triton.cdiv(x.shape[1], FP8_BLOCK))
+    early = len(x) <= _FEW_ROWS
+    pointers = x, addend, weight, total, out, values, scales
+    _rms_norm[(len(x),)](
+        *pointers, eps, stride, x.shape[1], blocks, scale_format == "ue8m0", early, num_warps=_WARPS, **EXACT
+    )

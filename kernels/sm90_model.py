@@ -8,6 +8,7 @@ for tiny models, for tests without a GPU, and for reading.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.hooks import Kernel, Setting, whole_sums_only
 from dsv3_plugin.kernels import tensor_core
-from dsv3_plugin.ops import combine, fp8, linear, mla_attention, rms_norm, rope, router, silu_and_mul
+from dsv3_plugin.ops import combine, elementary, fp8, fused, linear, mla_attention, rms_norm, rope, router, silu_and_mul
 from dsv3_plugin.ops.contract import Contract, require, require_matrix
 from dsv3_plugin.version import __version__
 
@@ -56,7 +57,7 @@ def fp8_linear(
     for k in range(blocks):
         span = slice(k * FP8_BLOCK, (k + 1) * FP8_BLOCK)
         raw = tensor_core.dot(tensor_core.FP8, x[:, span], weight[:, span])
-        acc = fp8.fma(raw, x_scale[:, k, None] * column_scale[None, :, k], acc)
+        acc = elementary.fma(raw, x_scale[:, k, None] * column_scale[None, :, k], acc)
     return acc.to(torch.bfloat16)
 
 
@@ -75,6 +76,21 @@ def grouped_fp8_linear(
         fp8_linear(row, scale, weight[e], weight_scale[e]) for (e, row), (_, scale) in zip(rows, scales, strict=True)
     ]
     return torch.cat(outputs) if outputs else x.new_empty(0, weight.shape[1], dtype=torch.bfloat16)
+
+
+def router_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`router_linear`: x bf16 [T, K], weight bf16 [E, K], to fp32 [T, E]; a chain from zero for each slice."""
+    require_matrix("router_linear", "x", x, (torch.bfloat16,))
+    require_matrix("router_linear", "weight", weight, (torch.bfloat16,))
+    require(x.shape[1] == weight.shape[1], "router_linear", f"x has K={x.shape[1]}, weight has K={weight.shape[1]}")
+    return router.sum_slices(x, weight, partial(tensor_core.dot, tensor_core.BF16))
+
+
+def moe_router(
+    x: torch.Tensor, weight: torch.Tensor, e_score_correction_bias: torch.Tensor, **settings: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`moe_router`, arguments as there."""
+    return router.route(router_linear(x, weight), e_score_correction_bias, **settings)
 
 
 def attention(
@@ -129,9 +145,17 @@ _OPERATIONS: tuple[tuple[Contract, Callable[..., Any]], ...] = (
     (rms_norm.RMS_NORM, rms_norm.rms_norm),
     (rope.ROPE, rope.rope),
     (silu_and_mul.SILU_AND_MUL, silu_and_mul.silu_and_mul),
+    (router.ROUTER_LINEAR, router_linear),
     (router.ROUTE, router.route),
+    (router.MOE_ROUTER, moe_router),
     (combine.COMBINE, combine.combine),
     (mla_attention.MLA_ATTENTION, attention),
+    (fused.ADD_RMS_NORM, fused.add_rms_norm),
+    (fused.RMS_NORM_FP8, fused.rms_norm_fp8),
+    (fused.ADD_RMS_NORM_FP8, fused.add_rms_norm_fp8),
+    (fused.SILU_AND_MUL_FP8, fused.silu_and_mul_fp8),
+    (fused.PERMUTE, fused.permute),
+    (fused.PERMUTE_FP8, fused.permute_fp8),
 )
 
 

@@ -16,46 +16,44 @@ EXACT = {"enable_fp_fusion": False}
 """Launch options under which a * b + c rounds twice, as the contracts say; an explicit `tl.fma` still rounds once."""
 
 _ROUND = tl.constexpr(12582912.0)
-_LOG2_E = tl.constexpr(1.44269504088896341)
-_LN2_HIGH = tl.constexpr(0.693359375)
-_LN2_LOW = tl.constexpr(-2.12194440e-4)
-_UNDERFLOW = tl.constexpr(-87.0)
+_LOG2_E_HIGH = tl.constexpr(elementary.LOG2_E_HIGH)
+_LOG2_E_LOW = tl.constexpr(elementary.LOG2_E_LOW)
 _EXP2_5, _EXP2_4, _EXP2_3, _EXP2_2, _EXP2_1, _EXP2_0 = (tl.constexpr(c) for c in elementary.EXP2_POLYNOMIAL)
 _EXP2_UNDERFLOW = tl.constexpr(elementary.EXP2_UNDERFLOW)
+_EXP_UNDERFLOW = tl.constexpr(elementary.EXP_UNDERFLOW)
+_FOLDED = tl.constexpr(elementary.FOLDED)
+_BITS_OF_ONE = tl.constexpr(0x3F800000)
 
 
 @triton.jit
-def exp_of_nonpositive(x):
-    """e**x of fp32 `x` <= 0, the only ones that softmax and sigmoid need; nothing to clamp: below -87 it is replaced.
+def exp_of_minus(x):
+    """e**-x of fp32 `x` >= 0; NaN stays NaN.
 
-    The rounding constant's low bits hold n, so adding them to the exponent of p multiplies it by 2**n: never a
-    subnormal number, because e**-87 is none.
+    The rounding constant's low bits hold the integer n, which makes the power of two.
     """
-    shifted = x * _LOG2_E + _ROUND
-    n = shifted - _ROUND
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    p = r * 1.9875691500e-4 + 1.3981999507e-3
-    p = p * r + 8.3334519073e-3
-    p = p * r + 4.1665795894e-2
-    p = p * r + 1.6666665459e-1
-    p = p * r + 5.0000001201e-1
-    p = (p * (r * r) + r) + 1.0
-    scaled = ((shifted.to(tl.int32, bitcast=True) << 23) + p.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    return tl.where(x < _UNDERFLOW, 0.0, scaled)
+    shifted = tl.fma(x, -_LOG2_E_HIGH, _ROUND)
+    f = tl.fma(x, -_LOG2_E_HIGH, _ROUND - shifted)
+    f = tl.fma(x, -_LOG2_E_LOW, f)
+    power_of_two = ((shifted.to(tl.int32, bitcast=True) << 23) + _BITS_OF_ONE).to(tl.float32, bitcast=True)
+    return tl.where(x > -_EXP_UNDERFLOW, 0.0, _exp2_polynomial(f) * power_of_two)
 
 
 @triton.jit
 def exp2_of_nonpositive(x):
-    """2**x of fp32 `x` <= 0; 0 for NaN. The integer part is added to the exponent as in `exp_of_nonpositive`."""
+    """2**x of fp32 `x` <= 0; 0 for NaN. Adding the integer part to the exponent is a product, never subnormal."""
     shifted = x + _ROUND
-    f = x - (shifted - _ROUND)
+    p = _exp2_polynomial(x - (shifted - _ROUND))
+    scaled = ((shifted.to(tl.int32, bitcast=True) << 23) + p.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    return tl.where(x >= _EXP2_UNDERFLOW, scaled, 0.0)
+
+
+@triton.jit
+def _exp2_polynomial(f):
     p = tl.fma(f, _EXP2_5, _EXP2_4)
     p = tl.fma(p, f, _EXP2_3)
     p = tl.fma(p, f, _EXP2_2)
     p = tl.fma(p, f, _EXP2_1)
-    p = tl.fma(p, f, _EXP2_0)
-    scaled = ((shifted.to(tl.int32, bitcast=True) << 23) + p.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    return tl.where(x >= _EXP2_UNDERFLOW, scaled, 0.0)
+    return tl.fma(p, f, _EXP2_0)
 
 
 @triton.jit
@@ -65,10 +63,26 @@ def divide(a, b):
 
 
 @triton.jit
+def negative(x):
+    """-x. Triton's own subtracts from zero, which is an instruction, and no negation of zero."""
+    return x * -1.0
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, correctly rounded, of fp32 `x` between 2**-100 and 2**100: one step of Newton's from the hardware's
+    approximation, without a division's tests for other numbers. Tried for every mantissa.
+    """
+    guess = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+    return tl.fma(guess, tl.fma(negative(x), guess, 1.0), guess)
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + e**-x) of fp32 `x`."""
-    e = exp_of_nonpositive(-tl.abs(x))
-    return divide(tl.where(x < 0, e, 1.0), 1.0 + e)
+    e = exp_of_minus(tl.abs(x))
+    r = reciprocal(1.0 + e)
+    return tl.where(x < 0, e * r, r)
 
 
 @triton.jit
@@ -81,3 +95,17 @@ def fold_sum(x, ROWS: tl.constexpr, LANES: tl.constexpr):
         return tl.reshape(x, (ROWS,))
     else:
         return fold_sum(tl.sum(tl.reshape(x, (ROWS, 2, LANES // 2)), 1), ROWS, LANES // 2)
+
+
+@triton.jit
+def sum_row(x, SIZE: tl.constexpr):
+    """Sum x [SIZE], a power of two, to [1] in the order of `elementary.sum_row`.
+
+    Each step is a reduction over an axis of two, which has one order whatever the layout.
+    """
+    if SIZE == 1:
+        return x
+    elif SIZE > _FOLDED:
+        return sum_row(tl.sum(tl.reshape(x, (2, SIZE // 2)), 0), SIZE // 2)
+    else:
+        return sum_row(tl.sum(tl.reshape(x, (SIZE // 2, 2)), 1), SIZE // 2)

@@ -23,7 +23,7 @@ from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import InputError
-from dsv3_plugin.layers.linear import ColumnLinear, linear_in_slices
+from dsv3_plugin.layers.linear import Activation, ColumnLinear, linear_in_slices
 from dsv3_plugin.layers.mla import MLA, Attend
 from dsv3_plugin.layers.mlp import MLP
 from dsv3_plugin.layers.rotary import RotaryTable
@@ -107,12 +107,12 @@ class Norm(MegatronModule):
 class RecomputedMLA(MLA):
     """MLA that keeps neither queries nor latent vectors for its backward pass (`recompute_modules=mla_up_proj`)."""
 
-    def up_project(self, *operands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def up_project(self, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """See `MLA.up_project`."""
         self.checkpoint = CheckpointWithoutOutput(fp8=None)
         return self.checkpoint.checkpoint(super().up_project, *operands)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(self, x: Activation, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         """See `MLA.forward`."""
 
         def attend_and_discard(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:

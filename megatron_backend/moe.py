@@ -54,7 +54,7 @@ class Router(TopKRouter):  # type: ignore[misc]
         """
         config, ops = self.binding.config, self.binding.ops
         s, b, hidden = input.shape
-        logits = ops.linear(input.reshape(s * b, hidden), self.weight, out_dtype=torch.float32)
+        logits = ops.router_linear(input.reshape(s * b, hidden), self.weight)
         bias = self.expert_bias if self.enable_expert_bias else logits.new_zeros(config.n_routed_experts)
         topk_ids, topk_weights = ops.route(
             logits,

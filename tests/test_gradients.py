@@ -144,17 +144,17 @@ def _spoil(op: str) -> Break:
 def _no_weight_gradient(ops: Ops) -> Ops:
     """The router's weights as constants: the router would never learn."""
 
-    def route(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-        topk_ids, topk_weights = ops.route(*args, **kwargs)
+    def moe_router(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        topk_ids, topk_weights = ops.moe_router(*args, **kwargs)
         return topk_ids, topk_weights.detach()
 
-    return replace(ops, route=route)
+    return replace(ops, moe_router=moe_router)
 
 
 @pytest.mark.parametrize(
     "broken",
     [
-        *(_spoil(op) for op in ("head_linear", "grouped_linear", "rms_norm", "rope", "silu_and_mul", "route")),
+        *(_spoil(op) for op in ("head_linear", "grouped_linear", "rms_norm", "rope", "silu_and_mul", "moe_router")),
         *(_spoil(op) for op in ("combine", "mla_attention")),
         _no_weight_gradient,
     ],

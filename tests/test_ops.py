@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +19,25 @@ import torch
 
 from dsv3_plugin.config import DeepseekV3Config, YarnScaling
 from dsv3_plugin.errors import InputError
-from dsv3_plugin.ops import fp8, mla_attention, tile
+from dsv3_plugin.ops import fp8, fused, mla_attention, tile
 from dsv3_plugin.ops.combine import combine
-from dsv3_plugin.ops.elementary import EXP2_POLYNOMIAL, LOG2_E, exp, exp2_of_nonpositive, fold_sum, sigmoid
+from dsv3_plugin.ops.elementary import (
+    EXP2_POLYNOMIAL,
+    LOG2_E,
+    LOG2_E_HIGH,
+    LOG2_E_LOW,
+    exp2_of_nonpositive,
+    exp_of_nonpositive,
+    fma,
+    fold_sum,
+    sigmoid,
+    sum_row,
+)
 from dsv3_plugin.ops.fp8 import E4M3
 from dsv3_plugin.ops.linear import grouped_linear, head_linear, linear
 from dsv3_plugin.ops.rms_norm import rms_norm
 from dsv3_plugin.ops.rope import rope, rope_table
-from dsv3_plugin.ops.router import route
+from dsv3_plugin.ops.router import SLICE, moe_router, route, router_linear
 from dsv3_plugin.ops.silu_and_mul import silu_and_mul
 from dsv3_plugin.profile import ScaleFormat
 
@@ -75,6 +87,7 @@ def row_operations(dtype: torch.dtype, columns: int, outputs: int) -> Iterator[t
     norm = normal(columns, seed=3, dtype=dtype)
     yield "rms_norm", lambda x: rms_norm(x, norm, 1e-6)
     yield "silu_and_mul", silu_and_mul
+    yield "router_linear", lambda x: router_linear(x, weight)
     for scale_format in SCALE_FORMATS:
         pair = fp8.quantize_weight(weight, scale_format)
         yield f"fp8_linear {scale_format}", partial(quantized_linear, scale_format, *pair)
@@ -181,45 +194,42 @@ def ulps(found: Tensor, exact: Tensor) -> Tensor:
     return (found.double() - exact).abs() / torch.ldexp(torch.ones_like(exact), exponent - 23)
 
 
-def test_exp_is_within_two_ulp() -> None:
-    sweep = torch.linspace(-87, 88, 2_000_001, dtype=torch.float64).float()
+def test_exp_is_within_three_ulp() -> None:
+    sweep = torch.linspace(-87, 0, 2_000_001, dtype=torch.float64).float()
     patterns = torch.randint(0, 2**31, (1_000_000,), generator=generator(0)).to(torch.int32).view(torch.float32)
-    patterns = torch.cat((patterns, -patterns))
-    x = torch.cat((sweep, patterns[(patterns >= -87) & (patterns <= 88)]))
-    worst = float(ulps(exp(x), x.double().exp()).max())
+    x = torch.cat((sweep, -patterns[patterns <= 87]))
+    worst = float(ulps(exp_of_nonpositive(x), x.double().exp()).max())
     print(f"exp: {worst:.3f} ulp at worst over {len(x)} numbers")
-    assert 0.5 < worst <= 2
+    assert 0.5 < worst <= 3
 
 
 def test_exp_at_the_edges() -> None:
-    x = torch.tensor([0.0, -0.0, -torch.inf, -87.0, -87.00001, -1e30, 88.0, 88.1, torch.inf, torch.nan, 1e-30, -1e-30])
-    y = exp(x)
-    assert y[[0, 1, 10, 11]].tolist() == [1.0] * 4
-    assert y[[2, 4, 5]].tolist() == [0.0] * 3
-    assert 1.1e-38 < float(y[3]) < 1.7e-38
-    assert same_bits(y[[7, 8]], y[[6, 6]]) and y[6].isfinite()
-    assert y[9].isnan()
+    x = torch.tensor([0.0, -0.0, -1e-30, -torch.inf, -87.00001, -1e30, -87.0, torch.nan])
+    y = exp_of_nonpositive(x)
+    assert y[:6].tolist() == [1.0] * 3 + [0.0] * 3
+    assert 1.1e-38 < float(y[6]) < 1.7e-38
+    assert y[7].isnan()
 
 
-def plain_exp(x: np.ndarray) -> np.ndarray:
-    """`exp` between -87 and 88 in numpy's fp32, one rounding an operation: Cephes' polynomial and reduction."""
-    f = np.float32
-    n = np.round(x * f(1.44269504088896341))
-    r = (x - n * f(0.693359375)) - n * f(-2.12194440e-4)
-    p = np.full_like(x, f(1.9875691500e-4))
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = p * r + f(c)
-    result: np.ndarray = np.ldexp((p * (r * r) + r) + f(1), n.astype(np.int32))
-    return result
+def written_out_exp(x: Tensor, step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """`exp_of_nonpositive` above -87, a `step` for each fused multiply-add."""
+    n = (x.double() * LOG2_E_HIGH).round().float()
+    f = step(x, torch.full_like(x, LOG2_E_HIGH), -n)
+    f = step(x, torch.full_like(x, LOG2_E_LOW), f)
+    return horner(f, step) * torch.ldexp(torch.ones_like(n), n.int())
 
 
-def test_exp_and_sigmoid_in_plain_fp32() -> None:
-    x = torch.cat((normal(20_000) * 10, torch.linspace(-87, 88, 20_001))).clamp(-87, 88)
-    assert same_bits(exp(x), torch.from_numpy(plain_exp(x.numpy())))
-    x = x.clamp(-87, 87)
-    e = plain_exp(-np.abs(x.numpy()))
-    expected = np.where(x.numpy() < 0, e, np.float32(1)) / (np.float32(1) + e)
-    assert same_bits(sigmoid(x), torch.from_numpy(expected))
+def test_sigmoid_is_made_of_fused_steps_and_a_rounded_reciprocal() -> None:
+    x = -torch.cat((normal(20_000) * 10, torch.linspace(-87, 87, 200_001))).abs().clamp(max=87)
+    e = exp_of_nonpositive(x)
+    assert same_bits(e, written_out_exp(x, fma))
+    # The twin: product and sum rounded apart are another function.
+    assert (e != written_out_exp(x, lambda a, b, c: a * b + c)).sum() > 10_000
+    r = torch.from_numpy(np.float32(1) / (np.float32(1) + e.numpy()))
+    assert same_bits(sigmoid(-x), r)
+    assert same_bits(sigmoid(x)[x < 0], (e * r)[x < 0])
+    # The twin: a quotient rounds once where the product of a reciprocal rounds twice.
+    assert (sigmoid(x) != e / (1 + e)).sum() > 5_000
 
 
 def test_exp2_is_within_two_ulp() -> None:
@@ -247,25 +257,25 @@ def test_exp2_steps_are_fused_multiply_adds() -> None:
     x = -torch.rand(1_000_000, generator=generator(0)) / 2
     x = torch.cat((x, x * 2.0**-8, x * 2.0**-16, x * 2.0**-24))
     found = exp2_of_nonpositive(x)
-    assert same_bits(found, horner(x, fp8.fma))
+    assert same_bits(found, horner(x, fma))
     # The twin: product and sum rounded apart are another function.
     assert (found != horner(x, lambda a, b, c: a * b + c)).sum() > 10_000
 
 
-@pytest.mark.parametrize("function", [exp, sigmoid], ids=["exp", "sigmoid"])
+@pytest.mark.parametrize("function", [exp_of_nonpositive, sigmoid], ids=["exp", "sigmoid"])
 def test_elementary_functions_ignore_the_shape(function: Callable[[Tensor], Tensor]) -> None:
-    x = normal(131) * 20
+    x = -(normal(131) * 20).abs()
     whole = function(x)
     for size in range(1, 131):
         assert same_bits(function(x[:size]), whole[:size])
         assert same_bits(function(x[size : size + 1]), whole[size : size + 1])
 
 
-def test_sigmoid_is_within_three_ulp() -> None:
+def test_sigmoid_is_within_four_ulp() -> None:
     x = torch.cat((torch.linspace(-87, 100, 1_000_001), normal(1_000_000, seed=1)))
     worst = float(ulps(sigmoid(x), x.double().sigmoid()).max())
     print(f"sigmoid: {worst:.3f} ulp at worst")
-    assert 0.5 < worst <= 3
+    assert 0.5 < worst <= 4
     edges = torch.tensor([0.0, -torch.inf, torch.inf, -1e30, 1e30, torch.nan])
     assert sigmoid(edges)[:5].tolist() == [0.5, 0.0, 1.0, 0.0, 1.0]
     assert sigmoid(edges)[5].isnan()
@@ -296,6 +306,31 @@ def test_another_order_gives_another_sum() -> None:
     assert not torch.equal(fold_sum(x, 512), fold_sum(x.flip(1), 512))
 
 
+def plain_row_sum(values: list[np.float32]) -> np.float32:
+    """`sum_row` as its docstring tells it, one addition after the other."""
+    while len(values).bit_count() != 1:
+        values = [*values, np.float32(0)]
+    while len(values) > 1024:
+        half = len(values) // 2
+        values = [low + high for low, high in zip(values[:half], values[half:], strict=True)]
+    while len(values) > 1:
+        values = [left + right for left, right in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 500, 512, 513, 1024, 1025, 2048, 7168])
+def test_sum_row_adds_in_its_order(size: int) -> None:
+    x = normal(4, size) * 100
+    expected = [plain_row_sum(list(row.numpy())) for row in x]
+    assert sum_row(x).flatten().tolist() == [float(value) for value in expected]
+
+
+def test_another_order_of_a_row_gives_another_sum() -> None:
+    x = normal(64, 2048)
+    assert not torch.equal(sum_row(x), sum_row(x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)))
+    assert not torch.equal(sum_row(x), sum_row(x.roll(1, 1)))
+
+
 # Norm, activation, rotation
 
 
@@ -305,7 +340,7 @@ def test_rms_norm_in_plain_fp32(dtype: torch.dtype) -> None:
     out = rms_norm(x, weight, eps)
     for row, result in zip(x.float(), out, strict=True):
         values = list(row.numpy())
-        mean = plain_fold([value * value for value in values], 512) / np.float32(700)
+        mean = plain_row_sum([value * value for value in values]) / np.float32(700)
         factor = np.float32(1) / np.sqrt(mean + np.float32(eps))
         expected = [value * factor * w for value, w in zip(values, weight.float().numpy(), strict=True)]
         assert same_bits(result, torch.tensor(np.array(expected)).to(dtype))
@@ -328,7 +363,7 @@ def test_silu_and_mul_against_float64() -> None:
     gate_up = normal(50, 512) * 4
     gate, up = gate_up.double().chunk(2, 1)
     exact = gate * gate.sigmoid() * up
-    assert ((silu_and_mul(gate_up) - exact).abs() / exact.abs()).max() < 5 * 2**-24
+    assert ((silu_and_mul(gate_up) - exact).abs() / exact.abs()).max() < 7 * 2**-24
     written_out = torch.from_numpy(gate_up[:, :256].numpy() * sigmoid(gate_up[:, :256]).numpy()) * gate_up[:, 256:]
     assert same_bits(silu_and_mul(gate_up), written_out)
     rounded_once = silu_and_mul(gate_up.bfloat16().float()).bfloat16()
@@ -553,7 +588,7 @@ def test_fma_is_rounded_once() -> None:
     b += [draw.gauss(0, 1) for _ in range(3000)]
     c += [draw.gauss(0, 1) * 2.0 ** draw.randrange(-30, 30) for _ in range(3000)]
     left, right, addend = (torch.tensor(values, dtype=torch.float32) for values in (a, b, c))
-    found = fp8.fma(left, right, addend)
+    found = fma(left, right, addend)
     triples = zip(left.tolist(), right.tolist(), addend.tolist(), strict=True)
     expected = [float(rounded(Fraction(x) * Fraction(y) + Fraction(z))) for x, y, z in triples]
     assert found.tolist() == expected
@@ -624,6 +659,69 @@ def test_route_follows_the_rules(
         for row in range(300):
             expected = plain_route(list(scores[row]), list(bias.numpy()), k, n_group, topk_group, norm, factor)
             assert (ids[row].tolist(), weights[row].tolist()) == expected
+
+
+ROUTE: dict[str, Any] = {
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+
+
+def sum_in_slices(x: Tensor, weight: Tensor, size: int, order: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
+    """The router's logits with slices of another size, or added in another order."""
+    parts = zip(x.split(size, 1), weight.split(size, 1), strict=True)
+    sums = [linear(a.contiguous(), b.contiguous(), out_dtype=torch.float32) for a, b in parts]
+    total = torch.zeros(len(x), len(weight))
+    for part in order(sums):
+        total = total + part
+    return total
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("depth", [2048, 2000])
+def test_router_logits_are_sums_of_slices(dtype: torch.dtype, depth: int) -> None:
+    x, weight = normal(70, depth, dtype=dtype), normal(16, depth, seed=1, dtype=dtype)
+    logits = router_linear(x, weight)
+    assert same_bits(logits, sum_in_slices(x, weight, SLICE, list))
+    exact = x.double() @ weight.double().t()
+    assert (logits - exact).abs().max() < 1e-3
+    # The twins: slices of another size, and another order, give other bits.
+    assert not torch.equal(logits, sum_in_slices(x, weight, 2 * SLICE, list))
+    assert not torch.equal(logits, sum_in_slices(x, weight, SLICE, lambda sums: sums[::-1]))
+    assert not torch.equal(logits, linear(x, weight, out_dtype=torch.float32))
+
+
+def test_a_fused_operation_is_its_parts() -> None:
+    """Each composition written out, and the rounding between its parts left away."""
+    x, addend = normal(9, 384, dtype=torch.bfloat16), normal(9, 384, seed=1, dtype=torch.bfloat16)
+    weight = normal(384, seed=2, dtype=torch.bfloat16)
+    total, normalised, values, scales = fused.add_rms_norm_fp8(x, addend, weight, 1e-6, "float32")
+    assert same_bits(total, (x.float() + addend.float()).bfloat16())
+    assert same_bits(normalised, rms_norm(total, weight, 1e-6))
+    expected = fp8.quantize_fp8(normalised, "float32")
+    assert same_bits(values.view(torch.uint8), expected[0].view(torch.uint8)) and same_bits(scales, expected[1])
+    found = fused.add_rms_norm(x, addend, weight, 1e-6)
+    assert same_bits(found[0], total) and same_bits(found[1], normalised)
+    assert same_bits(fused.rms_norm_fp8(total, weight, 1e-6, "float32")[1], scales)
+    unrounded = rms_norm(x.float() + addend.float(), weight.float(), 1e-6)
+    assert not torch.equal(fp8.quantize_fp8(unrounded, "float32")[1], scales)
+
+    gate_up = normal(9, 512, dtype=torch.bfloat16)
+    found, expected = fused.silu_and_mul_fp8(gate_up, "ue8m0"), fp8.quantize_fp8(silu_and_mul(gate_up), "ue8m0")
+    assert same_bits(found[0].view(torch.uint8), expected[0].view(torch.uint8)) and same_bits(found[1], expected[1])
+
+    rows = torch.tensor([3, 0, 3, 8])
+    assert same_bits(fused.permute(x, rows), x[[3, 0, 3, 8]])
+    moved = fused.permute_fp8(values, scales, rows)
+    assert same_bits(moved[0].float(), values.float()[rows]) and same_bits(moved[1], scales[rows])
+
+    router, bias = normal(16, 384, seed=3, dtype=torch.bfloat16), normal(16, seed=4) * 0.1
+    found = moe_router(x, router, bias, **ROUTE)
+    expected = route(router_linear(x, router), bias, **ROUTE)
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def choose(logits: Tensor, bias: Tensor, k: int, n_group: int = 1, topk_group: int = 1) -> tuple[Tensor, Tensor]:
@@ -963,6 +1061,10 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (r"rms_norm: weight has shape \(255,\)", lambda: rms_norm(X, torch.ones(255), 1e-6)),
     (r"silu_and_mul: gate_up has an odd width 255", lambda: silu_and_mul(torch.zeros(2, 255))),
     (r"rope: x of shape \(2, 1, 8\).*\(2, 3\)", lambda: rope(torch.zeros(2, 1, 8), X[:, :3], X[:, :3])),
+    (r"router_linear: x has K=256, weight has K=255", lambda: router_linear(X, torch.zeros(3, 255))),
+    (r"router_linear: weight is torch.bfloat16", lambda: router_linear(X, X.bfloat16())),
+    (r"add_rms_norm: x has shape \(2, 256\), addend \(1, 256\)", lambda: fused.add_rms_norm(X, X[:1], X[0], 1e-6)),
+    (r"add_rms_norm: x is torch.float32, addend", lambda: fused.add_rms_norm(X, X.bfloat16(), X[0], 1e-6)),
     (r"route: logits is torch.bfloat16", lambda: choose(torch.zeros(1, 4).bfloat16(), torch.zeros(4), 2)),
     (r"route: e_score_correction_bias is torch.bfloat16", lambda: choose(X, torch.zeros(256).bfloat16(), 2)),
     (r"route: e_score_correction_bias is .*\(3,\)", lambda: choose(X, torch.zeros(3), 2)),

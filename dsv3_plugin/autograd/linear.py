@@ -46,6 +46,28 @@ def differentiable_linear(kernel: Kernel) -> Kernel:
     return linear
 
 
+class _RouterLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Kernel, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return kernel(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = product_gradients(grad, x, weight)
+        return None, grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+def differentiable_router_linear(kernel: Kernel) -> Kernel:
+    """`ops.router.router_linear` by `kernel`."""
+
+    def router_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return _RouterLinear.apply(kernel, x, weight)
+
+    return router_linear
+
+
 class _HeadLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -29,5 +29,6 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         """x [T, hidden]; cos, sin fp32 [T, qk_rope_head_dim / 2] at the tokens' positions; to [T, hidden]."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attention = self.self_attn(self.input_layernorm.for_projection(x), cos, sin, attend)
+        x, normalised, activation = self.post_attention_layernorm.of_sum(x, attention)
+        return x + (self.mlp(normalised, activation) if isinstance(self.mlp, MoE) else self.mlp(activation))

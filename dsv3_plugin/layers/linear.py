@@ -6,6 +6,8 @@ the sizes. How they are cut into slices is `dsv3_plugin.ops.slices`; on one rank
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -13,6 +15,24 @@ from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.ops.fp8 import E4M3, dequantize_weight
 from dsv3_plugin.ops.slices import tree_sum
 from dsv3_plugin.registry import Ops
+
+
+class Quantized(NamedTuple):
+    """An activation in FP8: `values` e4m3 [T, K], `scale` fp32 [T, K / 128]."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+
+Activation = torch.Tensor | Quantized
+"""What a projection reads: the profile's dtype [T, K], or quantised ahead (`Ops.quantizes_ahead`)."""
+
+
+def quantize(ops: Ops, x: Activation) -> Quantized:
+    """x [T, K] as an FP8 product reads it."""
+    if isinstance(x, Quantized):
+        return x
+    return Quantized(*ops.quantize_fp8(x, ops.setting.profile.scale_format))
 
 
 def _ceil_blocks(size: int) -> int:
@@ -38,14 +58,13 @@ class Linear(nn.Module):
             scales = torch.empty(_ceil_blocks(out_features), _ceil_blocks(in_features), dtype=torch.float32)
             self.weight_scale_inv = nn.Parameter(scales, requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activation) -> torch.Tensor:
         """x [T, in_features] to [T, out_features]."""
         if not self.is_fp8:
             return self.ops.linear(x, self.weight)
         if self.masters is not None:
             return self.masters.linear(x, self.weight)
-        quantized, scale = self.ops.quantize_fp8(x, self.ops.setting.profile.scale_format)
-        return self.ops.fp8_linear(quantized, scale, self.weight, self.weight_scale_inv)
+        return self.ops.fp8_linear(*quantize(self.ops, x), self.weight, self.weight_scale_inv)
 
     def numbers(self) -> torch.Tensor:
         """The weight's numbers in the profile's dtype: FP8 values times their scales, rounded."""
@@ -66,8 +85,10 @@ class ColumnLinear(Linear):
         super().__init__(ops, in_features, out_features, quantized=quantized)
         self.fused = fused
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activation) -> torch.Tensor:
         """x [T, in_features] to [T, out_features]."""
+        if isinstance(x, Quantized):
+            return super().forward(x)
         x = self.ops.slices.enter(x)
         if self.is_fp8 or self.ops.setting.profile.reduction_slices == 1:
             return super().forward(x)
@@ -77,10 +98,10 @@ class ColumnLinear(Linear):
 class RowLinear(Linear):
     """A projection whose inputs are cut into slices: the outputs of a `ColumnLinear`."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activation) -> torch.Tensor:
         """x [T, in_features] to [T, out_features]."""
         profile, slices = self.ops.setting.profile, self.ops.slices
-        if profile.reduction_slices == 1:
+        if isinstance(x, Quantized) or profile.reduction_slices == 1:
             return super().forward(x)
         parts = zip(x.chunk(slices.held, 1), range(slices.held), strict=True)
         return slices.fold(tree_sum([self._sum(part.contiguous(), i) for part, i in parts])).to(profile.dtype)
@@ -94,8 +115,7 @@ class RowLinear(Linear):
         if self.masters is not None:
             return self.masters.linear(x, weight, out_dtype=torch.float32)
         scale = self.weight_scale_inv.chunk(count, 1)[index].contiguous()
-        quantized, x_scale = self.ops.quantize_fp8(x, self.ops.setting.profile.scale_format)
-        return self.ops.fp8_linear(quantized, x_scale, weight, scale, out_dtype=torch.float32)
+        return self.ops.fp8_linear(*quantize(self.ops, x), weight, scale, out_dtype=torch.float32)
 
 
 def linear_in_slices(
@@ -124,11 +144,10 @@ class GroupedLinear(nn.Module):
             shape = num_experts, _ceil_blocks(out_features), _ceil_blocks(in_features)
             self.weight_scale_inv = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
 
-    def forward(self, x: torch.Tensor, expert_counts: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activation, expert_counts: torch.Tensor) -> torch.Tensor:
         """x [S, in_features] sorted by expert, expert_counts [num_experts], to [S, out_features]."""
         if not self.is_fp8:
             return self.ops.grouped_linear(x, expert_counts, self.weight)
         if self.masters is not None:
             return self.masters.grouped_linear(x, expert_counts, self.weight)
-        quantized, scale = self.ops.quantize_fp8(x, self.ops.setting.profile.scale_format)
-        return self.ops.grouped_fp8_linear(quantized, scale, expert_counts, self.weight, self.weight_scale_inv)
+        return self.ops.grouped_fp8_linear(*quantize(self.ops, x), expert_counts, self.weight, self.weight_scale_inv)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.layers.linear import ColumnLinear, Linear, RowLinear
+from dsv3_plugin.layers.linear import Activation, ColumnLinear, Linear, RowLinear
 from dsv3_plugin.layers.norm import RMSNorm
 from dsv3_plugin.registry import Ops
 
@@ -68,14 +68,14 @@ class MLA(nn.Module):
             self._absorbed = absorbed
         return absorbed
 
-    def compress(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def compress(self, x: Activation) -> tuple[Activation, torch.Tensor]:
         """x [T, hidden] to what the up projections read: queries [T, q_lora_rank], or x itself where the model has no
         q_lora_rank, and keys and values [T, latent_dim].
         """
         return x if self.config.q_lora_rank is None else self.q_a_proj(x), self.kv_a_proj_with_mqa(x)
 
     def up_project(
-        self, queries: torch.Tensor, latent: torch.Tensor, w_uk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self, queries: Activation, latent: torch.Tensor, w_uk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `compress` gave, and the key half of `absorbed_weights`, to what attention reads: q [T, H, latent_dim],
         and the latent vectors [T, latent_dim] as they are cached.
@@ -84,7 +84,8 @@ class MLA(nn.Module):
         if config.q_lora_rank is None:
             heads = self.q_proj(queries)
         else:
-            heads = self.q_b_proj(self.q_a_layernorm(queries))
+            assert isinstance(queries, torch.Tensor)
+            heads = self.q_b_proj(self.q_a_layernorm.for_projection(queries))
         heads = heads.view(-1, config.num_attention_heads, config.qk_head_dim)
         q_nope, q_pe = heads.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         q = torch.cat((self.ops.head_linear(q_nope, w_uk), self.ops.rope(q_pe, cos, sin)), dim=-1)
@@ -93,7 +94,7 @@ class MLA(nn.Module):
         compressed = self.kv_a_layernorm(compressed.contiguous())
         return q, torch.cat((compressed, self.ops.rope(k_pe.unsqueeze(1), cos, sin).squeeze(1)), dim=-1)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(self, x: Activation, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         """x [T, hidden]; cos, sin fp32 [T, qk_rope_head_dim / 2] at the tokens' positions; to [T, hidden]."""
         w_uk, w_uv = self.absorbed_weights()
         q, latent = self.up_project(*self.compress(x), w_uk, cos, sin)

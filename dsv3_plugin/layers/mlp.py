@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dsv3_plugin.layers.linear import ColumnLinear, RowLinear
+from dsv3_plugin.layers.linear import Activation, ColumnLinear, Quantized, RowLinear
 from dsv3_plugin.registry import Ops
 
 
@@ -18,6 +18,14 @@ class MLP(nn.Module):
         self.gate_up_proj = ColumnLinear(ops, hidden_size, 2 * intermediate_size, fused=2)
         self.down_proj = RowLinear(ops, intermediate_size, hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activation) -> torch.Tensor:
         """x [T, hidden] to [T, hidden]."""
-        return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(swiglu(self.ops, self.gate_up_proj(x)))
+
+
+def swiglu(ops: Ops, gate_up: torch.Tensor) -> Activation:
+    """gate_up [T, 2 I] to [T, I], as the projection behind it reads it."""
+    if ops.quantizes_ahead:
+        return Quantized(*ops.silu_and_mul_fp8(gate_up, ops.setting.profile.scale_format))
+    activation: torch.Tensor = ops.silu_and_mul(gate_up)
+    return activation

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.layers.linear import GroupedLinear
-from dsv3_plugin.layers.mlp import MLP
+from dsv3_plugin.layers.linear import Activation, GroupedLinear, Quantized
+from dsv3_plugin.layers.mlp import MLP, swiglu
 from dsv3_plugin.registry import Ops
 
 
 class Router(nn.Module):
     """`weight` [E, hidden] in the profile's dtype and `e_score_correction_bias` [E] in fp32.
 
-    The logits keep the fp32 sum of the products; the bias only chooses and never weighs.
+    The bias only chooses and never weighs.
     """
 
     def __init__(self, ops: Ops, config: DeepseekV3Config) -> None:
@@ -28,8 +28,9 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, hidden] to (topk_ids int64 [T, k] ascending, topk_weights fp32 [T, k])."""
-        return self.ops.route(
-            self.ops.linear(x, self.weight, out_dtype=torch.float32),
+        return self.ops.moe_router(
+            x,
+            self.weight,
             self.e_score_correction_bias,
             num_experts_per_tok=self.config.num_experts_per_tok,
             n_group=self.config.n_group,
@@ -48,9 +49,9 @@ class Experts(nn.Module):
         self.gate_up_proj = GroupedLinear(ops, num_experts, hidden_size, 2 * intermediate_size)
         self.down_proj = GroupedLinear(ops, num_experts, intermediate_size, hidden_size)
 
-    def forward(self, x: torch.Tensor, expert_counts: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activation, expert_counts: torch.Tensor) -> torch.Tensor:
         """x [S, hidden] sorted by expert, expert_counts [num_experts], to [S, hidden]."""
-        return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x, expert_counts)), expert_counts)
+        return self.down_proj(swiglu(self.ops, self.gate_up_proj(x, expert_counts)), expert_counts)
 
 
 class MoE(nn.Module):
@@ -63,12 +64,16 @@ class MoE(nn.Module):
         self.experts = Experts(ops, config.n_routed_experts, config.hidden_size, config.moe_intermediate_size)
         self.shared_experts = MLP(ops, config.hidden_size, config.shared_intermediate_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, hidden] to [T, hidden]."""
+    def forward(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """x [T, hidden] for the router, and the same as projections read it, to [T, hidden]."""
         topk_ids, topk_weights = self.gate(x)
         rows, slots, expert_counts = permutation(topk_ids, self.gate.config.n_routed_experts)
-        expert_out = self.experts(x[rows], expert_counts)
-        return self.ops.combine(expert_out, slots, topk_weights, self.shared_experts(x))
+        if isinstance(activation, Quantized):
+            permuted: Activation = Quantized(*self.ops.permute_fp8(*activation, rows))
+        else:
+            permuted = self.ops.permute(activation, rows)
+        expert_out = self.experts(permuted, expert_counts)
+        return self.ops.combine(expert_out, slots, topk_weights, self.shared_experts(activation))
 
 
 def permutation(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.ops.contract import Contract, require, require_matrix
+from dsv3_plugin.ops.elementary import fma
 from dsv3_plugin.ops.linear import split_by_expert
 from dsv3_plugin.profile import ScaleFormat
 
@@ -126,22 +127,3 @@ def grouped_fp8_linear(
     groups = zip(split_by_expert(op, x, expert_counts), split_by_expert(op, x_scale, expert_counts), strict=True)
     outputs = [fp8_linear(rows, scales, weight[e], weight_scale[e]) for (e, rows), (_, scales) in groups]
     return torch.cat(outputs) if outputs else x.new_empty(0, weight.shape[1], dtype=torch.bfloat16)
-
-
-def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """a * b + c of fp32 tensors, rounded once.
-
-    The product is exact in fp64. The sum may not be; rounding it to odd (an inexact sum with an even last bit moves
-    to the neighbour that lies towards the lost part) makes the second rounding to fp32 equal to a single one
-    (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
-    """
-    product, addend = a.double() * b.double(), c.double()
-    total = product + addend
-    virtual = total - product
-    lost = (product - (total - virtual)) + (addend - virtual)
-    even = (total.view(torch.int64) & 1) == 0
-    towards = torch.where(lost > 0, torch.full_like(total, torch.inf), torch.full_like(total, -torch.inf))
-    # `lost` is NaN where the sum is infinite or NaN already, and NaN compares false.
-    inexact = lost.abs() > 0
-    odd = torch.where(inexact & even, torch.nextafter(total, towards), total)
-    return odd.float()

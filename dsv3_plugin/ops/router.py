@@ -1,21 +1,58 @@
-"""The router's choice: sigmoid scores, aux-loss-free bias, group-limited top-k (DeepSeek-V3 report, equations 12 to
-16).
+"""The router: its logits, and the choice: sigmoid scores, aux-loss-free bias, group-limited top-k (DeepSeek-V3 report,
+equations 12 to 16).
 
-Contract: fp32 logits and bias. score = sigmoid(logit). For the *choice only*, bias is added; a group's score is the
-sum of its two best biased scores; groups outside the best `topk_group` get -inf (not 0: a biased score may be
-negative); the best `num_experts_per_tok` of what is left are chosen. Ties go to the lower index. The weights are the
-unbiased scores of the chosen experts, divided by their sum (added in ascending order of expert) + 1e-20, then times
-`routed_scaling_factor`. Experts are returned in ascending order.
+Contract of the logits: K is cut into slices of `SLICE` products at absolute positions. Each slice is summed from zero,
+as in `linear`, and kept in fp32; the slices are added to zero in ascending order. So a device may sum them at the same
+time, and few tokens need not wait for one long chain.
+
+Contract of the choice: fp32 logits and bias. score = `elementary.sigmoid`(logit). For the *choice only*, bias is added;
+a group's score is the sum of its two best biased scores; groups outside the best `topk_group` get -inf (not 0: a biased
+score may be negative); the best `num_experts_per_tok` of what is left are chosen. Ties go to the lower index. The
+weights are the unbiased scores of the chosen experts, divided by their sum (added in ascending order of expert) +
+1e-20, then times `routed_scaling_factor`. Experts are returned in ascending order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from dsv3_plugin.ops.contract import Contract, require
+from dsv3_plugin.ops.contract import Contract, require, require_matrix
 from dsv3_plugin.ops.elementary import sigmoid
+from dsv3_plugin.ops.tile import tiled_linear_fp32
 
-ROUTE = Contract("route", 1, "group-limited, bias-corrected sigmoid top-k")
+ROUTER_LINEAR = Contract("router_linear", 1, "x @ weight.T in slices of 512 of K, added in ascending order in fp32")
+ROUTE = Contract("route", 2, "group-limited, bias-corrected sigmoid top-k")
+MOE_ROUTER = Contract("moe_router", 1, "router_linear, then route")
+
+SLICE = 512
+
+
+def router_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, K], weight [E, K] of one dtype, fp32 or bf16, to logits fp32 [T, E]."""
+    require_matrix("router_linear", "x", x, (torch.float32, torch.bfloat16))
+    require_matrix("router_linear", "weight", weight, (x.dtype,))
+    require(x.shape[1] == weight.shape[1], "router_linear", f"x has K={x.shape[1]}, weight has K={weight.shape[1]}")
+    return sum_slices(x, weight, tiled_linear_fp32)
+
+
+def sum_slices(
+    x: torch.Tensor, weight: torch.Tensor, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Slices of K by `product`, which takes contiguous x [T, S] and weight [E, S] to fp32 [T, E], added in order."""
+    total = torch.zeros(len(x), len(weight), dtype=torch.float32)
+    for part, rows in zip(x.split(SLICE, 1), weight.split(SLICE, 1), strict=True):
+        total = total + product(part.contiguous(), rows.contiguous())
+    return total
+
+
+def moe_router(
+    x: torch.Tensor, weight: torch.Tensor, e_score_correction_bias: torch.Tensor, **settings: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, K], weight [E, K], bias fp32 [E] and the settings of `route`, to its result."""
+    return route(router_linear(x, weight), e_score_correction_bias, **settings)
 
 
 def route(

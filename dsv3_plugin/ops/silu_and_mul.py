@@ -1,6 +1,7 @@
 """SwiGLU's elementwise part.
 
-Contract: silu(gate) * up with silu(g) = g * sigmoid(g), in fp32 from inputs of the profile's dtype, one rounding.
+Contract: silu(gate) * up with silu(g) = g * `elementary.sigmoid`(g), in fp32 from inputs of the profile's dtype, one
+rounding.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from dsv3_plugin.ops.contract import Contract, require, require_matrix
 from dsv3_plugin.ops.elementary import sigmoid
 
-SILU_AND_MUL = Contract("silu_and_mul", 1, "silu(gate) * up in fp32, one rounding")
+SILU_AND_MUL = Contract("silu_and_mul", 2, "silu(gate) * up in fp32, one rounding")
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -23,12 +23,14 @@ from dsv3_plugin.kernels import (
     fp8_stream,
     mla,
     mla_hopper,
+    permute,
     quantize,
     rms_norm,
     rope,
     router,
     silu_and_mul,
 )
+from dsv3_plugin.ops.router import SLICE
 
 _EXACT = {"enable_fp_fusion": False}
 _ALIGNED = ("columns", "depth", "width", "heads", "block_size", "token_stride", "head_stride", "block_stride")
@@ -76,26 +78,56 @@ def _bf16(rows: int, columns: int, depth: int, warps: int, stages: int) -> Sourc
     return Source(bf16_linear._linear, types, constants, {"num_warps": warps, "num_stages": stages})
 
 
+def _norm(*wanted: str, without: tuple[str, ...] = ()) -> Source:
+    types = {"x": "*bf16", "addend": "*bf16", "weight": "*bf16", "total_out": "*bf16", "out": "*bf16"}
+    types |= {"values": "*fp8e4nv", "scales": "*fp32", "eps": "fp32", "scale_stride": "i32"}
+    optional = {"addend", "total_out", "values", "scales"}.difference(wanted) | set(without)
+    constants = {"K": 7168, "BLOCKS": 64, "UE8M0": False, "EARLY": False} | dict.fromkeys(optional)
+    given = " ".join(kind for name, kind in types.items() if name not in optional)
+    return Source(rms_norm._rms_norm, given, constants, _EXACT | {"num_warps": 4})
+
+
+def _slice_sums(count: int, tile: router.Tile) -> Source:
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "SLICE": SLICE, "COUNT": count}
+    types = "*bf16 *bf16 *fp32 i32 i32 i32"
+    return Source(router._slice_sums, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
+
+
 _ROUTE = {"EXPERTS": 256, "GROUPS": 8, "GROUPS_CHOSEN": 4, "TOPK": 8, "NORMALISE": True}
-_ROUTE |= {"GROUPS_PADDED": 8, "SIZE_PADDED": 32, "TOPK_PADDED": 8}
+_ROUTE |= {"GROUPS_PADDED": 8, "SIZE_PADDED": 32, "TOPK_PADDED": 8, "SLICES": 14, "FOLLOWS": True}
 _MLA = {"BLOCK_SIZE": 16, "REQUESTS": 128, "PADDED": 128, "RANK": 512, "ROPE": 64, "RANK_PADDED": 512}
 _MLA |= {"ROPE_PADDED": 64, "ROWS": 64, "KEYS": 64, "SPLIT": 1024}
 _GROUPED = {"GROUPS": 256, "PADDED": 256, "ROWS": 16, "COLUMNS": 128}
 
 SOURCES: dict[str, Source] = {
-    "rms_norm": Source(
-        rms_norm._rms_norm, "*bf16 *bf16 *bf16 fp32", {"K": 7168, "LANES": 512}, _EXACT | {"num_warps": 8}
-    ),
+    "rms_norm": _norm(),
+    "add_rms_norm": _norm("addend", "total_out"),
+    "rms_norm, quantised": _norm("values", "scales", without=("out",)),
+    "add_rms_norm, quantised": _norm("addend", "total_out", "values", "scales"),
     "quantize ue8m0": Source(
         quantize._quantize, "*bf16 *fp8e4nv *fp32 i32 i32 i32", {"GROUPS": 32, "UE8M0": True}, _EXACT
     ),
     "quantize float32": Source(
         quantize._quantize, "*bf16 *fp8e4nv *fp32 i32 i32 i32", {"GROUPS": 32, "UE8M0": False}, _EXACT
     ),
-    "silu_and_mul": Source(silu_and_mul._silu_and_mul, "*bf16 *bf16 i32", {"COLUMNS": 512}, _EXACT | {"num_warps": 2}),
+    "silu_and_mul": Source(
+        silu_and_mul._silu_and_mul,
+        "*bf16 *bf16 i32 i32",
+        {"COLUMNS": 1024, "scales": None, "FP8": False, "UE8M0": False},
+        _EXACT,
+    ),
+    "silu_and_mul, quantised": Source(
+        silu_and_mul._silu_and_mul,
+        "*bf16 *fp8e4nv *fp32 i32 i32",
+        {"COLUMNS": 1024, "FP8": True, "UE8M0": False},
+        _EXACT,
+    ),
+    "permute": Source(permute._permute, "*u8 *fp32 *i64 *u8 *fp32 i32 i32 i32 i32 i32", {"ROWS": 8, "BLOCKS": 8}, {}),
     "rope": Source(rope._rope, "*bf16 *fp32 *fp32 *bf16 i32 i32 i32", {"PAIRS": 32, "WIDTH": 32, "HEADS": 16}, _EXACT),
     "combine": Source(combine._combine, "*bf16 *i64 *fp32 *bf16 *bf16 i32", {"TOPK": 8, "COLUMNS": 1024}, _EXACT),
-    "route": Source(router._route, "*fp32 *fp32 *i64 *fp32 fp32", _ROUTE, _EXACT | {"num_warps": 1}),
+    "route": Source(router._route, "*fp32 *fp32 *i64 *fp32 fp32 i32", _ROUTE, _EXACT | {"num_warps": 1}),
+    "router's slices apart": _slice_sums(1, router.choose_tile(128)),
+    "router's slices in order": _slice_sums(14, router.choose_tile(4096)),
     "bf16 few rows": _bf16(16, 32, 256, 4, 4),
     "bf16 many rows": _bf16(128, 256, 64, 8, 3),
     "fp8 few rows": _fp8(16, 64, True, 4),
