@@ -31,6 +31,7 @@ from dsv3_plugin.kernels import (
     combine,
     fp8_linear,
     mla,
+    permute,
     quantize,
     rms_norm,
     router,
@@ -300,11 +301,27 @@ def attention_cases() -> Iterator[Case]:
                 keys_of_heads = cache.unsqueeze(2)
                 out, lse = q.new_zeros(requests, heads, 512), q.new_zeros(requests, heads)
                 parts = q.new_empty(requests, heads, 1, 513, dtype=torch.float32)
+                one = q.new_ones(
+                    (), dtype=torch.float32
+                )  # the cache's scales; made in the call they cannot be captured
 
                 def call() -> torch.Tensor:
                     values = keys_of_heads[..., :512]
                     decode_attention_fwd(
-                        q, keys_of_heads, values, out, lse, table, lengths, parts, 1, scale, 64, is_mla=True
+                        q,
+                        keys_of_heads,
+                        values,
+                        out,
+                        lse,
+                        table,
+                        lengths,
+                        parts,
+                        1,
+                        scale,
+                        64,
+                        k_scale=one,
+                        v_scale=one,
+                        is_mla=True,
                     )
                     return out
 
@@ -473,6 +490,93 @@ def small_cases() -> Iterator[Case]:
         yield Case(f"SwiGLU {m * _TOPK} x 4096", swiglu, m * _TOPK * _EXPERT_SIZE * 6, rows=_swiglu_rows)
         yield Case(f"route {m} x 256", choose, m * _EXPERTS * 4, rows=_route_rows)
         yield Case(f"combine T={m}", put_together, m * (_TOPK + 2) * _HIDDEN * 2, rows=_combine_rows)
+        yield from fused_cases(m)
+
+
+def fused_cases(m: int) -> Iterator[Case]:
+    """What stands next to each other in a layer, in one kernel; vLLM's norm writes the sum over its input."""
+
+    def blockwise(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> Call:
+        from vllm import _custom_ops
+
+        theirs = partial(_custom_ops.rms_norm_per_block_quant, x, weight, 1e-6, E4M3, [1, 128], None, residual, True)
+        return lambda: theirs()[0]
+
+    def norm_quantised() -> Contenders:
+        x, weight = bf16(m, _HIDDEN), bf16(_HIDDEN)
+        ours = partial(rms_norm.rms_norm_fp8, x, weight, 1e-6, "float32")
+        return Contenders(ours, {"vLLM rms_norm_per_block_quant": peer(lambda: blockwise(x, weight))})
+
+    def norm_of_sum() -> Contenders:
+        x, addend, weight = bf16(m, _HIDDEN), bf16(m, _HIDDEN), bf16(_HIDDEN)
+
+        def vllm() -> Call:
+            from vllm import _custom_ops
+
+            hidden, residual = x.clone(), addend.clone()
+            return lambda: _custom_ops.fused_add_rms_norm(hidden, residual, weight, 1e-6)
+
+        ours = partial(rms_norm.add_rms_norm, x, addend, weight, 1e-6)
+        return Contenders(ours, {"vLLM fused_add_rms_norm": peer(vllm)})
+
+    def norm_of_sum_quantised() -> Contenders:
+        x, addend, weight = bf16(m, _HIDDEN), bf16(m, _HIDDEN), bf16(_HIDDEN)
+        ours = partial(rms_norm.add_rms_norm_fp8, x, addend, weight, 1e-6, "float32")
+        theirs = peer(lambda: blockwise(x, weight, addend.clone()))
+        return Contenders(ours, {"vLLM rms_norm_per_block_quant, which writes no bf16": theirs})
+
+    def swiglu_quantised() -> Contenders:
+        x = bf16(m * _TOPK, 2 * _EXPERT_SIZE)
+
+        def vllm() -> Call:
+            from vllm import _custom_ops
+
+            theirs = partial(_custom_ops.silu_and_mul_per_block_quant, x, 128, E4M3, None, True)
+            return lambda: theirs()[0]
+
+        ours = partial(silu_and_mul.silu_and_mul_fp8, x, "float32")
+        return Contenders(ours, {"vLLM silu_and_mul_per_block_quant": peer(vllm)})
+
+    def permuted() -> Contenders:
+        x, rows = bf16(m, _HIDDEN), sort_by_expert(random_experts(m))[0]
+        return Contenders(lambda: permute.permute(x, rows), {"torch": lambda: x[rows]})
+
+    def permuted_quantised() -> Contenders:
+        values, scales = quantize.quantize_fp8(bf16(m, _HIDDEN), "float32")
+        rows = sort_by_expert(random_experts(m))[0]
+        theirs = values.view(torch.int64)
+        return Contenders(
+            lambda: permute.permute_fp8(values, scales, rows), {"torch": lambda: (theirs[rows], scales[rows])}
+        )
+
+    def routed() -> Contenders:
+        x, weight, bias = bf16(m, _HIDDEN), bf16(_EXPERTS, _HIDDEN), torch.randn(_EXPERTS, device=_DEVICE) * 0.1
+
+        def vllm() -> Call:
+            from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import grouped_topk
+
+            return lambda: grouped_topk(x, F.linear(x, weight).float(), _TOPK, True, 8, 4, "sigmoid", 2.5, bias)
+
+        ours = partial(router.moe_router, x, weight, bias, **_ROUTING)
+        return Contenders(ours, {"cuBLAS, then vLLM grouped_topk": peer(vllm)})
+
+    row, expert_rows = m * _HIDDEN, m * _TOPK * _EXPERT_SIZE
+    yield Case(f"RMSNorm, quantised {m} x 7168", norm_quantised, row * 3)
+    yield Case(f"RMSNorm of a sum {m} x 7168", norm_of_sum, row * 8)
+    yield Case(f"RMSNorm of a sum, and quantised {m} x 7168", norm_of_sum_quantised, row * 9)
+    yield Case(f"SwiGLU, quantised {m * _TOPK} x 4096", swiglu_quantised, expert_rows * 5)
+    yield Case(f"permute {m} x 7168 for 8 experts each", permuted, row * (_TOPK + 1) * 2)
+    yield Case(f"permute in fp8 {m} x 7168 for 8 experts each", permuted_quantised, row * (_TOPK + 1))
+    moved = 2 * (row + _EXPERTS * _HIDDEN)
+    operations = 2 * row * _EXPERTS
+    yield Case(f"router T={m}", routed, moved, bf16_operations=operations, rows=_router_rows)
+
+
+def _router_rows() -> Rows:
+    x, weight, bias = bf16(_MOST_ROWS, _HIDDEN), bf16(_EXPERTS, _HIDDEN), torch.randn(_EXPERTS, device=_DEVICE) * 0.1
+    return Rows(
+        _MOST_ROWS, lambda i: torch.cat([part.float() for part in router.moe_router(x[i], weight, bias, **_ROUTING)], 1)
+    )
 
 
 def _norm_rows() -> Rows:
