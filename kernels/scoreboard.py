@@ -79,7 +79,7 @@ _LEGEND = (
 )
 
 HEADER = (
-    "| case | floor | ours | ours / floor | ours / best peer | bits | workspace | peers | their invariant modes | copy |",
+    "| case | floor | ours | ours / floor | ours / best peer | bits | workspace | peers | invariant modes | copy |",
     "|---|---|---|---|---|---|---|---|---|---|",
 )
 
