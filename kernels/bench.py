@@ -29,6 +29,7 @@ from dsv3_plugin.errors import KernelError
 from dsv3_plugin.kernels import (
     bf16_linear,
     combine,
+    cublas,
     fp8_linear,
     mla,
     permute,
@@ -398,7 +399,7 @@ def bf16_cases() -> Iterator[Case]:
             x, weight = bf16(128, 128, k), bf16(128, n, k)
             return Contenders(
                 lambda: bf16_linear.head_linear(x, weight),
-                {"cuBLAS bmm": lambda: torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)},
+                {"cuBLAS bmm": lambda: cublas.head_linear(x, weight)},
             )
 
         def heads_of(n: int = n, k: int = k) -> Rows:

@@ -73,3 +73,15 @@ def test_bad_input_is_named():
     attend = {"scale": 1.0, "kv_lora_rank": 512}
     with pytest.raises(InputError, match="FlashMLA reads pages of 64 keys, these have 16"):
         flash_mla.mla_attention(q, torch.zeros(4, 16, 576), torch.zeros(1, 1), starts[1:], starts, **attend)
+
+
+def test_products_of_torch_are_the_operations_to_rounding():
+    """On a CPU, whose torch has these products too: strides and dtypes, not bits."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(5, 3, 32, generator=generator), torch.randn(3, 16, 32, generator=generator)
+    wide = torch.randn(5, 3, 48, generator=generator)
+    for case in (x, wide[..., :32]):
+        out = cublas.head_linear(case, weight)
+        torch.testing.assert_close(out, torch.einsum("mhk,hnk->mhn", case, weight))
+        assert out.is_contiguous()
+    torch.testing.assert_close(cublas.linear(x[:, 0].contiguous(), weight[0]), x[:, 0] @ weight[0].t())

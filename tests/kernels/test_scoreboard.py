@@ -115,3 +115,9 @@ def test_bits_of_negative_zero_and_nan_count():
     assert differing_bits(zero, zero.bfloat16()) is None
     assert differing_bits((zero, zero), (zero, -zero)) == 3
     assert differing_bits((zero, zero), (zero, zero[:2])) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_bench_without_a_gpu_says_so():
+    result = CliRunner().invoke(app, ["bench", "kernels"])
+    assert isinstance(result.exception, KernelError) and "no CUDA device here" in str(result.exception)
