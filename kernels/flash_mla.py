@@ -33,8 +33,9 @@ def mla_attention(
     """q bf16 [T, H, 576], latent_cache bf16 [num_blocks, 64, 576], block_table [num_reqs, max_blocks], seq_lens
     [num_reqs], query_start_loc [num_reqs + 1], to bf16 [T, H, 512].
 
-    FlashMLA wants as many queries of every request. Where that is not seen from the shapes (one query of each, or one
-    request), the counts are read from the device, and requests with equal counts go together. Raises `InputError`.
+    FlashMLA wants as many queries of every request. Where that is not seen from the shapes (as many tokens as requests,
+    none of them without a query, or one request), the counts are read from the device, and requests with equal counts
+    go together. Raises `InputError`.
     """
     op = MLA_ATTENTION.op
     block_size = latent_cache.shape[1]

@@ -10,6 +10,7 @@ import torch
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.hooks import Kernel, Setting
 from dsv3_plugin.kernels import cublas, deep_gemm, flash_mla, provider, third_party
+from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.profile import BF16, FP8_UE8M0, Profile
 from dsv3_plugin.registry import bind
 
@@ -85,3 +86,27 @@ def test_products_of_torch_are_the_operations_to_rounding():
         torch.testing.assert_close(out, torch.einsum("mhk,hnk->mhn", case, weight))
         assert out.is_contiguous()
     torch.testing.assert_close(cublas.linear(x[:, 0].contiguous(), weight[0]), x[:, 0] @ weight[0].t())
+
+
+def attend_alike(q, latent_cache, block_table, seq_lens, scale):
+    """What FlashMLA is asked for, by the reference: q [num_reqs, queries, H, 576]."""
+    starts = torch.arange(len(q) + 1) * q.shape[1]
+    out = mla_attention(q.flatten(0, 1), latent_cache, block_table, seq_lens, starts, kv_lora_rank=512, scale=scale)
+    return out.unflatten(0, q.shape[:2])
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (4,), (2, 1, 2, 3), (1, 0, 3)])
+def test_flash_mla_gets_requests_with_as_many_queries_together(monkeypatch, counts):
+    monkeypatch.setattr(flash_mla, "_attend", attend_alike)
+    generator = torch.Generator().manual_seed(1)
+    requests, starts = len(counts), torch.tensor([0, *counts]).cumsum(0)
+    lengths = torch.tensor(counts) + torch.randint(0, 100, (requests,), generator=generator)
+    cache = torch.randn(3 * requests, 64, 576, generator=generator)
+    table = torch.randperm(3 * requests, generator=generator).view(requests, 3)
+    q = torch.randn(int(starts[-1]), 2, 576, generator=generator)
+    arguments = (q, cache, table, lengths, starts)
+    expected = mla_attention(*arguments, kv_lora_rank=512, scale=0.05)
+    assert torch.equal(flash_mla.mla_attention(*arguments, kv_lora_rank=512, scale=0.05), expected)
+    # The twin: the same queries given to the requests in another order are other rows.
+    other = flash_mla.mla_attention(q, cache, table.flip(0), lengths, starts, kv_lora_rank=512, scale=0.05)
+    assert requests == 1 or not torch.equal(other, expected)
