@@ -238,7 +238,9 @@ def _grouped_contenders(counts: torch.Tensor, weight: tuple[torch.Tensor, torch.
 
         room = max(128, -(-int(counts.max()) // 128) * 128)
         values, scales = quantize.quantize_fp8(bf16(experts * room, k), "float32")
-        wide = values.view(experts, room, k), scales.reshape(experts, room, -1)
+        # Scales of neighbouring rows lie side by side, as DeepGEMM reads them; otherwise it copies them in each call.
+        by_row = scales.reshape(experts, room, -1).transpose(1, 2).contiguous().transpose(1, 2)
+        wide = values.view(experts, room, k), by_row
         out = torch.empty(experts, room, n, dtype=torch.bfloat16, device=_DEVICE)
         used, expected = counts.to(torch.int32), -(-rows // experts)
         return lambda: deep_gemm.fp8_m_grouped_gemm_nt_masked(wide, weight, out, used, expected)
