@@ -12,6 +12,7 @@ from dsv3_plugin.kernels import (
     bf16_linear,
     combine,
     fp8_linear,
+    permute,
     quantize,
     rms_norm,
     rope,
@@ -76,6 +77,28 @@ CASES = {
         r"grouped_fp8_linear: weight has shape \(8, 128\)",
     ),
     "rms_norm, weight": (rms_norm.rms_norm, (bf16(2, 64), bf16(32), 1e-6), r"rms_norm: weight has shape \(32,\)"),
+    "rms_norm_fp8, K": (rms_norm.rms_norm_fp8, (bf16(2, 96), bf16(96), 1e-6, "ue8m0"), "rms_norm_fp8: K=96 is not"),
+    "add_rms_norm, rows": (
+        rms_norm.add_rms_norm,
+        (bf16(2, 64), bf16(3, 64), bf16(64), 1e-6),
+        "add_rms_norm: the addend has 3 rows, x has 2",
+    ),
+    "silu_and_mul_fp8, width": (
+        silu_and_mul.silu_and_mul_fp8,
+        (bf16(2, 96 * 2), "float32"),
+        "silu_and_mul_fp8: I=96 is not a multiple of 128",
+    ),
+    "permute, rows": (permute.permute, (bf16(2, 64), fp32(2)), "permute: rows are torch.float32, expected integers"),
+    "permute_fp8, scales": (
+        permute.permute_fp8,
+        (e4m3(2, 256), fp32(2, 1), torch.zeros(4, dtype=torch.int64)),
+        r"permute_fp8: scales have shape \(2, 1\), expected \(2, 2\)",
+    ),
+    "router_linear, K": (
+        router.router_linear,
+        (bf16(2, 16), bf16(8, 24)),
+        "router_linear: x has K=16, weight has K=24",
+    ),
     "silu, width": (silu_and_mul.silu_and_mul, (bf16(2, 63),), "silu_and_mul: gate_up has an odd width 63"),
     "combine, slots": (
         combine.combine,
@@ -108,3 +131,6 @@ def test_no_rows_are_no_error():
     """The twin: what is accepted is not refused, and launches nothing."""
     assert fp8_linear.fp8_linear(e4m3(0, 128), fp32(0, 1), e4m3(8, 128), fp32(1, 1)).shape == (0, 8)
     assert bf16_linear.linear(bf16(0, 16), bf16(8, 16)).shape == (0, 8)
+    assert [x.shape for x in rms_norm.add_rms_norm(bf16(0, 64), bf16(0, 64), bf16(64), 1e-6)] == [(0, 64)] * 2
+    assert permute.permute(bf16(3, 64), torch.zeros(0, dtype=torch.int64)).shape == (0, 64)
+    assert router.moe_router(bf16(0, 16), bf16(8, 16), fp32(8), **ROUTE)[0].shape == (0, 2)
