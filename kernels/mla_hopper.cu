@@ -474,6 +474,7 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
         if (work.rows == 0) return;
         Rows rows;
         rows.left = work.rows - row;
+        const bool used = warp * 16 < work.rows;  // nobody stores what the other warps compute
         const int column = half * HALF + lane % 4 * 2;
         for (int split = work.key_begin; split < work.key_end; split += SPLIT_KEYS) {
             float left[64], right[64];  // columns of the half, 128 each
@@ -519,6 +520,7 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
                 finish_products();
                 arrive_warp(&shared.empty[stage][half], lane);
             }
+            if (!used) continue;
             if (work.slot >= 0) {
                 // `fold` takes it from here.
                 float* part = batch.parts + ((size_t)work.slot * ROWS + row) * RANK + column;
