@@ -22,8 +22,6 @@ _WARPS = 4
 # Up to so many rows the weight is loaded with the row, lest a program wait for it; with more rows when it is needed,
 # which leaves registers for more programs.
 _FEW_ROWS = 1024
-# Registers of a thread where nothing but fp8 is written: seven programs share a multiprocessor, and nothing is spilled.
-_FP8_REGISTERS = 72
 
 
 @triton.jit
@@ -150,6 +148,5 @@ def _launch(
         scale_format == "ue8m0",
         early,
         num_warps=_WARPS,
-        maxnreg=_FP8_REGISTERS if out is None and not early else None,
         **EXACT,
     )
