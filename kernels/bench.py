@@ -621,8 +621,8 @@ def moe_cases() -> Iterator[Case]:
 
     def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
         rows, slots, counts = sort_by_expert(ids)
-        a = fp8_linear.grouped_fp8_linear(*quantize.quantize_fp8(x[rows], "float32"), counts, *gate_up)
-        b = quantize.quantize_fp8(silu_and_mul.silu_and_mul(a), "float32")
+        quantised = permute.permute_fp8(*quantize.quantize_fp8(x, "float32"), rows)
+        b = silu_and_mul.silu_and_mul_fp8(fp8_linear.grouped_fp8_linear(*quantised, counts, *gate_up), "float32")
         return combine.combine(fp8_linear.grouped_fp8_linear(*b, counts, *down), slots, weights, shared)
 
     def tokens_of(tokens: int) -> tuple[torch.Tensor, ...]:
