@@ -1,19 +1,31 @@
 // Block-scaled fp8 products whose time is that of reading the weight: few tokens, or experts.
 //
-// The weight is the first operand of the tensor core, 64 rows an instruction, the tokens the second, as many as there
-// are, rounded up to 16. One warp copies slices of 128 along K of both into a ring of stages; warpgroups multiply a
+// With few tokens the weight is the first operand of the tensor core, 64 rows an instruction, and the tokens are the
+// second, as many as there are, rounded up to 16; from 64 tokens on it may be the other way round (TOKENS_FIRST), which
+// takes fewer products of scales. One warp copies slices of 128 along K of both into a ring of stages; warpgroups multiply a
 // slice from zero and fold the raw sums into their accumulators, `acc = fma(raw, x_scale * weight_scale, acc)`, K
 // ascending. While one part's raw sums are folded the tensor core works on the next. Programs take tile after tile.
 //
 // Compile-time parameters: a program has ROW_GROUPS warpgroups of ROW_BLOCKS x 64 rows of the weight, of which a tile
-// keeps TILE_ROWS (so that there are as many tiles as multiprocessors); at most TOKENS tokens a tile, copied TOKEN_BOX
-// at a time; STAGES of SLICES slices; raw sums of TOKEN_PARTS parts of the tokens, of which BUFFERS are held; at most
-// GROUPS experts; CONSUMER_REGISTERS a thread (0: as the compiler likes).
+// keeps TILE_ROWS (so that there are as many tiles as multiprocessors), or K_GROUPS warpgroups that take stages in turn;
+// at most TOKENS tokens a tile, copied TOKEN_BOX at a time; STAGES of SLICES slices; raw sums of TOKEN_PARTS parts of
+// the tokens, of which BUFFERS are held; at most GROUPS experts; CONSUMER_REGISTERS a thread (0: as the compiler likes).
+// CLUSTER programs of neighbouring tiles read the tokens once and pass them to each other.
 
 #include "hopper.cuh"
 #include "wgmma.cuh"
 
+// Rows of the first operand, and of the second at most.
 constexpr int ROWS = 64 * ROW_BLOCKS * ROW_GROUPS;
+constexpr int WIDTH = TOKENS_FIRST ? TILE_ROWS : TOKENS;
+static_assert(!TOKENS_FIRST || TOKENS == ROWS, "tokens fill the first operand");
+constexpr int CONSUMERS = ROW_GROUPS * K_GROUPS;
+static_assert(K_GROUPS == 1 || ROW_BLOCKS * ROW_GROUPS * TOKEN_PARTS == 1, "turns are taken on tiles of 64 rows");
+// A warpgroup that waits for a stage has seen the stage's last use: it was its own, or one that it folded behind.
+static_assert(STAGES >= K_GROUPS, "a turn each for the stages");
+static_assert(
+    CLUSTER == 1 || (GROUPS == 1 && (SLICES > 1 ? SLICES % CLUSTER == 0 : TOKENS == CLUSTER * TOKEN_BOX)),
+    "each program of a cluster copies as many of a stage's tokens");
 constexpr int SLICE_BYTES = TILE_ROWS * 128;
 constexpr int WEIGHT_BYTES = SLICES * SLICE_BYTES;
 constexpr int TOKEN_SLICE_BYTES = (TOKENS + TOKEN_BOX - 1) / TOKEN_BOX * TOKEN_BOX * 128;
@@ -24,19 +36,21 @@ static_assert(SLICES == 1 || TOKENS == TOKEN_BOX, "a copy of several slices hold
 constexpr int SCALE_BOX = TOKENS + (GROUPS > 1 ? 4 : 0);
 constexpr int SCALE_BYTES = (SLICES * SCALE_BOX * 4 + 127) / 128 * 128;
 
-// Rows of one thread, 8 apart, may lie in two scale blocks if tiles do not fit into them.
-constexpr bool SPLIT = 128 % TILE_ROWS != 0 && TILE_ROWS % 128 != 0;
+// Rows of the weight that a thread has may lie in two scale blocks if tiles do not fit into them.
+constexpr bool SPLIT = 128 % TILE_ROWS != 0 && (TOKENS_FIRST || TILE_ROWS % 128 != 0);
 constexpr int PRODUCERS = CONSUMER_REGISTERS ? 128 : 32;
 
 // A token's 64 sums in bf16, and 16 bytes so that eight tokens fall into different banks.
 constexpr int OUT_PITCH = 144;
-constexpr int OUT_BYTES = TOKENS * OUT_PITCH;
+constexpr int OUT_BYTES = (TOKENS_FIRST ? 64 : TOKENS) * OUT_PITCH;
+constexpr int SUM_BYTES = K_GROUPS > 1 ? 64 * WIDTH * 4 : 0;
 
 // Shared memory, as addresses of the tensor core and the copy engine, and as pointers.
 struct Shared {
-    u32 weight, tokens, scales, out, full, empty;
+    u32 weight, tokens, scales, out, full, empty, turns;
     const float* scale_values;
-    const char* out_values;
+    char* out_values;
+    float4* sums;
 };
 
 struct Operands {
@@ -65,11 +79,12 @@ struct Schedule {
         const int rows = first_row[group + 1] - first_row[group];
         const int chunks = (rows + TOKENS - 1) / TOKENS;
         const int size = ((rows + chunks - 1) / chunks + 15) / 16 * 16;
-        const int local = number - first_tile[group];
-        const int chunk = local % chunks * size;
+        // A cluster's programs have the same tokens.
+        const int local = number - first_tile[group], cluster = local / CLUSTER;
+        const int chunk = cluster % chunks * size;
         tile.first_token = first_row[group] + chunk;
         tile.token_count = min(size, rows - chunk);
-        tile.first_row = local / chunks * TILE_ROWS;
+        tile.first_row = (cluster / chunks * CLUSTER + local % CLUSTER) * TILE_ROWS;
         tile.weight_row = group * columns + tile.first_row;
         tile.scale_row = group * ((columns + 127) / 128);
         return true;
@@ -80,21 +95,29 @@ struct Schedule {
 struct Place {
     int stage = 0;
     u32 phase = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+    // Which warpgroup has the next turn, whether any had one, and what its own barrier waits for.
+    int next_group = 0;
+    bool begun = false;
+    u32 turn_phase = 0;
+    __device__ __forceinline__ void next(int count = 1) {
+        for (stage += count; stage >= STAGES; stage -= STAGES) phase ^= 1;
     }
 };
 
-// Where the scales of a thread's two rows of the weight are; rows that are not stored get any.
+// Where the scales of a thread's rows of the weight are: of the two rows that it has as the first operand, or of the
+// tile's first rows and those from `border` on. Rows that are not stored get any.
 struct WeightScales {
     const float* first;
     const float* second;
+    int border;
     __device__ __forceinline__ WeightScales(const Operands& operands, const Tile& tile, int rows_before) {
-        const int row = tile.first_row + rows_before + (SPLIT ? threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 : 0);
+        const int warp_row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+        const int row = tile.first_row + (TOKENS_FIRST ? 0 : rows_before + (SPLIT ? warp_row : 0));
         const int last = (operands.columns - 1) / 128;
         const long long blocks = operands.blocks;
         first = operands.weight_scale + (tile.scale_row + min(row / 128, last)) * blocks;
-        second = operands.weight_scale + (tile.scale_row + min((row + 8) / 128, last)) * blocks;
+        second = operands.weight_scale + (tile.scale_row + min((row + (TOKENS_FIRST ? 128 : 8)) / 128, last)) * blocks;
+        border = 128 - row % 128;
     }
     __device__ __forceinline__ float2 load(int block) const {
         const float scale = __ldg(first + block);
@@ -102,37 +125,76 @@ struct WeightScales {
     }
 };
 
-// Fold a slice's raw sums of this thread: tokens 8 j + 2 (lane % 4) and the next, two rows of the weight each.
+// The scales of a thread's sums of a slice. Sums 4 j to 4 j + 3 are of rows lane / 4 (two) and that + 8 (two) of the
+// first operand, and rows 8 j + 2 (lane % 4) and the next of the second.
 template <int COUNT>
-__device__ __forceinline__ void fold(float* acc, const float (&raw)[COUNT], const float* token_scales, float2 weight) {
-    const int lane = threadIdx.x % 32;
+struct Scales {
+    float first[TOKENS_FIRST ? 2 : COUNT / 2], second[!SPLIT ? 1 : TOKENS_FIRST ? 2 : COUNT / 2];
+
+    // `token_scales` are those of the first token that the instruction has.
+    __device__ __forceinline__ void read(const float* token_scales, float2 weight) {
+        if constexpr (TOKENS_FIRST) {
 #pragma unroll
-    for (int j = 0; j < COUNT / 4; j++) {
-        const float* place = token_scales + 8 * j + 2 * (lane % 4);
-        const float2 token = GROUPS > 1 ? make_float2(place[0], place[1]) : *reinterpret_cast<const float2*>(place);
-        const float even = __fmul_rn(token.x, weight.x), odd = __fmul_rn(token.y, weight.x);
-        const float even8 = SPLIT ? __fmul_rn(token.x, weight.y) : even;
-        const float odd8 = SPLIT ? __fmul_rn(token.y, weight.y) : odd;
-        acc[4 * j] = __fmaf_rn(raw[4 * j], even, acc[4 * j]);
-        acc[4 * j + 1] = __fmaf_rn(raw[4 * j + 1], odd, acc[4 * j + 1]);
-        acc[4 * j + 2] = __fmaf_rn(raw[4 * j + 2], even8, acc[4 * j + 2]);
-        acc[4 * j + 3] = __fmaf_rn(raw[4 * j + 3], odd8, acc[4 * j + 3]);
+            for (int half = 0; half < 2; half++) {
+                const float token = token_scales[threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * half];
+                first[half] = __fmul_rn(token, weight.x);
+                if constexpr (SPLIT) second[half] = __fmul_rn(token, weight.y);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < COUNT / 4; j++) {
+                const float* place = token_scales + 8 * j + threadIdx.x % 4 * 2;
+                const float2 token =
+                    GROUPS > 1 ? make_float2(place[0], place[1]) : *reinterpret_cast<const float2*>(place);
+                first[2 * j] = __fmul_rn(token.x, weight.x), first[2 * j + 1] = __fmul_rn(token.y, weight.x);
+                if constexpr (SPLIT) {
+                    second[2 * j] = __fmul_rn(token.x, weight.y), second[2 * j + 1] = __fmul_rn(token.y, weight.y);
+                }
+            }
+        }
+    }
+
+    // `border` is counted from the instruction's first row of the weight.
+    __device__ __forceinline__ void fold(float* acc, const float (&raw)[COUNT], int border) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            const int mine = TOKENS_FIRST ? i % 4 / 2 : i / 4 * 2 + i % 2;
+            const bool other = SPLIT && (TOKENS_FIRST ? 8 * (i / 4) >= border : i % 4 > 1);
+            acc[i] = __fmaf_rn(raw[i], other ? second[SPLIT ? mine : 0] : first[mine], acc[i]);
+        }
+    }
+};
+
+// This warp has read a stage: tell all who fill it.
+__device__ __forceinline__ void give_back(u32 barrier) {
+    finish_reads();
+    __syncwarp();
+    const int lane = threadIdx.x % 32;
+    if constexpr (CLUSTER == 1) {
+        if (lane == 0) barrier_arrive(barrier);
+    } else {
+        if (lane < CLUSTER) barrier_arrive_at(barrier, lane);
     }
 }
 
-// 64 rows of the weight times 2 COUNT tokens over 128 of K, from zero.
+// 64 rows of the first operand times 2 COUNT of the second over 128 of K, from zero. `row` and `column` are counted from
+// the tile's first ones.
 template <int COUNT>
-__device__ __forceinline__ void multiply(float (&raw)[COUNT], u32 weight, u32 tokens) {
-    const u64 a = tile_descriptor(weight), b = tile_descriptor(tokens);
+__device__ __forceinline__ void multiply(
+    float (&raw)[COUNT], const Shared& shared, int stage, int slice, int row, int column) {
+    const u32 weight = shared.weight + stage * WEIGHT_BYTES + slice * SLICE_BYTES;
+    const u32 tokens = shared.tokens + stage * TOKEN_BYTES + slice * TOKEN_SLICE_BYTES;
+    const u64 a = tile_descriptor((TOKENS_FIRST ? tokens : weight) + row * 128);
+    const u64 b = tile_descriptor((TOKENS_FIRST ? weight : tokens) + column * 128);
     wgmma_begin();
 #pragma unroll
     for (int k = 0; k < 4; k++) wgmma(raw, a + 2 * k, b + 2 * k, k != 0);
     wgmma_end();
 }
 
-// Round and write 64 rows of the weight x N tokens through shared memory, 128 bytes a token.
+// Round and write N tokens x 64 rows of the weight through shared memory, 128 bytes a token.
 template <int N>
-__device__ __forceinline__ void store(
+__device__ __forceinline__ void store_transposed_sums(
     const float (&acc)[N / 2], const Shared& shared, const Operands& operands, const Tile& tile, int rows_before) {
     const int lane = threadIdx.x % 32, thread = threadIdx.x % 128, group = threadIdx.x / 128;
     const u32 buffer = shared.out + group * OUT_BYTES;
@@ -155,7 +217,113 @@ __device__ __forceinline__ void store(
     }
 }
 
-// Multiply a tile of N tokens.
+// The same for 64 tokens x TILE_ROWS rows of the weight, 64 of these at a time.
+__device__ __forceinline__ void store_sums(
+    const float (&acc)[TILE_ROWS / 2], const Shared& shared, const Operands& operands, const Tile& tile,
+    int tokens_before) {
+    const int lane = threadIdx.x % 32, thread = threadIdx.x % 128, group = threadIdx.x / 128;
+    char* buffer = shared.out_values + group * OUT_BYTES;
+#pragma unroll
+    for (int first = 0; first < TILE_ROWS; first += 64) {
+        constexpr int ALL = TILE_ROWS / 4;
+        warpgroup_sync(group);
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const int sums = 2 * (first / 4 + i);
+            if (first / 4 + i >= ALL) break;
+            const int token = thread / 32 * 16 + lane / 4 + i % 2 * 8;
+            *reinterpret_cast<u32*>(buffer + token * OUT_PITCH + i / 2 * 16 + lane % 4 * 4) =
+                pack_bf16(acc[sums], acc[sums + 1]);
+        }
+        warpgroup_sync(group);
+        const int row = first + thread % 8 * 8;
+        if (row >= TILE_ROWS || tile.first_row + row >= operands.columns) continue;
+        for (int token = thread / 8; token < min(64, tile.token_count - tokens_before); token += 16) {
+            const long long place =
+                (long long)(tile.first_token + tokens_before + token) * operands.columns + tile.first_row + row;
+            *reinterpret_cast<uint4*>(operands.out + place) =
+                *reinterpret_cast<const uint4*>(buffer + token * OUT_PITCH + thread % 8 * 16);
+        }
+    }
+}
+
+template <int N>
+__device__ __forceinline__ void store(
+    const float (&acc)[N / 2], const Shared& shared, const Operands& operands, const Tile& tile, int rows_before) {
+    if constexpr (TOKENS_FIRST) {
+        store_sums(acc, shared, operands, tile, rows_before);
+    } else {
+        store_transposed_sums<N>(acc, shared, operands, tile, rows_before);
+    }
+}
+
+__device__ __forceinline__ const float* token_scales_of(
+    const Shared& shared, const Tile& tile, const Place& place, int slice) {
+    return shared.scale_values + place.stage * (SCALE_BYTES / 4) + slice * SCALE_BOX + tile.first_token % 4;
+}
+
+// Multiply a tile of N rows of the second operand in K_GROUPS warpgroups that take stages in turn: all multiply at the same time, and the
+// accumulator passes from one to the next, thread by thread, through shared memory.
+template <int N>
+__device__ __forceinline__ void multiply_tile_in_turns(
+    const Tile& tile, const Shared& shared, const Operands& operands, Place& place) {
+    constexpr int COUNT = N / 2;
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+    const int turns = (operands.blocks + SLICES - 1) / SLICES;
+    const WeightScales weight_scales(operands, tile, 0);
+    int turn = (group - place.next_group + K_GROUPS) % K_GROUPS;
+    Place mine = place;
+    mine.next(turn);
+    place.next(turns);
+    place.next_group = (place.next_group + turns) % K_GROUPS;
+    for (; turn < turns; turn += K_GROUPS, mine.next(K_GROUPS)) {
+        const int block = turn * SLICES;
+        float raw[SLICES][COUNT];
+        float2 weight[SLICES];
+        Scales<COUNT> scales[SLICES];
+#pragma unroll
+        for (int s = 0; s < SLICES; s++) weight[s] = weight_scales.load(min(block + s, operands.blocks - 1));
+        barrier_wait(shared.full + 8 * mine.stage, mine.phase);
+#pragma unroll
+        for (int s = 0; s < SLICES; s++) multiply<COUNT>(raw[s], shared, mine.stage, s, 0, 0);
+#pragma unroll
+        for (int s = 0; s < SLICES; s++) scales[s].read(token_scales_of(shared, tile, mine, s), weight[s]);
+        wgmma_wait(0);
+#pragma unroll
+        for (int s = 0; s < SLICES; s++) hold(raw[s]);
+        give_back(shared.empty + 8 * mine.stage);
+
+        float acc[COUNT] = {};
+        if (turn > 0 || place.begun) {
+            barrier_wait(shared.turns + 8 * group, place.turn_phase);
+            place.turn_phase ^= 1;
+        }
+        if (turn > 0) {
+#pragma unroll
+            for (int i = 0; i < COUNT / 4; i++) {
+                const float4 four = shared.sums[i * 128 + thread];
+                acc[4 * i] = four.x, acc[4 * i + 1] = four.y, acc[4 * i + 2] = four.z, acc[4 * i + 3] = four.w;
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < SLICES; s++) {
+            // Slices behind the last are zeros; folding them could turn -0 into +0.
+            if (SLICES == 1 || block + s < operands.blocks) scales[s].fold(acc, raw[s], weight_scales.border);
+        }
+        if (turn < turns - 1) {
+#pragma unroll
+            for (int i = 0; i < COUNT / 4; i++) {
+                shared.sums[i * 128 + thread] = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
+            }
+        }
+        __syncwarp();
+        if (thread % 32 == 0) barrier_arrive(shared.turns + 8 * ((group + 1) % K_GROUPS));
+        if (turn == turns - 1) store<N>(acc, shared, operands, tile, 0);
+    }
+    place.begun = true;
+}
+
+// Multiply a tile of N rows of the second operand.
 template <int N>
 __device__ __forceinline__ void multiply_tile(
     const Tile& tile, const Shared& shared, const Operands& operands, Place& place) {
@@ -163,9 +331,9 @@ __device__ __forceinline__ void multiply_tile(
     constexpr int HELD = BUFFERS < PARTS ? BUFFERS : PARTS;
     const int row_group = threadIdx.x / 128;
     const auto rows_before = [&](int r) { return (row_group * ROW_BLOCKS + r) * 64; };
-    const float* token_scales = shared.scale_values + tile.first_token % 4;
     float acc[ROW_BLOCKS][N / 2] = {}, raw[HELD][COUNT];
     float2 next[SLICES][ROW_BLOCKS];
+    const int border = WeightScales(operands, tile, 0).border;
     const auto read_scales = [&](int block) {
 #pragma unroll
         for (int r = 0; r < ROW_BLOCKS; r++) {
@@ -185,19 +353,17 @@ __device__ __forceinline__ void multiply_tile(
         // Parts of a stage in order: slices, their blocks of rows, their parts of the tokens.
         const auto start = [&](int part) {
             const int t = part % TOKEN_PARTS, r = part / TOKEN_PARTS % ROW_BLOCKS, s = part / TOKEN_PARTS / ROW_BLOCKS;
-            multiply<COUNT>(
-                raw[part % HELD],
-                shared.weight + place.stage * WEIGHT_BYTES + s * SLICE_BYTES + rows_before(r) * 128,
-                shared.tokens + place.stage * TOKEN_BYTES + s * TOKEN_SLICE_BYTES + t * COUNT * 256);
+            multiply<COUNT>(raw[part % HELD], shared, place.stage, s, rows_before(r), 2 * t * COUNT);
         };
         const auto finish = [&](int part) {
             const int t = part % TOKEN_PARTS, r = part / TOKEN_PARTS % ROW_BLOCKS, s = part / TOKEN_PARTS / ROW_BLOCKS;
             hold(raw[part % HELD]);
             // Slices behind the last are zeros; folding them could turn -0 into +0.
             if (SLICES > 1 && block + s >= operands.blocks) return;
-            fold<COUNT>(
-                acc[r] + t * COUNT, raw[part % HELD],
-                token_scales + place.stage * (SCALE_BYTES / 4) + s * SCALE_BOX + 2 * t * COUNT, weight[s][r]);
+            const float* token_scales = token_scales_of(shared, tile, place, s);
+            Scales<COUNT> scales;
+            scales.read(token_scales + (TOKENS_FIRST ? rows_before(r) : 2 * t * COUNT), weight[s][r]);
+            scales.fold(acc[r] + t * COUNT, raw[part % HELD], border - 2 * t * COUNT);
         };
         barrier_wait(shared.full + 8 * place.stage, place.phase);
 #pragma unroll
@@ -209,8 +375,7 @@ __device__ __forceinline__ void multiply_tile(
             wgmma_wait(min(HELD - 1, PARTS - 1 - part));
             finish(part);
         }
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty + 8 * place.stage);
+        give_back(shared.empty + 8 * place.stage);
         place.next();
     }
 #pragma unroll
@@ -221,13 +386,17 @@ __device__ __forceinline__ void multiply_tile(
 template <int N>
 __device__ __forceinline__ void multiply_tile_from(
     const Tile& tile, const Shared& shared, const Operands& operands, Place& place) {
-    if constexpr (N < TOKENS) {
+    if constexpr (!TOKENS_FIRST && N < TOKENS) {
         if (tile.token_count > N) {
             multiply_tile_from<N + 16>(tile, shared, operands, place);
             return;
         }
     }
-    multiply_tile<N>(tile, shared, operands, place);
+    if constexpr (K_GROUPS > 1) {
+        multiply_tile_in_turns<N>(tile, shared, operands, place);
+    } else {
+        multiply_tile<N>(tile, shared, operands, place);
+    }
 }
 
 // Tokens and tiles before each expert, summed by one warp, 32 experts at a time.
@@ -255,62 +424,87 @@ __device__ __forceinline__ void count_tiles(
 // x e4m3 [rows, K], its scales fp32 [K / 128, rows], weight e4m3 [groups columns, K], its scales fp32
 // [groups, ceil(columns / 128), K / 128], counts [groups] tokens of each expert (none: all tokens are one's), to out
 // bf16 [rows, columns]; K = 128 blocks. Maps of x and weight have dimensions (128, rows, K / 128).
-extern "C" __global__ void __launch_bounds__(128 * ROW_GROUPS + PRODUCERS, 1) fp8_stream(
+extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CONSUMERS + PRODUCERS, 1) fp8_stream(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap x_scale,
     const __grid_constant__ TensorMap weight, const float* weight_scale, const long long* counts, unsigned short* out,
     int rows, int columns, int blocks, int groups) {
-    extern __shared__ __align__(1024) char memory[];
+    char* memory = shared_memory();
     // The last stage's instructions read ROWS rows.
-    char* token_values = memory + STAGES * WEIGHT_BYTES + (ROWS - TILE_ROWS) * 128;
+    char* token_values = memory + STAGES * WEIGHT_BYTES + (TOKENS_FIRST ? 0 : ROWS - TILE_ROWS) * 128;
     char* scale_values = token_values + STAGES * TOKEN_BYTES;
     char* out_values = scale_values + STAGES * SCALE_BYTES;
-    u64* barriers = reinterpret_cast<u64*>(out_values + ROW_GROUPS * OUT_BYTES);
-    int* first_row = reinterpret_cast<int*>(barriers + 2 * STAGES);
+    char* sum_values = out_values + CONSUMERS * OUT_BYTES;
+    u64* barriers = reinterpret_cast<u64*>(sum_values + SUM_BYTES);
+    int* first_row = reinterpret_cast<int*>(barriers + 2 * STAGES + K_GROUPS);
     int* first_tile = first_row + GROUPS + 1;
-    const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
+    const u32 full = shared_address(barriers), empty = full + 8 * STAGES, turns = empty + 8 * STAGES;
     const Shared shared{shared_address(memory), shared_address(token_values), shared_address(scale_values),
-                        shared_address(out_values), full, empty, reinterpret_cast<const float*>(scale_values),
-                        out_values};
+                        shared_address(out_values), full, empty, turns, reinterpret_cast<const float*>(scale_values),
+                        out_values, reinterpret_cast<float4*>(sum_values)};
 
     const int warp = threadIdx.x / 32;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 4 * ROW_GROUPS);
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(full + 8 * i, 1);
+            barrier_init(empty + 8 * i, 4 * ROW_GROUPS * CLUSTER);
+        }
+        for (int i = 0; i < K_GROUPS; i++) barrier_init(turns + 8 * i, 4);
         barrier_init_fence();
     }
-    if (warp == 1) count_tiles(counts, rows, groups, (columns + TILE_ROWS - 1) / TILE_ROWS, first_row, first_tile);
+    if (threadIdx.x == 64) prefetch_map(&weight), prefetch_map(&x), prefetch_map(&x_scale);
+    if (warp == 1) {
+        if (counts) wait_for_kernel_before();
+        const int column_tiles = (columns + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER) * CLUSTER;
+        count_tiles(counts, rows, groups, column_tiles, first_row, first_tile);
+    }
     __syncthreads();
+    if constexpr (CLUSTER > 1) cluster_sync();
 
     Schedule schedule{first_row, first_tile, groups, columns, 0};
     Tile tile;
     Place place;
-    if (warp < 4 * ROW_GROUPS) {
+    if (warp < 4 * CONSUMERS) {
 #if CONSUMER_REGISTERS
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
 #endif
+        wait_for_kernel_before();
         const Operands operands{weight_scale, out, columns, blocks};
         for (int number = blockIdx.x; schedule.find(number, tile); number += gridDim.x) {
-            multiply_tile_from<16>(tile, shared, operands, place);
+            multiply_tile_from<TOKENS_FIRST ? TILE_ROWS : 16>(tile, shared, operands, place);
         }
-        return;
-    }
+    } else {
 #if CONSUMER_REGISTERS
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
 #endif
-    if (warp > 4 * ROW_GROUPS || threadIdx.x % 32 > 0) return;
-    place.phase = 1;
-    for (int number = blockIdx.x; schedule.find(number, tile); number += gridDim.x) {
-        const int boxes = (tile.token_count + TOKEN_BOX - 1) / TOKEN_BOX;
-        for (int block = 0; block < blocks; block += SLICES) {
-            const u32 ready = full + 8 * place.stage;
-            barrier_wait(empty + 8 * place.stage, place.phase);
-            barrier_expect(ready, WEIGHT_BYTES + SLICES * (boxes * TOKEN_BOX * 128 + SCALE_BOX * 4));
-            copy_slices(shared.weight + place.stage * WEIGHT_BYTES, &weight, ready, tile.weight_row, block);
-            for (int box = 0; box < boxes; box++) {
-                const u32 target = shared.tokens + place.stage * TOKEN_BYTES + box * TOKEN_BOX * 128;
-                copy_slices(target, &x, ready, tile.first_token + box * TOKEN_BOX, block);
+        if (warp > 4 * CONSUMERS || threadIdx.x % 32 > 0) return;
+        wait_for_kernel_before();
+        let_next_kernel_start();
+        const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+        place.phase = 1;
+        for (int number = blockIdx.x; schedule.find(number, tile); number += gridDim.x) {
+            const int boxes = CLUSTER > 1 ? TOKENS / TOKEN_BOX : (tile.token_count + TOKEN_BOX - 1) / TOKEN_BOX;
+            for (int block = 0; block < blocks; block += SLICES) {
+                const u32 ready = full + 8 * place.stage;
+                barrier_wait(empty + 8 * place.stage, place.phase);
+                barrier_expect(ready, WEIGHT_BYTES + SLICES * (boxes * TOKEN_BOX * 128 + SCALE_BOX * 4));
+                copy_slices(shared.weight + place.stage * WEIGHT_BYTES, &weight, ready, tile.weight_row, block);
+                const u32 target = shared.tokens + place.stage * TOKEN_BYTES;
+                if constexpr (CLUSTER == 1) {
+                    for (int box = 0; box < boxes; box++) {
+                        const int token = tile.first_token + box * TOKEN_BOX;
+                        copy_slices(target + box * TOKEN_BOX * 128, &x, ready, token, block);
+                    }
+                } else {
+                    const int token = SLICES > 1 ? 0 : rank * TOKEN_BOX, slice = rank * (SLICES / CLUSTER);
+                    copy_slices_to_all<CLUSTER>(
+                        target + slice * TOKEN_SLICE_BYTES + token * 128, &x, ready, tile.first_token + token,
+                        block + slice);
+                }
+                copy_tile(shared.scales + place.stage * SCALE_BYTES, &x_scale, ready, tile.first_token / 4 * 4, block);
+                place.next();
             }
-            copy_tile(shared.scales + place.stage * SCALE_BYTES, &x_scale, ready, tile.first_token / 4 * 4, block);
-            place.next();
         }
     }
+    // Another program of the cluster may still write to this one's memory.
+    if constexpr (CLUSTER > 1) cluster_sync();
 }

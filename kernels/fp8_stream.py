@@ -23,6 +23,9 @@ class Shape(NamedTuple):
     slices: int = 1
     row_blocks: int = 1
     row_groups: int = 1
+    k_groups: int = 1
+    cluster: int = 1
+    tokens_first: int = 0
     token_box: int = 0
     token_parts: int = 1
     buffers: int = 1
@@ -36,6 +39,11 @@ class Shape(NamedTuple):
         return self.token_box or self.tokens
 
     @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply."""
+        return self.row_groups * self.k_groups
+
+    @property
     def scale_box(self) -> int:
         """Tokens' scales a copy."""
         return self.tokens + (4 if self.groups > 1 else 0)
@@ -45,8 +53,12 @@ class Shape(NamedTuple):
         tokens = -(-self.tokens // self.box) * self.box
         scales = -(-self.slices * self.scale_box * 4 // 128) * 128
         ring = stages * (128 * self.slices * (self.tile_rows + tokens) + scales + 16)
-        unused_rows = 64 * self.row_blocks * self.row_groups - self.tile_rows
-        return ring + 128 * unused_rows + 144 * self.row_groups * self.tokens + 8 * (self.groups + 1)
+        if self.tokens_first:
+            unused_rows, out = 0, 144 * 64
+        else:
+            unused_rows, out = 64 * self.row_blocks * self.row_groups - self.tile_rows, 144 * self.tokens
+        sums = 256 * (self.tile_rows if self.tokens_first else self.tokens) if self.k_groups > 1 else 0
+        return ring + 128 * unused_rows + self.consumers * out + sums + 8 * (self.groups + 1 + self.k_groups)
 
     def filled(self, most: int = 32) -> Shape:
         """With as many stages as there is room for."""
@@ -58,6 +70,9 @@ class Shape(NamedTuple):
             "TILE_ROWS": self.tile_rows,
             "ROW_BLOCKS": self.row_blocks,
             "ROW_GROUPS": self.row_groups,
+            "K_GROUPS": self.k_groups,
+            "CLUSTER": self.cluster,
+            "TOKENS_FIRST": self.tokens_first,
             "TOKENS": self.tokens,
             "TOKEN_BOX": self.box,
             "TOKEN_PARTS": self.token_parts,
@@ -67,17 +82,22 @@ class Shape(NamedTuple):
             "GROUPS": self.groups,
             "CONSUMER_REGISTERS": self.registers,
         }
-        widths = tuple(n // self.token_parts for n in range(16, self.tokens + 1, 16))
+        seconds = [self.tile_rows] if self.tokens_first else range(16, self.tokens + 1, 16)
+        widths = tuple(n // self.token_parts for n in seconds)
         return cuda.Program("fp8_stream.cu", tuple(parameters.items()), widths)
 
 
 # Ways to cut fp8_stream.cu that differ in kind: what is compiled without a GPU and checked at random shapes.
 DENSE_SAMPLE = (
-    Shape(16, 16, 4, buffers=4),
+    Shape(16, 16, 4, k_groups=3),
+    Shape(56, 16, 4, k_groups=3),
     Shape(32, 32, 4, buffers=4),
-    Shape(56, 16, 4, buffers=4),
-    Shape(56, 64, 2, buffers=2),
+    Shape(192, 64, 2, row_groups=3, cluster=2),
     Shape(192, 128, row_groups=3, registers=160),
+    Shape(16, 64, 4, k_groups=3, tokens_first=1),
+    Shape(56, 64, 4, buffers=4, tokens_first=1),
+    Shape(128, 128, 2, row_groups=2, cluster=2, tokens_first=1, buffers=2, registers=240),
+    Shape(256, 128, row_groups=2, cluster=2, tokens_first=1, token_box=64, token_parts=2, registers=240),
 )
 GROUPED_SAMPLE = (
     Shape(128, 16, 4, row_groups=2, buffers=4),
@@ -94,24 +114,22 @@ def dense_shapes(columns: int, rows: int, multiprocessors: int) -> Iterator[Shap
         return max(16, -(-columns // (multiprocessors * waves * 8)) * 8)
 
     one, three = share(64), share(192)
-    double = min(64, 2 * one)
     if rows <= 16:
+        yield Shape(one, 16, 4, k_groups=3)
         yield Shape(one, 16, 4, buffers=4)
-        yield Shape(double, 16, 4, buffers=4)
         yield Shape(three, 16, 2, row_groups=3, buffers=2)
-    elif rows <= 32:
-        yield Shape(one, 32, 4, buffers=2)
-        yield Shape(double, 32, 4, buffers=2)
-        yield Shape(three, 32, 1, row_groups=3)
+        yield Shape(three, 16, 4, row_groups=3, buffers=2)
     elif rows <= 64:
-        yield Shape(one, 64, 2, buffers=2)
-        yield Shape(double, 32, 4, buffers=4)
-        yield Shape(double, 64, 2, buffers=2)
-        yield Shape(three, 64, 1, row_groups=3)
+        yield Shape(one, 64, 4, k_groups=3, tokens_first=1, registers=160)
+        yield Shape(one, 64, 4, buffers=4, tokens_first=1)
+        yield Shape(three, 64, 2, row_groups=3, cluster=2)
     elif rows <= 256:
+        yield Shape(min(64, 2 * one), 64, 4, k_groups=3, tokens_first=1, registers=160)
+        yield Shape(one, 128, 2, row_groups=2, tokens_first=1, buffers=2)
         yield Shape(three, 128, 1, row_groups=3, registers=160)
-        yield Shape(share(128), 128, 1, row_groups=2)
-        yield Shape(double, 64, 4, buffers=2)
+    else:
+        yield Shape(128, 128, 2, row_groups=2, cluster=2, tokens_first=1, buffers=2, registers=240)
+        yield Shape(256, 128, row_groups=2, cluster=2, tokens_first=1, token_box=64, token_parts=2, registers=240)
 
 
 def grouped_shapes(rows: int) -> Iterator[Shape]:
@@ -159,11 +177,12 @@ def launch(
     weight_rows = weight.numel() // depth
     grid = torch.cuda.get_device_properties(x.device).multi_processor_count
     if expert_counts is None:
-        grid = min(grid, -(-columns // shape.tile_rows) * -(-rows // shape.tokens))
+        clusters = -(-columns // (shape.tile_rows * shape.cluster)) * -(-rows // shape.tokens)
+        grid = min(grid // shape.cluster, clusters) * shape.cluster
     blocks = depth // 128
     scale_box = (shape.scale_box, shape.slices)
     arguments = (
-        _slices(x, rows, depth, (128, shape.box, shape.slices)),
+        _slices(x, rows, depth, (128, shape.box, max(1, shape.slices // shape.cluster))),
         cuda.tensor_map("fp32", x_scale.data_ptr(), (rows, blocks), (4 * x_scale.stride(1),), scale_box),
         _slices(weight, weight_rows, depth, (128, shape.tile_rows, shape.slices)),
         weight_scale,
@@ -174,8 +193,8 @@ def launch(
         blocks,
         shape.groups,
     )
-    block = 128 * shape.row_groups + (128 if shape.registers else 32)
-    how = cuda.Launch(grid, block, shape.shared_bytes(shape.stages))
+    block = 128 * shape.consumers + (128 if shape.registers else 32)
+    how = cuda.Launch(grid, block, shape.shared_bytes(shape.stages), early=True)
     cuda.launch(shape.program(), "fp8_stream", how, arguments)
 
 

@@ -59,6 +59,70 @@ __device__ __forceinline__ void copy_slices(u32 target, const TensorMap* map, u3
         "l"(map), "r"(barrier), "r"(row), "r"(slice) : "memory");
 }
 
+// The same, but into the memory of all programs of a cluster, each of which is told by its own barrier at this address.
+template <int PROGRAMS>
+__device__ __forceinline__ void copy_slices_to_all(u32 target, const TensorMap* map, u32 barrier, int row, int slice) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {0, %3, %4}], [%2], %5;" ::"r"(target),
+        "l"(map), "r"(barrier), "r"(row), "r"(slice), "h"((unsigned short)((1 << PROGRAMS) - 1)) : "memory");
+}
+
+// Slices come to the L2 cache.
+__device__ __forceinline__ void prefetch_slices(const TensorMap* map, int row, int slice) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {0, %1, %2}];" ::"l"(map), "r"(row), "r"(slice)
+                 : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Clusters of programs that run at the same time and reach each other's shared memory.
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Synchronise all threads of a cluster that have not ended. Memory that they wrote is not made visible.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+}
+
+// Arrive at the barrier that program `rank` has at this address.
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+        "}\n" ::"r"(barrier), "r"(rank) : "memory");
+}
+
+// This thread's reads of shared memory are over. An arrival at a barrier alone was seen to overtake them on their way, so
+// that the copy engine, told by the barrier, wrote there first.
+__device__ __forceinline__ void finish_reads() {
+    asm volatile("fence.acq_rel.cta;" ::: "memory");
+}
+
+// A kernel launched to overlap (cuda.py) begins before the previous one of its stream has ended; until it has waited, it
+// must not touch memory that another kernel writes or reads.
+__device__ __forceinline__ void wait_for_kernel_before() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+__device__ __forceinline__ void let_next_kernel_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Shared memory, as much as the launch gives.
+__device__ __forceinline__ char* shared_memory() {
+    extern __shared__ __align__(1024) char dynamic_memory[];
+    return dynamic_memory;
+}
+
 // Tiles of 128-byte rows, swizzled in groups of 8 rows, as a tensor copy with SWIZZLE_128B leaves them.
 __device__ __forceinline__ u64 tile_descriptor(u32 address) {
     const u64 group_bytes = 1024;

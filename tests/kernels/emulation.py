@@ -1,4 +1,4 @@
-"""Run the CUDA C++ attention kernel on a CPU: its source, compiled by g++ against emulated units."""
+"""Run the CUDA C++ kernels on a CPU: their source, compiled by g++ against emulated units."""
 
 from __future__ import annotations
 
@@ -18,38 +18,48 @@ _KERNELS = Path(mla_hopper.__file__).parent
 
 
 class TensorMap(ctypes.Structure):
-    """The emulated struct `TensorMap`."""
+    """The emulated struct `TensorMap`: numbers, bytes (the inner dimension's are not read) and numbers."""
 
     _fields_ = (
         ("base", ctypes.c_void_p),
         ("size", ctypes.c_longlong * 4),
         ("stride", ctypes.c_longlong * 4),
-        ("box_rows", ctypes.c_int),
-        ("box_tiles", ctypes.c_int),
+        ("box", ctypes.c_longlong * 4),
     )
 
 
 def tensor_map(kind: str, address: int, size: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> TensorMap:
     """What `cuda.tensor_map` encodes."""
-    assert (kind, box[0]) == ("e4m3", 128), "numbers of one byte: the emulated copies know no others"
+    assert kind == "fp32" or box[0] == 128, "the emulated copies of numbers of one byte know boxes of 128"
     four = ctypes.c_longlong * 4
-    return TensorMap(address, four(*(*size, 1)[:4]), four(*(0, *strides, 0)[:4]), box[1], box[2])
+    sizes, boxes = ((*x, 1, 1, 1)[:4] for x in (size, box))
+    return TensorMap(address, four(*sizes), four(*(0, *strides, 0, 0)[:4]), four(*boxes))
 
 
-def build(folder: Path, replacements: Sequence[tuple[str, str]] = ()) -> Any:
-    """The kernels as a library, their source changed by `replacements`, each of which must apply."""
-    source = (_KERNELS / "mla_hopper.cu").read_text()
+def compile_kernel(
+    folder: Path, program: cuda.Program, main: str, headers: Sequence[str], replacements: Sequence[tuple[str, str]] = ()
+) -> Any:
+    """A program as a library, its source changed by `replacements`, each of which must apply.
+
+    `main` of the folder of emulated units gives it functions to call; `headers` replace the kernels' own.
+    """
+    source = (_KERNELS / program.file).read_text()
     for old, new in replacements:
         assert source.count(old) == 1, (source.count(old), old)
         source = source.replace(old, new)
-    (folder / "mla_hopper.cu").write_text(source)
-    for name in ("mla_units.cuh", "mla_emulated.cpp"):
+    (folder / program.file).write_text(source)
+    for name in (*headers, main):
         shutil.copy(_OWN / name, folder)
-    defines = [f"-D{name}={value}" for name, value in mla_hopper.PROGRAM.parameters]
+    defines = [f"-D{name}={value}" for name, value in program.parameters]
     options = ["-O2", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
     library = folder / "emulated.so"
-    subprocess.run(["g++", *options, *defines, folder / "mla_emulated.cpp", "-o", library], check=True)
+    subprocess.run(["g++", *options, *defines, folder / main, "-o", library], check=True)
     return ctypes.CDLL(str(library))
+
+
+def build(folder: Path, replacements: Sequence[tuple[str, str]] = ()) -> Any:
+    """The attention kernels as a library."""
+    return compile_kernel(folder, mla_hopper.PROGRAM, "mla_emulated.cpp", ["mla_units.cuh"], replacements)
 
 
 def attend(monkeypatch: Any, library: Any, processors: int, *args: torch.Tensor, scale: float) -> torch.Tensor:

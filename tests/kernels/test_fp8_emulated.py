@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import random
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,50 +16,19 @@ import torch
 if shutil.which("g++") is None:
     pytest.skip("g++ is not installed: the fp8 kernel is not run on this CPU", allow_module_level=True)
 
+import emulation
+
 from dsv3_plugin.kernels import cuda, fp8_stream, sm90_model
 from dsv3_plugin.kernels.check import bits_differ, numbers
 from dsv3_plugin.kernels.fp8_stream import Shape
 from dsv3_plugin.ops.fp8 import quantize_fp8, quantize_weight
 from dsv3_plugin.profile import ScaleFormat
 
-_EMULATED = Path(__file__).with_name("emulated")
-_KERNELS = Path(fp8_stream.__file__).parent
-
-
-class TensorMap(ctypes.Structure):
-    """The emulated struct `TensorMap`."""
-
-    _fields_ = (
-        ("base", ctypes.c_void_p),
-        ("size", ctypes.c_longlong * 3),
-        ("stride", ctypes.c_longlong * 3),
-        ("box", ctypes.c_longlong * 3),
-    )
-
-
-def tensor_map(kind: str, address: int, size: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> TensorMap:
-    """What `cuda.tensor_map` encodes."""
-    del kind
-    sizes, steps, boxes = ((*x, 1, 1, 1)[:3] for x in (size, strides, box))
-    three = ctypes.c_longlong * 3
-    return TensorMap(address, three(*sizes), three(*steps), three(*boxes))
-
 
 def build(folder: Path, program: cuda.Program, replacements: Sequence[tuple[str, str]] = ()) -> Any:
     """The kernel as a library, its source changed by `replacements`, each of which must apply."""
-    source = (_KERNELS / program.file).read_text()
-    for old, new in replacements:
-        assert source.count(old) == 1, (source.count(old), old)
-        source = source.replace(old, new)
-    (folder / program.file).write_text(source)
     (folder / "wgmma.cuh").write_text("")
-    for name in ("mla_units.cuh", "hopper.cuh", "fp8_emulated.cpp"):
-        shutil.copy(_EMULATED / name, folder)
-    defines = [f"-D{name}={value}" for name, value in program.parameters]
-    options = ["-O2", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
-    library = folder / "emulated.so"
-    subprocess.run(["g++", *options, *defines, folder / "fp8_emulated.cpp", "-o", library], check=True)
-    return ctypes.CDLL(str(library))
+    return emulation.compile_kernel(folder, program, "fp8_emulated.cpp", ["mla_units.cuh", "hopper.cuh"], replacements)
 
 
 def run(monkeypatch: Any, library: Any, processors: int, shape: Shape, *args: Any) -> torch.Tensor:
@@ -69,7 +37,7 @@ def run(monkeypatch: Any, library: Any, processors: int, shape: Shape, *args: An
     def launch(program: cuda.Program, name: str, how: cuda.Launch, arguments: Sequence[Any]) -> None:
         plain = [
             ctypes.byref(x)
-            if isinstance(x, TensorMap)
+            if isinstance(x, emulation.TensorMap)
             else ctypes.c_void_p(x.data_ptr())
             if isinstance(x, torch.Tensor)
             else x
@@ -78,7 +46,7 @@ def run(monkeypatch: Any, library: Any, processors: int, shape: Shape, *args: An
         library.emulate_fp8_stream(how.grid, how.block, *plain)
 
     monkeypatch.setattr(cuda, "launch", launch)
-    monkeypatch.setattr(cuda, "tensor_map", tensor_map)
+    monkeypatch.setattr(cuda, "tensor_map", emulation.tensor_map)
     properties = SimpleNamespace(multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     x, x_scale, weight, weight_scale, counts = args
@@ -121,6 +89,34 @@ CASES: dict[str, tuple[Shape, int, tuple[Any, ...]]] = {
         dense(3, 328, 512),
     ),
     "parts of the tokens": (Shape(64, 32, 1, token_parts=2, buffers=2, stages=2), 1, dense(20, 64, 384)),
+    "warpgroups take stages in turn, several tiles": (Shape(56, 32, 2, k_groups=3, stages=3), 2, dense(40, 264, 1280)),
+    "turns in a cluster that shares tokens, last tile empty": (
+        Shape(32, 32, 4, k_groups=2, cluster=2, stages=3),
+        4,
+        dense(50, 200, 2048),
+    ),
+    "a cluster that shares boxes of tokens": (Shape(64, 32, token_box=16, cluster=2, stages=3), 2, dense(50, 200, 384)),
+    "tokens first, last tile not full": (
+        Shape(128, 128, row_groups=2, tokens_first=1, stages=2),
+        1,
+        dense(150, 200, 384),
+    ),
+    "tokens first, tiles across scale blocks": (
+        Shape(136, 64, 2, tokens_first=1, buffers=2, stages=2),
+        2,
+        dense(70, 296, 640),
+    ),
+    "tokens first, turns": (Shape(16, 64, 4, k_groups=3, tokens_first=1, stages=3), 2, dense(64, 96, 1664)),
+    "tokens first, blocks of tokens in a cluster": (
+        Shape(56, 128, row_blocks=2, cluster=2, tokens_first=1, token_box=64, stages=2),
+        2,
+        dense(100, 176, 256),
+    ),
+    "tokens first, parts of the weight": (
+        Shape(96, 64, tokens_first=1, token_parts=2, buffers=2, stages=2),
+        1,
+        dense(64, 200, 256),
+    ),
     "experts without rows and with many": (
         Shape(128, 16, 2, row_groups=2, buffers=2, stages=2),
         2,
@@ -150,22 +146,45 @@ def test_prints_the_models_bits(name, tmp_path, monkeypatch):
     assert bits_differ(expected(args), printed) == 0
 
 
+# A case, and what is changed in the source.
 SABOTAGE = {
-    "the first slice's scale": ("scales.load(min(block + s, operands.blocks - 1))", "scales.load(0)"),
+    "the first slice's scale": (
+        "experts without rows and with many",
+        "next[s][r] = scales.load(min(block + s, operands.blocks - 1))",
+        "next[s][r] = scales.load(0)",
+    ),
     "the neighbour's scale": (
+        "experts without rows and with many",
         "const float* place = token_scales + 8 * j",
         "const float* place = token_scales + 1 + 8 * j",
     ),
     "an expert's first token": (
+        "experts without rows and with many",
         "tile.first_token = first_row[group] + chunk;",
         "tile.first_token = first_row[group] / 4 * 4 + chunk;",
+    ),
+    "the sums of another thread": (
+        "warpgroups take stages in turn, several tiles",
+        "const float4 four = shared.sums[i * 128 + thread];",
+        "const float4 four = shared.sums[i * 128 + (thread ^ 1)];",
+    ),
+    "the other program's tokens": (
+        "turns in a cluster that shares tokens, last tile empty",
+        "slice = rank * (SLICES / CLUSTER);",
+        "slice = 0;",
+    ),
+    "the border between scale blocks": (
+        "tokens first, tiles across scale blocks",
+        "border = 128 - row % 128;",
+        "border = 128;",
     ),
 }
 
 
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_a_wrong_kernel_is_caught(name, tmp_path, monkeypatch):
-    shape, processors, args = CASES["experts without rows and with many"]
-    shape = shape._replace(groups=len(args[4]))
-    library = build(tmp_path, shape.program(), [SABOTAGE[name]])
+    case, *replacement = SABOTAGE[name]
+    shape, processors, args = CASES[case]
+    shape = shape._replace(groups=1 if args[4] is None else len(args[4]))
+    library = build(tmp_path, shape.program(), [tuple(replacement)])
     assert bits_differ(expected(args), run(monkeypatch, library, processors, shape, *args)) > 0

@@ -8,5 +8,5 @@ extern "C" void emulate_fp8_stream(
     int groups) {
     launch(blocks, threads, [&] {
         fp8_stream(*x, *x_scale, *weight, weight_scale, counts, out, rows, columns, depth_blocks, groups);
-    });
+    }, CLUSTER);
 }

@@ -2,23 +2,20 @@
 
 #pragma once
 
-#define TensorMap AttentionTensorMap
 #include "mla_units.cuh"
-#undef TensorMap
 
-#define __align__(bytes)
+#define __cluster_dims__(...)
 
 typedef uint32_t u32;
 typedef unsigned long long u64;
 
-struct TensorMap {
-    const char* base;
-    long long size[3], stride[3], box[3];  // elements; bytes, the inner one's left out; elements
-};
-
 inline u32 shared_address(const void* pointer) { return address(pointer); }
 inline Barrier& barrier_at(u32 at) { return barriers.at(memory + at); }
-inline void barrier_init(u32 barrier, u32 count) { barriers[memory + barrier].init(count); }
+inline void barrier_init(u32 barrier, u32 count) {
+    static std::mutex several;
+    std::lock_guard guard(several);
+    barriers[memory + barrier].init(count);
+}
 inline void barrier_init_fence() {}
 inline void barrier_arrive(u32 barrier) { barrier_at(barrier).arrive(); }
 inline void barrier_expect(u32 barrier, u32 bytes) { barrier_at(barrier).arrive(bytes); }
@@ -31,7 +28,7 @@ inline void copy_tile(u32 target, const TensorMap* map, u32 barrier, int inner, 
         for (int i = 0; i < map->box[0]; i++) {
             float x = 0;
             if (inner + i < map->size[0] && outer + o < map->size[1])
-                memcpy(&x, map->base + (inner + i) * 4 + (outer + o) * map->stride[0], 4);
+                memcpy(&x, map->base + (inner + i) * 4 + (outer + o) * map->stride[1], 4);
             memcpy(memory + target + (o * map->box[0] + i) * 4, &x, 4);
         }
     barrier_at(barrier).complete(map->box[0] * map->box[1] * 4);
@@ -44,11 +41,29 @@ inline void copy_slices(u32 target, const TensorMap* map, u32 barrier, int row, 
             for (int byte = 0; byte < 128; byte++) {
                 char x = 0;
                 if (row + r < map->size[1] && slice + s < map->size[2])
-                    x = map->base[byte + (row + r) * map->stride[0] + (slice + s) * map->stride[1]];
+                    x = map->base[byte + (row + r) * map->stride[1] + (slice + s) * map->stride[2]];
                 *swizzled(target + (s * map->box[1] + r) * 128 + byte) = x;
             }
     barrier_at(barrier).complete(map->box[0] * map->box[1] * map->box[2]);
 }
+
+inline void prefetch_map(const TensorMap*) {}
+inline void prefetch_slices(const TensorMap*, int, int) {}
+
+// A block's shared memory, and where another block of the cluster has what lies at an address.
+inline u32 cluster_rank() { return blockIdx.x % (sizeof memory / MEMORY); }
+inline char* shared_memory() { return memory + (CLUSTER > 1 ? cluster_rank() : 0) * MEMORY; }
+inline u32 address_in(u32 at, u32 rank) { return at % MEMORY + rank * MEMORY; }
+
+template <int PROGRAMS>
+void copy_slices_to_all(u32 target, const TensorMap* map, u32 barrier, int row, int slice) {
+    for (u32 rank = 0; rank < PROGRAMS; rank++)
+        copy_slices(address_in(target, rank), map, address_in(barrier, rank), row, slice);
+}
+inline void barrier_arrive_at(u32 barrier, u32 rank) { barrier_arrive(address_in(barrier, rank)); }
+inline void cluster_sync() { cluster_together->arrive_and_wait(); }
+inline void finish_reads() {}
+inline void let_next_kernel_start() {}
 
 inline u64 tile_descriptor(u32 at) { return at >> 4; }
 inline void wgmma_begin() {}

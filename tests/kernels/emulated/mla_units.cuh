@@ -87,7 +87,8 @@ struct Block {
         for (int i = 0; i < threads / 128; i++) groups.push_back(std::make_unique<std::barrier<>>(128));
     }
 };
-static Block* running;
+static thread_local Block* running;
+static std::barrier<>* cluster_together;
 
 inline Warp& own_warp() { return *running->warps[threadIdx.x / 32]; }
 inline void __syncwarp() { own_warp().together.arrive_and_wait(); }
@@ -138,7 +139,8 @@ inline int __reduce_max_sync(unsigned, int x) {
 
 // Shared memory, and the barriers in it.
 
-alignas(1024) static char memory[256 * 1024];
+constexpr int MEMORY = 256 * 1024;  // of a thread block
+alignas(1024) static char memory[2 * MEMORY];
 inline uint32_t address(const void* p) { return (uint32_t)((const char*)p - memory); }
 
 class Barrier {
@@ -203,16 +205,15 @@ constexpr int TILE = 64 * 64 * 2;
 
 struct TensorMap {
     const char* base;
-    long long size[4], stride[4];  // bytes inside, then rows, tiles and pages
-    int box_rows, box_tiles;
+    long long size[4], stride[4], box[4];  // numbers, bytes, numbers
 };
 
 // Where the layout of 128 swizzled bytes has what would lie at an address.
 inline char* swizzled(uint32_t at) { return memory + (at ^ (at >> 7 & 7) << 4); }
 
 inline void copy_keys(void* to, const TensorMap* map, uint64_t* barrier, int row, int tile, int page) {
-    for (int t = 0; t < map->box_tiles; t++)
-        for (int r = 0; r < map->box_rows; r++)
+    for (int t = 0; t < map->box[2]; t++)
+        for (int r = 0; r < map->box[1]; r++)
             for (int byte = 0; byte < 128; byte += 2) {
                 uint16_t x = 0;
                 if (row + r < map->size[1] && tile + t < map->size[2] && page >= 0 && page < map->size[3])
@@ -220,9 +221,9 @@ inline void copy_keys(void* to, const TensorMap* map, uint64_t* barrier, int row
                            map->base + byte + (row + r) * map->stride[1] + (tile + t) * map->stride[2] +
                                page * map->stride[3],
                            2);
-                memcpy(swizzled(address(to) + (t * map->box_rows + r) * 128 + byte), &x, 2);
+                memcpy(swizzled(address(to) + (t * map->box[1] + r) * 128 + byte), &x, 2);
             }
-    barriers.at(barrier).complete(map->box_tiles * map->box_rows * 128);
+    barriers.at(barrier).complete(map->box[2] * map->box[1] * 128);
 }
 inline void copy_q(void* to, const TensorMap* map, uint64_t* barrier, int row, int tile) {
     copy_keys(to, map, barrier, row, tile, 0);
@@ -291,20 +292,24 @@ inline void store_matrices(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_
 inline float4 load_prefix(const float4* from) { return *from; }
 inline void store_prefix(float4* to, float4 x) { *to = x; }
 
-// Run a kernel: one thread block after the other.
-inline void launch(int blocks, int threads, const std::function<void()>& kernel) {
-    for (int block = 0; block < blocks; block++) {
+// Run a kernel: one cluster of thread blocks after the other, each block in its own part of the memory.
+inline void launch(int blocks, int threads, const std::function<void()>& kernel, int cluster = 1) {
+    for (int first = 0; first < blocks; first += cluster) {
         memset(memory, 0xFF, sizeof memory);
         barriers.clear();
-        Block own(threads);
-        running = &own;
+        std::barrier<> together(cluster * threads);
+        cluster_together = &together;
+        std::vector<std::unique_ptr<Block>> running_blocks;
+        for (int rank = 0; rank < cluster; rank++) running_blocks.push_back(std::make_unique<Block>(threads));
         std::vector<std::thread> all;
-        for (int thread = 0; thread < threads; thread++)
+        for (int thread = 0; thread < cluster * threads; thread++)
             all.emplace_back([&, thread] {
-                threadIdx.x = thread;
-                blockIdx.x = block;
+                threadIdx.x = thread % threads;
+                blockIdx.x = first + thread / threads;
                 gridDim.x = blocks;
+                running = running_blocks[thread / threads].get();
                 kernel();
+                together.arrive_and_drop();
             });
         for (std::thread& thread : all) thread.join();
     }
