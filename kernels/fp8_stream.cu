@@ -1,16 +1,19 @@
-// Block-scaled fp8 products whose time is that of reading the weight: few tokens, or experts.
+// Block-scaled fp8 products, dense and by expert; made for those whose time is that of reading the weight.
 //
 // With few tokens the weight is the first operand of the tensor core, 64 rows an instruction, and the tokens are the
-// second, as many as there are, rounded up to 16; from 64 tokens on it may be the other way round (TOKENS_FIRST), which
-// takes fewer products of scales. One warp copies slices of 128 along K of both into a ring of stages; warpgroups multiply a
-// slice from zero and fold the raw sums into their accumulators, `acc = fma(raw, x_scale * weight_scale, acc)`, K
-// ascending. While one part's raw sums are folded the tensor core works on the next. Programs take tile after tile.
+// second, as many as there are, rounded up to 16. From 64 tokens on it may be the other way round (TOKENS_FIRST), which
+// takes fewer products of scales. One warp copies slices of 128 along K of both into a ring of stages; warpgroups
+// multiply a slice from zero and fold the raw sums into their accumulators, `acc = fma(raw, x_scale * weight_scale,
+// acc)`, K ascending. While one part's raw sums are folded the tensor core works on the next. Where one warpgroup's
+// chain of copies, products and folds would be the time, several make the raw sums of different stages at once, and
+// fold them in order. Programs take tile after tile.
 //
-// Compile-time parameters: a program has ROW_GROUPS warpgroups of ROW_BLOCKS x 64 rows of the weight, of which a tile
-// keeps TILE_ROWS (so that there are as many tiles as multiprocessors), or K_GROUPS warpgroups that take stages in turn;
-// at most TOKENS tokens a tile, copied TOKEN_BOX at a time; STAGES of SLICES slices; raw sums of TOKEN_PARTS parts of
-// the tokens, of which BUFFERS are held; at most GROUPS experts; CONSUMER_REGISTERS a thread (0: as the compiler likes).
-// CLUSTER programs of neighbouring tiles read the tokens once and pass them to each other.
+// Compile-time parameters: the first operand has 64 rows for each of ROW_BLOCKS parts of ROW_GROUPS warpgroups, or of
+// K_GROUPS warpgroups that take stages in turn; a tile has TILE_ROWS rows of the weight (so that there are as many
+// tiles as multiprocessors; instructions read past them) and at most TOKENS tokens, copied TOKEN_BOX at a time; STAGES
+// of SLICES slices; raw sums of TOKEN_PARTS parts of the second operand, of which BUFFERS are held; CLUSTER programs of
+// neighbouring tiles read the tokens once and pass them to each other; at most GROUPS experts; CONSUMER_REGISTERS a
+// thread (0: as the compiler likes).
 
 #include "hopper.cuh"
 #include "wgmma.cuh"
@@ -165,7 +168,8 @@ struct Scales {
     }
 };
 
-// This warp has read a stage: tell all who fill it.
+// This warp has read a stage: tell all who fill it. Arriving does not wait for loads that are on their way, which the
+// next copy could overtake.
 __device__ __forceinline__ void give_back(u32 barrier) {
     finish_reads();
     __syncwarp();
@@ -177,8 +181,8 @@ __device__ __forceinline__ void give_back(u32 barrier) {
     }
 }
 
-// 64 rows of the first operand times 2 COUNT of the second over 128 of K, from zero. `row` and `column` are counted from
-// the tile's first ones.
+// 64 rows of the first operand times 2 COUNT of the second over 128 of K, from zero; `row` of the first and `column` of
+// the second are counted from the tile's.
 template <int COUNT>
 __device__ __forceinline__ void multiply(
     float (&raw)[COUNT], const Shared& shared, int stage, int slice, int row, int column) {
@@ -262,8 +266,8 @@ __device__ __forceinline__ const float* token_scales_of(
     return shared.scale_values + place.stage * (SCALE_BYTES / 4) + slice * SCALE_BOX + tile.first_token % 4;
 }
 
-// Multiply a tile of N rows of the second operand in K_GROUPS warpgroups that take stages in turn: all multiply at the same time, and the
-// accumulator passes from one to the next, thread by thread, through shared memory.
+// Multiply a tile of N rows of the second operand in K_GROUPS warpgroups that take stages in turn: all multiply at the
+// same time, and the accumulator passes from one to the next, thread by thread, through shared memory.
 template <int N>
 __device__ __forceinline__ void multiply_tile_in_turns(
     const Tile& tile, const Shared& shared, const Operands& operands, Place& place) {

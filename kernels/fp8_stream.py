@@ -1,4 +1,4 @@
-"""Block-scaled fp8 products bound by reading the weight, in CUDA C++ (fp8_stream.cu): few tokens, or experts."""
+"""Block-scaled fp8 products in CUDA C++ (fp8_stream.cu): how they are cut for few tokens, many, and experts."""
 
 from __future__ import annotations
 

@@ -101,14 +101,13 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
         "}\n" ::"r"(barrier), "r"(rank) : "memory");
 }
 
-// This thread's reads of shared memory are over. An arrival at a barrier alone was seen to overtake them on their way, so
-// that the copy engine, told by the barrier, wrote there first.
+// Wait until this thread's reads of shared memory are over.
 __device__ __forceinline__ void finish_reads() {
     asm volatile("fence.acq_rel.cta;" ::: "memory");
 }
 
-// A kernel launched to overlap (cuda.py) begins before the previous one of its stream has ended; until it has waited, it
-// must not touch memory that another kernel writes or reads.
+// A kernel launched early (cuda.py) begins before the one before it has ended; until it has waited, it must not touch
+// memory that another kernel writes or reads.
 __device__ __forceinline__ void wait_for_kernel_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }

@@ -236,7 +236,7 @@ inline void finish_products() {}
 
 inline int exponent(double x) { return max((int)(bits_of<uint64_t>(x) >> 52 & 0x7FF) - 1023, -126); }
 
-// One instruction: sixteen products and the accumulator, cut off 25 bits below the largest exponent, summed, cut to fp32.
+// One instruction: 16 products and the accumulator, cut off 25 bits below the largest exponent, summed, cut to fp32.
 inline float multiply_add(const uint16_t (&a)[16], const uint16_t (&b)[16], float c) {
     double x[16], y[16];
     int largest = exponent(c);
