@@ -14,8 +14,9 @@ if shutil.which("g++") is None:
 
 import emulation
 
-from dsv3_plugin.kernels import sm90_model
+from dsv3_plugin.kernels import mla_hopper, sm90_model
 from dsv3_plugin.kernels.check import bits_differ, numbers
+from dsv3_plugin.ops import mla_attention
 
 SCALE = 576**-0.5
 Batch = tuple[torch.Tensor, ...]
@@ -77,6 +78,22 @@ def test_wide_integers_and_gaps_in_the_cache(library: Any, monkeypatch: pytest.M
     wide[..., 8:584] = cache
     out = emulation.attend(monkeypatch, library, 2, q, wide[..., 8:584], *(x.long() for x in integers), scale=SCALE)
     assert bits_differ(expected((q, cache, *integers)), out) == 0
+
+
+def test_folds_more_splits_than_a_warp_has_lanes(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits of one block, so that 40 of them are few keys."""
+    program = mla_hopper.PROGRAM
+    parameters = tuple((name, 64 if name == "SPLIT_KEYS" else value) for name, value in program.parameters)
+    monkeypatch.setattr(mla_hopper, "PROGRAM", program._replace(parameters=parameters))
+    for module in (mla_hopper, mla_attention):
+        monkeypatch.setattr(module, "SPLIT_KEYS", 64)
+    case = batch([2500], [2], 4, 64)
+    honest = emulation.attend(monkeypatch, emulation.build(tmp_path), 8, *case, scale=SCALE)
+    assert bits_differ(expected(case), honest) == 0
+    forgetful = [("stats.x = __shfl_sync(~0u, own.maximum, count - 1);", "")]
+    (tmp_path / "twin").mkdir()
+    wrong = emulation.attend(monkeypatch, emulation.build(tmp_path / "twin", forgetful), 8, *case, scale=SCALE)
+    assert bits_differ(honest, wrong) > 0
 
 
 SABOTAGE = {
