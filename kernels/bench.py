@@ -304,28 +304,12 @@ def attention_cases() -> Iterator[Case]:
                 keys_of_heads = cache.unsqueeze(2)
                 out, lse = q.new_zeros(requests, heads, 512), q.new_zeros(requests, heads)
                 parts = q.new_empty(requests, heads, 1, 513, dtype=torch.float32)
-                one = q.new_ones(
-                    (), dtype=torch.float32
-                )  # the cache's scales; made in the call they cannot be captured
+                # The cache's scales: made anew in each call, they cannot be captured.
+                scales = dict.fromkeys(("k_scale", "v_scale"), q.new_ones((), dtype=torch.float32))
 
                 def call() -> torch.Tensor:
-                    values = keys_of_heads[..., :512]
-                    decode_attention_fwd(
-                        q,
-                        keys_of_heads,
-                        values,
-                        out,
-                        lse,
-                        table,
-                        lengths,
-                        parts,
-                        1,
-                        scale,
-                        64,
-                        k_scale=one,
-                        v_scale=one,
-                        is_mla=True,
-                    )
+                    kv = keys_of_heads, keys_of_heads[..., :512]
+                    decode_attention_fwd(q, *kv, out, lse, table, lengths, parts, 1, scale, 64, is_mla=True, **scales)
                     return out
 
                 return call
