@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 
@@ -10,6 +11,8 @@ for compiler in ("triton", "cuda.bindings"):
     pytest.importorskip(compiler, reason=f"{compiler} is not installed: `make test` runs this in .envs/kernels")
 
 from aot import CUDA_SOURCES, SOURCES, Compiled, compile_cuda, compile_kernel  # noqa: E402
+
+from dsv3_plugin.kernels import cuda, fp8_stream  # noqa: E402
 
 # No step of these is a fused multiply-add; the exponential's and the quotients' are.
 ROUNDS_PRODUCT_AND_SUM = {"rms_norm", "add_rms_norm", "rope", "combine", "quantize ue8m0"}
@@ -51,6 +54,31 @@ def test_cuda_instructions(name):
     check_order(compiled.ptx)
     check_fp8(compiled.ptx)
     assert "ex2.approx" not in compiled.ptx and "div.full" not in compiled.ptx
+
+
+def stages_are_given_back_after_their_reads(ptx: str) -> bool:
+    """Arriving at a barrier does not wait for loads of a stage's scales, which the next copy could overtake; the
+    emulation cannot show it.
+    """
+    before_each_arrival = re.split(r"mbarrier\.arrive\.shared::\w+\.b64", ptx)[:-1]
+    assert before_each_arrival
+    return all("fence.acq_rel.cta" in text for text in before_each_arrival)
+
+
+@pytest.mark.parametrize("shape", [s for s in fp8_stream.DENSE_SAMPLE if s.k_groups == 1], ids=str)
+def test_stages_are_given_back_after_their_reads(shape):
+    assert stages_are_given_back_after_their_reads(compile_cuda(shape.filled().program()).ptx)
+
+
+def test_a_stage_given_back_too_early_would_be_seen(tmp_path, monkeypatch):
+    for file in (*cuda._FOLDER.glob("*.cu"), *cuda._FOLDER.glob("*.cuh")):
+        shutil.copy(file, tmp_path)
+    source = (tmp_path / "fp8_stream.cu").read_text()
+    assert source.count("    finish_reads();\n") == 1
+    (tmp_path / "fp8_stream.cu").write_text(source.replace("    finish_reads();\n", ""))
+    monkeypatch.setattr(cuda, "_FOLDER", tmp_path)
+    shape = next(s for s in fp8_stream.DENSE_SAMPLE if s.k_groups == 1)
+    assert not stages_are_given_back_after_their_reads(compile_cuda(shape.filled().program()).ptx)
 
 
 def test_few_fp8_rows_on_the_first_side_would_be_seen(tmp_path):
