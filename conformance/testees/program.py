@@ -128,5 +128,7 @@ def kernels_of(ops: Ops) -> dict[str, str]:
 
 @contextmanager
 def _progress(what: str) -> Iterator[None]:
-    print(PROGRESS_PREFIX + json.dumps({"case": what}), flush=True)
+    # One write with its end of line: ranks share the pipe, and `print` makes two.
+    sys.stdout.write(f"{PROGRESS_PREFIX}{json.dumps({'case': what})}\n")
+    sys.stdout.flush()
     yield
