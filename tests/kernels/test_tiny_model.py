@@ -6,21 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_model import PROFILES, logits
+from tiny_model import PROFILES, contracts, logits
 
 from dsv3_plugin.kernels.check import bits_differ
-from dsv3_plugin.ops.mla_attention import MLA_ATTENTION
 
-# Recorded on an NVIDIA H200, 2026-11-22: python tests/kernels/tiny_model.py tests/kernels/tiny_model_h200.safetensors
-# with this version of attention. A change of the contract makes them stale until a card prints them again.
-RECORDED_ATTENTION = 1
+# Recorded on an NVIDIA H200: python tests/kernels/tiny_model.py tests/kernels/tiny_model_h200.safetensors
+RECORDING = Path(__file__).with_name("tiny_model_h200.safetensors")
+RECORDED = load_file(RECORDING)
+with safe_open(RECORDING, "pt") as file:
+    METADATA = file.metadata()
+# A change of a contract makes the logits stale until a card prints them again.
 STALE = pytest.mark.skipif(
-    MLA_ATTENTION.version != RECORDED_ATTENTION,
-    reason=f"logits were recorded with version {RECORDED_ATTENTION} of mla_attention, this is {MLA_ATTENTION.version}:"
+    METADATA["contracts"] != contracts(),
+    reason=f"logits were recorded with contracts {METADATA['contracts']}, these are {contracts()}:"
     " record them again on a Hopper card",
 )
-RECORDED = load_file(Path(__file__).with_name("tiny_model_h200.safetensors"))
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 

@@ -7,6 +7,7 @@ Weights are small integers times powers of two, so that every version of torch d
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dsv3_plugin.layers.model import DeepseekV3, weights_changed
 from dsv3_plugin.ops.fp8 import quantize_weight
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, Profile
-from dsv3_plugin.registry import bind
+from dsv3_plugin.registry import CONTRACTS, bind
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -69,8 +70,7 @@ def build(profile: Profile, overrides: dict[str, Any], device: str) -> tuple[Dee
     """The model with its weights on `device`."""
     config = DeepseekV3Config.from_dict(CONFIG | overrides)
     capability = torch.cuda.get_device_capability() if device == "cuda" else None
-    # Not strict: attention of so small a latent has no certificate until these logits are compared.
-    ops = bind(Setting(device, "sm90", profile, capability), "fast", provider.dsv3_kernels())
+    ops = bind(Setting(device, "sm90", profile, capability), "strict", provider.dsv3_kernels())
     generator = torch.Generator().manual_seed(7)
     model = DeepseekV3(ops, config)
     parameters = dict(model.named_parameters())
@@ -126,5 +126,11 @@ def logits(name: str, device: str) -> torch.Tensor:
     return torch.cat([steps[0][::16], *steps[1:]])
 
 
+def contracts() -> str:
+    """The version of every operation's contract, as a recording names them."""
+    return json.dumps({contract.op: contract.version for contract in CONTRACTS})
+
+
 if __name__ == "__main__":
-    save_file({name: logits(name, "cuda") for name in PROFILES}, Path(sys.argv[1]))
+    card = {"card": torch.cuda.get_device_name(), "torch": str(torch.__version__), "contracts": contracts()}
+    save_file({name: logits(name, "cuda") for name in PROFILES}, Path(sys.argv[1]), metadata=card)
