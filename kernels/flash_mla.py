@@ -33,19 +33,16 @@ def mla_attention(
     """q bf16 [T, H, 576], latent_cache bf16 [num_blocks, 64, 576], block_table [num_reqs, max_blocks], seq_lens
     [num_reqs], query_start_loc [num_reqs + 1], to bf16 [T, H, 512].
 
-    FlashMLA wants as many queries of every request. Where that is not seen from the shapes (as many tokens as requests,
-    none of them without a query, or one request), the counts are read from the device, and requests with equal counts
-    go together. Raises `InputError`.
+    FlashMLA wants as many queries of every request. So the counts are read from the device, unless there is one request,
+    and requests with equal counts go together. Raises `InputError`.
     """
     op = MLA_ATTENTION.op
     block_size = latent_cache.shape[1]
     require(block_size == PAGE, op, f"FlashMLA reads pages of {PAGE} keys, these have {block_size}")
     require(kv_lora_rank == LATENT["kv_lora_rank"], op, f"FlashMLA reads a latent of 512, this has {kv_lora_rank}")
     tables, lengths = block_table.to(torch.int32), seq_lens.to(torch.int32)
-    tokens, requests = len(q), len(lengths)
-    if requests == 1 or tokens == requests:
-        shaped = q.view(requests, tokens // requests, *q.shape[1:])
-        return _attend(shaped, latent_cache, tables, lengths, scale).flatten(0, 1)
+    if len(lengths) == 1:
+        return _attend(q.unsqueeze(0), latent_cache, tables, lengths, scale).squeeze(0)
     out = q.new_empty(*q.shape[:2], kv_lora_rank)
     starts, counts = query_start_loc[:-1], query_start_loc.diff()
     for count in sorted(set(counts.tolist()) - {0}):

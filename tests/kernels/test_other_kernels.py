@@ -95,7 +95,7 @@ def attend_alike(q, latent_cache, block_table, seq_lens, scale):
     return out.unflatten(0, q.shape[:2])
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 1), (4,), (2, 1, 2, 3), (1, 0, 3)])
+@pytest.mark.parametrize("counts", [(1, 1, 1), (4,), (2, 1, 2, 3), (1, 0, 3), (2, 0)])
 def test_flash_mla_gets_requests_with_as_many_queries_together(monkeypatch, counts):
     monkeypatch.setattr(flash_mla, "_attend", attend_alike)
     generator = torch.Generator().manual_seed(1)
