@@ -217,10 +217,11 @@ def refusal(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) ->
     """Why a kernel may not serve a setting, or None if it may."""
     if kernel.contract_version != contract.version:
         return f"meets contract version {kernel.contract_version}, version {contract.version} is needed"
-    if mode == "strict" and kernel.certificate is None:
+    reason = kernel.refuses(setting)
+    if reason is None and mode == "strict" and kernel.certificate is None:
         why = f": {kernel.uncertified}" if kernel.uncertified else ""
         return f"has no certificate, which strict mode needs{why}"
-    return kernel.refuses(setting)
+    return reason
 
 
 def _not_bound(op: str, profile: str, *args: Any, **kwargs: Any) -> Any:
