@@ -33,8 +33,8 @@ def mla_attention(
     """q bf16 [T, H, 576], latent_cache bf16 [num_blocks, 64, 576], block_table [num_reqs, max_blocks], seq_lens
     [num_reqs], query_start_loc [num_reqs + 1], to bf16 [T, H, 512].
 
-    FlashMLA wants as many queries of every request. So the counts are read from the device, unless there is one request,
-    and requests with equal counts go together. Raises `InputError`.
+    FlashMLA wants as many queries of every request. So requests with equal counts go together, and the counts are read
+    from the device unless there is one request. Raises `InputError`.
     """
     op = MLA_ATTENTION.op
     block_size = latent_cache.shape[1]
