@@ -4,7 +4,9 @@
 
 Expected values come from `sm90_model` on the CPU. Memory that a kernel allocates is filled with NaN first, so that an
 output nobody wrote is seen. Exits with status 1 if a bit of a kernel with a certificate differs. Of one that offers
-itself without (it serves in fast mode only) the share of differing outputs and the largest difference are told.
+itself without (it serves in fast mode only) the share of differing outputs and the largest difference are told. Each
+operation has a process of its own: compiling and the model take the time, and a kernel that breaks the card's state
+breaks it for its operation alone.
 
 `--record` writes small cases and what the GPU printed to a file, for tests on machines without one.
 """
@@ -12,13 +14,15 @@ itself without (it serves in fast mode only) the share of differing outputs and 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -385,6 +389,21 @@ class Result(NamedTuple):
         )
 
 
+class Broken(NamedTuple):
+    """A kernel that was not checked to the end, or all of an operation's."""
+
+    op: str
+    provider: str
+    why: str
+
+    def __str__(self) -> str:
+        """One line for a terminal."""
+        return f"{self.op:20} {self.provider:12} broke: {self.why}"
+
+
+Finding = Result | Broken
+
+
 @functools.cache
 def expect(op: str, seed: int, number: int) -> tuple[Case, Any]:
     """A random case and what the model makes of it, kept for the operation's other kernels."""
@@ -568,49 +587,76 @@ def main(
     if record_to is not None:
         record(record_to)
         return
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
-    torch.set_num_threads(1)
-    chosen = []
-    for kernel in with_each_maker(gpu_kernels()):
-        if (op and kernel.op not in op) or (provider_names and kernel.provider not in provider_names):
-            continue
+    ops = []
+    for kernel in chosen(op, provider_names):
         if reason := kernel.refuses(_HERE):
             print(f"{kernel.op:20} {kernel.provider:12} not checked: {reason}", flush=True)
-        else:
-            chosen.append(kernel)
-    if not check_all(chosen, cases, seed):
+        elif kernel.op not in ops:
+            ops.append(kernel.op)
+    if not ops:
+        raise KernelError("there is no kernel to check: none of those asked for serves on this machine")
+    work = partial(check_operation, provider_names=provider_names, cases=cases, seed=seed)
+    findings: list[Finding] = []
+    for finding in in_processes(work, ops):
+        print(finding, flush=True)
+        findings.append(finding)
+    text, passed = verdict(findings)
+    print(text)
+    if not passed:
         raise typer.Exit(1)
 
 
-def check_all(kernels: list[Kernel], cases: int, seed: int, device: str = "cuda") -> bool:
-    """Check kernels, print a line for each, and say whether all with a certificate are equal and none broke."""
-    results: list[Result] = []
-    broken = 0
+def chosen(ops: list[str] | None, provider_names: list[str] | None) -> list[Kernel]:
+    """The kernels of these operations and providers, all where None."""
+    kernels = with_each_maker(gpu_kernels())
+    kernels = [kernel for kernel in kernels if not ops or kernel.op in ops]
+    return [kernel for kernel in kernels if not provider_names or kernel.provider in provider_names]
 
-    def by_op(kernel: Kernel) -> int:
-        return list(CASES).index(kernel.op)
 
-    for _, alike in itertools.groupby(sorted(kernels, key=by_op), key=by_op):
-        for kernel in alike:
+def in_processes(work: Callable[[str], list[Finding]], ops: Iterable[str]) -> Iterator[Finding]:
+    """What `work` finds for each operation, in a process of its own, as they end. A process that dies is a finding."""
+
+    def run(op: str) -> list[Finding]:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             try:
-                own = [check(kernel, cases, seed, device)]
-                if kernel.op == "mla_attention":
-                    own.append(check_full_card(kernel, seed, device))
-            except Exception as error:  # the others are checked, and the answer says that one was not
-                broken += 1
-                print(f"{kernel.op:20} {kernel.provider:12} broke: {type(error).__name__}: {error}", flush=True)
-                continue
-            for result in own:
-                print(result, flush=True)
-            results += own
-        expect.cache_clear()
-    failed = any(result.failed for result in results)
-    exact = [result for result in results if result.exact]
-    outputs, checked = sum(result.outputs for result in exact), sum(result.cases for result in exact)
-    print(f"{checked} cases, {outputs:,} outputs: {'bits differ' if failed else 'equal in every bit'}")
-    if broken:
-        print(f"{broken} kernels broke")
-    return not (failed or broken)
+                return process.submit(work, op).result()
+            except BrokenProcessPool:
+                return [Broken(op, "all", "the process died")]
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for future in as_completed([threads.submit(run, op) for op in ops]):
+            yield from future.result()
+
+
+def check_operation(op: str, *, provider_names: list[str] | None, cases: int, seed: int) -> list[Finding]:
+    """Check the kernels of one operation that serve a Hopper card, on this machine's."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
+    torch.set_num_threads(1)
+    return check_alike([kernel for kernel in chosen([op], provider_names) if not kernel.refuses(_HERE)], cases, seed)
+
+
+def check_alike(kernels: list[Kernel], cases: int, seed: int, device: str = "cuda") -> list[Finding]:
+    """Check kernels of one operation."""
+    findings: list[Finding] = []
+    for kernel in kernels:
+        try:
+            findings.append(check(kernel, cases, seed, device))
+            if kernel.op == "mla_attention":
+                findings.append(check_full_card(kernel, seed, device))
+        except Exception as error:  # the others are checked, and the answer says that one was not
+            findings.append(Broken(kernel.op, kernel.provider, f"{type(error).__name__}: {error}"))
+    expect.cache_clear()
+    return findings
+
+
+def verdict(findings: list[Finding]) -> tuple[str, bool]:
+    """The last words, and whether all kernels with a certificate are equal and none broke."""
+    exact = [finding for finding in findings if isinstance(finding, Result) and finding.exact]
+    broken = sum(isinstance(finding, Broken) for finding in findings)
+    failed = any(result.failed for result in exact)
+    cases, outputs = sum(result.cases for result in exact), sum(result.outputs for result in exact)
+    text = f"{cases} cases, {outputs:,} outputs: {'bits differ' if failed else 'equal in every bit'}"
+    return text + (f"; {broken} kernels broke" if broken else ""), not (failed or broken)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -71,23 +72,27 @@ def test_shapes_are_refused_by_other_peoples_kernels_only():
         check.check(replace(other, provider="triton"), CASES, SEED, device="cpu")
 
 
-def test_a_kernel_that_breaks_is_named_and_the_others_are_checked(capsys):
+def check_alike(*kernels: Kernel) -> list[check.Finding]:
+    return check.check_alike(list(kernels), CASES, SEED, device="cpu")
+
+
+def test_a_kernel_that_breaks_is_named_and_the_others_are_checked():
     def breaks(*args: Any, **kwargs: Any) -> torch.Tensor:
         raise RuntimeError("no such symbol")
 
     good = model_kernel("rope")
-    assert check.check_all([good, model_kernel("combine")], CASES, SEED, device="cpu")
-    assert "6 cases" in capsys.readouterr().out
-    assert not check.check_all([replace(good, run=breaks), good], CASES, SEED, device="cpu")
-    lines = capsys.readouterr().out.splitlines()
-    assert "broke: RuntimeError: no such symbol" in lines[0] and lines[1].endswith("equal")
-    assert lines[-1] == "1 kernels broke"
+    text, passed = check.verdict([*check_alike(good), *check_alike(model_kernel("combine"))])
+    assert passed and text.startswith("6 cases, ") and text.endswith("outputs: equal in every bit")
+    findings = check_alike(replace(good, run=breaks), good)
+    assert str(findings[0]).endswith("broke: RuntimeError: no such symbol") and str(findings[1]).endswith("equal")
+    text, passed = check.verdict(findings)
+    assert not passed and text.endswith("; 1 kernels broke")
 
 
 def test_only_kernels_that_claim_the_bits_decide_the_verdict():
     turned = with_one_bit_turned(model_kernel("rope"))
-    assert not check.check_all([turned], CASES, SEED, device="cpu")
-    assert check.check_all([replace(turned, uncertified="turns a bit")], CASES, SEED, device="cpu")
+    assert check.verdict(check_alike(turned))[1] is False
+    assert check.verdict(check_alike(replace(turned, uncertified="turns a bit")))[1] is True
 
 
 def test_the_model_runs_once_for_all_kernels_of_an_operation(monkeypatch):
@@ -95,5 +100,19 @@ def test_the_model_runs_once_for_all_kernels_of_an_operation(monkeypatch):
     model = model_kernel("rope")
     counted = replace(model, run=lambda *args, **kwargs: calls.append(1) or model.run(*args, **kwargs))
     monkeypatch.setattr(check.sm90_model, "kernels", lambda: [counted])
-    assert check.check_all([model, model, model], CASES, SEED, device="cpu")
+    assert check.verdict(check_alike(model, model, model))[1]
     assert len(calls) == CASES
+
+
+def of_the_model(op: str) -> list[check.Finding]:
+    """What a process does for an operation; that of `combine` dies as one does whose kernel ends it."""
+    if op == "combine":
+        os._exit(3)
+    return check_alike(model_kernel(op))
+
+
+def test_operations_have_processes_of_their_own():
+    findings = {finding.op: finding for finding in check.in_processes(of_the_model, ["rope", "combine", "rms_norm"])}
+    assert isinstance(findings["rope"], check.Result) and isinstance(findings["rms_norm"], check.Result)
+    assert findings["combine"] == check.Broken("combine", "all", "the process died")
+    assert not check.verdict(list(findings.values()))[1]
