@@ -1,14 +1,16 @@
 """Do the GPU kernels print the contract's bits? Random cases of every operation against the model of Hopper.
 
-    dsv3 kernels check [--cases 40] [--op fp8_linear] [--provider cublas] [--seed 0] [--record golden.safetensors]
+    dsv3 kernels check [--cases 40] [--op fp8_linear] [--provider cublas] [--seed 0]
+                       [--record golden.safetensors] [--certify certificates.json]
 
 Expected values come from `sm90_model` on the CPU. Memory that a kernel allocates is filled with NaN first, so that an
-output nobody wrote is seen. Exits with status 1 if a bit of a kernel with a certificate differs. Of one that offers
-itself without (it serves in fast mode only) the share of differing outputs and the largest difference are told. Each
-operation has a process of its own: compiling and the model take the time, and a kernel that breaks the card's state
-breaks it for its operation alone.
+output nobody wrote is seen. Exits with status 1 if a bit differs of a kernel of this package, or of another's with a
+certificate. Of another's without (it serves in fast mode only) the share of differing outputs and the largest
+difference are told. Each operation has a process of its own: compiling and the model take the time, and a kernel that
+breaks the card's state breaks it for its operation alone.
 
-`--record` writes small cases and what the GPU printed to a file, for tests on machines without one.
+`--record` writes small cases and what the GPU printed to a file, for tests on machines without one. `--certify` writes
+`certificates` of this package's kernels.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ from safetensors.torch import save_file
 
 from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Kernel, Setting
-from dsv3_plugin.kernels import flash_mla, provider, sm90_model
+from dsv3_plugin.kernels import certificates, flash_mla, provider, sm90_model, third_party
+from dsv3_plugin.kernels.certificates import Certificate
 from dsv3_plugin.ops.fp8 import quantize_fp8, quantize_weight
 from dsv3_plugin.profile import FP8_UE8M0, ScaleFormat
+from dsv3_plugin.registry import CONTRACTS
 
 # Products that the model may be asked for in one case, some ns each.
 _BUDGET = 1 << 25
@@ -365,6 +369,8 @@ class Result(NamedTuple):
     """Cases whose shapes the kernel does not take."""
     largest_difference: float = 0.0
     """Of an output from the expected one, by the largest expected one of its case."""
+    full_card: bool = False
+    """Whether the cases are requests of `check_full_card`."""
 
     @property
     def failed(self) -> bool:
@@ -383,10 +389,8 @@ class Result(NamedTuple):
                 f" differ, by {self.largest_difference:.1e} of a case's largest at the most; {self.first_wrong}"
             )
         refused = f", {self.refused_cases} refused" if self.refused_cases else ""
-        return (
-            f"{self.op:20} {self.provider:12} {self.cases:5} cases{refused} {self.outputs:12} outputs"
-            f" {self.seconds:6.1f} s  {verdict}"
-        )
+        kernel = f"{self.op:20} {self.provider + ', full' * self.full_card:12}"
+        return f"{kernel} {self.cases:5} cases{refused} {self.outputs:12} outputs {self.seconds:6.1f} s  {verdict}"
 
 
 class Broken(NamedTuple):
@@ -402,6 +406,11 @@ class Broken(NamedTuple):
 
 
 Finding = Result | Broken
+
+
+def is_meant_exact(kernel: Kernel) -> bool:
+    """Whether a bit that differs is a fault: in all of this package's kernels, and in others with a certificate."""
+    return kernel.uncertified is None or kernel.provider not in OTHERS
 
 
 @functools.cache
@@ -447,7 +456,7 @@ def check(kernel: Kernel, cases: int, seed: int, device: str = "cuda") -> Result
         wrong_outputs=wrong_outputs,
         first_wrong=first_wrong,
         seconds=time.perf_counter() - began,
-        exact=kernel.uncertified is None,
+        exact=is_meant_exact(kernel),
         refused_cases=refused,
         largest_difference=largest,
     )
@@ -478,10 +487,17 @@ def check_full_card(kernel: Kernel, seed: int, device: str = "cuda") -> Result:
     first_wrong = next((f"request {i} of {int(lengths[i])} keys: {n} outputs" for i, n in enumerate(wrong) if n), "")
     seconds = time.perf_counter() - began
     wrong_cases = sum(n > 0 for n in wrong)
-    provider_ = f"{kernel.provider}, full"
-    exact = kernel.uncertified is None
     return Result(
-        kernel.op, provider_, requests, together.numel(), wrong_cases, sum(wrong), first_wrong, seconds, exact
+        op=kernel.op,
+        provider=kernel.provider,
+        cases=requests,
+        outputs=together.numel(),
+        wrong_cases=wrong_cases,
+        wrong_outputs=sum(wrong),
+        first_wrong=first_wrong,
+        seconds=seconds,
+        exact=is_meant_exact(kernel),
+        full_card=True,
     )
 
 
@@ -577,6 +593,9 @@ def main(
     record_to: Annotated[
         Path | None, typer.Option("--record", help="Write small cases and this card's results to a file instead.")
     ] = None,
+    certify: Annotated[
+        Path | None, typer.Option(help="Write certificates of what was equal to a file; others in it stay.")
+    ] = None,
 ) -> None:
     """Compare every kernel for a GPU with the model of Hopper on this machine's CPU, bit for bit."""
     unknown = sorted(set(op or ()) - set(CASES))
@@ -584,6 +603,8 @@ def main(
         raise KernelError(f"there is no operation {', '.join(unknown)}; the operations are {', '.join(CASES)}")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise KernelError("the kernels to check run on a Hopper GPU, and this machine has none")
+    if certify is not None and provider_names:
+        raise KernelError("--certify is of whole operations, by all their makers: leave --provider out")
     if record_to is not None:
         record(record_to)
         return
@@ -602,8 +623,29 @@ def main(
         findings.append(finding)
     text, passed = verdict(findings)
     print(text)
+    if certify is not None:
+        certificates.write(certify, earned(findings))
+        print(f"wrote {certify}; the certificates in use are in {certificates.TABLE}")
     if not passed:
         raise typer.Exit(1)
+
+
+def earned(findings: list[Finding]) -> dict[str, Certificate]:
+    """Certificates of the operations whose own kernels are all equal to the model."""
+    earned_ = {}
+    for contract in CONTRACTS:
+        own = [finding for finding in findings if finding.op == contract.op and finding.provider not in OTHERS]
+        equal = [finding for finding in own if isinstance(finding, Result) and not finding.wrong_cases]
+        if own and len(equal) == len(own):
+            earned_[contract.op] = Certificate(
+                contract_version=contract.version,
+                sources=certificates.digest(provider.OWN_MODULES[contract.op]),
+                cases=min(result.cases for result in equal if not result.full_card),
+                card=torch.cuda.get_device_name(),
+                torch=str(torch.__version__),
+                triton=third_party.version_of("triton") or "absent",
+            )
+    return earned_
 
 
 def chosen(ops: list[str] | None, provider_names: list[str] | None) -> list[Kernel]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from dsv3_plugin.hooks import Kernel, Setting, hookimpl, whole_sums_only
-from dsv3_plugin.kernels import cublas, deep_gemm, flash_mla, sm90_model, transformer_engine
+from dsv3_plugin.kernels import certificates, cublas, deep_gemm, flash_mla, sm90_model, transformer_engine
+from dsv3_plugin.ops.contract import Contract
 from dsv3_plugin.ops.mla_attention import MLA_ATTENTION
 from dsv3_plugin.registry import CONTRACTS
 from dsv3_plugin.version import __version__
@@ -20,7 +21,7 @@ OTHERS = (deep_gemm, cublas, transformer_engine, flash_mla)
 """The modules that offer other people's kernels."""
 
 # Operation to the module that serves it; the function has the operation's name.
-_TRITON_MODULES = {
+OWN_MODULES = {
     "linear": "bf16_linear",
     "head_linear": "bf16_linear",
     "grouped_linear": "bf16_linear",
@@ -42,7 +43,6 @@ _TRITON_MODULES = {
     "permute": "permute",
     "permute_fp8": "permute",
 }
-_CERTIFICATE = "equal to sm90-model in every bit on an H200 (dsv3 kernels check)"
 _V3_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 
 
@@ -74,30 +74,27 @@ def refuses_other_latents(setting: Setting) -> str | None:
     return refuses(setting) or (None if found == _V3_LATENT else f"attends with {_V3_LATENT}, the model has {found}")
 
 
+def own_kernel(contract: Contract, name: str, refusal: Callable[[Setting], str | None], *, priority: int = 0) -> Kernel:
+    """A kernel of this package, under the provider `name`."""
+    module = OWN_MODULES[contract.op]
+    certificate, uncertified = certificates.certified(contract, module)
+    return Kernel(
+        op=contract.op,
+        contract_version=contract.version,
+        provider=name,
+        version=__version__,
+        run=on_first_call(module, contract.op),
+        refuses=refusal,
+        certificate=certificate,
+        uncertified=uncertified,
+        priority=priority,
+    )
+
+
 @hookimpl
 def dsv3_kernels() -> list[Kernel]:
     """The model of Hopper on a CPU, and the kernels for Hopper itself."""
-    own = [
-        Kernel(
-            op=contract.op,
-            contract_version=contract.version,
-            provider=PROVIDER,
-            version=__version__,
-            run=on_first_call(_TRITON_MODULES[contract.op], contract.op),
-            refuses=refuses,
-            certificate=_CERTIFICATE,
-        )
-        for contract in CONTRACTS
-    ]
-    v3_attention = Kernel(
-        op=MLA_ATTENTION.op,
-        contract_version=MLA_ATTENTION.version,
-        provider="cuda",
-        version=__version__,
-        run=on_first_call(_TRITON_MODULES[MLA_ATTENTION.op], MLA_ATTENTION.op),
-        refuses=refuses_other_latents,
-        certificate=_CERTIFICATE,
-        priority=1,
-    )
+    own = [own_kernel(contract, PROVIDER, refuses) for contract in CONTRACTS]
+    v3_attention = own_kernel(MLA_ATTENTION, "cuda", refuses_other_latents, priority=1)
     others = [kernel for module in OTHERS for kernel in module.kernels()]
     return [*sm90_model.kernels(), v3_attention, *own, *others]
