@@ -88,19 +88,22 @@ def _sources(file: str, folder: Path, seen: dict[str, str] | None = None) -> dic
     """Code by file name, from `file` on."""
     seen = {} if seen is None else seen
     text = (folder / file).read_text()
-    is_python = file.endswith(".py")
-    seen[file] = _python_code(text) if is_python else _code(text.splitlines(), "//")
-    for name in _used_by_python(text) if is_python else _INCLUDE.findall(text):
+    if file.endswith(".py"):
+        tree = ast.parse(text)
+        seen[file], used = _python_code(text, tree), _used_by_python(tree)
+    else:
+        seen[file], used = _code(text.splitlines(), "//"), _INCLUDE.findall(text)
+    for name in used:
         # An include that is no file here is made at run time, by code that is hashed.
         if name not in seen and (folder / name).exists():
             _sources(name, folder, seen)
     return seen
 
 
-def _used_by_python(text: str) -> list[str]:
+def _used_by_python(tree: ast.Module) -> list[str]:
     """Modules of this package that are imported, and CUDA sources that are named."""
     files: list[str] = []
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == _PACKAGE:
             files += [f"{alias.name}.py" for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{_PACKAGE}."):
@@ -110,9 +113,9 @@ def _used_by_python(text: str) -> list[str]:
     return files
 
 
-def _python_code(text: str) -> str:
+def _python_code(text: str, tree: ast.Module) -> str:
     lines = text.splitlines()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             first = node.body[0]
             lines[first.lineno - 1 : first.end_lineno] = [""] * ((first.end_lineno or first.lineno) - first.lineno + 1)

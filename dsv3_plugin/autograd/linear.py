@@ -7,6 +7,7 @@ once, to its operand's dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,28 +27,6 @@ def product_gradients(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor)
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, x: torch.Tensor, weight: torch.Tensor, out_dtype: Any) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        return kernel(x, weight, out_dtype=out_dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        grad_x, grad_weight = product_gradients(grad, x, weight)
-        return None, grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
-
-
-def differentiable_linear(kernel: Kernel) -> Kernel:
-    """`ops.linear.linear` by `kernel`."""
-
-    def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-        return _Linear.apply(kernel, x, weight, out_dtype)
-
-    return linear
-
-
-class _RouterLinear(torch.autograd.Function):
-    @staticmethod
     def forward(ctx: Any, kernel: Kernel, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         return kernel(x, weight)
@@ -59,11 +38,20 @@ class _RouterLinear(torch.autograd.Function):
         return None, grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 
+def differentiable_linear(kernel: Kernel) -> Kernel:
+    """`ops.linear.linear` by `kernel`."""
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        return _Linear.apply(partial(kernel, out_dtype=out_dtype), x, weight)
+
+    return linear
+
+
 def differentiable_router_linear(kernel: Kernel) -> Kernel:
-    """`ops.router.router_linear` by `kernel`."""
+    """`ops.router.router_linear` by `kernel`: the gradient is that of `linear`, however the sum is cut."""
 
     def router_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return _RouterLinear.apply(kernel, x, weight)
+        return _Linear.apply(kernel, x, weight)
 
     return router_linear
 
