@@ -42,6 +42,8 @@ from dsv3_plugin.kernels import (
 )
 from dsv3_plugin.kernels.measure import Call, RowBits, Rows, compare_rows, differing_bits, time_calls, workspace_bytes
 from dsv3_plugin.kernels.scoreboard import Record, Role, Scoreboard
+from dsv3_plugin.layers.moe import permutation
+from dsv3_plugin.ops import fused
 from dsv3_plugin.ops.fp8 import E4M3
 from dsv3_plugin.version import __version__
 
@@ -162,25 +164,12 @@ def dense_cases() -> Iterator[Case]:
 def _dense_rows(n: int, k: int) -> Rows:
     weight = fp8_weight(n, k)
     values, scales = quantize.quantize_fp8(bf16(_MOST_ROWS, k), "float32")
-    return Rows(_MOST_ROWS, lambda i: fp8_linear.fp8_linear(_rows_of(values, i), scales[i], *weight))
-
-
-def _rows_of(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return values.view(torch.uint8)[rows].view(values.dtype)
+    return Rows(_MOST_ROWS, lambda i: fp8_linear.fp8_linear(*fused.permute_fp8(values, scales, i), *weight))
 
 
 def random_experts(tokens: int) -> torch.Tensor:
     """Expert numbers int64 [tokens, 8], ascending, every set equally likely."""
     return torch.rand(tokens, _EXPERTS, device=_DEVICE).topk(_TOPK).indices.sort().values
-
-
-def sort_by_expert(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(rows, slots, counts) for grouped products, in operations that a CUDA graph can hold."""
-    flat = ids.flatten()
-    expert, order = torch.sort(flat, stable=True)
-    slots = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
-    ends = torch.searchsorted(expert, torch.arange(_EXPERTS, device=expert.device), right=True)
-    return order // _TOPK, slots.view_as(ids), ends.diff(prepend=ends.new_zeros(1))
 
 
 def grouped_cases() -> Iterator[Case]:
@@ -256,7 +245,7 @@ def _grouped_rows(weight: tuple[torch.Tensor, torch.Tensor]) -> Rows:
     ids, tokens = random_experts(_MOST_ROWS), bf16(_MOST_ROWS, weight[0].shape[2])
 
     def of(rows: torch.Tensor) -> torch.Tensor:
-        source, slots, counts = sort_by_expert(ids[rows])
+        source, slots, counts = permutation(ids[rows], _EXPERTS)
         x = quantize.quantize_fp8(tokens[rows][source], "float32")
         return fp8_linear.grouped_fp8_linear(*x, counts, *weight)[slots].flatten(1)
 
@@ -525,12 +514,12 @@ def fused_cases(m: int) -> Iterator[Case]:
         return Contenders(ours, {"vLLM silu_and_mul_per_block_quant": peer(vllm)})
 
     def permuted() -> Contenders:
-        x, rows = bf16(m, _HIDDEN), sort_by_expert(random_experts(m))[0]
+        x, rows = bf16(m, _HIDDEN), permutation(random_experts(m), _EXPERTS)[0]
         return Contenders(lambda: permute.permute(x, rows), {"torch": lambda: x[rows]})
 
     def permuted_quantised() -> Contenders:
         values, scales = quantize.quantize_fp8(bf16(m, _HIDDEN), "float32")
-        rows = sort_by_expert(random_experts(m))[0]
+        rows = permutation(random_experts(m), _EXPERTS)[0]
         theirs = values.view(torch.int64)
         return Contenders(
             lambda: permute.permute_fp8(values, scales, rows), {"torch": lambda: (theirs[rows], scales[rows])}
@@ -604,7 +593,7 @@ def moe_cases() -> Iterator[Case]:
     down = fp8_weight(_EXPERTS, _HIDDEN, _EXPERT_SIZE)
 
     def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-        rows, slots, counts = sort_by_expert(ids)
+        rows, slots, counts = permutation(ids, _EXPERTS)
         quantised = permute.permute_fp8(*quantize.quantize_fp8(x, "float32"), rows)
         b = silu_and_mul.silu_and_mul_fp8(fp8_linear.grouped_fp8_linear(*quantised, counts, *gate_up), "float32")
         return combine.combine(fp8_linear.grouped_fp8_linear(*b, counts, *down), slots, weights, shared)
