@@ -145,6 +145,8 @@ class VllmTestee:
             max_num_batched_tokens=2048,
             block_size=self.job.block_size,
             kv_cache_memory_bytes=64 << 20,
+            # The share of a card that must be free at the start: other testees run beside this one.
+            gpu_memory_utilization=0.3,
             enable_prefix_caching=True,
             enable_chunked_prefill=True,
             disable_log_stats=False,
