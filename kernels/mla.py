@@ -16,7 +16,7 @@ from dsv3_plugin.kernels import mla_hopper
 from dsv3_plugin.kernels.triton_math import EXACT, divide, exp2_of_nonpositive, fold_sum
 from dsv3_plugin.ops.contract import require
 from dsv3_plugin.ops.elementary import LOG2_E
-from dsv3_plugin.ops.mla_attention import KEY_BLOCK, SPLIT_KEYS
+from dsv3_plugin.ops.mla_attention import KEY_BLOCK, MAXIMUM_STEP, SPLIT_KEYS
 
 _ROWS = 64
 
@@ -33,6 +33,13 @@ def _find_request(query_start_loc, tile, heads, REQUESTS: tl.constexpr, PADDED: 
     own = index == request
     local = tile - tl.sum(tl.where(index < request, tiles, 0), 0)
     return request, tl.sum(tl.where(own, first, 0), 0), tl.sum(tl.where(own, queries, 0), 0), local
+
+
+@triton.jit
+def _step_above(x, y, STEP: tl.constexpr):
+    """x * y, rounded up to a multiple of STEP, a power of two."""
+    product = tl.inline_asm_elementwise("mul.rp.f32 $0, $1, $2;", "=r,r,r", [x, y], tl.float32, is_pure=True, pack=1)
+    return tl.math.ceil(product * (1 / STEP)) * STEP
 
 
 @triton.jit
@@ -58,6 +65,7 @@ def _mla_attention(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     request, first, queries, tile = _find_request(query_start_loc, tl.program_id(0), heads, REQUESTS, PADDED, ROWS)
     if request < REQUESTS:
@@ -89,13 +97,13 @@ def _mla_attention(
                     source + RANK + rope[None, :], mask=key_inside[:, None] & (rope < ROPE)[None, :], other=0
                 )
                 scores = tl.dot(q_rank, tl.trans(latent))
-                scores = tl.dot(q_rope, tl.trans(k_rope), scores) * scale
+                scores = tl.dot(q_rope, tl.trans(k_rope), scores)
                 scores = tl.where(key[None, :] > position[:, None], float("-inf"), scores)
-                new_maximum = tl.maximum(split_maximum, tl.max(scores, 1))
-                p = exp2_of_nonpositive(scores - new_maximum[:, None])
+                new_maximum = tl.maximum(split_maximum, _step_above(tl.max(scores, 1), scale, STEP))
+                p = exp2_of_nonpositive(tl.fma(scores, scale, -new_maximum[:, None])).to(latent.dtype)
                 alpha = exp2_of_nonpositive(split_maximum - new_maximum)
-                split_total = split_total * alpha + fold_sum(p, ROWS, KEYS)
-                split_output = tl.dot(p.to(latent.dtype), latent, split_output * alpha[:, None])
+                split_total = split_total * alpha + fold_sum(p.to(tl.float32), ROWS, KEYS)
+                split_output = tl.dot(p, latent, split_output * alpha[:, None])
                 split_maximum = new_maximum
             both = tl.maximum(maximum, split_maximum)
             of_old, of_new = exp2_of_nonpositive(maximum - both), exp2_of_nonpositive(split_maximum - both)
@@ -141,6 +149,7 @@ def mla_attention(
         op,
         f"latent_cache has shape {tuple(latent_cache.shape)}, q has dim {q.shape[2]}",
     )
+    require(scale > 0, op, f"scale is {scale}, expected a positive number")
     require(latent_cache.stride(2) == 1, op, f"latent_cache has stride {latent_cache.stride(2)} in its last dimension")
     requests = len(seq_lens)
     require(
@@ -181,6 +190,7 @@ def mla_attention(
             _ROWS,
             KEY_BLOCK,
             SPLIT_KEYS,
+            MAXIMUM_STEP,
             num_warps=8,
             num_stages=2,
             **EXACT,

@@ -24,8 +24,8 @@ constexpr int PART = 3;  // tiles of one copy, and that one barrier waits for
 constexpr int PARTS = TILES / PART;
 constexpr int HALF_TILES = 4;
 constexpr int BLOCK_BYTES = TILES * TILE;
-constexpr int SCORE_REGISTERS = 80;
-constexpr int VALUE_REGISTERS = 176;
+constexpr int SCORE_REGISTERS = 72;
+constexpr int VALUE_REGISTERS = 184;
 
 struct Batch {
     const void* block_table;
@@ -92,6 +92,11 @@ __device__ __forceinline__ float exp2_of_nonpositive(float x) {
     p = __fmaf_rn(p, f, 1.0f);
     const float scaled = __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
     return x >= -125.0f ? scaled : 0.0f;
+}
+
+// x * y, rounded up to a multiple of MAXIMUM_STEP, a power of two.
+__device__ __forceinline__ float step_above(float x, float y) {
+    return MAXIMUM_STEP * ceilf(__fmul_ru(x, y) * (1.0f / MAXIMUM_STEP));
 }
 
 __device__ __forceinline__ long long integer(const void* array, int wide, long long index) {
@@ -303,8 +308,6 @@ __device__ __forceinline__ void compute_probabilities(
             float scores[32];
             start_scores(shared, scores, STAGE, parity);
             finish_products();
-#pragma unroll
-            for (int i = 0; i < 32; i++) scores[i] = __fmul_rn(scores[i], batch.scale);
             if (begin + KEYS > lowest + 1) {
 #pragma unroll
                 for (int i = 0; i < 32; i++) {
@@ -327,7 +330,7 @@ __device__ __forceinline__ void compute_probabilities(
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const float before = first ? -infinity : shared.maximum[STAGE ^ 1][row + 8 * r];
-                maximum[r] = fmaxf(maximum[r], before);
+                maximum[r] = fmaxf(step_above(maximum[r], batch.scale), before);
                 alpha[r] = exp2_of_nonpositive(__fsub_rn(before, maximum[r]));
                 if (lane % 4 == 0) {
                     shared.alpha[STAGE][row + 8 * r] = alpha[r];
@@ -344,14 +347,21 @@ __device__ __forceinline__ void compute_probabilities(
                 for (int r = 0; r < 2; r++) maximum[r] = *(volatile float*)&shared.maximum[STAGE][row + 8 * r];
 #pragma unroll
                 for (int i = 16 * half; i < 16 * half + 16; i++)
-                    scores[i] = exp2_of_nonpositive(__fsub_rn(scores[i], maximum[i / 2 % 2]));
+                    scores[i] = exp2_of_nonpositive(__fmaf_rn(scores[i], batch.scale, -maximum[i / 2 % 2]));
                 // The rotary tile is overwritten: all warps must have read it.
                 if (half == 0) wait_for_group<STAGE>();
 #pragma unroll
                 for (int i = 4 * half; i < 4 * half + 4; i += 2) {
-                    const float* p = scores + 4 * i;
-                    store_matrices(to + ((i + lane / 16) ^ (to_row % 8)) * 16, bf16_pair(p[0], p[1]),
-                                   bf16_pair(p[2], p[3]), bf16_pair(p[4], p[5]), bf16_pair(p[6], p[7]));
+                    uint32_t pairs[4];
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        float* p = scores + 4 * i + 2 * j;
+                        pairs[j] = bf16_pair(p[0], p[1]);
+                        p[0] = __int_as_float(pairs[j] << 16);
+                        p[1] = __int_as_float(pairs[j] & 0xFFFF0000);
+                    }
+                    store_matrices(
+                        to + ((i + lane / 16) ^ (to_row % 8)) * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
                 }
                 if (half == 0 && begin + KEYS > work.visible) {
                     // What lies behind the last key may be NaN, and 0 times NaN is NaN.
@@ -360,8 +370,8 @@ __device__ __forceinline__ void compute_probabilities(
                         *(uint4*)(shared.keys[STAGE] + part / 8 * TILE + at * 128 + part % 8 * 16) =
                             make_uint4(0, 0, 0, 0);
                     }
+                    publish_to_units();
                 }
-                publish_to_units();
                 arrive_warp(&shared.ready[STAGE][half], lane);
             }
             if (own > 0) wait(&shared.totalled[STAGE ^ 1], parity_before);
@@ -465,7 +475,7 @@ __device__ __forceinline__ void store_part(
 
 __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& batch, int half, int thread) {
     const int lane = thread % 32, warp = thread / 32;
-    const int row = warp * 16 + lane / 4;
+    const int row = warp * 16 + lane / 4, p_row = warp * 16 + lane % 16;
     float4* prefix = (float4*)batch.prefixes + (size_t)(blockIdx.x * 2 + half) * 32 * 128 + thread;
     int block = 0;
     for (int turn = 0;; ++turn) {
@@ -496,17 +506,22 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
                 }
                 wait(&shared.full[stage][half], parity);
                 wait(&shared.full[stage][half + 1], parity);
-                const uint64_t p = operand(shared.keys[stage] + 8 * TILE);
+                const char* p = shared.keys[stage] + 8 * TILE + p_row * 128;
                 const uint64_t values = operand(shared.keys[stage] + half * HALF_TILES * TILE);
 #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    if (k % 2 == 0) {
-                        wait(&shared.ready[stage][k / 2], parity);
-                        begin_products();
+                for (int pair = 0; pair < 2; pair++) {
+                    uint32_t of_keys[2][4];
+                    wait(&shared.ready[stage][pair], parity);
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        load_matrices(of_keys[i], p + ((4 * pair + 2 * i + lane / 16) ^ (p_row % 8)) * 16);
+                    begin_products();
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const uint64_t keys = values + ((2 * pair + i) * 2048 >> 4);
+                        multiply_values(left, of_keys[i], keys, begin != split || pair + i > 0);
+                        multiply_values(right, of_keys[i], keys + (2 * TILE >> 4), begin != split || pair + i > 0);
                     }
-                    const uint64_t keys = values + (k * 2048 >> 4);
-                    multiply_values(left, p + (k * 32 >> 4), keys, begin != split || k > 0);
-                    multiply_values(right, p + (k * 32 >> 4), keys + (2 * TILE >> 4), begin != split || k > 0);
                 }
                 commit_products();
                 if (begin + KEYS >= end) {
@@ -518,6 +533,8 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
                     }
                 }
                 finish_products();
+                // The next copy overwrites the probabilities.
+                publish_to_units();
                 arrive_warp(&shared.empty[stage][half], lane);
             }
             if (!used) continue;

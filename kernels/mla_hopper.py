@@ -12,7 +12,7 @@ import torch
 
 from dsv3_plugin.kernels import cuda
 from dsv3_plugin.ops.elementary import EXP2_POLYNOMIAL, LOG2_E
-from dsv3_plugin.ops.mla_attention import SPLIT_KEYS
+from dsv3_plugin.ops.mla_attention import MAXIMUM_STEP, SPLIT_KEYS
 
 RANK = 512
 DIM = 576
@@ -27,7 +27,11 @@ _PARTS = 8
 
 PROGRAM = cuda.Program(
     "mla_hopper.cu",
-    (("SPLIT_KEYS", SPLIT_KEYS), *((f"EXP2_{5 - i}", c) for i, c in enumerate(EXP2_POLYNOMIAL[:-1]))),
+    (
+        ("SPLIT_KEYS", SPLIT_KEYS),
+        ("MAXIMUM_STEP", MAXIMUM_STEP),
+        *((f"EXP2_{5 - i}", c) for i, c in enumerate(EXP2_POLYNOMIAL[:-1])),
+    ),
     (),
 )
 

@@ -127,16 +127,16 @@ __device__ __forceinline__ void multiply_scores(float (&d)[32], uint64_t a, uint
         : "l"(a), "l"(b), "r"(accumulate));
 }
 
-// 64 x 128 outputs, 16 deep: rows of probabilities times columns of keys.
-__device__ __forceinline__ void multiply_values(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+// 64 x 128 outputs, 16 deep: rows of probabilities, which the warps hold, times columns of keys.
+__device__ __forceinline__ void multiply_values(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %66, 0; "
+        "{.reg .pred p; setp.ne.b32 p, %69, 0; "
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, %64, %65, p, 1, 1, 0, 1;}"
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;}"
         :
         "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),
         "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
@@ -154,7 +154,7 @@ __device__ __forceinline__ void multiply_values(float (&d)[64], uint64_t a, uint
         "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
         "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-        : "l"(a), "l"(b), "r"(accumulate));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
 __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
@@ -167,6 +167,14 @@ __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
 __device__ __forceinline__ void store_matrices(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(to)), "r"(a), "r"(b),
                  "r"(c), "r"(d)
+                 : "memory");
+}
+
+// Loads four 8 x 8 matrices of bf16, which `store_matrices` stored.
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address(from))
                  : "memory");
 }
 

@@ -5,14 +5,22 @@ once, and `qk_rope_head_dim` rotary numbers, which are key only (DeepSeek-V2 rep
 
 Contract: causal, fp32. The keys are cut into splits of 1024 at absolute positions 0, 1024, 2048, ..., so a query's
 splits depend on its position alone. A split is an online softmax over blocks of 64 keys, in order, and ends as a triple
-(maximum, sum, output). In a block: scores = (q . key) * (scale * log2 e), one fp32 factor, keys after the query at
--inf; m' = max(m, scores); p = 2**(scores - m'); the old sum and output are multiplied by 2**(m - m'); p is summed by
-halves (i and i + 32, then 16, ...) and added to the sum; p, rounded to the profile's dtype, times the values is added
-to the output. Triples are folded in order, the first as it is: m = max(a, b), sum and output =
-of a * 2**(m_a - m) + of b * 2**(m_b - m), every product and sum rounded. At the end output * (1 / sum), one rounding
-to the profile's dtype. 2**x is `elementary.exp2_of_nonpositive`. A block or a split that a query does not see leaves
-it as it is, bit for bit, so chunks, batches and cache hits cannot be told apart; who computes which split, and where,
-cannot either.
+(maximum, sum, output), fp32. Its maximum, in units of log 2, is a multiple of 8 not below the largest score, so that
+factors between maxima are powers of two, mostly one. In a block, with f = scale * log2 e in fp32:
+
+    s = q . key, keys after the query at -inf
+    m' = max(m, the smallest multiple of 8 in fp32 that is not below the largest s * f)
+    p = 2**(s * f - m') in the profile's dtype, the exponent a fused multiply-add
+    sum = sum * 2**(m - m') + p summed by halves (i and i + 32, then i and i + 16, ...)
+    output = output * 2**(m - m') + p . values
+
+Triples are folded in order, the first as it is: m = max(m_a, m_b), sum and output = of a * 2**(m_a - m) +
+of b * 2**(m_b - m), every product and sum rounded. At the end output * (1 / sum), one rounding to the profile's dtype.
+2**x is `elementary.exp2_of_nonpositive`. Scores stay below 2**30 in units of log 2; beyond, neighbouring fp32 numbers
+are further apart than 2**x reaches, and a row is NaN.
+
+A block or a split that a query does not see leaves it as it is, bit for bit, so chunks, batches and cache hits cannot
+be told apart; who computes which split, and where, cannot either.
 """
 
 from __future__ import annotations
@@ -24,15 +32,19 @@ import torch
 import torch.nn.functional as F
 
 from dsv3_plugin.ops.contract import Contract, require
-from dsv3_plugin.ops.elementary import LOG2_E, exp2_of_nonpositive, fold_sum
+from dsv3_plugin.ops.elementary import LOG2_E, exp2_of_nonpositive, fma, fold_sum
 from dsv3_plugin.ops.tile import tiled_linear
 
 MLA_ATTENTION = Contract(
-    "mla_attention", 2, "absorbed causal attention, online softmax over 64-key blocks in splits of 1024 keys"
+    "mla_attention",
+    3,
+    "absorbed causal attention, online softmax over 64-key blocks in splits of 1024 keys, maxima at multiples of 8",
 )
 
 KEY_BLOCK = 64
 SPLIT_KEYS = 1024
+MAXIMUM_STEP = 8
+"""Maxima, in units of log 2, are multiples of it."""
 
 
 def mla_attention(
@@ -53,8 +65,10 @@ def mla_attention(
         block_table: integers [num_reqs, max_blocks], the blocks of each request in order.
         seq_lens: integers [num_reqs], tokens of each request including its queries.
         query_start_loc: integers [num_reqs + 1], where each request's queries start in q.
+        kv_lora_rank: of the C numbers, how many are value too.
+        scale: factor of the scores before the softmax, positive.
 
-    Returns [T, H, kv_lora_rank] of q's dtype.
+    Returns [T, H, kv_lora_rank] of q's dtype. Raises `InputError` where shapes, lengths or pages do not fit.
     """
     op = "mla_attention"
     require(q.dim() == 3, op, f"q has shape {tuple(q.shape)}, expected [tokens, heads, dim]")
@@ -63,6 +77,7 @@ def mla_attention(
         op,
         f"latent_cache has shape {tuple(latent_cache.shape)}, q has dim {q.shape[2]}",
     )
+    require(scale > 0, op, f"scale is {scale}, expected a positive number")
     require(latent_cache.dtype == q.dtype, op, f"latent_cache is {latent_cache.dtype}, q is {q.dtype}")
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     require(len(starts) == len(lengths) + 1, op, f"{len(lengths)} seq_lens, {len(starts)} query_start_loc")
@@ -130,7 +145,7 @@ class Triple(NamedTuple):
     """What a range of keys comes to, for R rows; fp32."""
 
     maximum: torch.Tensor
-    """[R, 1], of the scores, in units of log 2."""
+    """[R, 1], of the scores in units of log 2, rounded up to a multiple of MAXIMUM_STEP; -inf without a key."""
     total: torch.Tensor
     """[R, 1], of the probabilities."""
     output: torch.Tensor
@@ -152,6 +167,14 @@ def fold(a: Triple, b: Triple) -> Triple:
     return Triple(maximum, a.total * of_a + b.total * of_b, a.output * of_a + b.output * of_b)
 
 
+def step_above(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The smallest multiple of MAXIMUM_STEP in fp32 that is not below x * y, of fp32 numbers: rounded up twice."""
+    exact = x.double() * y.double()
+    product = exact.float()
+    product = torch.where(product < exact, torch.nextafter(product, torch.full_like(product, torch.inf)), product)
+    return torch.ceil(product / MAXIMUM_STEP) * MAXIMUM_STEP
+
+
 def attend_split(
     rows: torch.Tensor,
     heads: int,
@@ -168,17 +191,18 @@ def attend_split(
         rows.new_zeros(len(rows), 1, dtype=torch.float32),
         rows.new_zeros(len(rows), kv_lora_rank, dtype=torch.float32),
     )
+    factor = torch.tensor(scale * LOG2_E, dtype=torch.float32, device=rows.device)
     for start in range(0, len(keys), KEY_BLOCK):
         skip = max(0, start - first_position) * heads
         old = triple.tail(skip)
         block = keys[start : start + KEY_BLOCK]
-        scores = products.scores(rows[skip:], block) * (scale * LOG2_E)
+        scores = products.scores(rows[skip:], block)
         key_positions = torch.arange(start, start + KEY_BLOCK, device=keys.device)
         scores = scores.masked_fill(key_positions > positions[skip:], -torch.inf)
-        maximum = torch.maximum(old.maximum, scores.amax(1, keepdim=True))
-        p = exp2_of_nonpositive(scores - maximum)
+        maximum = torch.maximum(old.maximum, step_above(scores.amax(1, keepdim=True), factor))
+        p = exp2_of_nonpositive(fma(scores, factor, -maximum)).to(rows.dtype)
         alpha = exp2_of_nonpositive(old.maximum - maximum)
-        total = old.total * alpha + fold_sum(p, KEY_BLOCK)
-        output = products.add_values(old.output * alpha, p.to(rows.dtype), block[:, :kv_lora_rank])
+        total = old.total * alpha + fold_sum(p.float(), KEY_BLOCK)
+        output = products.add_values(old.output * alpha, p, block[:, :kv_lora_rank])
         triple = triple.replace_tail(skip, Triple(maximum, total, output))
     return triple

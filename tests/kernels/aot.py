@@ -96,7 +96,7 @@ def _slice_sums(count: int, tile: router.Tile) -> Source:
 _ROUTE = {"EXPERTS": 256, "GROUPS": 8, "GROUPS_CHOSEN": 4, "TOPK": 8, "NORMALISE": True}
 _ROUTE |= {"GROUPS_PADDED": 8, "SIZE_PADDED": 32, "TOPK_PADDED": 8, "SLICES": 14, "FOLLOWS": True}
 _MLA = {"BLOCK_SIZE": 16, "REQUESTS": 128, "PADDED": 128, "RANK": 512, "ROPE": 64, "RANK_PADDED": 512}
-_MLA |= {"ROPE_PADDED": 64, "ROWS": 64, "KEYS": 64, "SPLIT": 1024}
+_MLA |= {"ROPE_PADDED": 64, "ROWS": 64, "KEYS": 64, "SPLIT": 1024, "STEP": 8}
 _GROUPED = {"GROUPS": 256, "PADDED": 256, "ROWS": 16, "COLUMNS": 128}
 
 SOURCES: dict[str, Source] = {

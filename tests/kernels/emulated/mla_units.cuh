@@ -64,6 +64,10 @@ To bits_of(From x) {
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmul_ru(float a, float b) {
+    const float product = a * b;
+    return product < (double)a * b ? std::nextafter(product, INFINITY) : product;
+}
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline int __float_as_int(float x) { return bits_of<int>(x); }
@@ -251,27 +255,39 @@ inline float multiply_add(const uint16_t (&a)[16], const uint16_t (&b)[16], floa
     return (float)bits_of<double>(bits_of<uint64_t>(sum / unit) & ~((1ull << 29) - 1));
 }
 
-// A thread's part of 64 x 2 COUNT sums; `row_of_b` says where number k of row n of the second operand lies.
-template <int COUNT, class Place>
-void multiply(float (&d)[COUNT], uint64_t a, int accumulate, Place row_of_b) {
-    const int thread = threadIdx.x % 128, lane = thread % 32;
+// A thread's part of 64 x 2 COUNT sums; `row_of_a` gives a row of the first operand, 0 or 1 for the thread's two rows,
+// and `place_of_b` says where number k of row n of the second operand lies.
+template <int COUNT, class Row, class Place>
+void multiply(float (&d)[COUNT], int accumulate, Row row_of_a, Place place_of_b) {
+    const int lane = threadIdx.x % 32;
     for (int half = 0; half < 2; half++) {
-        const int row = thread / 32 * 16 + lane / 4 + 8 * half;
         uint16_t x[16], y[16];
-        for (int k = 0; k < 16; k++) memcpy(&x[k], swizzled((uint32_t)(a << 4) + row * 128 + k * 2), 2);
+        row_of_a(half, x);
         for (int i = 0; i < COUNT / 2; i++) {
             const int n = i / 2 * 8 + lane % 4 * 2 + i % 2;
-            for (int k = 0; k < 16; k++) memcpy(&y[k], swizzled(row_of_b(n, k)), 2);
+            for (int k = 0; k < 16; k++) memcpy(&y[k], swizzled(place_of_b(n, k)), 2);
             float& sum = d[i / 2 * 4 + half * 2 + i % 2];
             sum = multiply_add(x, y, accumulate ? sum : 0.0f);
         }
     }
 }
 inline void multiply_scores(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
-    multiply(d, a, accumulate, [&](int n, int k) { return (uint32_t)(b << 4) + n * 128 + k * 2; });
+    const int thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4;
+    const auto row_of_a = [&](int half, uint16_t (&x)[16]) {
+        for (int k = 0; k < 16; k++) memcpy(&x[k], swizzled((uint32_t)(a << 4) + (row + 8 * half) * 128 + k * 2), 2);
+    };
+    multiply(d, accumulate, row_of_a, [&](int n, int k) { return (uint32_t)(b << 4) + n * 128 + k * 2; });
 }
-inline void multiply_values(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-    multiply(d, a, accumulate, [&](int n, int k) { return (uint32_t)(b << 4) + n / 64 * TILE + k * 128 + n % 64 * 2; });
+inline void multiply_values(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    // Four lanes hold a row: numbers 2 i, 2 i + 1, 2 i + 8 and 2 i + 9 are lane i's.
+    const auto row_of_a = [&](int half, uint16_t (&x)[16]) {
+        for (int k = 0; k < 16; k += 2) {
+            const uint32_t two = __shfl_sync(~0u, a[half + k / 8 * 2], threadIdx.x % 32 / 4 * 4 + k % 8 / 2);
+            memcpy(&x[k], &two, 4);
+        }
+    };
+    const auto place_of_b = [&](int n, int k) { return (uint32_t)(b << 4) + n / 64 * TILE + k * 128 + n % 64 * 2; };
+    multiply(d, accumulate, row_of_a, place_of_b);
 }
 
 inline uint32_t bf16(float x) {
@@ -286,6 +302,14 @@ inline void store_matrices(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_
     for (int i = 0; i < 4; i++) {
         const uint32_t row = __shfl_sync(~0u, address(to), i * 8 + lane / 4);
         memcpy(memory + row + lane % 4 * 4, &part[i], 4);
+    }
+}
+
+inline void load_matrices(uint32_t (&x)[4], const void* from) {
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < 4; i++) {
+        const uint32_t row = __shfl_sync(~0u, address(from), i * 8 + lane / 4);
+        memcpy(&x[i], memory + row + lane % 4 * 4, 4);
     }
 }
 
