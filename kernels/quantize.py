@@ -9,31 +9,39 @@ import triton.language as tl
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.kernels.scales import empty_scales
-from dsv3_plugin.kernels.triton_math import EXACT, divide, negative, reciprocal
+from dsv3_plugin.kernels.triton_math import EXACT, divide, negative, reciprocal_guess
 from dsv3_plugin.ops.contract import require, require_matrix
 from dsv3_plugin.ops.fp8 import E4M3
 from dsv3_plugin.profile import ScaleFormat
 
 _GROUPS = 32
-# Below this scale a group is multiplied by the second number first, so that remainders stay normal.
-_SMALL = tl.constexpr(2.0**-64)
-_ENLARGE = tl.constexpr(2.0**64)
 _INVERSE_OF_448 = tl.constexpr(0.002232142724096775)
 
 
 @triton.jit
-def _quotient(a, b, inverse):
-    """a / b of a bf16 number, correctly rounded, with b's correctly rounded inverse: a product and one correction.
-
-    Tried for all mantissas of bf16 and fp32. The signs are such that -0 stays -0.
-    """
-    guess = a * inverse
-    return tl.fma(tl.fma(guess, b, negative(a)), negative(inverse), guess)
+def _divide_by_448(amax):
+    """amax / 448 of a bf16 number, correctly rounded: a product and one correction. Tried for all mantissas."""
+    guess = amax * _INVERSE_OF_448
+    return tl.fma(tl.fma(guess, 448.0, negative(amax)), -_INVERSE_OF_448, guess)
 
 
 @triton.jit
 def _smallest_or_one(amax, scale):
     return tl.where(amax == 0, 1.0, tl.maximum(scale, 1.1754943508222875e-38))
+
+
+@triton.jit
+def _quotient_for_e4m3(wide, scale):
+    """A number that e4m3 rounds as it rounds wide [G, 128] / scale [G], where wide is bf16 and scale its group's.
+
+    The inverse is two numbers, so that the quotient has an error far below fp32's. It may be another fp32 number than
+    the rounded quotient, but e4m3 sees no difference: 448 wide / amax either is a border between two e4m3 numbers or is
+    2**-13 of it away. Tried for every bf16 amax and each smaller number. The first part is a bit too small, whatever
+    the hardware's approximation; so the second has its sign, and -0 stays -0.
+    """
+    most = (reciprocal_guess(scale).to(tl.int32, bitcast=True) - 2).to(tl.float32, bitcast=True)
+    rest = tl.fma(negative(scale), most, 1.0) * most
+    return tl.fma(wide, most[:, None], wide * rest[:, None])
 
 
 @triton.jit
@@ -49,10 +57,8 @@ def quantize_groups(wide, BF16: tl.constexpr, UE8M0: tl.constexpr):
         quotient = wide * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
     else:
         if BF16:
-            scale = _smallest_or_one(amax, _quotient(amax, 448.0, _INVERSE_OF_448))
-            enlarge = tl.where(scale < _SMALL, _ENLARGE, 1.0)
-            divisor = scale * enlarge
-            quotient = _quotient(wide * enlarge[:, None], divisor[:, None], reciprocal(divisor)[:, None])
+            scale = _smallest_or_one(amax, _divide_by_448(amax))
+            quotient = _quotient_for_e4m3(wide, scale)
         else:
             scale = _smallest_or_one(amax, divide(amax, 448.0))
             quotient = divide(wide, scale[:, None])

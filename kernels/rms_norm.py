@@ -13,7 +13,7 @@ import triton.language as tl
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.kernels.quantize import quantize_groups
 from dsv3_plugin.kernels.scales import empty_scales
-from dsv3_plugin.kernels.triton_math import EXACT, divide, sum_row
+from dsv3_plugin.kernels.triton_math import EXACT, divide, round_to_bf16, sum_row, widen
 from dsv3_plugin.ops.contract import require, require_matrix
 from dsv3_plugin.ops.fp8 import E4M3
 from dsv3_plugin.profile import ScaleFormat
@@ -45,24 +45,22 @@ def _rms_norm(
     block = tl.arange(0, BLOCKS)
     column = block[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = column < K
-    number = tl.load(x + row + column, mask=inside, other=0)
+    wide = widen(tl.load(x + row + column, mask=inside, other=0))
     if EARLY:
         weights = tl.load(weight + column, mask=inside, other=0)
     if addend is not None:
         other = tl.load(addend + row + column, mask=inside, other=0)
-        number = (number.to(tl.float32) + other.to(tl.float32)).to(x.dtype.element_ty)
-        tl.store(total_out + row + column, number, mask=inside)
-    wide = number.to(tl.float32)
+        wide = round_to_bf16(wide + widen(other))
+        tl.store(total_out + row + column, wide.to(x.dtype.element_ty), mask=inside)
     total = sum_row(tl.reshape(wide * wide, (BLOCKS * 128,)), BLOCKS * 128)
     factor = divide(1.0, tl.math.sqrt_rn(divide(total, K * 1.0) + eps))
     if not EARLY:
         weights = tl.load(weight + column, mask=inside, other=0)
-    scaled = wide * tl.reshape(factor, (1, 1)) * weights.to(tl.float32)
-    rounded = scaled.to(x.dtype.element_ty)
+    scaled = wide * tl.reshape(factor, (1, 1)) * widen(weights)
     if out is not None:
-        tl.store(out + row + column, rounded, mask=inside)
+        tl.store(out + row + column, scaled.to(x.dtype.element_ty), mask=inside)
     if values is not None:
-        quantized, scale = quantize_groups(rounded.to(tl.float32), True, UE8M0)
+        quantized, scale = quantize_groups(round_to_bf16(scaled), True, UE8M0)
         # As many numbers a thread as it holds of bf16, lest they change places.
         tl.store(values + row + tl.max_contiguous(column, (1, 8)), quantized, mask=inside)
         tl.store(scales + tl.program_id(0) + block.to(tl.int64) * scale_stride, scale, mask=block < K // 128)

@@ -10,7 +10,7 @@ import triton.language as tl
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.kernels.quantize import quantize_groups
 from dsv3_plugin.kernels.scales import empty_scales
-from dsv3_plugin.kernels.triton_math import EXACT, sigmoid
+from dsv3_plugin.kernels.triton_math import EXACT, round_to_bf16, sigmoid, widen
 from dsv3_plugin.ops.contract import require, require_matrix
 from dsv3_plugin.ops.fp8 import E4M3
 from dsv3_plugin.profile import ScaleFormat
@@ -27,15 +27,15 @@ def _silu_and_mul(
     group = tl.program_id(1) * (COLUMNS // 128) + tl.arange(0, COLUMNS // 128)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = column < width
-    gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0).to(tl.float32)
-    product = (gate * sigmoid(gate) * up).to(gate_up.dtype.element_ty)
+    gate = widen(tl.load(gate_up + row * 2 * width + column, mask=inside, other=0))
+    up = widen(tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0))
+    product = gate * sigmoid(gate) * up
     if FP8:
-        quantized, scale = quantize_groups(product.to(tl.float32), True, UE8M0)
+        quantized, scale = quantize_groups(round_to_bf16(product), True, UE8M0)
         tl.store(out + row * width + column, quantized, mask=inside)
         tl.store(scales + row + group.to(tl.int64) * scale_stride, scale, mask=group < width // 128)
     else:
-        tl.store(out + row * width + column, product, mask=inside)
+        tl.store(out + row * width + column, product.to(gate_up.dtype.element_ty), mask=inside)
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -69,11 +69,38 @@ def negative(x):
 
 
 @triton.jit
+def widen(x):
+    """bf16 `x` as fp32: two at a time, one instruction each; the compiler itself takes two for every other number."""
+    return tl.inline_asm_elementwise(
+        "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=r,=r,r", [x], tl.float32, is_pure=True, pack=2
+    )
+
+
+@triton.jit
+def round_to_bf16(x):
+    """fp32 `x` rounded to bf16, as fp32: two at a time, because the instruction for one is slow."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xffff0000; }",
+        "=r,=r,r,r",
+        [x],
+        tl.float32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def reciprocal_guess(x):
+    """1 / x of fp32 `x` between 2**-126 and 2**126 as the hardware has it: a neighbour of the fp32 number at most."""
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def reciprocal(x):
     """1 / x, correctly rounded, of fp32 `x` between 2**-100 and 2**100: one step of Newton's from the hardware's
     approximation, without a division's tests for other numbers. Tried for every mantissa.
     """
-    guess = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+    guess = reciprocal_guess(x)
     return tl.fma(guess, tl.fma(negative(x), guess, 1.0), guess)
 
 
