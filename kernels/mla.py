@@ -16,7 +16,8 @@ from dsv3_plugin.kernels import mla_hopper
 from dsv3_plugin.kernels.triton_math import EXACT, divide, exp2_of_nonpositive, fold_sum
 from dsv3_plugin.ops.contract import require
 from dsv3_plugin.ops.elementary import LOG2_E
-from dsv3_plugin.ops.mla_attention import KEY_BLOCK, MAXIMUM_STEP, SPLIT_KEYS
+from dsv3_plugin.ops.mla_attention import KEY_BLOCK, MAXIMUM_STEP, MLA_ATTENTION, SPLIT_KEYS
+from dsv3_plugin.ops.paged_batch import require_paged_batch
 
 _ROWS = 64
 
@@ -136,31 +137,17 @@ def mla_attention(
     [num_reqs, max_blocks], seq_lens [num_reqs] and query_start_loc [num_reqs + 1] int32 or int64;
     to bf16 [T, H, kv_lora_rank].
 
-    Raises `InputError`. Page numbers and lengths are not checked: they stay on the device.
+    Raises `InputError`, of page numbers and lengths too: see `paged_batch`.
     """
-    op = "mla_attention"
-    require(q.dim() == 3, op, f"q has shape {tuple(q.shape)}, expected [tokens, heads, dim]")
-    require(
-        q.dtype == latent_cache.dtype == torch.bfloat16, op, f"latent_cache is {latent_cache.dtype}, q is {q.dtype}"
-    )
+    op = MLA_ATTENTION.op
+    require_paged_batch(op, q, latent_cache, block_table, seq_lens, query_start_loc, scale)
+    require(q.dtype == torch.bfloat16, op, f"q is {q.dtype}, expected torch.bfloat16")
     require(q.is_contiguous(), op, f"q of shape {tuple(q.shape)} is not contiguous")
-    require(
-        latent_cache.dim() == 3 and latent_cache.shape[2] == q.shape[2] > kv_lora_rank,
-        op,
-        f"latent_cache has shape {tuple(latent_cache.shape)}, q has dim {q.shape[2]}",
-    )
-    require(scale > 0, op, f"scale is {scale}, expected a positive number")
+    require(q.shape[2] > kv_lora_rank, op, f"q has dim {q.shape[2]}, kv_lora_rank is {kv_lora_rank}")
     require(latent_cache.stride(2) == 1, op, f"latent_cache has stride {latent_cache.stride(2)} in its last dimension")
-    requests = len(seq_lens)
-    require(
-        block_table.dim() == 2 and block_table.shape[0] == requests,
-        op,
-        f"block_table of shape {tuple(block_table.shape)} for {requests} seq_lens",
-    )
-    require(len(query_start_loc) == requests + 1, op, f"{requests} seq_lens, {len(query_start_loc)} query_start_loc")
     for name, x in (("block_table", block_table), ("seq_lens", seq_lens), ("query_start_loc", query_start_loc)):
-        require(x.dtype in (torch.int32, torch.int64), op, f"{name} is {x.dtype}, expected int32 or int64")
         require(x.stride(-1) == 1, op, f"{name} has stride {x.stride(-1)} in its last dimension")
+    requests = len(seq_lens)
     tokens, heads, dim = q.shape
     out = q.new_empty(tokens, heads, kv_lora_rank)
     if out.numel() and mla_hopper.serves(latent_cache, kv_lora_rank):

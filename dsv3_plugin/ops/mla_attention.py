@@ -31,8 +31,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dsv3_plugin.ops.contract import Contract, require
+from dsv3_plugin.ops.contract import Contract
 from dsv3_plugin.ops.elementary import LOG2_E, exp2_of_nonpositive, fma, fold_sum
+from dsv3_plugin.ops.paged_batch import require_paged_batch
 from dsv3_plugin.ops.tile import tiled_linear
 
 MLA_ATTENTION = Contract(
@@ -70,32 +71,15 @@ def mla_attention(
 
     Returns [T, H, kv_lora_rank] of q's dtype. Raises `InputError` where shapes, lengths or pages do not fit.
     """
-    op = "mla_attention"
-    require(q.dim() == 3, op, f"q has shape {tuple(q.shape)}, expected [tokens, heads, dim]")
-    require(
-        latent_cache.dim() == 3 and latent_cache.shape[2] == q.shape[2],
-        op,
-        f"latent_cache has shape {tuple(latent_cache.shape)}, q has dim {q.shape[2]}",
-    )
-    require(scale > 0, op, f"scale is {scale}, expected a positive number")
-    require(latent_cache.dtype == q.dtype, op, f"latent_cache is {latent_cache.dtype}, q is {q.dtype}")
+    require_paged_batch(MLA_ATTENTION.op, q, latent_cache, block_table, seq_lens, query_start_loc, scale)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    require(len(starts) == len(lengths) + 1, op, f"{len(lengths)} seq_lens, {len(starts)} query_start_loc")
-    require(starts[-1] == q.shape[0], op, f"query_start_loc ends at {starts[-1]}, q has {q.shape[0]} tokens")
-    require(starts[0] == 0 and starts == sorted(starts), op, f"query_start_loc {starts} does not ascend from 0")
     block_size = latent_cache.shape[1]
     outputs = []
     for request, length in enumerate(lengths):
         queries = q[starts[request] : starts[request + 1]]
         if len(queries) == 0:
             continue
-        require(length >= len(queries), op, f"request {request} has seq_len {length} and {len(queries)} queries")
         blocks = block_table[request, : -(-length // block_size)].long()
-        require(
-            len(blocks) * block_size >= length and bool(((blocks >= 0) & (blocks < latent_cache.shape[0])).all()),
-            op,
-            f"request {request} of {length} tokens has blocks {blocks.tolist()} of {latent_cache.shape[0]}",
-        )
         keys = latent_cache[blocks].flatten(0, 1)[:length]
         outputs.append(attend(queries, keys, kv_lora_rank, scale))
     return torch.cat(outputs) if outputs else q.new_empty(0, q.shape[1], kv_lora_rank)

@@ -12,6 +12,7 @@ from dsv3_plugin.kernels import (
     bf16_linear,
     combine,
     fp8_linear,
+    mla,
     permute,
     quantize,
     rms_norm,
@@ -125,6 +126,23 @@ def test_router_names_groups():
 def test_rope_names_its_argument():
     with pytest.raises(InputError, match="rope: "):
         rope.rope(bf16(2, 4, 64), fp32(2, 16), fp32(2, 32))
+
+
+ATTENTION = {"kv_lora_rank": 512, "scale": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("q", "page", "message"),
+    [
+        (bf16(1, 4, 576), 3, "mla_attention: request 0 of 20 tokens has block 3 at 1, latent_cache has 3"),
+        (fp32(1, 4, 576), 2, "mla_attention: latent_cache is torch.bfloat16, q is torch.float32"),
+        (bf16(1, 8, 576)[:, ::2], 2, r"mla_attention: q of shape \(1, 4, 576\) is not contiguous"),
+    ],
+)
+def test_attention_names_pages_and_dtypes(q, page, message):
+    batch = torch.tensor([[0, page]]), torch.tensor([20]), torch.tensor([0, 1])
+    with pytest.raises(InputError, match=message):
+        mla.mla_attention(q, bf16(3, 16, 576), *batch, **ATTENTION)
 
 
 def test_no_rows_are_no_error():
