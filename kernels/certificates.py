@@ -33,6 +33,8 @@ class Certificate(BaseModel):
     """The digest of them."""
     cases: int
     """Of each maker of the operation."""
+    cases_on_cpu: int
+    """Those whose expected bits were computed on a CPU too, not on the card alone."""
     card: str
     torch: str
     triton: str
@@ -41,7 +43,8 @@ class Certificate(BaseModel):
         """As `dsv3 kernels list` shows it."""
         return (
             f"equal to sm90-model in every bit in {self.cases} random cases on one {self.card}"
-            f" (torch {self.torch}, Triton {self.triton}; dsv3 kernels check)"
+            f" (the model on a CPU in {self.cases_on_cpu} of them, torch {self.torch}, Triton {self.triton};"
+            " dsv3 kernels check)"
         )
 
 

@@ -53,7 +53,7 @@ def fp8_linear(
     require(x.shape[1] % FP8_BLOCK == 0, "fp8_linear", f"K={x.shape[1]} is not a multiple of {FP8_BLOCK}")
     require(x_scale.shape == (len(x), blocks), "fp8_linear", f"x_scale has shape {tuple(x_scale.shape)}")
     column_scale = weight_scale.repeat_interleave(FP8_BLOCK, 0)[: len(weight)]
-    acc = torch.zeros(len(x), len(weight), dtype=torch.float32)
+    acc = torch.zeros(len(x), len(weight), dtype=torch.float32, device=x.device)
     for k in range(blocks):
         span = slice(k * FP8_BLOCK, (k + 1) * FP8_BLOCK)
         raw = tensor_core.dot(tensor_core.FP8, x[:, span], weight[:, span])

@@ -1,4 +1,4 @@
-"""What a Hopper tensor core prints, computed on a CPU.
+"""What a Hopper tensor core prints, computed on a CPU or on any GPU (`tensor_core_gpu`).
 
 One `wgmma` instruction adds `depth` products and the accumulator as fixed-point numbers: every term is cut off
 (towards zero) a fixed number of bits below the largest exponent, the integers are summed exactly, and the sum is cut
@@ -49,7 +49,11 @@ def dot(instruction: Instruction, a: torch.Tensor, b: torch.Tensor, c: torch.Ten
 
     K is zero-padded to whole instructions: a zero product changes no bit.
     """
-    out = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32) if c is None else c.clone()
+    out = torch.zeros(len(a), len(b), dtype=torch.float32, device=a.device) if c is None else c.clone()
+    if a.is_cuda:
+        from dsv3_plugin.kernels import tensor_core_gpu
+
+        return tensor_core_gpu.dot(instruction, a, b, out)
     padding = -a.shape[1] % instruction.depth
     a, b = (pad(x.to(instruction.dtype), (0, padding)) for x in (a, b))
     tile_rows = max(1, _TILE_TERMS // (instruction.depth * min(b.shape[0], _TILE_COLUMNS)))

@@ -78,6 +78,14 @@ def sigmoid(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x < 0, e * r, r)
 
 
+def divide(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """x / divisor of fp32 `x`, correctly rounded.
+
+    The divisor is made a tensor: by a Python number torch divides on a CPU, and on a GPU multiplies by its reciprocal.
+    """
+    return x / x.new_full((), divisor)
+
+
 def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """a * b + c of fp32 tensors, rounded once.
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.ops.contract import Contract, require, require_matrix
-from dsv3_plugin.ops.elementary import fma
+from dsv3_plugin.ops.elementary import divide, fma
 from dsv3_plugin.ops.linear import split_by_expert
 from dsv3_plugin.profile import ScaleFormat
 
@@ -39,7 +39,7 @@ def scale_for(amax: torch.Tensor, scale_format: ScaleFormat) -> torch.Tensor:
     448 is 1.75 * 2**8: a mantissa up to 1.75 fits, a larger one needs the next power.
     """
     if scale_format == "float32":
-        scale = amax / E4M3_MAX
+        scale = divide(amax, E4M3_MAX)
     else:
         bits = amax.contiguous().view(torch.int32)
         exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(torch.int32)

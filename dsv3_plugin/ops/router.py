@@ -42,7 +42,7 @@ def sum_slices(
     x: torch.Tensor, weight: torch.Tensor, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Slices of K by `product`, which takes contiguous x [T, S] and weight [E, S] to fp32 [T, E], added in order."""
-    total = torch.zeros(len(x), len(weight), dtype=torch.float32)
+    total = torch.zeros(len(x), len(weight), dtype=torch.float32, device=x.device)
     for part, rows in zip(x.split(SLICE, 1), weight.split(SLICE, 1), strict=True):
         total = total + product(part.contiguous(), rows.contiguous())
     return total

@@ -29,6 +29,8 @@ from dsv3_plugin.kernels import (
     rope,
     router,
     silu_and_mul,
+    tensor_core,
+    tensor_core_gpu,
 )
 from dsv3_plugin.ops.router import SLICE
 
@@ -93,6 +95,12 @@ def _slice_sums(count: int, tile: router.Tile) -> Source:
     return Source(router._slice_sums, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
 
 
+def _model(instruction: tensor_core.Instruction) -> Source:
+    constants = {"DEPTH": instruction.depth, "FRACTION_BITS": instruction.fraction_bits, "FLOOR": instruction.floor}
+    constants |= {"RESULT_BITS": instruction.result_bits, "OPERAND_EXPONENT": instruction.operand_exponent, "TILE": 16}
+    return Source(tensor_core_gpu._dot, "*fp32 *fp32 *fp32 *fp32 i32 i32 i32", constants, _EXACT)
+
+
 _ROUTE = {"EXPERTS": 256, "GROUPS": 8, "GROUPS_CHOSEN": 4, "TOPK": 8, "NORMALISE": True}
 _ROUTE |= {"GROUPS_PADDED": 8, "SIZE_PADDED": 32, "TOPK_PADDED": 8, "SLICES": 14, "FOLLOWS": True}
 _MLA = {"BLOCK_SIZE": 16, "REQUESTS": 128, "PADDED": 128, "RANK": 512, "ROPE": 64, "RANK_PADDED": 512}
@@ -147,6 +155,8 @@ SOURCES: dict[str, Source] = {
         _MLA,
         _EXACT | {"num_warps": 8, "num_stages": 2},
     ),
+    "model of bf16 products": _model(tensor_core.BF16),
+    "model of e4m3 products": _model(tensor_core.FP8),
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_plugin.hooks import Setting, always
-from dsv3_plugin.kernels import certificates, check, provider
+from dsv3_plugin.kernels import certificates, check, provider, sm90_model
 from dsv3_plugin.kernels.certificates import Certificate
 from dsv3_plugin.profile import FP8_UE8M0
 from dsv3_plugin.registry import CONTRACTS, refusal
@@ -68,7 +68,9 @@ def test_words_and_other_kernels_leave_it(tmp_path, file, old, new):
 
 def test_strict_mode_refuses_what_has_changed_since(monkeypatch):
     contract = next(contract for contract in CONTRACTS if contract.op == "rope")
-    entry = Certificate(contract_version=1, sources="0" * 16, cases=9, card="a card", torch="2", triton="3")
+    entry = Certificate(
+        contract_version=1, sources="0" * 16, cases=9, cases_on_cpu=3, card="a card", torch="2", triton="3"
+    )
 
     def why(table: dict[str, Certificate]) -> str | None:
         monkeypatch.setattr(certificates, "_shipped", lambda: table)
@@ -82,7 +84,10 @@ def test_strict_mode_refuses_what_has_changed_since(monkeypatch):
 
 
 def result(op: str, maker: str, *, wrong: int = 0, full_card: bool = False, cases: int = 20) -> check.Result:
-    return check.Result(op, maker, cases, 100, wrong, wrong, "", 1.0, full_card=full_card)
+    return check.Result(op, maker, cases, 100, wrong, wrong, full_card=full_card)
+
+
+MODEL = sm90_model.PROVIDER
 
 
 def test_operations_earn_a_certificate_when_all_their_makers_are_equal(monkeypatch, tmp_path):
@@ -91,14 +96,18 @@ def test_operations_earn_a_certificate_when_all_their_makers_are_equal(monkeypat
         result("fp8_linear", "stream"),
         result("fp8_linear", "gluon", cases=10),
         result("fp8_linear", "cublas", wrong=1),  # another's, which claims nothing
+        result("fp8_linear", MODEL, cases=2),
         result("mla_attention", "cuda"),
         result("mla_attention", "cuda", full_card=True, cases=2),
         result("rope", "triton", wrong=1),
+        result("combine", "triton"),
+        result("combine", MODEL, cases=2, wrong=1),  # a CPU contradicts the expected bits
         result("linear", "triton"),
         check.Broken("linear", "triton", "no such symbol"),
     ]
     earned = check.earned(findings)
-    assert {op: entry.cases for op, entry in earned.items()} == {"fp8_linear": 10, "mla_attention": 20}
+    found = {op: (entry.cases, entry.cases_on_cpu) for op, entry in earned.items()}
+    assert found == {"fp8_linear": (10, 2), "mla_attention": (20, 20)}
     assert earned["mla_attention"].sources == certificates.digest("mla")
 
     path = tmp_path / "certificates.json"

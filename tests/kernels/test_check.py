@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ CASES, SEED = 3, 1
 
 def model_kernel(op: str) -> Kernel:
     (kernel,) = [kernel for kernel in sm90_model.kernels() if kernel.op == op]
-    return kernel
+    return replace(kernel, provider="triton")
 
 
 def with_one_bit_turned(kernel: Kernel) -> Kernel:
@@ -32,26 +33,51 @@ def with_one_bit_turned(kernel: Kernel) -> Kernel:
     return replace(kernel, run=run)
 
 
+def check_alike(*kernels: Kernel, cpu_every: int = 0) -> list[check.Finding]:
+    return check.check_alike(list(kernels), range(CASES), SEED, check.Where("cpu", "cpu", cpu_every))
+
+
 @pytest.mark.parametrize("op", ["rope", "combine"])
 def test_the_model_is_equal_to_itself(op):
-    result = check.check(model_kernel(op), CASES, SEED, device="cpu")
+    (result,) = check_alike(model_kernel(op))
     assert (result.cases, result.wrong_cases, result.wrong_outputs, result.failed) == (CASES, 0, 0, False)
     assert str(result).endswith("equal")
 
 
 @pytest.mark.parametrize("op", ["rope", "combine"])
 def test_a_turned_bit_fails_where_the_kernel_is_meant_to_be_exact(op):
-    result = check.check(with_one_bit_turned(model_kernel(op)), CASES, SEED, device="cpu")
+    (result,) = check_alike(with_one_bit_turned(model_kernel(op)))
     assert (result.wrong_cases, result.wrong_outputs, result.failed) == (CASES, CASES, True)
     assert "3 cases differ; case 0: 1 outputs" in str(result)
 
 
 def test_of_a_kernel_without_certificate_the_share_and_the_largest_difference_are_told():
     kernel = replace(with_one_bit_turned(model_kernel("rope")), provider=cublas.PROVIDER, uncertified="turns a bit")
-    result = check.check(kernel, CASES, SEED, device="cpu")
+    (result,) = check_alike(kernel)
     assert result.wrong_outputs == CASES and not result.failed
     assert 0 < result.largest_difference < 1
     assert f"no certificate: 3 cases and {3 / result.outputs:.4%} of the outputs differ, by " in str(result)
+
+
+def test_a_sample_of_expectations_is_computed_on_a_cpu_too():
+    of_kernel, of_model = check_alike(model_kernel("rope"), cpu_every=2)
+    assert (of_kernel.cases, of_model.cases, of_model.is_of_model) == (CASES, 2, True)
+    assert check.verdict([of_kernel, of_model])[0].endswith("; 2 of the expectations were computed on the CPU too")
+
+
+def test_an_expectation_that_the_cpu_contradicts_fails(monkeypatch):
+    """The model prints another bit each second time: in the sample, as another device would."""
+    model, calls = model_kernel("rope"), itertools.count()
+
+    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+        printed = with_one_bit_turned(model) if next(calls) % 2 else model
+        return printed.run(*args, **kwargs)
+
+    monkeypatch.setattr(check.sm90_model, "kernels", lambda: [replace(model, provider=sm90_model.PROVIDER, run=run)])
+    of_kernel, of_model = check_alike(model, cpu_every=1)
+    assert not of_kernel.wrong_cases and of_model.wrong_cases == CASES
+    text, passed = check.verdict([of_kernel, of_model])
+    assert not passed and "bits differ" in text and "model on the CPU" in str(of_model)
 
 
 def test_an_output_nobody_wrote_is_infinitely_far():
@@ -66,14 +92,10 @@ def test_shapes_are_refused_by_other_peoples_kernels_only():
         raise InputError("not this shape")
 
     other = replace(model_kernel("rope"), provider=cublas.PROVIDER, run=refuse, uncertified="refuses")
-    result = check.check(other, CASES, SEED, device="cpu")
+    (result,) = check_alike(other)
     assert (result.cases, result.refused_cases) == (0, CASES)
-    with pytest.raises(InputError):
-        check.check(replace(other, provider="triton"), CASES, SEED, device="cpu")
-
-
-def check_alike(*kernels: Kernel) -> list[check.Finding]:
-    return check.check_alike(list(kernels), CASES, SEED, device="cpu")
+    (broken,) = check_alike(replace(other, provider="triton"))
+    assert broken == check.Broken("rope", "triton", "InputError: not this shape")
 
 
 def test_a_kernel_that_breaks_is_named_and_the_others_are_checked():
@@ -107,15 +129,48 @@ def test_the_model_runs_once_for_all_kernels_of_an_operation(monkeypatch):
     assert len(calls) == CASES
 
 
-def of_the_model(op: str) -> list[check.Finding]:
-    """What a process does for an operation; that of `combine` dies as one does whose kernel ends it."""
-    if op == "combine":
+def of_the_model(share: check.Share) -> list[check.Finding]:
+    """What a process does for a share; that of the first ones of `combine` dies as one does whose kernel ends it."""
+    if share.op == "combine" and share.numbers.start == 0:
         os._exit(3)
-    return check_alike(model_kernel(op))
+    where = check.Where("cpu", "cpu", 0)
+    return check.check_alike([model_kernel(share.op)], share.numbers, SEED, where)
 
 
-def test_operations_have_processes_of_their_own():
-    findings = {finding.op: finding for finding in check.in_processes(of_the_model, ["rope", "combine", "rms_norm"])}
-    assert isinstance(findings["rope"], check.Result) and isinstance(findings["rms_norm"], check.Result)
-    assert findings["combine"] == check.Broken("combine", "all", "the process died")
-    assert not check.verdict(list(findings.values()))[1]
+def test_processes_share_an_operations_cases_and_outlive_one_that_dies(monkeypatch):
+    monkeypatch.setattr(check, "_SHARE", 2)
+    shares = check.shares(["rope", "combine"], CASES)
+    assert [(share.op, share.numbers) for share in shares] == [
+        ("rope", range(2)),
+        ("combine", range(2)),
+        ("rope", range(2, 3)),
+        ("combine", range(2, 3)),
+    ]
+    findings = {found[0].op: found for found in check.by_operation(check.in_processes(of_the_model, shares), 2)}
+    (of_rope,) = findings["rope"]
+    assert (of_rope.cases, of_rope.wrong_cases) == (CASES, 0)
+    of_rest, died = findings["combine"]
+    assert of_rest.cases == 1 and died == check.Broken("combine", "all", "the process died")
+    assert not check.verdict([of_rope, of_rest, died])[1]
+
+
+def test_results_of_shares_are_one_result():
+    """The first fault is that of the lowest case, whichever process ended first."""
+
+    def share(start: int, **more: Any) -> tuple[check.Share, list[check.Finding]]:
+        result = check.Result("rope", "triton", 10, 100, **more)
+        return check.Share("rope", range(start, start + 10)), [result, check.Result("rope", "cublas", 9, exact=False)]
+
+    late = share(10, wrong_cases=1, wrong_outputs=2, first_wrong="case 11", largest_difference=0.5)
+    early = share(0, wrong_cases=2, wrong_outputs=3, first_wrong="case 4", largest_difference=0.25)
+    ((ours, theirs),) = check.by_operation([late, early], 2)
+    assert ours == check.Result(
+        "rope", "triton", 20, 200, wrong_cases=3, wrong_outputs=5, first_wrong="case 4", largest_difference=0.5
+    )
+    assert theirs.cases == 18 and not list(check.by_operation([late], 2))
+
+
+def test_kernels_for_one_latent_get_no_other():
+    (model,) = [kernel for kernel in sm90_model.kernels() if kernel.op == "mla_attention"]
+    of_v3, of_any = (check.sizes_of(replace(model, provider=name)).latents for name in ("cuda", "triton"))
+    assert of_v3 == ((512, 64),) and len(of_any) == 3

@@ -15,7 +15,8 @@ if shutil.which("g++") is None:
 import emulation
 
 from dsv3_plugin.kernels import mla_hopper, sm90_model
-from dsv3_plugin.kernels.check import bits_differ, numbers
+from dsv3_plugin.kernels.cases import numbers
+from dsv3_plugin.kernels.check import bits_differ
 from dsv3_plugin.ops import mla_attention
 
 SCALE = 576**-0.5

@@ -12,7 +12,8 @@ import torch
 from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Setting
 from dsv3_plugin.kernels import provider, sm90_model
-from dsv3_plugin.kernels.check import CASES, SMALL, bits_differ
+from dsv3_plugin.kernels.cases import CASES, SMALL
+from dsv3_plugin.kernels.check import bits_differ
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32
 from dsv3_plugin.registry import bind
 
