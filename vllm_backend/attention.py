@@ -33,11 +33,14 @@ class LatentMetadata:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
-    slot_mapping: torch.Tensor
+    stored: torch.Tensor
+    """Which of the tokens are to be kept."""
+    slots: torch.Tensor
+    """Where, for each of those: page times block size, plus the place in the page."""
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
-    """Picks the five fields out of vLLM's common metadata."""
+    """Picks what `LatentCache` needs out of vLLM's common metadata."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -47,13 +50,17 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
         """Called once a step for each cache group."""
         common = common_attn_metadata
+        slot_mapping = common.slot_mapping[: common.num_actual_tokens]
+        # A slot of -1 marks a token that must not be kept. Looked up here, where it is waited for once for all layers.
+        stored = (slot_mapping >= 0).nonzero().flatten()
         return LatentMetadata(
             num_actual_tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc[: common.num_reqs + 1],
             # Copied: the draft loop changes vLLM's tensor in place between its steps.
             seq_lens=common.seq_lens[: common.num_reqs].clone(),
             block_table=common.block_table_tensor[: common.num_reqs],
-            slot_mapping=common.slot_mapping[: common.num_actual_tokens],
+            stored=stored,
+            slots=slot_mapping[stored],
         )
 
 
@@ -137,10 +144,8 @@ class LatentCache(nn.Module, AttentionLayerBase):
         metadata: LatentMetadata = by_layer[self.layer_name]
         tokens = metadata.num_actual_tokens
         pages = compat.latent_pages(self.kv_cache)
-        # A slot of -1 marks a token that must not be stored.
-        stored = metadata.slot_mapping >= 0
-        slots = metadata.slot_mapping[stored]
-        pages[slots // pages.shape[1], slots % pages.shape[1]] = latent[:tokens][stored]
+        block_size = pages.shape[1]
+        pages[metadata.slots // block_size, metadata.slots % block_size] = latent[metadata.stored]
         out[:tokens] = self.ops.mla_attention(
             q[:tokens],
             pages,
