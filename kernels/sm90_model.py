@@ -104,15 +104,8 @@ def attention(
     scale: float,
 ) -> torch.Tensor:
     """`mla_attention`, arguments as there; the scaled output is where the second product's accumulator starts."""
-    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    block_size = latent_cache.shape[1]
-    out = q.new_empty(*q.shape[:2], kv_lora_rank)
-    for request, length in enumerate(lengths):
-        span = slice(starts[request], starts[request + 1])
-        blocks = block_table[request, : -(-length // block_size)].long()
-        keys = latent_cache[blocks].flatten(0, 1)[:length]
-        out[span] = mla_attention.attend(q[span], keys, kv_lora_rank, scale, _ATTENTION_PRODUCTS)
-    return out
+    batch = block_table, seq_lens, query_start_loc
+    return mla_attention.attend_batch(q, latent_cache, *batch, kv_lora_rank, scale, _ATTENTION_PRODUCTS)
 
 
 def _scores(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

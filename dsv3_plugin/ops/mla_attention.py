@@ -71,18 +71,8 @@ def mla_attention(
 
     Returns [T, H, kv_lora_rank] of q's dtype. Raises `InputError` where shapes, lengths or pages do not fit.
     """
-    require_paged_batch(MLA_ATTENTION.op, q, latent_cache, block_table, seq_lens, query_start_loc, scale)
-    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    block_size = latent_cache.shape[1]
-    outputs = []
-    for request, length in enumerate(lengths):
-        queries = q[starts[request] : starts[request + 1]]
-        if len(queries) == 0:
-            continue
-        blocks = block_table[request, : -(-length // block_size)].long()
-        keys = latent_cache[blocks].flatten(0, 1)[:length]
-        outputs.append(attend(queries, keys, kv_lora_rank, scale))
-    return torch.cat(outputs) if outputs else q.new_empty(0, q.shape[1], kv_lora_rank)
+    batch = block_table, seq_lens, query_start_loc
+    return attend_batch(q, latent_cache, *batch, kv_lora_rank, scale, CPU_PRODUCTS)
 
 
 class Products(NamedTuple):
@@ -105,8 +95,33 @@ def _add_values(output: torch.Tensor, p: torch.Tensor, values: torch.Tensor) -> 
 CPU_PRODUCTS = Products(_scores, _add_values)
 
 
+def attend_batch(
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    kv_lora_rank: int,
+    scale: float,
+    products: Products,
+) -> torch.Tensor:
+    """`mla_attention` with the matrix products of a machine."""
+    require_paged_batch(MLA_ATTENTION.op, q, latent_cache, block_table, seq_lens, query_start_loc, scale)
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    block_size = latent_cache.shape[1]
+    outputs = []
+    for request, length in enumerate(lengths):
+        queries = q[starts[request] : starts[request + 1]]
+        if len(queries) == 0:
+            continue
+        blocks = block_table[request, : -(-length // block_size)].long()
+        keys = latent_cache[blocks].flatten(0, 1)[:length]
+        outputs.append(attend(queries, keys, kv_lora_rank, scale, products))
+    return torch.cat(outputs) if outputs else q.new_empty(0, q.shape[1], kv_lora_rank)
+
+
 def attend(
-    queries: torch.Tensor, keys: torch.Tensor, kv_lora_rank: int, scale: float, products: Products = CPU_PRODUCTS
+    queries: torch.Tensor, keys: torch.Tensor, kv_lora_rank: int, scale: float, products: Products
 ) -> torch.Tensor:
     """queries [T, H, C] are the last T tokens of keys [L, C]; to [T, H, kv_lora_rank]."""
     tokens, heads, _ = queries.shape
