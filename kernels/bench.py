@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import typer
 
 from dsv3_plugin.errors import KernelError
+from dsv3_plugin.hooks import Setting
 from dsv3_plugin.kernels import (
     bf16_linear,
     combine,
@@ -33,6 +34,7 @@ from dsv3_plugin.kernels import (
     fp8_linear,
     mla,
     permute,
+    provider,
     quantize,
     rms_norm,
     router,
@@ -45,6 +47,8 @@ from dsv3_plugin.kernels.scoreboard import Record, Role, Scoreboard
 from dsv3_plugin.layers.moe import permutation
 from dsv3_plugin.ops import fused
 from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.profile import FP8_FLOAT32
+from dsv3_plugin.registry import Ops, bind
 from dsv3_plugin.version import __version__
 
 app = typer.Typer(add_completion=False)
@@ -56,6 +60,7 @@ _CACHE = 250_000_000
 _DEVICE = "cuda"
 _EXPERTS, _TOPK, _HIDDEN, _EXPERT_SIZE = 256, 8, 7168, 2048
 _LOCAL_EXPERTS = 32
+_VOCABULARY, _TEMPERATURE = 129280, 0.7
 _MOST_ROWS = 4096
 _DISTRIBUTIONS = ("triton", "vllm", "sglang", "sglang-kernel", "sgl-deep-gemm", "transformer-engine-torch")
 
@@ -68,10 +73,14 @@ class Contenders:
     peers: dict[str, Call | str] = field(default_factory=dict)
     invariant: dict[str, Call | str] = field(default_factory=dict)
     """The peers' batch-invariant modes."""
+    served: Call | None = None
+    """What a model runs, where that may be another provider's kernel."""
 
     def all(self) -> Iterator[tuple[str, Role, Call | str]]:
         """Name, role and call of each, ours first."""
         yield "ours", "ours", self.ours
+        if self.served:
+            yield "served", "served", self.served
         for name, call in self.peers.items():
             yield name, "peer", call
         for name, call in self.invariant.items():
@@ -123,15 +132,30 @@ def peer(build: Callable[[], Call]) -> Call | str:
     except ImportError as error:
         return f"not installed: {error.name}"
     except Exception as error:  # a scoreboard goes on without a peer, and says so
-        return f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        return why_not(error)
+
+
+def why_not(error: Exception) -> str:
+    """Why a peer was not timed, in a few words."""
+    if "NOT_SUPPORTED" in str(error):
+        return "does not take this shape"
+    kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+    return f"{kind}{error}".splitlines()[0][:100]
+
+
+@functools.cache
+def served() -> Ops:
+    """The kernels that a model gets on this machine."""
+    return bind(Setting("cuda", "sm90", FP8_FLOAT32, (9, 0)), "fast", provider.dsv3_kernels())
 
 
 def dense_cases() -> Iterator[Case]:
-    """fp8 projections: prefill with 4096 tokens, decode with 1 to 128."""
-    prefill = [(4096, n, k) for n, k in ((2112, 7168), (24576, 1536), (7168, 16384), (36864, 7168), (7168, 18432))]
-    decode = [(m, n, k) for n, k in ((2112, 7168), (24576, 1536), (7168, 16384)) for m in (1, 16, 64, 128)]
-    rows = {(n, k): partial(_dense_rows, n, k) for _, n, k in prefill + decode}
-    for m, n, k in prefill + decode:
+    """fp8 projections: decode with 1 to 128 tokens, prefill with 4096."""
+    decoded = ((2112, 7168), (24576, 1536), (7168, 16384))
+    shapes = [(m, n, k) for n, k in decoded for m in (1, 16, 64, 128, 4096)]
+    shapes += [(4096, n, k) for n, k in ((36864, 7168), (7168, 18432))]
+    rows = {(n, k): partial(_dense_rows, n, k) for _, n, k in shapes}
+    for m, n, k in shapes:
 
         def make(m: int = m, n: int = n, k: int = k) -> Contenders:
             weight = fp8_weight(n, k)
@@ -155,6 +179,7 @@ def dense_cases() -> Iterator[Case]:
             return Contenders(
                 lambda: fp8_linear.fp8_linear(*x, *weight),
                 {"DeepGEMM": peer(deep_gemm), "cuBLASLt": peer(cublaslt)},
+                served=lambda: served().fp8_linear(*x, *weight),
             )
 
         moved = m * k + n * k + 2 * m * n
@@ -237,7 +262,11 @@ def _grouped_contenders(counts: torch.Tensor, weight: tuple[torch.Tensor, torch.
     peers = {"DeepGEMM contiguous": peer(contiguous)}
     if masked:
         peers["DeepGEMM masked"] = peer(in_rooms)
-    return Contenders(lambda: fp8_linear.grouped_fp8_linear(*x, counts, *weight), peers)
+    return Contenders(
+        lambda: fp8_linear.grouped_fp8_linear(*x, counts, *weight),
+        peers,
+        served=lambda: served().grouped_fp8_linear(*x, counts, *weight),
+    )
 
 
 def _grouped_rows(weight: tuple[torch.Tensor, torch.Tensor]) -> Rows:
@@ -289,7 +318,7 @@ def attention_cases() -> Iterator[Case]:
                 from vllm.v1.attention.ops.triton_decode_attention import decode_attention_fwd
 
                 if queries > 1:
-                    raise NotImplementedError("decodes one token a request")
+                    raise NotImplementedError("takes one token a request")
                 keys_of_heads = cache.unsqueeze(2)
                 out, lse = q.new_zeros(requests, heads, 512), q.new_zeros(requests, heads)
                 parts = q.new_empty(requests, heads, 1, 513, dtype=torch.float32)
@@ -362,6 +391,7 @@ def bf16_cases() -> Iterator[Case]:
                 lambda: bf16_linear.linear(x, weight),
                 {"cuBLAS": lambda: F.linear(x, weight), "DeepGEMM": peer(deep_gemm)},
                 {"vLLM": peer(vllm)},
+                served=lambda: served().linear(x, weight),
             )
 
         moved = 2 * (m * k + n * k + m * n)
@@ -467,6 +497,29 @@ def small_cases() -> Iterator[Case]:
         yield Case(f"route {m} x 256", choose, m * _EXPERTS * 4, rows=_route_rows)
         yield Case(f"combine T={m}", put_together, m * (_TOPK + 2) * _HIDDEN * 2, rows=_combine_rows)
         yield from fused_cases(m)
+    yield from log_softmax_cases()
+
+
+def log_softmax_cases() -> Iterator[Case]:
+    """torch's own, which servers and trainers take of logits / temperature: this package has no kernel for it."""
+    for m in (1, 128, 4096):
+
+        def make(m: int = m) -> Contenders:
+            logits = torch.randn(m, _VOCABULARY, device=_DEVICE)
+
+            def vllm() -> Call:
+                from vllm.model_executor.layers.batch_invariant import log_softmax
+
+                return lambda: log_softmax(logits / _TEMPERATURE, dim=-1)
+
+            return Contenders(lambda: torch.log_softmax(logits / _TEMPERATURE, -1), {}, {"vLLM": peer(vllm)})
+
+        yield Case(f"log-softmax of torch {m} x {_VOCABULARY}", make, m * _VOCABULARY * 8, rows=_log_softmax_rows)
+
+
+def _log_softmax_rows() -> Rows:
+    logits = torch.randn(_MOST_ROWS, _VOCABULARY, device=_DEVICE)
+    return Rows(_MOST_ROWS, lambda i: torch.log_softmax(logits[i] / _TEMPERATURE, -1))
 
 
 def fused_cases(m: int) -> Iterator[Case]:
@@ -537,12 +590,19 @@ def fused_cases(m: int) -> Iterator[Case]:
         return Contenders(ours, {"cuBLAS, then vLLM grouped_topk": peer(vllm)})
 
     row, expert_rows = m * _HIDDEN, m * _TOPK * _EXPERT_SIZE
-    yield Case(f"RMSNorm, quantised {m} x 7168", norm_quantised, row * 3)
-    yield Case(f"RMSNorm of a sum {m} x 7168", norm_of_sum, row * 8)
-    yield Case(f"RMSNorm of a sum, and quantised {m} x 7168", norm_of_sum_quantised, row * 9)
-    yield Case(f"SwiGLU, quantised {m * _TOPK} x 4096", swiglu_quantised, expert_rows * 5)
-    yield Case(f"permute {m} x 7168 for 8 experts each", permuted, row * (_TOPK + 1) * 2)
-    yield Case(f"permute in fp8 {m} x 7168 for 8 experts each", permuted_quantised, row * (_TOPK + 1))
+    yield Case(f"RMSNorm, quantised {m} x 7168", norm_quantised, row * 3, rows=_norm_quantised_rows)
+    yield Case(f"RMSNorm of a sum {m} x 7168", norm_of_sum, row * 8, rows=_norm_of_sum_rows)
+    yield Case(
+        f"RMSNorm of a sum, and quantised {m} x 7168", norm_of_sum_quantised, row * 9, rows=_norm_of_sum_quantised_rows
+    )
+    yield Case(f"SwiGLU, quantised {m * _TOPK} x 4096", swiglu_quantised, expert_rows * 5, rows=_swiglu_quantised_rows)
+    yield Case(f"permute {m} x 7168 for 8 experts each", permuted, row * (_TOPK + 1) * 2, rows=_permute_rows)
+    yield Case(
+        f"permute in fp8 {m} x 7168 for 8 experts each",
+        permuted_quantised,
+        row * (_TOPK + 1),
+        rows=_permute_quantised_rows,
+    )
     moved = 2 * (row + _EXPERTS * _HIDDEN)
     operations = 2 * row * _EXPERTS
     yield Case(f"router T={m}", routed, moved, bf16_operations=operations, rows=_router_rows)
@@ -550,9 +610,12 @@ def fused_cases(m: int) -> Iterator[Case]:
 
 def _router_rows() -> Rows:
     x, weight, bias = bf16(_MOST_ROWS, _HIDDEN), bf16(_EXPERTS, _HIDDEN), torch.randn(_EXPERTS, device=_DEVICE) * 0.1
-    return Rows(
-        _MOST_ROWS, lambda i: torch.cat([part.float() for part in router.moe_router(x[i], weight, bias, **_ROUTING)], 1)
-    )
+    return Rows(_MOST_ROWS, lambda i: _side_by_side(router.moe_router(x[i], weight, bias, **_ROUTING)))
+
+
+def _side_by_side(results: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Results of a row in one, exact in fp32."""
+    return torch.cat([result.float() for result in results], 1)
 
 
 def _norm_rows() -> Rows:
@@ -560,14 +623,25 @@ def _norm_rows() -> Rows:
     return Rows(_MOST_ROWS, lambda i: rms_norm.rms_norm(x[i], weight, 1e-6))
 
 
+def _norm_quantised_rows() -> Rows:
+    x, weight = bf16(_MOST_ROWS, _HIDDEN), bf16(_HIDDEN)
+    return Rows(_MOST_ROWS, lambda i: _side_by_side(rms_norm.rms_norm_fp8(x[i], weight, 1e-6, "float32")))
+
+
+def _norm_of_sum_rows() -> Rows:
+    x, addend, weight = bf16(_MOST_ROWS, _HIDDEN), bf16(_MOST_ROWS, _HIDDEN), bf16(_HIDDEN)
+    return Rows(_MOST_ROWS, lambda i: _side_by_side(rms_norm.add_rms_norm(x[i], addend[i], weight, 1e-6)))
+
+
+def _norm_of_sum_quantised_rows() -> Rows:
+    x, addend, weight = bf16(_MOST_ROWS, _HIDDEN), bf16(_MOST_ROWS, _HIDDEN), bf16(_HIDDEN)
+    fused_norm = partial(rms_norm.add_rms_norm_fp8, weight=weight, eps=1e-6, scale_format="float32")
+    return Rows(_MOST_ROWS, lambda i: _side_by_side(fused_norm(x[i], addend[i])))
+
+
 def _quantise_rows() -> Rows:
     x = bf16(_MOST_ROWS, _HIDDEN)
-
-    def of(rows: torch.Tensor) -> torch.Tensor:
-        values, scales = quantize.quantize_fp8(x[rows], "float32")
-        return torch.cat((values.float(), scales), 1)
-
-    return Rows(_MOST_ROWS, of)
+    return Rows(_MOST_ROWS, lambda i: _side_by_side(quantize.quantize_fp8(x[i], "float32")))
 
 
 def _swiglu_rows() -> Rows:
@@ -575,9 +649,25 @@ def _swiglu_rows() -> Rows:
     return Rows(_MOST_ROWS, lambda i: silu_and_mul.silu_and_mul(x[i]))
 
 
+def _swiglu_quantised_rows() -> Rows:
+    x = bf16(_MOST_ROWS, 2 * _EXPERT_SIZE)
+    return Rows(_MOST_ROWS, lambda i: _side_by_side(silu_and_mul.silu_and_mul_fp8(x[i], "float32")))
+
+
+def _permute_rows() -> Rows:
+    x, source = bf16(_MOST_ROWS, _HIDDEN), torch.randperm(_MOST_ROWS, device=_DEVICE)
+    return Rows(_MOST_ROWS, lambda i: permute.permute(x, source[i]))
+
+
+def _permute_quantised_rows() -> Rows:
+    values, scales = quantize.quantize_fp8(bf16(_MOST_ROWS, _HIDDEN), "float32")
+    source = torch.randperm(_MOST_ROWS, device=_DEVICE)
+    return Rows(_MOST_ROWS, lambda i: _side_by_side(permute.permute_fp8(values, scales, source[i])))
+
+
 def _route_rows() -> Rows:
     logits, bias = torch.randn(_MOST_ROWS, _EXPERTS, device=_DEVICE), torch.randn(_EXPERTS, device=_DEVICE) * 0.1
-    return Rows(_MOST_ROWS, lambda i: torch.cat([x.float() for x in router.route(logits[i], bias, **_ROUTING)], 1))
+    return Rows(_MOST_ROWS, lambda i: _side_by_side(router.route(logits[i], bias, **_ROUTING)))
 
 
 def _combine_rows() -> Rows:
@@ -750,7 +840,7 @@ def measure(group: str, case: Case, *, rotate: bool, rows: RowBits | None) -> li
             taken = time_calls(calls)
         except RuntimeError as error:
             torch.cuda.synchronize()
-            records.append(Record(**known, absent=f"not timed: {error}".splitlines()[0][:100]))
+            records.append(Record(**known, absent=f"not timed: {why_not(error)}"))
             continue
         known |= {"median_us": taken.median, "low_us": taken.low, "high_us": taken.high}
         if role == "ours":

@@ -41,6 +41,7 @@ def case(**more: object) -> Case:
             lambda: OURS,
             {"theirs": lambda: THEIRS, "absent": bench.peer(lambda: __import__("no_such_peer")), "breaks": breaks},
             {"slow": lambda: OURS},
+            served=lambda: OURS,
         )
 
     return Case("a case", make, **{"bytes_moved": 100e6, **more})
@@ -51,18 +52,20 @@ def test_every_contender_has_a_record_with_its_role(clock):
     found = [(record.contender, record.role) for record in records]
     assert found == [
         ("ours", "ours"),
+        ("served", "served"),
         ("theirs", "peer"),
         ("absent", "peer"),
         ("breaks", "peer"),
         ("slow", "invariant"),
         ("copy", "copy"),
     ]
-    ours, theirs, absent, breaks, slow, copy = records
+    ours, served, theirs, absent, breaks, slow, copy = records
+    assert served.differs == 0
     assert (ours.median_us, ours.workspace_bytes, ours.rows_compared, ours.rows_differ) == (10.0, 512, 1000, 0)
     assert (theirs.differs, theirs.outputs) == (1, 6) and slow.differs == 0 and copy.differs is None
     assert "no_such_peer" in str(absent.absent) and absent.median_us is None
     assert breaks.absent == "not timed: too many resources" and breaks.median_us is None
-    assert clock == [2, 2, 2, 2], "each timed on two buffers, which a cache of 250 MB cannot hold together"
+    assert clock == [2, 2, 2, 2, 2], "each timed on two buffers, which a cache of 250 MB cannot hold together"
 
 
 def test_buffers_are_not_rotated_where_one_is_larger_than_the_cache(clock):
@@ -72,7 +75,7 @@ def test_buffers_are_not_rotated_where_one_is_larger_than_the_cache(clock):
 
 def test_what_is_bound_by_arithmetic_has_no_copy_beside_it(clock):
     records = bench.measure("group", case(bf16_operations=1e15), rotate=False, rows=None)
-    assert [record.role for record in records] == ["ours", "peer", "peer", "peer", "invariant"]
+    assert [record.role for record in records] == ["ours", "served", "peer", "peer", "peer", "invariant"]
     assert records[0].floor_us == 1e15 / 790e6
 
 
@@ -89,6 +92,20 @@ def test_a_case_that_fails_is_named_and_the_others_are_measured(clock, monkeypat
         bench.main(["dense"], path, True)
     assert "a case" in capsys.readouterr().out
     assert {record.case for record in scoreboard.read(path).records} == {"a case"}
+
+
+def test_why_a_peer_was_not_timed_is_said_in_a_few_words():
+    library = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic( x )`")
+    assert bench.why_not(library) == "does not take this shape"
+    assert bench.why_not(NotImplementedError("takes one token a request")) == "takes one token a request"
+    assert bench.why_not(ValueError("no such tile\nand a trace")) == "ValueError: no such tile"
+
+
+def test_tokens_ascend_in_each_projection():
+    cases = [case.name.removeprefix("fp8 ").split(" x ", 1) for case in bench.dense_cases()]
+    for product in dict(reversed(case) for case in cases):
+        tokens = [int(count) for count, of in cases if of == product]
+        assert tokens == sorted(tokens)
 
 
 def test_a_group_that_there_is_not_is_named():

@@ -43,13 +43,24 @@ def test_a_row_compares_ours_with_the_fastest_peer():
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:4] == ["fp8 1 x 2112 x 7168", "5.0", "10.0 (9.0-13.0)", "2.00"]
     assert cells[4] == "1.25", "ours / fast; neither the slow peer nor an invariant mode is the best peer"
-    assert cells[5:7] == ["0 of 1.0 k", "2.5 MB"]
-    assert cells[7].startswith("slow 40.0 (9.0-13.0), 3 bits; fast 8.0") and "missing absent (it is not" in cells[7]
-    assert cells[8:] == ["fast 5.5 (9.0-13.0)", "-"]
+    assert cells[5:7] == ["ours", "1.25"]
+    assert cells[7:9] == ["0 of 1.0 k", "2.5 MB"]
+    assert cells[9].startswith("slow 40.0 (9.0-13.0), 3 bits; fast 8.0") and "missing absent (it is not" in cells[9]
+    assert cells[10:] == ["fast 5.5 (9.0-13.0)", "-"]
 
 
 def test_a_row_without_peers_claims_no_ratio():
-    assert "| 2.00 | - | 0 of 1.0 k |" in scoreboard.row([RECORDS[0], RECORDS[3]])
+    assert "| 2.00 | - | ours | - | 0 of 1.0 k |" in scoreboard.row([RECORDS[0], RECORDS[3]])
+
+
+def test_what_a_model_runs_may_be_anothers_kernel():
+    model = record("served", "served", 7.6, differs=0, outputs=2112)
+    assert "| 1.25 | 7.6 (9.0-13.0) | 0.95 |" in scoreboard.row([RECORDS[0], model, *RECORDS[1:]])
+    title, line = scoreboard._lines(BOARD.model_copy(update={"records": (*RECORDS, model)}))
+    assert title.is_title and title.name.startswith("fp8 projections")
+    assert (line.model, line.invariant, line.floor) == (7.6 / 8, 5.5 / 8, 5 / 8)
+    without_peers = BOARD.model_copy(update={"records": (RECORDS[0], RECORDS[3])})
+    assert scoreboard._lines(without_peers) == []
 
 
 def test_report_writes_tables_and_overwrites_nothing(tmp_path):
@@ -57,7 +68,7 @@ def test_report_writes_tables_and_overwrites_nothing(tmp_path):
     data.write_text(BOARD.model_dump_json())
     arguments = ["bench", "report", str(data), "--markdown", str(table)]
     assert CliRunner().invoke(app, arguments).exit_code == 0
-    assert scoreboard.row(list(RECORDS)) in table.read_text() and "## dense" in table.read_text()
+    assert scoreboard.row(list(RECORDS)) in table.read_text() and "## fp8 projections" in table.read_text()
     table.write_text("mine")
     refused = CliRunner().invoke(app, arguments)
     assert isinstance(refused.exception, KernelError) and "table.md exists" in str(refused.exception)
@@ -83,7 +94,10 @@ def test_the_plot_names_every_case(tmp_path):
     code = f"import sys; sys.argv[1:] = {command[3:]!r}; from dsv3_plugin.cli import main; main()"
     subprocess.run([command[0], "-c", code], check=True)
     text = plot.read_text()
-    assert all(f"<!-- {case} -->" in text for case in ("fp8 1 x 2112 x 7168", "peer, batch-invariant"))
+    assert all(
+        f"<!-- {case} -->" in text
+        for case in ("fp8 1 x 2112 x 7168", "fp8 projections: tokens x columns x depth", "the fastest public kernel")
+    )
 
 
 def test_rows_that_do_not_know_each_other_compare_equal():
