@@ -26,14 +26,15 @@ constexpr int CONSUMERS = ROW_GROUPS * K_GROUPS;
 static_assert(K_GROUPS == 1 || ROW_BLOCKS * ROW_GROUPS * TOKEN_PARTS == 1, "turns are taken on tiles of 64 rows");
 // A warpgroup that waits for a stage has seen the stage's last use: it was its own, or one that it folded behind.
 static_assert(STAGES >= K_GROUPS, "a turn each for the stages");
+// Programs of a cluster copy whole slices of a stage's tokens, or one box of a slice each.
 static_assert(
-    CLUSTER == 1 || (GROUPS == 1 && (SLICES > 1 ? SLICES % CLUSTER == 0 : TOKENS == CLUSTER * TOKEN_BOX)),
-    "each program of a cluster copies as many of a stage's tokens");
+    SLICES % CLUSTER > 0 ? TOKENS * SLICES == TOKEN_BOX * CLUSTER : SLICES == 1 || TOKENS == TOKEN_BOX,
+    "a copy of several slices holds all tokens, and each program of a cluster copies equally much");
+static_assert(CLUSTER == 1 || GROUPS == 1, "an expert's tiles are not shared");
 constexpr int SLICE_BYTES = TILE_ROWS * 128;
 constexpr int WEIGHT_BYTES = SLICES * SLICE_BYTES;
 constexpr int TOKEN_SLICE_BYTES = (TOKENS + TOKEN_BOX - 1) / TOKEN_BOX * TOKEN_BOX * 128;
 constexpr int TOKEN_BYTES = SLICES * TOKEN_SLICE_BYTES;
-static_assert(SLICES == 1 || TOKENS == TOKEN_BOX, "a copy of several slices holds all tokens");
 
 // Copies begin at a multiple of 16 bytes; an expert's first token may lie up to three scales behind.
 constexpr int SCALE_BOX = TOKENS + (GROUPS > 1 ? 4 : 0);
@@ -94,6 +95,9 @@ struct Schedule {
     }
 };
 
+// Shuffled, so that the compiler knows it to be one number a warp.
+__device__ __forceinline__ int own_warpgroup() { return __shfl_sync(~0u, int(threadIdx.x / 128), 0); }
+
 // Where the ring stands, for the warp that fills it and for those who empty it.
 struct Place {
     int stage = 0;
@@ -102,8 +106,15 @@ struct Place {
     int next_group = 0;
     bool begun = false;
     u32 turn_phase = 0;
+    // Go on by at most as many stages as there are.
     __device__ __forceinline__ void next(int count = 1) {
-        for (stage += count; stage >= STAGES; stage -= STAGES) phase ^= 1;
+        stage += count;
+        if (stage >= STAGES) stage -= STAGES, phase ^= 1;
+    }
+    __device__ __forceinline__ void skip(int count) {
+        stage += count;
+        phase ^= stage / STAGES & 1;
+        stage %= STAGES;
     }
 };
 
@@ -120,9 +131,12 @@ struct WeightScales {
         const long long blocks = operands.blocks;
         first = operands.weight_scale + (tile.scale_row + min(row / 128, last)) * blocks;
         second = operands.weight_scale + (tile.scale_row + min((row + (TOKENS_FIRST ? 128 : 8)) / 128, last)) * blocks;
-        border = 128 - row % 128;
+        border = TILE_ROWS % 128 == 0 ? 128 : 128 - row % 128;
     }
-    __device__ __forceinline__ float2 load(int block) const {
+    // Behind the last slice the operands and the tokens' scales are zeros; with a negative scale what is added is -0,
+    // which changes no sum.
+    __device__ __forceinline__ float2 load(int block, int blocks) const {
+        if (block >= blocks) return make_float2(-1, -1);
         const float scale = __ldg(first + block);
         return make_float2(scale, SPLIT ? __ldg(second + block) : scale);
     }
@@ -272,13 +286,13 @@ template <int N>
 __device__ __forceinline__ void multiply_tile_in_turns(
     const Tile& tile, const Shared& shared, const Operands& operands, Place& place) {
     constexpr int COUNT = N / 2;
-    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+    const int group = own_warpgroup(), thread = threadIdx.x % 128;
     const int turns = (operands.blocks + SLICES - 1) / SLICES;
     const WeightScales weight_scales(operands, tile, 0);
     int turn = (group - place.next_group + K_GROUPS) % K_GROUPS;
     Place mine = place;
     mine.next(turn);
-    place.next(turns);
+    place.skip(turns);
     place.next_group = (place.next_group + turns) % K_GROUPS;
     for (; turn < turns; turn += K_GROUPS, mine.next(K_GROUPS)) {
         const int block = turn * SLICES;
@@ -286,7 +300,7 @@ __device__ __forceinline__ void multiply_tile_in_turns(
         float2 weight[SLICES];
         Scales<COUNT> scales[SLICES];
 #pragma unroll
-        for (int s = 0; s < SLICES; s++) weight[s] = weight_scales.load(min(block + s, operands.blocks - 1));
+        for (int s = 0; s < SLICES; s++) weight[s] = weight_scales.load(block + s, operands.blocks);
         barrier_wait(shared.full + 8 * mine.stage, mine.phase);
 #pragma unroll
         for (int s = 0; s < SLICES; s++) multiply<COUNT>(raw[s], shared, mine.stage, s, 0, 0);
@@ -310,10 +324,7 @@ __device__ __forceinline__ void multiply_tile_in_turns(
             }
         }
 #pragma unroll
-        for (int s = 0; s < SLICES; s++) {
-            // Slices behind the last are zeros; folding them could turn -0 into +0.
-            if (SLICES == 1 || block + s < operands.blocks) scales[s].fold(acc, raw[s], weight_scales.border);
-        }
+        for (int s = 0; s < SLICES; s++) scales[s].fold(acc, raw[s], weight_scales.border);
         if (turn < turns - 1) {
 #pragma unroll
             for (int i = 0; i < COUNT / 4; i++) {
@@ -333,7 +344,7 @@ __device__ __forceinline__ void multiply_tile(
     const Tile& tile, const Shared& shared, const Operands& operands, Place& place) {
     constexpr int COUNT = N / TOKEN_PARTS / 2, PARTS = SLICES * ROW_BLOCKS * TOKEN_PARTS;
     constexpr int HELD = BUFFERS < PARTS ? BUFFERS : PARTS;
-    const int row_group = threadIdx.x / 128;
+    const int row_group = ROW_GROUPS == 1 ? 0 : own_warpgroup();
     const auto rows_before = [&](int r) { return (row_group * ROW_BLOCKS + r) * 64; };
     float acc[ROW_BLOCKS][N / 2] = {}, raw[HELD][COUNT];
     float2 next[SLICES][ROW_BLOCKS];
@@ -343,7 +354,7 @@ __device__ __forceinline__ void multiply_tile(
         for (int r = 0; r < ROW_BLOCKS; r++) {
             const WeightScales scales(operands, tile, rows_before(r));
 #pragma unroll
-            for (int s = 0; s < SLICES; s++) next[s][r] = scales.load(min(block + s, operands.blocks - 1));
+            for (int s = 0; s < SLICES; s++) next[s][r] = scales.load(block + s, operands.blocks);
         }
     };
     read_scales(0);
@@ -361,12 +372,13 @@ __device__ __forceinline__ void multiply_tile(
         };
         const auto finish = [&](int part) {
             const int t = part % TOKEN_PARTS, r = part / TOKEN_PARTS % ROW_BLOCKS, s = part / TOKEN_PARTS / ROW_BLOCKS;
-            hold(raw[part % HELD]);
-            // Slices behind the last are zeros; folding them could turn -0 into +0.
-            if (SLICES > 1 && block + s >= operands.blocks) return;
             const float* token_scales = token_scales_of(shared, tile, place, s);
             Scales<COUNT> scales;
-            scales.read(token_scales + (TOKENS_FIRST ? rows_before(r) : 2 * t * COUNT), weight[s][r]);
+            // Two numbers can wait in registers for the tensor core, as many as there are sums cannot.
+            if (TOKENS_FIRST) scales.read(token_scales + rows_before(r), weight[s][r]);
+            wgmma_wait(min(HELD - 1, PARTS - 1 - part));
+            hold(raw[part % HELD]);
+            if (!TOKENS_FIRST) scales.read(token_scales + 2 * t * COUNT, weight[s][r]);
             scales.fold(acc[r] + t * COUNT, raw[part % HELD], border - 2 * t * COUNT);
         };
         barrier_wait(shared.full + 8 * place.stage, place.phase);
@@ -376,7 +388,6 @@ __device__ __forceinline__ void multiply_tile(
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             if (part + HELD - 1 < PARTS) start(part + HELD - 1);
-            wgmma_wait(min(HELD - 1, PARTS - 1 - part));
             finish(part);
         }
         give_back(shared.empty + 8 * place.stage);
@@ -446,7 +457,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CON
                         shared_address(out_values), full, empty, turns, reinterpret_cast<const float*>(scale_values),
                         out_values, reinterpret_cast<float4*>(sum_values)};
 
-    const int warp = threadIdx.x / 32;
+    const int warp = __shfl_sync(~0u, int(threadIdx.x / 32), 0);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + 8 * i, 1);
@@ -499,7 +510,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CON
                         copy_slices(target + box * TOKEN_BOX * 128, &x, ready, token, block);
                     }
                 } else {
-                    const int token = SLICES > 1 ? 0 : rank * TOKEN_BOX, slice = rank * (SLICES / CLUSTER);
+                    const int token = rank % (TOKENS / TOKEN_BOX) * TOKEN_BOX, slice = rank * SLICES / CLUSTER;
                     copy_slices_to_all<CLUSTER>(
                         target + slice * TOKEN_SLICE_BYTES + token * 128, &x, ready, tile.first_token + token,
                         block + slice);

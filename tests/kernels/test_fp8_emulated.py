@@ -19,9 +19,10 @@ if shutil.which("g++") is None:
 import emulation
 
 from dsv3_plugin.kernels import cuda, fp8_stream, sm90_model
-from dsv3_plugin.kernels.check import bits_differ, numbers
+from dsv3_plugin.kernels.cases import numbers
+from dsv3_plugin.kernels.check import bits_differ
 from dsv3_plugin.kernels.fp8_stream import Shape
-from dsv3_plugin.ops.fp8 import quantize_fp8, quantize_weight
+from dsv3_plugin.ops.fp8 import E4M3, quantize_fp8, quantize_weight
 from dsv3_plugin.profile import ScaleFormat
 
 
@@ -69,6 +70,13 @@ def experts(counts: list[int], columns: int, depth: int, scale_format: ScaleForm
     return (*x, values, scales, torch.tensor(counts))
 
 
+def vanishing(rows: int, columns: int, depth: int) -> tuple[Any, ...]:
+    """Sums a little below zero, which round to -0."""
+    x, weight = torch.full((rows, depth), 2.0**-6).to(E4M3), torch.full((columns, depth), -(2.0**-6)).to(E4M3)
+    x_scale = torch.full((rows, depth // 128), 2.0**-75)
+    return x, x_scale, weight, torch.full((-(-columns // 128), depth // 128), 2.0**-74), None
+
+
 def expected(args: tuple[Any, ...]) -> torch.Tensor:
     *operands, counts = args
     if counts is None:
@@ -81,6 +89,12 @@ def expected(args: tuple[Any, ...]) -> torch.Tensor:
 CASES: dict[str, tuple[Shape, int, tuple[Any, ...]]] = {
     "one row, several tiles a program": (Shape(16, 16, 4, buffers=4, stages=2), 3, dense(1, 104, 1024)),
     "depth that fills no stage": (Shape(32, 16, 4, buffers=4, stages=2), 2, dense(5, 64, 768)),
+    "depth that fills no stage, sums that vanish": (Shape(16, 16, 4, buffers=4, stages=2), 1, vanishing(3, 16, 640)),
+    "turns, depth that fills no stage, sums that vanish": (
+        Shape(16, 16, 2, k_groups=2, stages=2),
+        1,
+        vanishing(3, 16, 384),
+    ),
     "tiles across scale blocks": (Shape(56, 16, 2, buffers=2, stages=3), 2, dense(9, 264, 512)),
     "chunks of tokens": (Shape(32, 32, 2, buffers=2, stages=2), 2, dense(75, 64, 512)),
     "three warpgroups, last tile not full": (
@@ -94,6 +108,12 @@ CASES: dict[str, tuple[Shape, int, tuple[Any, ...]]] = {
         Shape(32, 32, 4, k_groups=2, cluster=2, stages=3),
         4,
         dense(50, 200, 2048),
+    ),
+    "a cluster of four that shares slices": (Shape(16, 16, 4, cluster=4, stages=2), 4, dense(10, 72, 1536)),
+    "a cluster of four that shares boxes of slices": (
+        Shape(32, 32, 2, token_box=16, cluster=4, buffers=2, stages=2),
+        8,
+        dense(50, 200, 768),
     ),
     "a cluster that shares boxes of tokens": (Shape(64, 32, token_box=16, cluster=2, stages=3), 2, dense(50, 200, 384)),
     "tokens first, last tile not full": (
@@ -150,8 +170,8 @@ def test_prints_the_models_bits(name, tmp_path, monkeypatch):
 SABOTAGE = {
     "the first slice's scale": (
         "experts without rows and with many",
-        "next[s][r] = scales.load(min(block + s, operands.blocks - 1))",
-        "next[s][r] = scales.load(0)",
+        "next[s][r] = scales.load(block + s, operands.blocks)",
+        "next[s][r] = scales.load(0, operands.blocks)",
     ),
     "the neighbour's scale": (
         "experts without rows and with many",
@@ -163,6 +183,11 @@ SABOTAGE = {
         "tile.first_token = first_row[group] + chunk;",
         "tile.first_token = first_row[group] / 4 * 4 + chunk;",
     ),
+    "slices behind the last": (
+        "depth that fills no stage, sums that vanish",
+        "return make_float2(-1, -1);",
+        "return make_float2(1, 1);",
+    ),
     "the sums of another thread": (
         "warpgroups take stages in turn, several tiles",
         "const float4 four = shared.sums[i * 128 + thread];",
@@ -170,12 +195,17 @@ SABOTAGE = {
     ),
     "the other program's tokens": (
         "turns in a cluster that shares tokens, last tile empty",
-        "slice = rank * (SLICES / CLUSTER);",
+        "slice = rank * SLICES / CLUSTER;",
         "slice = 0;",
+    ),
+    "the other program's box": (
+        "a cluster of four that shares boxes of slices",
+        "token = rank % (TOKENS / TOKEN_BOX) * TOKEN_BOX",
+        "token = 0",
     ),
     "the border between scale blocks": (
         "tokens first, tiles across scale blocks",
-        "border = 128 - row % 128;",
+        "border = TILE_ROWS % 128 == 0 ? 128 : 128 - row % 128;",
         "border = 128;",
     ),
 }

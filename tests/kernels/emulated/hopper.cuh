@@ -51,7 +51,7 @@ inline void prefetch_map(const TensorMap*) {}
 inline void prefetch_slices(const TensorMap*, int, int) {}
 
 // A block's shared memory, and where another block of the cluster has what lies at an address.
-inline u32 cluster_rank() { return blockIdx.x % (sizeof memory / MEMORY); }
+inline u32 cluster_rank() { return blockIdx.x % CLUSTER; }
 inline char* shared_memory() { return memory + (CLUSTER > 1 ? cluster_rank() : 0) * MEMORY; }
 inline u32 address_in(u32 at, u32 rank) { return at % MEMORY + rank * MEMORY; }
 
