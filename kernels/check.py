@@ -42,9 +42,10 @@ from safetensors.torch import save_file
 
 from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Kernel, Setting
-from dsv3_plugin.kernels import certificates, flash_mla, provider, sm90_model, third_party
+from dsv3_plugin.kernels import certificates, provider, sm90_model, third_party
 from dsv3_plugin.kernels.cases import CASES, LARGE, SMALL, Case, Sizes
 from dsv3_plugin.kernels.certificates import Certificate
+from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.profile import FP8_UE8M0
 from dsv3_plugin.registry import CONTRACTS
 
@@ -341,7 +342,7 @@ def recorded(path: Path) -> dict[str, tuple[Case, tuple[torch.Tensor, ...]]]:
 
 
 # What other people's kernels are asked for before they are checked: a Hopper card and the latent of V3.
-_HERE = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), flash_mla.LATENT)
+_HERE = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), V3_LATENT)
 # They need not take every shape.
 OTHERS = {module.PROVIDER for module in provider.OTHERS}
 

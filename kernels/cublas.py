@@ -11,7 +11,8 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.hooks import Kernel
-from dsv3_plugin.kernels.third_party import Offer, kernels_of, on_hopper_with
+from dsv3_plugin.kernels.hopper import on_hopper_with
+from dsv3_plugin.kernels.third_party import Offer, kernels_of
 from dsv3_plugin.ops.contract import require
 from dsv3_plugin.ops.fp8 import FP8_LINEAR
 from dsv3_plugin.ops.linear import HEAD_LINEAR, LINEAR

@@ -12,7 +12,8 @@ import importlib.util
 import torch
 
 from dsv3_plugin.hooks import Kernel
-from dsv3_plugin.kernels.third_party import Offer, kernels_of, on_hopper_with, version_of
+from dsv3_plugin.kernels.hopper import on_hopper_with
+from dsv3_plugin.kernels.third_party import Offer, kernels_of, version_of
 from dsv3_plugin.ops.fp8 import E4M3, FP8_LINEAR, GROUPED_FP8_LINEAR
 from dsv3_plugin.ops.linear import LINEAR
 

@@ -10,14 +10,14 @@ from importlib.machinery import PathFinder
 
 import torch
 
-from dsv3_plugin.hooks import Kernel, Setting
-from dsv3_plugin.kernels.third_party import Offer, kernels_of, on_hopper_with, version_of
+from dsv3_plugin.hooks import Kernel
+from dsv3_plugin.kernels.hopper import V3_LATENT, for_v3_latent, on_hopper_with
+from dsv3_plugin.kernels.third_party import Offer, kernels_of, version_of
 from dsv3_plugin.ops.contract import require
 from dsv3_plugin.ops.mla_attention import MLA_ATTENTION
 
 PROVIDER = "flash-mla"
 PAGE = 64
-LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 
 
 def mla_attention(
@@ -39,7 +39,7 @@ def mla_attention(
     op = MLA_ATTENTION.op
     block_size = latent_cache.shape[1]
     require(block_size == PAGE, op, f"FlashMLA reads pages of {PAGE} keys, these have {block_size}")
-    require(kv_lora_rank == LATENT["kv_lora_rank"], op, f"FlashMLA reads a latent of 512, this has {kv_lora_rank}")
+    require(kv_lora_rank == V3_LATENT["kv_lora_rank"], op, f"FlashMLA reads a latent of 512, this has {kv_lora_rank}")
     tables, lengths = block_table.to(torch.int32), seq_lens.to(torch.int32)
     if len(lengths) == 1:
         return _attend(q.unsqueeze(0), latent_cache, tables, lengths, scale).squeeze(0)
@@ -61,7 +61,7 @@ def _attend(
     schedule, splits = get_mla_metadata()
     pages = latent_cache.unsqueeze(2)
     return flash_mla_with_kvcache(
-        q, pages, block_table, seq_lens, LATENT["kv_lora_rank"], schedule, splits, scale, causal=True
+        q, pages, block_table, seq_lens, V3_LATENT["kv_lora_rank"], schedule, splits, scale, causal=True
     )[0]
 
 
@@ -71,13 +71,6 @@ def installed() -> bool:
     return vllm is not None and PathFinder.find_spec("_flashmla_C", vllm.submodule_search_locations) is not None
 
 
-def refuses(setting: Setting) -> str | None:
-    """Serves a Hopper card where vLLM has FlashMLA, for the latent of V3."""
-    found = {name: setting.dims.get(name) for name in LATENT}
-    refused = on_hopper_with("vLLM with FlashMLA", installed)(setting)
-    return refused or (None if found == LATENT else f"attends with {LATENT}, the model has {found}")
-
-
 def kernels() -> list[Kernel]:
     """Attention."""
     attention = Offer(
@@ -85,4 +78,5 @@ def kernels() -> list[Kernel]:
         mla_attention,
         uncertified="cuts the keys by the batch: a token's bits depend on who is beside it",
     )
+    refuses = for_v3_latent(on_hopper_with("vLLM with FlashMLA", installed))
     return kernels_of(PROVIDER, version_of("vllm"), refuses, attention)

@@ -1,4 +1,4 @@
-"""What the providers of other people's kernels share: on which card they serve, and whether they are installed."""
+"""What the providers of other people's kernels share: what is installed, and kernels made of what they offer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dsv3_plugin.hooks import Kernel, Setting, whole_sums_only
+from dsv3_plugin.hooks import Kernel
+from dsv3_plugin.kernels.hopper import Refusal
 from dsv3_plugin.ops.contract import Contract
 
 
@@ -20,19 +21,6 @@ def version_of(*distributions: str) -> str | None:
     return None
 
 
-def on_hopper_with(name: str, installed: Callable[[], bool]) -> Callable[[Setting], str | None]:
-    """A kernel that serves a Hopper card where `name` is installed."""
-
-    def refuses(setting: Setting) -> str | None:
-        if (setting.device_type, setting.arithmetic, setting.capability) != ("cuda", "sm90", (9, 0)):
-            return f"computes arithmetic sm90 on Hopper, not {setting.arithmetic} on {setting.device_type}"
-        if not installed():
-            return f"{name} is not installed"
-        return whole_sums_only(setting)
-
-    return refuses
-
-
 class Offer(NamedTuple):
     """One operation of a provider; the last three as in `Kernel`."""
 
@@ -43,9 +31,7 @@ class Offer(NamedTuple):
     priority: int = 0
 
 
-def kernels_of(
-    provider: str, version: str | None, refuses: Callable[[Setting], str | None], *offers: Offer
-) -> list[Kernel]:
+def kernels_of(provider: str, version: str | None, refuses: Refusal, *offers: Offer) -> list[Kernel]:
     """The offers as kernels of one provider; `version` is None where it is not installed."""
     return [
         Kernel(

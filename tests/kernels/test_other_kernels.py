@@ -9,12 +9,13 @@ import torch
 
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.hooks import Kernel, Setting
-from dsv3_plugin.kernels import cublas, deep_gemm, flash_mla, provider, third_party
+from dsv3_plugin.kernels import cublas, deep_gemm, flash_mla, hopper, provider, third_party
+from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.ops.mla_attention import mla_attention
-from dsv3_plugin.profile import BF16, FP8_UE8M0, Profile
+from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32, Profile
 from dsv3_plugin.registry import bind
 
-HOPPER = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), flash_mla.LATENT)
+HOPPER = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), V3_LATENT)
 KERNELS = [kernel for module in provider.OTHERS for kernel in module.kernels()]
 
 
@@ -24,25 +25,27 @@ def test_each_has_a_certificate_or_says_why_not(kernel):
     for elsewhere in (
         Setting("cpu", "cpu", BF16),
         Setting("cpu", "sm90", BF16),
-        Setting("cuda", "sm90", BF16, (10, 0), flash_mla.LATENT),
-        Setting("cuda", "sm90", Profile("bf16", torch.bfloat16, reduction_slices=2), (9, 0), flash_mla.LATENT),
+        Setting("cuda", "sm90", FP32, (9, 0), V3_LATENT),
+        Setting("cuda", "sm90", BF16, (10, 0), V3_LATENT),
+        Setting("cuda", "sm90", Profile("bf16", torch.bfloat16, reduction_slices=2), (9, 0), V3_LATENT),
     ):
         assert kernel.refuses(elsewhere), elsewhere
 
 
 def test_what_is_not_installed_is_named():
-    refuses = third_party.on_hopper_with("a lab's kernel", lambda: False)
+    refuses = hopper.on_hopper_with("a lab's kernel", lambda: False)
     assert refuses(HOPPER) == "a lab's kernel is not installed"
-    assert third_party.on_hopper_with("a lab's kernel", lambda: True)(HOPPER) is None
+    assert hopper.on_hopper_with("a lab's kernel", lambda: True)(HOPPER) is None
     assert third_party.version_of("no-such-distribution", "pluggy")
     assert third_party.version_of("no-such-distribution") is None
 
 
 def test_flash_mla_attends_with_the_latent_of_v3_only(monkeypatch):
     monkeypatch.setattr(flash_mla, "installed", lambda: True)
-    assert flash_mla.refuses(HOPPER) is None
+    (kernel,) = flash_mla.kernels()
+    assert kernel.refuses(HOPPER) is None
     other = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), {"kv_lora_rank": 128, "qk_rope_head_dim": 64})
-    assert "kv_lora_rank" in str(flash_mla.refuses(other))
+    assert "kv_lora_rank" in str(kernel.refuses(other))
 
 
 def test_strict_mode_never_takes_one_without_certificate():
