@@ -105,6 +105,7 @@ class Result(NamedTuple):
     wrong_outputs: int = 0
     first_wrong: str = ""
     seconds: float = 0.0
+    """Of its calls and the comparison, in all processes together."""
     exact: bool = True
     """Whether the kernel is meant to print the contract's bits."""
     refused_cases: int = 0
@@ -150,7 +151,7 @@ class Result(NamedTuple):
             )
         refused = f", {self.refused_cases} refused" if self.refused_cases else ""
         who = "model on the CPU" if self.is_of_model else self.provider + ", full" * self.full_card
-        return f"{self.op:20} {who:18} {self.cases:5} cases{refused} {self.outputs:14,} outputs  {verdict}"
+        return f"{self.op:20} {who:18} {self.cases:5} cases{refused} {self.outputs:14,} outputs {self.seconds:6.1f} s  {verdict}"
 
 
 class Broken(NamedTuple):

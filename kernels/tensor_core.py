@@ -76,8 +76,8 @@ class _Operand:
 def _chain(instruction: Instruction, a: _Operand, b: _Operand, out: torch.Tensor) -> None:
     """Add the products of a [K, M] and b [K, N] to `out` [M, N], one instruction after the other."""
     shape = instruction.depth, a.values.shape[1], b.values.shape[1]
-    terms = torch.empty(shape, dtype=instruction.dtype)
-    exponents = torch.empty(shape, dtype=torch.int16)
+    terms = torch.empty(shape, dtype=instruction.dtype, device=out.device)
+    exponents = torch.empty(shape, dtype=torch.int16, device=out.device)
     acc = out.to(instruction.dtype)
     for k in range(0, a.values.shape[0], instruction.depth):
         span = slice(k, k + instruction.depth)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Setting
@@ -32,6 +35,49 @@ def test_a_row_does_not_depend_on_its_batch(op):
     whole, part = MODEL[op](*case.args, **case.kwargs), MODEL[op](*fewer, **case.kwargs)
     whole, part = (x if isinstance(x, tuple) else (x,) for x in (whole, part))
     assert bits_differ(tuple(x[order] for x in whole), part) == 0
+
+
+@pytest.mark.parametrize("op", MODEL)
+def test_temporaries_are_made_where_the_operands_are(op):
+    """The card may run the model too. A tensor on the default device, here one without memory, would break it."""
+    case = CASES[op](random.Random(op), SMALL)
+    expected = MODEL[op](*case.args, **case.kwargs)
+    with torch.device("meta"):
+        assert torch.zeros(1).is_meta, "the twin: what forgets its device is on this one"
+        assert bits_differ(expected, MODEL[op](*case.args, **case.kwargs)) == 0
+
+
+class OnlyWhatEveryDeviceRoundsAlike(TorchFunctionMode):
+    """Fails where an operation is called that torch rounds in another way on a GPU than on a CPU."""
+
+    OTHERWISE = re.compile(r"exp|log|sin|cos|tan|pow|sigmoid|softmax|rsqrt|ldexp|addc|mm|matmul|linear|mean|norm|lerp")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        assert not self.OTHERWISE.search(name.removeprefix("expand")), name
+        if name == "sqrt":
+            assert args[0].dtype == torch.float64, "ATen's fp32 root is not correctly rounded"
+        if "div" in name and "floor" not in name and not name.startswith("__r") and args[0].is_floating_point():
+            divisor = args[1]
+            exact = isinstance(divisor, torch.Tensor) or math.frexp(divisor)[0] == 0.5
+            assert exact, f"{name} by {divisor}: a GPU multiplies by the reciprocal"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", MODEL)
+def test_a_gpu_rounds_what_the_model_is_made_of_as_a_cpu_does(op):
+    case = CASES[op](random.Random(op), SMALL)
+    with OnlyWhatEveryDeviceRoundsAlike():
+        MODEL[op](*case.args, **case.kwargs)
+
+
+@pytest.mark.parametrize(
+    "otherwise", [lambda x: x / 3, torch.exp, torch.sqrt, lambda x: x @ x, lambda x: torch.div(x, 448.0)]
+)
+def test_what_a_gpu_rounds_in_another_way_is_seen(otherwise):
+    x = torch.ones(3)
+    with OnlyWhatEveryDeviceRoundsAlike(), pytest.raises(AssertionError):
+        otherwise(x)
 
 
 def attention(q, cache, length):
