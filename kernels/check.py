@@ -151,7 +151,8 @@ class Result(NamedTuple):
             )
         refused = f", {self.refused_cases} refused" if self.refused_cases else ""
         who = "model on the CPU" if self.is_of_model else self.provider + ", full" * self.full_card
-        return f"{self.op:20} {who:18} {self.cases:5} cases{refused} {self.outputs:14,} outputs {self.seconds:6.1f} s  {verdict}"
+        count = f"{self.cases:5} cases{refused} {self.outputs:14,} outputs"
+        return f"{self.op:20} {who:18} {count} {self.seconds:6.1f} s  {verdict}"
 
 
 class Broken(NamedTuple):
@@ -280,7 +281,7 @@ def check_full_card(kernel: Kernel, seed: int, device: str = "cuda") -> Result:
     together = kernel.run(q, cache, table, lengths, starts, **sizes)
     wrong = [
         bits_differ(
-            kernel.run(q[i : i + 1], cache, table[i : i + 1], lengths[i : i + 1], starts[:2], **sizes).cpu(),
+            kernel.run(q[i : i + 1], cache, table[i : i + 1], lengths[i : i + 1], starts[:2], **sizes),
             together[i : i + 1],
         )
         for i in range(requests)
