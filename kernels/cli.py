@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Setting
-from dsv3_plugin.kernels import check, cuda
+from dsv3_plugin.kernels import check, cuda, selection
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, FP32
 from dsv3_plugin.registry import CONTRACTS, mode_from_environment, offered_kernels, refusal
 
@@ -97,3 +97,16 @@ def tune_kernels(
     console = Console()
     tune.tune(output, console.print)
     console.print(f"Wrote {output}; the table in use is {Path(__file__).with_name('selection.json')}.")
+
+
+@app.command("selection")
+def print_selection(
+    table: Annotated[Path, typer.Argument(help="What `dsv3 kernels tune` wrote; the table in use if not given.")] = (
+        selection.TABLE
+    ),
+) -> None:
+    """Print which kernel makes which fp8 product, with all measured times, as markdown."""
+    try:
+        print(selection.read(table).markdown(), end="")
+    except (OSError, ValueError) as error:
+        raise KernelError(f"{table} is no table of `dsv3 kernels tune`: {error}") from error

@@ -95,6 +95,8 @@ DENSE_SAMPLE = (
     Shape(192, 64, 2, row_groups=3, cluster=2),
     Shape(192, 128, row_groups=3, registers=160),
     Shape(16, 64, 4, k_groups=3, tokens_first=1),
+    Shape(56, 64, 4, cluster=4, buffers=4, tokens_first=1),
+    Shape(56, 128, 2, row_groups=2, cluster=4, tokens_first=1, token_box=64, buffers=2),
     Shape(56, 64, 4, buffers=4, tokens_first=1),
     Shape(128, 128, 2, row_groups=2, cluster=2, tokens_first=1, buffers=2, registers=240),
     Shape(256, 128, row_groups=2, cluster=2, tokens_first=1, token_box=64, token_parts=2, registers=240),
@@ -103,6 +105,7 @@ GROUPED_SAMPLE = (
     Shape(128, 16, 4, row_groups=2, buffers=4),
     Shape(128, 48, 2, row_groups=2, buffers=2),
     Shape(256, 144, row_blocks=2, row_groups=2, token_box=48, registers=240),
+    Shape(256, 128, row_groups=2, tokens_first=1, token_box=64, token_parts=2, registers=240),
 )
 
 
@@ -148,6 +151,7 @@ def grouped_shapes(rows: int) -> Iterator[Shape]:
         yield Shape(256, 144, 1, row_blocks=2, row_groups=2, token_box=48, registers=240)
         yield Shape(128, 144, 1, row_groups=2, token_box=48, registers=232)
         yield Shape(128, 192, 1, row_groups=2, token_box=64, registers=240)
+        yield Shape(256, 128, 1, row_groups=2, tokens_first=1, token_box=64, token_parts=2, registers=240)
 
 
 def compile_all(shapes: Iterable[Shape]) -> None:

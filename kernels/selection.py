@@ -8,7 +8,6 @@ one that was.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from dsv3_plugin.kernels.fp8_stream import Shape
 
 TABLE = Path(__file__).with_name("selection.json")
+_PEER = "deep-gemm"
+_MAKERS = ("stream", "gluon", "triton", _PEER)
 
 
 class Row(BaseModel):
@@ -48,6 +49,51 @@ class Table(BaseModel):
     card: str
     rows: tuple[Row, ...]
 
+    def write(self, file: Path) -> None:
+        """As JSON, a product a line."""
+        lines = ",\n".join(f"  {row.model_dump_json()}" for row in self.rows)
+        file.write_text(f'{{\n "card": "{self.card}",\n "rows": [\n{lines}\n ]\n}}\n')
+
+    def markdown(self) -> str:
+        """The same as a document."""
+        dense, experts = ([row for row in self.rows if (row.groups > 0) == grouped] for grouped in (False, True))
+        return "\n".join(
+            [
+                f"# fp8 products on an {self.card}",
+                "",
+                "What `dsv3 kernels tune` measured, in one run: microseconds of each maker of a product, medians over",
+                "replays of a CUDA graph, weights not in the cache. The fastest is bold; `own / deep-gemm` compares",
+                "the fastest of this package with it. Every maker printed the same bits. Made of",
+                "[selection.json](selection.json) by `dsv3 kernels selection`.",
+                "",
+                *_lines("M x N x K", dense),
+                "",
+                "Experts, `rows` each on average. DeepGEMM's time holds the copies of rows to where it wants them.",
+                "",
+                *_lines("experts x rows x N x K", experts),
+                "",
+            ]
+        )
+
+
+def _lines(product: str, rows: list[Row]) -> list[str]:
+    """A table of products."""
+    lines = [
+        f"| {product} | {' | '.join(_MAKERS)} | own / deep-gemm | cut of stream |",
+        "|" + "---|" * (len(_MAKERS) + 3),
+    ]
+    for row in rows:
+        times = row.microseconds
+        fastest = min(times.values())
+        cells = [f"{times[m]:.1f}" if m in times else "-" for m in _MAKERS]
+        cells = [f"**{cell}**" if times.get(m) == fastest else cell for m, cell in zip(_MAKERS, cells, strict=True)]
+        own = min((time for maker, time in times.items() if maker != _PEER), default=math.inf)
+        cells.append(f"{own / times[_PEER]:.2f}" if _PEER in times else "-")
+        cells.append(", ".join(f"{name} {value}" for name, value in row.stream.items()) or "-")
+        name = f"{row.groups} x " if row.groups else ""
+        lines.append(f"| {name}{row.rows} x {row.columns} x {row.depth} | {' | '.join(cells)} |")
+    return lines
+
 
 class Choice(NamedTuple):
     """A maker's name, and how fp8_stream.cu is cut if that is the maker."""
@@ -56,10 +102,15 @@ class Choice(NamedTuple):
     shape: Shape | None = None
 
 
+def read(file: Path) -> Table:
+    """A table that was written. Raises `ValueError` if it is none."""
+    return Table.model_validate_json(file.read_text())
+
+
 @functools.cache
 def table() -> Table:
     """The table that ships with the package."""
-    return Table.model_validate(json.loads(TABLE.read_text()))
+    return read(TABLE)
 
 
 @functools.lru_cache(maxsize=4096)

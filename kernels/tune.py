@@ -1,14 +1,19 @@
 """Measure which kernel makes which fp8 product fastest on this machine's card, and write the table of `selection`.
 
 Every kernel prints the same bits, so that the table is about speed alone; a kernel whose bits differ from the Triton
-kernel's is reported and left out.
+kernel's is reported and left out. What is compiled when first called is called first in several processes, which leave
+it in the compilers' caches; then all products are timed one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -29,18 +34,103 @@ DENSE = (
     (4096, 7168),
     (7168, 2048),
 )
-DENSE_ROWS = (1, 16, 32, 64, 128, 4096)
-GROUPED = ((256, 4096, 7168), (256, 7168, 2048))
-GROUPED_ROWS = (1, 4, 16, 32, 64, 128, 256)
+DENSE_ROWS = (1, 16, 32, 64, 128, 256, 1024, 4096)
+# All of a layer's experts, and those of one card of eight.
+GROUPED = ((256, 4096, 7168), (256, 7168, 2048), (32, 4096, 7168), (32, 7168, 2048))
+GROUPED_ROWS = (1, 4, 16, 32, 64, 128, 256, 1024)
+# More tokens are not measured: 256 experts of 1024 each, say.
+_MOST_TOKENS = 65_536
+_PROCESSES = 16
 
 Report = Callable[[str], None]
+Call = Callable[[], torch.Tensor]
 
 
-def _measure(
-    makers: Mapping[str, Sequence[Callable[[], torch.Tensor]]], expected: torch.Tensor, report: Report
-) -> dict[str, float]:
-    """Microseconds of each maker whose bits are the expected ones, in a graph of its calls."""
+class Product(NamedTuple):
+    """A product to be measured; no groups in a dense one."""
+
+    groups: int
+    columns: int
+    depth: int
+    rows: int
+    """Tokens, of one expert on average if there are several."""
+
+    def __str__(self) -> str:
+        """Experts, tokens, columns and depth."""
+        return f"{self.groups} x {self.rows} x {self.columns} x {self.depth}".removeprefix("0 x ")
+
+    def cuts(self) -> dict[str, Shape]:
+        """Ways to cut fp8_stream.cu, by a name each."""
+        if self.groups:
+            shapes = [shape._replace(groups=self.groups) for shape in fp8_stream.grouped_shapes(self.rows)]
+        else:
+            multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+            shapes = list(fp8_stream.dense_shapes(self.columns, self.rows, multiprocessors))
+        return {f"stream {tuple(shape)}": shape.filled() for shape in shapes}
+
+    def weights(self) -> list[tuple[torch.Tensor, ...]]:
+        """Random weights with their scales, so many that the cache does not hold them."""
+        size = (self.groups, self.columns, self.depth) if self.groups else (self.columns, self.depth)
+        copies = 1 if self.groups else max(2, min(20, 300_000_000 // (self.columns * self.depth)))
+        return [bench.fp8_weight(*size) for _ in range(copies)]
+
+    def calls(self, weights: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, list[Call]]:
+        """Each maker's calls, one a weight."""
+        choices = {"triton": Choice("triton"), "gluon": Choice("gluon")}
+        choices |= {name: Choice("stream", shape) for name, shape in self.cuts().items()}
+        tokens = self.rows * max(1, self.groups)
+        operands = [[*quantize.quantize_fp8(bench.bf16(tokens, self.depth), "float32")] for _ in weights]
+        if self.groups:
+            expert = torch.randint(self.groups, (tokens,), device="cuda")
+            for each in operands:
+                each.append(torch.bincount(expert, minlength=self.groups))
+        own = fp8_linear.grouped_fp8_linear if self.groups else fp8_linear.fp8_linear
+        peer = deep_gemm.grouped_fp8_linear if self.groups else deep_gemm.product
+        arguments = [(*each, *weight) for each, weight in zip(operands, weights, strict=True)]
+        calls: dict[str, list[Call]] = {
+            name: [partial(own, *each, choice=choice) for each in arguments] for name, choice in choices.items()
+        }
+        if deep_gemm.version():
+            calls[deep_gemm.PROVIDER] = [partial(peer, *each) for each in arguments]
+        return calls
+
+
+PRODUCTS = tuple(Product(0, *size, rows) for size in DENSE for rows in DENSE_ROWS) + tuple(
+    Product(*size, rows) for size in GROUPED for rows in GROUPED_ROWS if size[0] * rows <= _MOST_TOKENS
+)
+
+
+def _call_first(products: Sequence[Product]) -> None:
+    """Compile what the products' makers compile when first called. What fails is reported when it is measured."""
+    for product in products:
+        for calls in product.calls(product.weights()[:1]).values():
+            try:
+                calls[0]()
+                torch.cuda.synchronize()
+            except Exception:
+                continue
+
+
+def _parts(processes: int) -> list[list[Product]]:
+    """What each process calls first: experts of one size, whose weights fill a part of the card, or dense products."""
+    experts = [[product for product in PRODUCTS if product[:3] == size] for size in GROUPED]
+    dense = [product for product in PRODUCTS if not product.groups]
+    others = max(1, processes - len(experts))
+    return experts + [dense[i::others] for i in range(others)]
+
+
+def _compile_all() -> None:
+    """In processes of their own, which share the compilers' caches."""
+    processes = min(_PROCESSES, os.cpu_count() or 1)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_call_first, _parts(processes)))
+
+
+def _measure(product: Product, weights: Sequence[tuple[torch.Tensor, ...]], report: Report) -> Row:
+    """Microseconds of each maker whose bits are the Triton kernel's, in a graph of its calls."""
     microseconds = {}
+    makers = product.calls(weights)
+    expected = makers["triton"][0]()
     for name, calls in makers.items():
         try:
             wrong = measure.differing_bits(expected, calls[0]())
@@ -50,80 +140,44 @@ def _measure(
             microseconds[name] = round(measure.time_calls(list(calls), replays=7).median, 2)
         except Exception as error:  # a kernel that cannot run here is not chosen, and the user reads why
             report(f"{name} does not run: {type(error).__name__}: {error}")
-    return microseconds
+    return _row(product, microseconds)
 
 
-def _row(groups: int, columns: int, depth: int, rows: int, times: dict[str, float], shapes: dict[str, Shape]) -> Row:
+def _row(product: Product, microseconds: dict[str, float]) -> Row:
     """Keep the best way to cut fp8_stream.cu."""
-    cuts = {name: times.pop(name) for name in list(times) if name in shapes}
+    shapes = product.cuts()
+    cuts = {name: microseconds.pop(name) for name in list(microseconds) if name in shapes}
     cut: dict[str, int] = {}
     if cuts:
         best = min(cuts, key=lambda name: cuts[name])
-        times["stream"] = cuts[best]
+        microseconds["stream"] = cuts[best]
         fields = shapes[best]._asdict()
         cut = {
             name: n
             for name, n in fields.items()
             if n != Shape._field_defaults.get(name) and name not in ("groups", "stages")
         }
-    return Row(groups=groups, columns=columns, depth=depth, rows=rows, microseconds=times, stream=cut)
+    return Row(**product._asdict(), microseconds=microseconds, stream=cut)
 
 
-def dense_rows(report: Report) -> Iterator[Row]:
-    """Measure dense products, each with several weights so that none is in the cache."""
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    for columns, depth in DENSE:
-        copies = max(2, min(20, 300_000_000 // (columns * depth)))
-        weights = [bench.fp8_weight(columns, depth) for _ in range(copies)]
-        for rows in DENSE_ROWS:
-            inputs = [quantize.quantize_fp8(bench.bf16(rows, depth), "float32") for _ in weights]
-            pairs = [(*x, *weight) for x, weight in zip(inputs, weights, strict=True)]
-            shapes = {f"stream {tuple(s)}": s.filled() for s in fp8_stream.dense_shapes(columns, rows, multiprocessors)}
-            plain = Choice("triton")
-            choices = {name: Choice("stream", shape) for name, shape in shapes.items()}
-            choices |= {"gluon": Choice("gluon"), "triton": plain}
-            makers = {
-                name: [partial(fp8_linear.fp8_linear, *pair, choice=c) for pair in pairs] for name, c in choices.items()
-            }
-            if deep_gemm.version():
-                makers[deep_gemm.PROVIDER] = [partial(deep_gemm.product, *pair) for pair in pairs]
-            times = _measure(makers, fp8_linear.fp8_linear(*pairs[0], choice=plain), report)
-            yield _row(0, columns, depth, rows, times, shapes)
-
-
-def grouped_rows(report: Report) -> Iterator[Row]:
-    """Measure experts' products; their weights are larger than the cache."""
-    for groups, columns, depth in GROUPED:
-        weight = bench.fp8_weight(groups, columns, depth)
-        for rows in GROUPED_ROWS:
-            tokens = rows * groups
-            counts = torch.bincount(torch.randint(groups, (tokens,), device="cuda"), minlength=groups)
-            operands = (*quantize.quantize_fp8(bench.bf16(tokens, depth), "float32"), counts, *weight)
-            shapes = {f"stream {tuple(s)}": s._replace(groups=groups).filled() for s in fp8_stream.grouped_shapes(rows)}
-            plain = Choice("triton")
-            choices = {name: Choice("stream", shape) for name, shape in shapes.items()}
-            choices |= {"gluon": Choice("gluon"), "triton": plain}
-            makers = {
-                name: [partial(fp8_linear.grouped_fp8_linear, *operands, choice=c)] for name, c in choices.items()
-            }
-            times = _measure(makers, fp8_linear.grouped_fp8_linear(*operands, choice=plain), report)
-            yield _row(groups, columns, depth, rows, times, shapes)
+def _rows(report: Report) -> Iterator[Row]:
+    size: tuple[int, ...] = ()
+    weights: list[tuple[torch.Tensor, ...]] = []
+    for product in PRODUCTS:
+        if product[:3] != size:
+            weights.clear()
+            size, weights = product[:3], product.weights()
+        yield _measure(product, weights, report)
 
 
 def tune(file: Path, report: Report) -> None:
     """Measure everything and write the table."""
-    shapes = [s for n, _ in DENSE for m in DENSE_ROWS for s in fp8_stream.dense_shapes(n, m, 132)]
-    shapes += [s._replace(groups=g) for g, _, _ in GROUPED for m in GROUPED_ROWS for s in fp8_stream.grouped_shapes(m)]
-    fp8_stream.compile_all(shapes)
+    _compile_all()
     rows = []
-    for rows_of in (dense_rows, grouped_rows):
-        for row in rows_of(report):
-            if not row.microseconds:
-                raise KernelError("no kernel made a product of the table: see above")
-            best = min(row.microseconds, key=lambda name: row.microseconds[name])
-            product = f"{row.groups} x " if row.groups else ""
-            report(f"{product}{row.rows} x {row.columns} x {row.depth}: {best}, {row.microseconds} {row.stream}")
-            rows.append(row)
-    table = Table(card=torch.cuda.get_device_name(), rows=tuple(rows))
-    lines = ",\n".join(f"  {row.model_dump_json()}" for row in table.rows)
-    file.write_text(f'{{\n "card": "{table.card}",\n "rows": [\n{lines}\n ]\n}}\n')
+    for product, row in zip(PRODUCTS, _rows(report), strict=True):
+        if not row.microseconds:
+            raise KernelError("no kernel made a product of the table: see above")
+        best = min(row.microseconds, key=lambda name: row.microseconds[name])
+        report(f"{product}: {best}, {row.microseconds} {row.stream}")
+        rows.append(row)
+    Table(card=torch.cuda.get_device_name(), rows=tuple(rows)).write(file)

@@ -48,6 +48,14 @@ def test_what_needs_a_gpu_says_so(command):
     assert "this machine has none" in str(result.exception)
 
 
+def test_a_file_that_is_no_selection_is_refused(tmp_path):
+    (tmp_path / "table.json").write_text("{}")
+    result = run("selection", str(tmp_path / "table.json"))
+    assert isinstance(result.exception, KernelError)
+    assert "table.json is no table of `dsv3 kernels tune`" in str(result.exception)
+    assert "# fp8 products on an NVIDIA H200" in run("selection").output
+
+
 def test_check_refuses_an_operation_that_there_is_not():
     result = run("check", "--op", "fp8_linaer")
     assert isinstance(result.exception, KernelError)

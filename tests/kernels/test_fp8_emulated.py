@@ -147,6 +147,11 @@ CASES: dict[str, tuple[Shape, int, tuple[Any, ...]]] = {
         1,
         experts([50, 7, 33], 128, 256, "ue8m0"),
     ),
+    "experts, tokens first": (
+        Shape(96, 64, tokens_first=1, token_parts=2, buffers=2, token_box=32, stages=2),
+        2,
+        experts([70, 0, 5, 33], 200, 256),
+    ),
     "experts, blocks of rows": (
         Shape(256, 32, row_blocks=2, row_groups=2, token_box=16, stages=2),
         1,

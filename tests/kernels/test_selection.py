@@ -41,6 +41,19 @@ def test_the_stream_kernel_serves_measured_products_only():
         assert choice.maker != "stream" and choice.shape is None
 
 
+def test_the_document_is_that_of_the_table():
+    """Twin: a row more is another document."""
+    table = selection.table()
+    assert selection.TABLE.with_name("SELECTION.md").read_text() == table.markdown()
+    assert table.model_copy(update={"rows": (*table.rows, table.rows[0])}).markdown() != table.markdown()
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    selection.table().write(tmp_path / "table.json")
+    assert (tmp_path / "table.json").read_text() == selection.TABLE.read_text()
+    assert selection.read(tmp_path / "table.json") == selection.table()
+
+
 def test_an_absent_maker_is_not_chosen():
     assert selection.choose(0, 7168, 16384, 4096, ("deep-gemm", *OWN)).maker == "deep-gemm"
     assert selection.choose(0, 7168, 16384, 4096, OWN).maker == "stream"
