@@ -356,7 +356,7 @@ def gpu_kernels() -> list[Kernel]:
 
 def with_each_maker(kernels: list[Kernel]) -> list[Kernel]:
     """fp8 products and attention choose their makers by shape; here each is a kernel of its own, at every shape."""
-    from dsv3_plugin.kernels import deep_gemm, fp8_linear, fp8_stream
+    from dsv3_plugin.kernels import deep_gemm, fp8_linear, selection
     from dsv3_plugin.kernels.selection import Choice
 
     def made_by(maker: str, kernel: Kernel) -> Callable[..., torch.Tensor]:
@@ -367,7 +367,7 @@ def with_each_maker(kernels: list[Kernel]) -> list[Kernel]:
             if maker not in fp8_linear.makers(weight.shape[-2], grouped):
                 return kernel.run(*args)
             draw = random.Random(str([tuple(x.shape) for x in args]))
-            shape = draw.choice(fp8_stream.GROUPED_SAMPLE if grouped else fp8_stream.DENSE_SAMPLE)
+            shape = draw.choice(selection.cuts_to_check(grouped))
             cut = shape._replace(groups=len(weight) if grouped else 1).filled()
             choice = Choice(maker, cut if maker == "stream" else None)
             serve = fp8_linear.grouped_fp8_linear if grouped else fp8_linear.fp8_linear

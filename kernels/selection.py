@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from dsv3_plugin.kernels.fp8_stream import Shape
+from dsv3_plugin.kernels.fp8_stream import DENSE_SAMPLE, GROUPED_SAMPLE, Shape
 
 TABLE = Path(__file__).with_name("selection.json")
 _PEER = "deep-gemm"
@@ -111,6 +111,13 @@ def read(file: Path) -> Table:
 def table() -> Table:
     """The table that ships with the package."""
     return read(TABLE)
+
+
+@functools.cache
+def cuts_to_check(grouped: bool) -> tuple[Shape, ...]:
+    """Ways to cut fp8_stream.cu for any number of experts: those that serve, and a sample of all kinds."""
+    serving = [Shape(**row.stream) for row in table().rows if row.stream and (row.groups > 0) == grouped]
+    return tuple(dict.fromkeys([*(GROUPED_SAMPLE if grouped else DENSE_SAMPLE), *serving]))
 
 
 @functools.lru_cache(maxsize=4096)
