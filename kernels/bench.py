@@ -172,9 +172,8 @@ def dense_cases() -> Iterator[Case]:
                 return call
 
             def cublaslt() -> Call:
-                a_scale, b_scale = x[1].t().contiguous().t(), F.pad(weight[1], (0, -weight[1].shape[1] % 4)).t()
-                a_kind, b_kind = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
-                return lambda: F.scaled_mm(x[0], weight[0].t(), a_scale, a_kind, b_scale, b_kind)
+                operands = *cublas.whole_rows(*x), weight[0], F.pad(weight[1], (0, -weight[1].shape[1] % 4))
+                return lambda: cublas.product(*operands)[:m]
 
             return Contenders(
                 lambda: fp8_linear.fp8_linear(*x, *weight),

@@ -31,6 +31,7 @@ class Sizes(NamedTuple):
     head_sizes: tuple[int, ...]
     groups: tuple[int, ...]
     latents: tuple[tuple[int, int], ...]
+    requests: tuple[int, ...]
     keys: int
 
 
@@ -42,10 +43,11 @@ LARGE = Sizes(
     head_sizes=(64, 128, 512),
     groups=(1, 4, 8, 16, 24),
     latents=((512, 64), (128, 32), (64, 16)),
+    requests=(1, 2, 3, 4, 5),
     keys=5000,
 )
 # A few kilobytes a case, for files that live in a repository.
-SMALL = Sizes((1, 3, 5), (128, 256), (16,), (1, 4), (32,), (1, 3), ((64, 16),), 70)
+SMALL = Sizes((1, 3, 5), (128, 256), (16,), (1, 4), (32,), (1, 3), ((64, 16),), (1, 2), 70)
 
 
 class Case(NamedTuple):
@@ -242,7 +244,7 @@ def mla_attention_case(rng: random.Random, at: Sizes) -> Case:
     block_size = rng.choice((16, 64))
     lengths, queries = [], []
     budget = _BUDGET // (heads * (2 * rank + rotary))
-    for _ in range(rng.randint(1, 5 if at.keys > 100 else 2)):
+    for _ in range(rng.choice(at.requests)):
         count = min(rng.choice((1, 1, 2, 5, 70)), max(1, budget // 512), at.keys // 16)
         length = count + rng.randint(0, max(0, min(at.keys, budget // count // 2 - count)))
         if budget < count * length:

@@ -34,7 +34,7 @@ class Certificate(BaseModel):
     cases: int
     """Of each maker of the operation."""
     cases_on_cpu: int
-    """Those whose expected bits were computed on a CPU too, not on the card alone."""
+    """Of the operation: those whose expected bits were computed on a CPU too, not on the card alone."""
     card: str
     torch: str
     triton: str
@@ -42,9 +42,8 @@ class Certificate(BaseModel):
     def __str__(self) -> str:
         """As `dsv3 kernels list` shows it."""
         return (
-            f"equal to sm90-model in every bit in {self.cases} random cases on one {self.card}"
-            f" (the model on a CPU in {self.cases_on_cpu} of them, torch {self.torch}, Triton {self.triton};"
-            " dsv3 kernels check)"
+            f"equal to sm90-model in every bit in {self.cases} random cases on one {self.card}, the model itself on a CPU"
+            f" too in {self.cases_on_cpu} (torch {self.torch}, Triton {self.triton}; dsv3 kernels check)"
         )
 
 

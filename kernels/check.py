@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 
 from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Kernel, Setting
-from dsv3_plugin.kernels import certificates, provider, sm90_model, third_party
+from dsv3_plugin.kernels import certificates, deep_gemm, provider, sm90_model, third_party
 from dsv3_plugin.kernels.cases import CASES, LARGE, SMALL, Case, Sizes
 from dsv3_plugin.kernels.certificates import Certificate
 from dsv3_plugin.kernels.hopper import V3_LATENT
@@ -185,9 +185,16 @@ def model_of(op: str) -> Kernel:
 
 
 def sizes_of(kernel: Kernel) -> Sizes:
-    """What a kernel's cases are drawn from: those of attention that take V3's latent alone get no other."""
-    only_v3 = kernel.op == "mla_attention" and kernel.provider != provider.PROVIDER
-    return LARGE._replace(latents=LARGE.latents[:1]) if only_v3 else LARGE
+    """What a kernel's cases are drawn from: those of attention that take V3's latent alone get no other, and what is
+    compiled for every shape or number of requests gets few.
+    """
+    if kernel.provider == deep_gemm.PROVIDER:
+        return LARGE._replace(depths=(512, 7168), columns=(64, 192))
+    if kernel.op != "mla_attention":
+        return LARGE
+    if kernel.provider == provider.PROVIDER:
+        return LARGE._replace(requests=(1, 3))
+    return LARGE._replace(latents=LARGE.latents[:1])
 
 
 def check_case(kernel: Kernel, number: int, case: Case, expected: Any, device: str) -> Result:
@@ -356,7 +363,7 @@ def gpu_kernels() -> list[Kernel]:
 
 def with_each_maker(kernels: list[Kernel]) -> list[Kernel]:
     """fp8 products and attention choose their makers by shape; here each is a kernel of its own, at every shape."""
-    from dsv3_plugin.kernels import deep_gemm, fp8_linear, selection
+    from dsv3_plugin.kernels import fp8_linear, selection
     from dsv3_plugin.kernels.selection import Choice
 
     def made_by(maker: str, kernel: Kernel) -> Callable[..., torch.Tensor]:

@@ -18,8 +18,8 @@ from dsv3_plugin.ops.fp8 import FP8_LINEAR
 from dsv3_plugin.ops.linear import HEAD_LINEAR, LINEAR
 
 PROVIDER = "cublas"
-# cuBLASLt's fp8 kernels store 16 columns at a time.
-_COLUMNS = 16
+# cuBLASLt's fp8 kernels store 16 columns at a time and read rows' scales in 16 bytes.
+_COLUMNS, _ROWS = 16, 4
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -44,12 +44,24 @@ def fp8_linear(
     """
     op, columns, blocks = FP8_LINEAR.op, weight.shape[0], x.shape[1] // FP8_BLOCK
     require(columns % _COLUMNS == 0, op, f"cuBLASLt needs weight rows in multiples of {_COLUMNS}, not {columns}")
+    return product(*whole_rows(x, x_scale), weight, F.pad(weight_scale, (0, -blocks % 4)))[: len(x)]
+
+
+def whole_rows(x: torch.Tensor, x_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operands of `fp8_linear` with rows of zeros up to a multiple of 4, and the scales column by column."""
+    missing = -len(x) % _ROWS
+    values = F.pad(x.view(torch.uint8), (0, 0, 0, missing)).view(x.dtype) if missing else x
+    return values, F.pad(x_scale.t(), (0, missing)).contiguous().t()
+
+
+def product(x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """cuBLASLt's own product, of `whole_rows` and a weight whose scales fill rows of whole 16 bytes."""
     return scaled_mm(
         x,
         weight.t(),
-        x_scale.t().contiguous().t(),
+        x_scale,
         ScalingType.BlockWise1x128,
-        F.pad(weight_scale, (0, -blocks % 4)).t(),
+        weight_scale.t(),
         ScalingType.BlockWise128x128,
         output_dtype=torch.bfloat16,
     )

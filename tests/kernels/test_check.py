@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.hooks import Kernel
-from dsv3_plugin.kernels import check, cublas, sm90_model
+from dsv3_plugin.kernels import cases, check, cublas, deep_gemm, flash_mla, sm90_model
 
 CASES, SEED = 3, 1
 
@@ -170,7 +171,18 @@ def test_results_of_shares_are_one_result():
     assert theirs.cases == 18 and not list(check.by_operation([late], 2))
 
 
-def test_kernels_for_one_latent_get_no_other():
-    (model,) = [kernel for kernel in sm90_model.kernels() if kernel.op == "mla_attention"]
-    of_v3, of_any = (check.sizes_of(replace(model, provider=name)).latents for name in ("cuda", "triton"))
-    assert of_v3 == ((512, 64),) and len(of_any) == 3
+def test_kernels_get_cases_that_they_take_and_few_that_they_are_compiled_for():
+    def sizes(op: str, name: str) -> cases.Sizes:
+        return check.sizes_of(replace(model_kernel(op), provider=name))
+
+    assert sizes("mla_attention", "cuda").latents == sizes("mla_attention", flash_mla.PROVIDER).latents == ((512, 64),)
+    assert len(sizes("mla_attention", "triton").latents) == 3
+    assert sizes("linear", "triton") == cases.LARGE
+    weights = {
+        tuple(case.args[1].shape)
+        for number in range(100)
+        for case in [
+            cases.linear_case(random.Random(number), sizes("linear", deep_gemm.PROVIDER)._replace(rows=(7, 99)))
+        ]
+    }
+    assert len(weights) <= 36

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.hooks import Kernel, Setting
 from dsv3_plugin.kernels import cublas, deep_gemm, flash_mla, hopper, provider, third_party
 from dsv3_plugin.kernels.hopper import V3_LATENT
+from dsv3_plugin.ops.fp8 import E4M3
 from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32, Profile
 from dsv3_plugin.registry import bind
@@ -91,6 +93,16 @@ def test_products_of_torch_are_the_operations_to_rounding():
         torch.testing.assert_close(out, torch.einsum("mhk,hnk->mhn", case, weight))
         assert out.is_contiguous()
     torch.testing.assert_close(cublas.linear(x[:, 0].contiguous(), weight[0]), x[:, 0] @ weight[0].t())
+
+
+def test_cublaslt_gets_rows_in_whole_fours():
+    x, scale = torch.ones(5, 256).to(E4M3), torch.arange(10.0).view(5, 2)
+    values, scales = cublas.whole_rows(x, scale)
+    assert values.dtype == E4M3 and scales.stride() == (1, 8)
+    assert torch.equal(values.float(), F.pad(x.float(), (0, 0, 0, 3)))
+    assert torch.equal(scales, F.pad(scale, (0, 0, 0, 3)))
+    whole, _ = cublas.whole_rows(values, scales)
+    assert whole is values
 
 
 def attend_alike(q, latent_cache, block_table, seq_lens, scale):
