@@ -42,8 +42,8 @@ class Certificate(BaseModel):
     def __str__(self) -> str:
         """As `dsv3 kernels list` shows it."""
         return (
-            f"equal to sm90-model in every bit in {self.cases} random cases on one {self.card}, the model itself on a CPU"
-            f" too in {self.cases_on_cpu} (torch {self.torch}, Triton {self.triton}; dsv3 kernels check)"
+            f"equal to sm90-model in every bit in {self.cases} random cases on one {self.card}, the model itself on a"
+            f" CPU too in {self.cases_on_cpu} (torch {self.torch}, Triton {self.triton}; dsv3 kernels check)"
         )
 
 
