@@ -445,10 +445,11 @@ def main(
     for of_op in by_operation(in_processes(work, shares(ops, cases)), -(-cases // _SHARE)):
         print("\n".join(map(str, of_op)), flush=True)
         findings += of_op
+        if certify is not None:  # now, so that a run that ends early leaves what it has
+            certificates.write(certify, earned(of_op))
     text, passed = verdict(findings)
     print(f"{text}; {time.perf_counter() - began:.0f} s")
     if certify is not None:
-        certificates.write(certify, earned(findings))
         print(f"wrote {certify}; the certificates in use are in {certificates.TABLE}")
     if not passed:
         raise typer.Exit(1)

@@ -114,3 +114,23 @@ def test_operations_earn_a_certificate_when_all_their_makers_are_equal(monkeypat
     certificates.write(path, earned)
     certificates.write(path, {"rope": earned["fp8_linear"]})
     assert certificates.read(path) == earned | {"rope": earned["fp8_linear"]}
+
+
+def test_a_run_that_ends_early_leaves_the_certificates_of_what_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(check.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(check.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(check.torch.cuda, "get_device_name", lambda: "a card")
+    of_rope = provider.own_kernel(next(c for c in CONTRACTS if c.op == "rope"), "triton", always)
+    monkeypatch.setattr(check, "chosen", lambda ops, names: [of_rope, replace(of_rope, op="combine")])
+
+    def stopped(work, shares):
+        for share in shares:
+            if share.op == "combine":
+                raise KeyboardInterrupt
+            yield share, [result(share.op, "triton")]
+
+    monkeypatch.setattr(check, "in_processes", stopped)
+    path = tmp_path / "certificates.json"
+    with pytest.raises(KeyboardInterrupt):
+        check.main(cases=20, certify=path)
+    assert set(certificates.read(path)) == {"rope"}
