@@ -11,9 +11,9 @@
 // Compile-time parameters: the first operand has 64 rows for each of ROW_BLOCKS parts of ROW_GROUPS warpgroups, or of
 // K_GROUPS warpgroups that take stages in turn; a tile has TILE_ROWS rows of the weight (so that there are as many
 // tiles as multiprocessors; instructions read past them) and at most TOKENS tokens, copied TOKEN_BOX at a time; STAGES
-// of SLICES slices; raw sums of TOKEN_PARTS parts of the second operand, of which BUFFERS are held; CLUSTER programs of
-// neighbouring tiles read the tokens once and pass them to each other; at most GROUPS experts; CONSUMER_REGISTERS a
-// thread (0: as the compiler likes).
+// of SLICES slices; raw sums of TOKEN_PARTS parts of the second operand, of which BUFFERS are held; CLUSTER programs
+// read the tokens of neighbouring tiles once, or with SHARE_WEIGHT the weight, and pass them to each other; at most
+// GROUPS experts; CONSUMER_REGISTERS a thread (0: as the compiler likes).
 
 #include "hopper.cuh"
 #include "wgmma.cuh"
@@ -26,11 +26,17 @@ constexpr int CONSUMERS = ROW_GROUPS * K_GROUPS;
 static_assert(K_GROUPS == 1 || ROW_BLOCKS * ROW_GROUPS * TOKEN_PARTS == 1, "turns are taken on tiles of 64 rows");
 // A warpgroup that waits for a stage has seen the stage's last use: it was its own, or one that it folded behind.
 static_assert(STAGES >= K_GROUPS, "a turn each for the stages");
-// Programs of a cluster copy whole slices of a stage's tokens, or one box of a slice each.
+// What a cluster's programs have together.
+constexpr int CLUSTER_TOKENS = SHARE_WEIGHT ? CLUSTER * TOKENS : TOKENS;
+constexpr int CLUSTER_ROWS = SHARE_WEIGHT ? TILE_ROWS : CLUSTER * TILE_ROWS;
+constexpr bool SHARE_TOKENS = CLUSTER > 1 && !SHARE_WEIGHT;
+static_assert(!SHARE_TOKENS || GROUPS == 1, "experts' tokens are not shared");
 static_assert(
-    SLICES % CLUSTER > 0 ? TOKENS * SLICES == TOKEN_BOX * CLUSTER : SLICES == 1 || TOKENS == TOKEN_BOX,
-    "a copy of several slices holds all tokens, and each program of a cluster copies equally much");
-static_assert(CLUSTER == 1 || GROUPS == 1, "an expert's tiles are not shared");
+    !SHARE_TOKENS || (SLICES > 1 ? SLICES % CLUSTER == 0 : TOKENS == CLUSTER * TOKEN_BOX),
+    "each program of a cluster copies as many of a stage's tokens");
+static_assert(
+    !SHARE_WEIGHT || (SLICES > 1 ? SLICES % CLUSTER == 0 : TILE_ROWS % (8 * CLUSTER) == 0), "or of the weight's rows");
+static_assert(SLICES == 1 || TOKENS == TOKEN_BOX, "a copy of several slices holds all tokens");
 constexpr int SLICE_BYTES = TILE_ROWS * 128;
 constexpr int WEIGHT_BYTES = SLICES * SLICE_BYTES;
 constexpr int TOKEN_SLICE_BYTES = (TOKENS + TOKEN_BOX - 1) / TOKEN_BOX * TOKEN_BOX * 128;
@@ -42,6 +48,9 @@ constexpr int SCALE_BYTES = (SLICES * SCALE_BOX * 4 + 127) / 128 * 128;
 
 // Rows of the weight that a thread has may lie in two scale blocks if tiles do not fit into them.
 constexpr bool SPLIT = 128 % TILE_ROWS != 0 && (TOKENS_FIRST || TILE_ROWS % 128 != 0);
+// Tiles begin at multiples of this, so that scale blocks end at multiples of it too, counted from a tile's first row.
+constexpr int UNIT = TILE_ROWS % 128 == 0 ? 128 : TILE_ROWS & -TILE_ROWS;
+static_assert(!TOKENS_FIRST || TILE_ROWS <= 128 + UNIT, "a tile lies in two scale blocks at most");
 constexpr int PRODUCERS = CONSUMER_REGISTERS ? 128 : 32;
 
 // A token's 64 sums in bf16, and 16 bytes so that eight tokens fall into different banks.
@@ -81,14 +90,14 @@ struct Schedule {
         while (group < groups && number >= first_tile[group + 1]) group++;
         if (group == groups) return false;
         const int rows = first_row[group + 1] - first_row[group];
-        const int chunks = (rows + TOKENS - 1) / TOKENS;
+        const int chunks = (rows + TOKENS - 1) / TOKENS, across = (rows + CLUSTER_TOKENS - 1) / CLUSTER_TOKENS;
         const int size = ((rows + chunks - 1) / chunks + 15) / 16 * 16;
-        // A cluster's programs have the same tokens.
-        const int local = number - first_tile[group], cluster = local / CLUSTER;
-        const int chunk = cluster % chunks * size;
+        const int local = number - first_tile[group], cluster = local / CLUSTER, rank = local % CLUSTER;
+        // There may be no tokens for a cluster's last program.
+        const int chunk = (SHARE_WEIGHT ? cluster % across * CLUSTER + rank : cluster % across) * size;
         tile.first_token = first_row[group] + chunk;
-        tile.token_count = min(size, rows - chunk);
-        tile.first_row = (cluster / chunks * CLUSTER + local % CLUSTER) * TILE_ROWS;
+        tile.token_count = max(0, min(size, rows - chunk));
+        tile.first_row = cluster / across * CLUSTER_ROWS + (SHARE_WEIGHT ? 0 : rank * TILE_ROWS);
         tile.weight_row = group * columns + tile.first_row;
         tile.scale_row = group * ((columns + 127) / 128);
         return true;
@@ -171,12 +180,12 @@ struct Scales {
         }
     }
 
-    // `border` is counted from the instruction's first row of the weight.
-    __device__ __forceinline__ void fold(float* acc, const float (&raw)[COUNT], int border) const {
+    // `border` and `column`, the instruction's first row of the second operand, are counted from the tile's first.
+    __device__ __forceinline__ void fold(float* acc, const float (&raw)[COUNT], int border, int column) const {
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
             const int mine = TOKENS_FIRST ? i % 4 / 2 : i / 4 * 2 + i % 2;
-            const bool other = SPLIT && (TOKENS_FIRST ? 8 * (i / 4) >= border : i % 4 > 1);
+            const bool other = SPLIT && (TOKENS_FIRST ? (column + i / 4 * 8) / UNIT * UNIT >= border : i % 4 > 1);
             acc[i] = __fmaf_rn(raw[i], other ? second[SPLIT ? mine : 0] : first[mine], acc[i]);
         }
     }
@@ -235,32 +244,35 @@ __device__ __forceinline__ void store_transposed_sums(
     }
 }
 
-// The same for 64 tokens x TILE_ROWS rows of the weight, 64 of these at a time.
+// The same for 64 tokens x TILE_ROWS rows of the weight, 64 of these at a time; each warp has 16 of the tokens.
 __device__ __forceinline__ void store_sums(
     const float (&acc)[TILE_ROWS / 2], const Shared& shared, const Operands& operands, const Tile& tile,
     int tokens_before) {
-    const int lane = threadIdx.x % 32, thread = threadIdx.x % 128, group = threadIdx.x / 128;
-    char* buffer = shared.out_values + group * OUT_BYTES;
+    const int lane = threadIdx.x % 32;
+    char* buffer = shared.out_values + threadIdx.x / 32 * (16 * OUT_PITCH);
+    const int first_token = tokens_before + threadIdx.x % 128 / 32 * 16;
 #pragma unroll
     for (int first = 0; first < TILE_ROWS; first += 64) {
         constexpr int ALL = TILE_ROWS / 4;
-        warpgroup_sync(group);
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < 16; i++) {
             const int sums = 2 * (first / 4 + i);
             if (first / 4 + i >= ALL) break;
-            const int token = thread / 32 * 16 + lane / 4 + i % 2 * 8;
+            const int token = lane / 4 + i % 2 * 8;
             *reinterpret_cast<u32*>(buffer + token * OUT_PITCH + i / 2 * 16 + lane % 4 * 4) =
                 pack_bf16(acc[sums], acc[sums + 1]);
         }
-        warpgroup_sync(group);
-        const int row = first + thread % 8 * 8;
+        __syncwarp();
+        const int row = first + lane % 8 * 8;
         if (row >= TILE_ROWS || tile.first_row + row >= operands.columns) continue;
-        for (int token = thread / 8; token < min(64, tile.token_count - tokens_before); token += 16) {
+#pragma unroll
+        for (int token = lane / 8; token < 16; token += 4) {
+            if (first_token + token >= tile.token_count) break;
             const long long place =
-                (long long)(tile.first_token + tokens_before + token) * operands.columns + tile.first_row + row;
+                (long long)(tile.first_token + first_token + token) * operands.columns + tile.first_row + row;
             *reinterpret_cast<uint4*>(operands.out + place) =
-                *reinterpret_cast<const uint4*>(buffer + token * OUT_PITCH + thread % 8 * 16);
+                *reinterpret_cast<const uint4*>(buffer + token * OUT_PITCH + lane % 8 * 16);
         }
     }
 }
@@ -324,7 +336,7 @@ __device__ __forceinline__ void multiply_tile_in_turns(
             }
         }
 #pragma unroll
-        for (int s = 0; s < SLICES; s++) scales[s].fold(acc, raw[s], weight_scales.border);
+        for (int s = 0; s < SLICES; s++) scales[s].fold(acc, raw[s], weight_scales.border, 0);
         if (turn < turns - 1) {
 #pragma unroll
             for (int i = 0; i < COUNT / 4; i++) {
@@ -379,7 +391,7 @@ __device__ __forceinline__ void multiply_tile(
             wgmma_wait(min(HELD - 1, PARTS - 1 - part));
             hold(raw[part % HELD]);
             if (!TOKENS_FIRST) scales.read(token_scales + 2 * t * COUNT, weight[s][r]);
-            scales.fold(acc[r] + t * COUNT, raw[part % HELD], border - 2 * t * COUNT);
+            scales.fold(acc[r] + t * COUNT, raw[part % HELD], border, 2 * t * COUNT);
         };
         barrier_wait(shared.full + 8 * place.stage, place.phase);
 #pragma unroll
@@ -423,7 +435,7 @@ __device__ __forceinline__ void count_tiles(
         const int index = start + lane;
         int tokens = 0;
         if (index < groups) tokens = counts ? int(counts[index]) : rows;
-        int tiles = (tokens + TOKENS - 1) / TOKENS * column_tiles;
+        int tiles = (tokens + CLUSTER_TOKENS - 1) / CLUSTER_TOKENS * column_tiles;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             const int lower_tokens = __shfl_up_sync(~0u, tokens, step), lower_tiles = __shfl_up_sync(~0u, tiles, step);
@@ -469,7 +481,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CON
     if (threadIdx.x == 64) prefetch_map(&weight), prefetch_map(&x), prefetch_map(&x_scale);
     if (warp == 1) {
         if (counts) wait_for_kernel_before();
-        const int column_tiles = (columns + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER) * CLUSTER;
+        const int column_tiles = (columns + CLUSTER_ROWS - 1) / CLUSTER_ROWS * CLUSTER;
         count_tiles(counts, rows, groups, column_tiles, first_row, first_tile);
     }
     __syncthreads();
@@ -497,23 +509,33 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CON
         const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
         place.phase = 1;
         for (int number = blockIdx.x; schedule.find(number, tile); number += gridDim.x) {
-            const int boxes = CLUSTER > 1 ? TOKENS / TOKEN_BOX : (tile.token_count + TOKEN_BOX - 1) / TOKEN_BOX;
+            const int boxes = SHARE_TOKENS ? TOKENS / TOKEN_BOX : (tile.token_count + TOKEN_BOX - 1) / TOKEN_BOX;
             for (int block = 0; block < blocks; block += SLICES) {
                 const u32 ready = full + 8 * place.stage;
                 barrier_wait(empty + 8 * place.stage, place.phase);
                 barrier_expect(ready, WEIGHT_BYTES + SLICES * (boxes * TOKEN_BOX * 128 + SCALE_BOX * 4));
-                copy_slices(shared.weight + place.stage * WEIGHT_BYTES, &weight, ready, tile.weight_row, block);
-                const u32 target = shared.tokens + place.stage * TOKEN_BYTES;
-                if constexpr (CLUSTER == 1) {
+                // This program's part of what is shared.
+                const int slice = rank * (SLICES / CLUSTER);
+                const u32 weight_target = shared.weight + place.stage * WEIGHT_BYTES;
+                if constexpr (SHARE_WEIGHT) {
+                    const int row = SLICES > 1 ? 0 : rank * (TILE_ROWS / CLUSTER);
+                    copy_slices_to_all<CLUSTER>(
+                        weight_target + slice * SLICE_BYTES + row * 128, &weight, ready, tile.weight_row + row,
+                        block + slice);
+                } else {
+                    copy_slices(weight_target, &weight, ready, tile.weight_row, block);
+                }
+                const u32 token_target = shared.tokens + place.stage * TOKEN_BYTES;
+                if constexpr (SHARE_TOKENS) {
+                    const int token = SLICES > 1 ? 0 : rank * TOKEN_BOX;
+                    copy_slices_to_all<CLUSTER>(
+                        token_target + slice * TOKEN_SLICE_BYTES + token * 128, &x, ready, tile.first_token + token,
+                        block + slice);
+                } else {
                     for (int box = 0; box < boxes; box++) {
                         const int token = tile.first_token + box * TOKEN_BOX;
-                        copy_slices(target + box * TOKEN_BOX * 128, &x, ready, token, block);
+                        copy_slices(token_target + box * TOKEN_BOX * 128, &x, ready, token, block);
                     }
-                } else {
-                    const int token = rank % (TOKENS / TOKEN_BOX) * TOKEN_BOX, slice = rank * SLICES / CLUSTER;
-                    copy_slices_to_all<CLUSTER>(
-                        target + slice * TOKEN_SLICE_BYTES + token * 128, &x, ready, tile.first_token + token,
-                        block + slice);
                 }
                 copy_tile(shared.scales + place.stage * SCALE_BYTES, &x_scale, ready, tile.first_token / 4 * 4, block);
                 place.next();

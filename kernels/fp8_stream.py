@@ -25,6 +25,7 @@ class Shape(NamedTuple):
     row_groups: int = 1
     k_groups: int = 1
     cluster: int = 1
+    share_weight: int = 0
     tokens_first: int = 0
     token_box: int = 0
     token_parts: int = 1
@@ -37,6 +38,25 @@ class Shape(NamedTuple):
     def box(self) -> int:
         """Tokens a copy."""
         return self.token_box or self.tokens
+
+    @property
+    def cluster_tile(self) -> tuple[int, int]:
+        """Rows of the weight and tokens of a cluster's tiles together."""
+        if self.share_weight:
+            return self.tile_rows, self.cluster * self.tokens
+        return self.cluster * self.tile_rows, self.tokens
+
+    @property
+    def token_copy(self) -> tuple[int, int]:
+        """Tokens and slices that are copied at once."""
+        return self.box, self.slices if self.share_weight else max(1, self.slices // self.cluster)
+
+    @property
+    def weight_copy(self) -> tuple[int, int]:
+        """Rows of the weight and slices that are copied at once."""
+        if not self.share_weight:
+            return self.tile_rows, self.slices
+        return (self.tile_rows, self.slices // self.cluster) if self.slices > 1 else (self.tile_rows // self.cluster, 1)
 
     @property
     def consumers(self) -> int:
@@ -72,6 +92,7 @@ class Shape(NamedTuple):
             "ROW_GROUPS": self.row_groups,
             "K_GROUPS": self.k_groups,
             "CLUSTER": self.cluster,
+            "SHARE_WEIGHT": self.share_weight,
             "TOKENS_FIRST": self.tokens_first,
             "TOKENS": self.tokens,
             "TOKEN_BOX": self.box,
@@ -95,44 +116,65 @@ DENSE_SAMPLE = (
     Shape(192, 64, 2, row_groups=3, cluster=2),
     Shape(192, 128, row_groups=3, registers=160),
     Shape(16, 64, 4, k_groups=3, tokens_first=1),
-    Shape(56, 64, 4, cluster=4, buffers=4, tokens_first=1),
-    Shape(56, 128, 2, row_groups=2, cluster=4, tokens_first=1, token_box=64, buffers=2),
     Shape(56, 64, 4, buffers=4, tokens_first=1),
     Shape(128, 128, 2, row_groups=2, cluster=2, tokens_first=1, buffers=2, registers=240),
     Shape(256, 128, row_groups=2, cluster=2, tokens_first=1, token_box=64, token_parts=2, registers=240),
+    Shape(192, 128, row_groups=2, cluster=2, share_weight=1, tokens_first=1, registers=240),
 )
 GROUPED_SAMPLE = (
     Shape(128, 16, 4, row_groups=2, buffers=4),
     Shape(128, 48, 2, row_groups=2, buffers=2),
     Shape(256, 144, row_blocks=2, row_groups=2, token_box=48, registers=240),
     Shape(256, 128, row_groups=2, tokens_first=1, token_box=64, token_parts=2, registers=240),
+    Shape(
+        256, 128, row_groups=2, cluster=2, share_weight=1, tokens_first=1, token_box=64, token_parts=2, registers=240
+    ),
 )
 
 
 def dense_shapes(columns: int, rows: int, multiprocessors: int) -> Iterator[Shape]:
     """Ways to cut fp8_stream.cu: tiles that give every multiprocessor equally much, and larger ones."""
+    for shape in _dense_shapes(columns, rows, multiprocessors):
+        if shape.filled().stages >= max(2, shape.k_groups):
+            yield shape
+
+
+def _dense_shapes(columns: int, rows: int, multiprocessors: int) -> Iterator[Shape]:
 
     def share(most: int) -> int:
         waves = -(-columns // (multiprocessors * most))
         return max(16, -(-columns // (multiprocessors * waves * 8)) * 8)
 
     one, three = share(64), share(192)
+    many = Shape(256, 128, 1, row_groups=2, cluster=2, tokens_first=1, registers=240)
     if rows <= 16:
         yield Shape(one, 16, 4, k_groups=3)
         yield Shape(one, 16, 4, buffers=4)
         yield Shape(three, 16, 2, row_groups=3, buffers=2)
         yield Shape(three, 16, 4, row_groups=3, buffers=2)
     elif rows <= 64:
+        if rows <= 32:
+            yield Shape(one, 32, 4, k_groups=3, registers=160)
+            yield Shape(three, 32, 2, row_groups=3, buffers=2)
         yield Shape(one, 64, 4, k_groups=3, tokens_first=1, registers=160)
         yield Shape(one, 64, 4, buffers=4, tokens_first=1)
+        yield Shape(one, 64, 4, cluster=2, buffers=4, tokens_first=1)
+        yield Shape(three, 64, 2, row_groups=3)
         yield Shape(three, 64, 2, row_groups=3, cluster=2)
     elif rows <= 256:
         yield Shape(min(64, 2 * one), 64, 4, k_groups=3, tokens_first=1, registers=160)
+        yield Shape(min(64, 2 * one), 64, 2, k_groups=3, tokens_first=1, registers=160)
+        yield Shape(2 * one, 64, 2, cluster=2, share_weight=1, tokens_first=1, buffers=2)
+        yield Shape(2 * one, 64, 4, cluster=2, share_weight=1, tokens_first=1, buffers=2)
         yield Shape(one, 128, 2, row_groups=2, tokens_first=1, buffers=2)
         yield Shape(three, 128, 1, row_groups=3, registers=160)
+        yield many._replace(tile_rows=128, slices=2, buffers=2)
     else:
-        yield Shape(128, 128, 2, row_groups=2, cluster=2, tokens_first=1, buffers=2, registers=240)
-        yield Shape(256, 128, row_groups=2, cluster=2, tokens_first=1, token_box=64, token_parts=2, registers=240)
+        yield many._replace(tile_rows=128, slices=2, buffers=2)
+        yield many._replace(tile_rows=192, share_weight=1)
+        yield many._replace(tile_rows=192, share_weight=1, token_parts=2, buffers=2)
+        yield many._replace(token_box=64, token_parts=2)
+        yield many._replace(share_weight=1, token_parts=2)
 
 
 def grouped_shapes(rows: int) -> Iterator[Shape]:
@@ -151,7 +193,9 @@ def grouped_shapes(rows: int) -> Iterator[Shape]:
         yield Shape(256, 144, 1, row_blocks=2, row_groups=2, token_box=48, registers=240)
         yield Shape(128, 144, 1, row_groups=2, token_box=48, registers=232)
         yield Shape(128, 192, 1, row_groups=2, token_box=64, registers=240)
-        yield Shape(256, 128, 1, row_groups=2, tokens_first=1, token_box=64, token_parts=2, registers=240)
+        many = Shape(256, 128, 1, row_groups=2, tokens_first=1, token_box=64, token_parts=2, registers=240)
+        yield many
+        yield many._replace(cluster=2, share_weight=1)
 
 
 def compile_all(shapes: Iterable[Shape]) -> None:
@@ -179,16 +223,16 @@ def launch(
     (rows, depth), columns = x.shape, weight.shape[-2]
     x_scale = with_contiguous_columns(x_scale)
     weight_rows = weight.numel() // depth
-    grid = torch.cuda.get_device_properties(x.device).multi_processor_count
+    clusters = torch.cuda.get_device_properties(x.device).multi_processor_count // shape.cluster
     if expert_counts is None:
-        clusters = -(-columns // (shape.tile_rows * shape.cluster)) * -(-rows // shape.tokens)
-        grid = min(grid // shape.cluster, clusters) * shape.cluster
+        covered_rows, covered_tokens = shape.cluster_tile
+        clusters = min(clusters, -(-columns // covered_rows) * -(-rows // covered_tokens))
     blocks = depth // 128
     scale_box = (shape.scale_box, shape.slices)
     arguments = (
-        _slices(x, rows, depth, (128, shape.box, max(1, shape.slices // shape.cluster))),
+        _slices(x, rows, depth, (128, *shape.token_copy)),
         cuda.tensor_map("fp32", x_scale.data_ptr(), (rows, blocks), (4 * x_scale.stride(1),), scale_box),
-        _slices(weight, weight_rows, depth, (128, shape.tile_rows, shape.slices)),
+        _slices(weight, weight_rows, depth, (128, *shape.weight_copy)),
         weight_scale,
         None if expert_counts is None else expert_counts.long(),
         out,
@@ -198,7 +242,7 @@ def launch(
         shape.groups,
     )
     block = 128 * shape.consumers + (128 if shape.registers else 32)
-    how = cuda.Launch(grid, block, shape.shared_bytes(shape.stages), early=True)
+    how = cuda.Launch(clusters * shape.cluster, block, shape.shared_bytes(shape.stages), early=True)
     cuda.launch(shape.program(), "fp8_stream", how, arguments)
 
 

@@ -109,11 +109,20 @@ CASES: dict[str, tuple[Shape, int, tuple[Any, ...]]] = {
         4,
         dense(50, 200, 2048),
     ),
-    "a cluster of four that shares slices": (Shape(16, 16, 4, cluster=4, stages=2), 4, dense(10, 72, 1536)),
-    "a cluster of four that shares boxes of slices": (
-        Shape(32, 32, 2, token_box=16, cluster=4, buffers=2, stages=2),
-        8,
-        dense(50, 200, 768),
+    "a cluster that shares the weight, last program without tokens": (
+        Shape(64, 32, cluster=2, share_weight=1, stages=3),
+        4,
+        dense(75, 200, 384),
+    ),
+    "a cluster that shares slices of the weight": (
+        Shape(112, 64, 2, cluster=2, share_weight=1, tokens_first=1, buffers=2, stages=2),
+        4,
+        dense(100, 200, 640),
+    ),
+    "a cluster that shares the weight, tokens first": (
+        Shape(192, 64, tokens_first=1, cluster=2, share_weight=1, token_parts=2, buffers=2, stages=2),
+        4,
+        dense(100, 424, 384),
     ),
     "a cluster that shares boxes of tokens": (Shape(64, 32, token_box=16, cluster=2, stages=3), 2, dense(50, 200, 384)),
     "tokens first, last tile not full": (
@@ -146,6 +155,11 @@ CASES: dict[str, tuple[Shape, int, tuple[Any, ...]]] = {
         Shape(128, 48, row_groups=2, token_box=16, stages=2),
         1,
         experts([50, 7, 33], 128, 256, "ue8m0"),
+    ),
+    "experts, a cluster that shares the weight": (
+        Shape(96, 64, tokens_first=1, token_box=32, cluster=2, share_weight=1, stages=2),
+        4,
+        experts([70, 0, 5, 130], 200, 256),
     ),
     "experts, tokens first": (
         Shape(96, 64, tokens_first=1, token_parts=2, buffers=2, token_box=32, stages=2),
@@ -200,13 +214,13 @@ SABOTAGE = {
     ),
     "the other program's tokens": (
         "turns in a cluster that shares tokens, last tile empty",
-        "slice = rank * SLICES / CLUSTER;",
+        "slice = rank * (SLICES / CLUSTER);",
         "slice = 0;",
     ),
-    "the other program's box": (
-        "a cluster of four that shares boxes of slices",
-        "token = rank % (TOKENS / TOKEN_BOX) * TOKEN_BOX",
-        "token = 0",
+    "the other program's rows": (
+        "a cluster that shares the weight, last program without tokens",
+        "const int row = SLICES > 1 ? 0 : rank * (TILE_ROWS / CLUSTER);",
+        "const int row = 0;",
     ),
     "the border between scale blocks": (
         "tokens first, tiles across scale blocks",

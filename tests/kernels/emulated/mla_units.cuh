@@ -144,7 +144,7 @@ inline int __reduce_max_sync(unsigned, int x) {
 // Shared memory, and the barriers in it.
 
 constexpr int MEMORY = 256 * 1024;  // of a thread block
-alignas(1024) static char memory[4 * MEMORY];
+alignas(1024) static char memory[2 * MEMORY];
 inline uint32_t address(const void* p) { return (uint32_t)((const char*)p - memory); }
 
 class Barrier {
