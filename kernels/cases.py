@@ -246,7 +246,8 @@ def mla_attention_case(rng: random.Random, at: Sizes) -> Case:
     budget = _BUDGET // (heads * (2 * rank + rotary))
     for _ in range(rng.choice(at.requests)):
         count = min(rng.choice((1, 1, 2, 5, 70)), max(1, budget // 512), at.keys // 16)
-        length = count + rng.randint(0, max(0, min(at.keys, budget // count // 2 - count)))
+        # Few are long: the model takes its time for each block of keys.
+        length = count + int(max(0, min(at.keys, budget // count // 2 - count)) * rng.random() ** 3)
         if budget < count * length:
             break
         budget -= count * length
