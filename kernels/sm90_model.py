@@ -2,7 +2,8 @@
 
 This is the contract of arithmetic `sm90` as executable text. Only matrix products differ from `dsv3_plugin.ops`;
 elementwise operations are IEEE fp32 operations, each rounded, on either machine. It is slow (some ns a product): meant
-for tiny models, for tests without a GPU, and for reading.
+for tiny models, for tests without a GPU, and for reading. Given CUDA tensors it runs on their card, which `check` uses,
+and prints the same bits.
 """
 
 from __future__ import annotations
