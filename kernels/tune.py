@@ -11,6 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from dsv3_plugin.errors import KernelError
 from dsv3_plugin.kernels import bench, deep_gemm, fp8_linear, fp8_stream, measure, quantize
 from dsv3_plugin.kernels.fp8_stream import Shape
 from dsv3_plugin.kernels.selection import Choice, Row, Table
+from dsv3_plugin.ops.fp8 import E4M3
 
 # DeepSeek-V3's projections (columns, depth), q_a and kv_a also as one, and its experts'.
 DENSE = (
@@ -44,6 +46,8 @@ _PROCESSES = 16
 
 Report = Callable[[str], None]
 Call = Callable[[], torch.Tensor]
+Weight = tuple[torch.Tensor, torch.Tensor]
+"""e4m3 [N, K], or [E, N, K] of experts, and its scales."""
 
 
 class Product(NamedTuple):
@@ -68,13 +72,23 @@ class Product(NamedTuple):
             shapes = list(fp8_stream.dense_shapes(self.columns, self.rows, multiprocessors))
         return {f"stream {tuple(shape)}": shape.filled() for shape in shapes}
 
-    def weights(self) -> list[tuple[torch.Tensor, ...]]:
-        """Random weights with their scales, so many that the cache does not hold them."""
-        size = (self.groups, self.columns, self.depth) if self.groups else (self.columns, self.depth)
-        copies = 1 if self.groups else max(2, min(20, 300_000_000 // (self.columns * self.depth)))
-        return [bench.fp8_weight(*size) for _ in range(copies)]
+    @property
+    def weight_size(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return (self.groups, self.columns, self.depth) if self.groups else (self.columns, self.depth)
 
-    def calls(self, weights: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, list[Call]]:
+    def weights(self) -> list[Weight]:
+        """Random weights, so many that the cache does not hold them."""
+        copies = 1 if self.groups else max(2, min(20, 300_000_000 // (self.columns * self.depth)))
+        return [bench.fp8_weight(*self.weight_size) for _ in range(copies)]
+
+    def unwritten_weight(self) -> Weight:
+        """A weight of any numbers."""
+        *groups, columns, depth = self.weight_size
+        scales = torch.empty(*groups, -(-columns // 128), depth // 128, device="cuda")
+        return torch.empty(self.weight_size, dtype=E4M3, device="cuda"), scales
+
+    def calls(self, weights: Sequence[Weight]) -> dict[str, list[Call]]:
         """Each maker's calls, one a weight."""
         choices = {"triton": Choice("triton"), "gluon": Choice("gluon")}
         choices |= {name: Choice("stream", shape) for name, shape in self.cuts().items()}
@@ -103,20 +117,20 @@ PRODUCTS = tuple(Product(0, *size, rows) for size in DENSE for rows in DENSE_ROW
 def _call_first(products: Sequence[Product]) -> None:
     """Compile what the products' makers compile when first called. What fails is reported when it is measured."""
     for product in products:
-        for calls in product.calls(product.weights()[:1]).values():
-            try:
-                calls[0]()
-                torch.cuda.synchronize()
-            except Exception:
-                continue
+        torch.cuda.empty_cache()
+        with suppress(Exception):
+            for calls in product.calls([product.unwritten_weight()]).values():
+                with suppress(Exception):
+                    calls[0]()
+                    torch.cuda.synchronize()
 
 
 def _parts(processes: int) -> list[list[Product]]:
-    """What each process calls first: experts of one size, whose weights fill a part of the card, or dense products."""
-    experts = [[product for product in PRODUCTS if product[:3] == size] for size in GROUPED]
+    """What each process calls first: products of experts, whose weights fill a part of the card, or dense ones."""
+    experts = [product for product in PRODUCTS if product.groups]
     dense = [product for product in PRODUCTS if not product.groups]
-    others = max(1, processes - len(experts))
-    return experts + [dense[i::others] for i in range(others)]
+    half = max(1, processes // 2)
+    return [part[i::half] for part in (experts, dense) for i in range(half)]
 
 
 def _compile_all() -> None:
@@ -126,7 +140,7 @@ def _compile_all() -> None:
         list(pool.map(_call_first, _parts(processes)))
 
 
-def _measure(product: Product, weights: Sequence[tuple[torch.Tensor, ...]], report: Report) -> Row:
+def _measure(product: Product, weights: Sequence[Weight], report: Report) -> Row:
     """Microseconds of each maker whose bits are the Triton kernel's, in a graph of its calls."""
     microseconds = {}
     makers = product.calls(weights)
@@ -162,7 +176,7 @@ def _row(product: Product, microseconds: dict[str, float]) -> Row:
 
 def _rows(report: Report) -> Iterator[Row]:
     size: tuple[int, ...] = ()
-    weights: list[tuple[torch.Tensor, ...]] = []
+    weights: list[Weight] = []
     for product in PRODUCTS:
         if product[:3] != size:
             weights.clear()
