@@ -532,9 +532,9 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
                         rows.total[r] = shared.total[stage][row + 8 * r];
                     }
                 }
-                finish_products();
                 // The next copy overwrites the probabilities.
                 publish_to_units();
+                finish_products();
                 arrive_warp(&shared.empty[stage][half], lane);
             }
             if (!used) continue;
