@@ -4,11 +4,11 @@
                        [--record golden.safetensors] [--certify certificates.json]
 
 Expected values come from `sm90_model` on the card; every 16th case is computed on the CPU as well, which must print the
-same bits. Memory that a kernel allocates is filled with NaN first, so that an output nobody wrote is seen. Exits with
-status 1 if a bit differs of a kernel of this package, of another's with a certificate, or of the model on its two
-devices. Of another's kernel without certificate (it serves in fast mode only) the share of differing outputs and the
-largest difference are told. Processes share the cases; one in which a kernel broke is replaced, because it may have
-broken the card's state for its process.
+same bits. Memory that a kernel allocates is filled with NaN first, so that an output nobody wrote is seen. The kernels
+are this package's, or those of the providers that are named. Exits with status 1 if a bit differs of a kernel of this
+package, of another's with a certificate, or of the model on its two devices. Of another's kernel without certificate
+(it serves in fast mode only) the share of differing outputs and the largest difference are told. Processes share the
+cases; one in which a kernel broke is replaced, because it may have broken the card's state for its process.
 
 `--record` writes small cases and what the GPU printed to a file, for tests on machines without one. `--certify` writes
 `certificates` of this package's kernels.
@@ -25,7 +25,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from enum import StrEnum
@@ -193,7 +193,7 @@ def sizes_of(kernel: Kernel) -> Sizes:
     if kernel.op != "mla_attention":
         return LARGE
     if kernel.provider == provider.PROVIDER:
-        return LARGE._replace(requests=(1, 3))
+        return LARGE._replace(requests=(2,))
     return LARGE._replace(latents=LARGE.latents[:1])
 
 
@@ -406,7 +406,8 @@ def main(
     cases: Annotated[int, typer.Option(min=1, help="Random cases of each kernel.")] = 40,
     op: Annotated[list[str] | None, typer.Option(help="Only this operation. Repeat it.")] = None,
     provider_names: Annotated[
-        list[str] | None, typer.Option("--provider", help="Only kernels of this provider. Repeat it.")
+        list[str] | None,
+        typer.Option("--provider", help="Kernels of this provider, not this package's. Repeat it."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Another seed makes other cases.")] = 0,
     model_device: Annotated[
@@ -419,7 +420,7 @@ def main(
         Path | None, typer.Option(help="Write certificates of what was equal to a file; others in it stay.")
     ] = None,
 ) -> None:
-    """Compare every kernel for a GPU with the model of Hopper, bit for bit, in random cases."""
+    """Compare this package's kernels, or a provider's, with the model of Hopper, bit for bit, in random cases."""
     unknown = sorted(set(op or ()) - set(CASES))
     if unknown:
         raise KernelError(f"there is no operation {', '.join(unknown)}; the operations are {', '.join(CASES)}")
@@ -477,10 +478,13 @@ def earned(findings: list[Finding]) -> dict[str, Certificate]:
 
 
 def chosen(ops: list[str] | None, provider_names: list[str] | None) -> list[Kernel]:
-    """The kernels of these operations and providers, all where None."""
-    kernels = with_each_maker(gpu_kernels())
-    kernels = [kernel for kernel in kernels if not ops or kernel.op in ops]
-    return [kernel for kernel in kernels if not provider_names or kernel.provider in provider_names]
+    """The kernels of these operations, all where None, and these providers, this package where None."""
+
+    def is_meant(kernel: Kernel) -> bool:
+        by = kernel.provider in provider_names if provider_names else kernel.provider not in OTHERS
+        return by and (not ops or kernel.op in ops)
+
+    return [kernel for kernel in with_each_maker(gpu_kernels()) if is_meant(kernel)]
 
 
 class Share(NamedTuple):
@@ -491,7 +495,7 @@ class Share(NamedTuple):
 
 
 def shares(ops: list[str], cases: int) -> list[Share]:
-    """All operations' cases; first some of each, which compile what the others find compiled."""
+    """All operations' cases; first some of each."""
     starts = range(0, cases, _SHARE)
     return [Share(op, range(start, min(cases, start + _SHARE))) for start in starts for op in ops]
 
@@ -499,8 +503,9 @@ def shares(ops: list[str], cases: int) -> list[Share]:
 def in_processes(
     work: Callable[[Share], list[Finding]], shares: Iterable[Share]
 ) -> Iterator[tuple[Share, list[Finding]]]:
-    """What `work` finds for each share, in a few processes, as they end. A process that dies is a finding, and where
-    a kernel broke the next share gets a new process.
+    """What `work` finds for each share, in a few processes, as they end. An operation's first share goes ahead: it
+    compiles what the others find compiled. A process that dies is a finding, and where a kernel broke the next share
+    gets a new process.
     """
     idle: queue.SimpleQueue[ProcessPoolExecutor | None] = queue.SimpleQueue()
     count = min(_MOST_PROCESSES, os.cpu_count() or 1)
@@ -520,9 +525,17 @@ def in_processes(
             idle.put(process)
         return share, found
 
+    waiting: dict[str, list[Share]] = {}
+    for share in shares:
+        waiting.setdefault(share.op, []).append(share)
     with ThreadPoolExecutor(count) as threads:
-        for future in as_completed([threads.submit(run, share) for share in shares]):
-            yield future.result()
+        running = {threads.submit(run, of_op.pop(0)) for of_op in waiting.values()}
+        while running:
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                share, found = future.result()
+                running |= {threads.submit(run, next_one) for next_one in waiting.pop(share.op, ())}
+                yield share, found
     for _ in range(count):
         if process := idle.get():
             process.shutdown()

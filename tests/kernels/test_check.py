@@ -147,7 +147,10 @@ def test_processes_share_an_operations_cases_and_outlive_one_that_dies(monkeypat
         ("rope", range(2, 3)),
         ("combine", range(2, 3)),
     ]
-    findings = {found[0].op: found for found in check.by_operation(check.in_processes(of_the_model, shares), 2)}
+    ended = list(check.in_processes(of_the_model, shares))
+    for op in ("rope", "combine"):
+        assert [share.numbers.start for share, _ in ended if share.op == op] == [0, 2], "the first goes ahead"
+    findings = {found[0].op: found for found in check.by_operation(ended, 2)}
     (of_rope,) = findings["rope"]
     assert (of_rope.cases, of_rope.wrong_cases) == (CASES, 0)
     of_rest, died = findings["combine"]
@@ -169,6 +172,13 @@ def test_results_of_shares_are_one_result():
         "rope", "triton", 20, 200, wrong_cases=3, wrong_outputs=5, first_wrong="case 4", largest_difference=0.5
     )
     assert theirs.cases == 18 and not list(check.by_operation([late], 2))
+
+
+def test_other_providers_are_checked_where_they_are_named():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert not {kernel.provider for kernel in check.chosen(["linear"], None)} & check.OTHERS
+    named = check.chosen(["linear"], [cublas.PROVIDER, deep_gemm.PROVIDER])
+    assert {kernel.provider for kernel in named} == {cublas.PROVIDER, deep_gemm.PROVIDER}
 
 
 def test_kernels_get_cases_that_they_take_and_few_that_they_are_compiled_for():
