@@ -79,7 +79,7 @@ def require_paged_batch(
         return
     if _last is None or not _last.covers(tensors, sizes):
         if not _fits(*tensors, sizes):
-            _explain(op, *(x.cpu() for x in tensors), sizes)
+            _explain(op, block_table.cpu(), seq_lens.cpu(), query_start_loc.cpu(), sizes)
         _last = _Checked(tensors, sizes)
 
 
