@@ -33,27 +33,20 @@ class Program(NamedTuple):
 
 
 def wgmma(width: int) -> str:
-    """The `wgmma` instruction of 64 x `width` fp8 products, 32 deep, as a function of an array of sums, with the first
-    operand in shared memory or in registers.
+    """The `wgmma` instruction of 64 x `width` fp8 products, 32 deep, as a function of an array of sums.
 
     Inline assembly takes registers one by one, so a function's text is written for each width.
     """
     count = width // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    four = ", ".join(f"%{count + i}" for i in range(4))
-    firsts = (
-        ("u64 a", f"%{count}", '"l"(a)', count + 1),
-        ("const u32 (&a)[4]", f"{{{four}}}", '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])', count + 4),
-    )
-    return "".join(
-        f"__device__ __forceinline__ void wgmma(float (&d)[{count}], {argument}, u64 b, int add) {{\n"
-        f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{second + 1}, 0;\\n"\n'
-        f'        "wgmma.mma_async.sync.aligned.m64n{width}k32.f32.e4m3.e4m3 {{{registers}}}, {first},'
-        f' %{second}, p, 1, 1;\\n}}\\n"\n'
-        f'        : {operands} : {given}, "l"(b), "r"(add));\n'
+    return (
+        f"__device__ __forceinline__ void wgmma(float (&d)[{count}], u64 a, u64 b, int add) {{\n"
+        f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"\n'
+        f'        "wgmma.mma_async.sync.aligned.m64n{width}k32.f32.e4m3.e4m3 {{{registers}}}, %{count},'
+        f' %{count + 1}, p, 1, 1;\\n}}\\n"\n'
+        f'        : {operands} : "l"(a), "l"(b), "r"(add));\n'
         f"}}\n"
-        for argument, first, given, second in firsts
     )
 
 

@@ -36,7 +36,6 @@ static_assert(
     "each program of a cluster copies as many of a stage's tokens");
 static_assert(
     !SHARE_WEIGHT || (SLICES > 1 ? SLICES % CLUSTER == 0 : TILE_ROWS % (8 * CLUSTER) == 0), "or of the weight's rows");
-static_assert(!FIRST_IN_REGISTERS || SLICES * ROW_BLOCKS == 1, "one slice of the first operand a stage");
 static_assert(SLICES == 1 || TOKENS == TOKEN_BOX, "a copy of several slices holds all tokens");
 constexpr int SLICE_BYTES = TILE_ROWS * 128;
 constexpr int WEIGHT_BYTES = SLICES * SLICE_BYTES;
@@ -219,28 +218,6 @@ __device__ __forceinline__ void multiply(
     wgmma_end();
 }
 
-// This warp's 16 rows of the first operand over 128 of K, from row `row` of the tile's, as `wgmma` wants them.
-__device__ __forceinline__ void read_first(u32 (&first)[4][4], const Shared& shared, int stage, int row) {
-    const int lane = threadIdx.x % 32;
-    const u32 operand =
-        TOKENS_FIRST ? shared.tokens + stage * TOKEN_BYTES : shared.weight + stage * WEIGHT_BYTES;
-    const u32 place = operand + (row + threadIdx.x % 128 / 32 * 16 + lane % 16) * 128;
-#pragma unroll
-    for (int k = 0; k < 4; k++) load_matrices(first[k], place + ((2 * k + lane / 16) ^ lane % 8) * 16);
-}
-
-// The same product with these.
-template <int COUNT>
-__device__ __forceinline__ void multiply(
-    float (&raw)[COUNT], const Shared& shared, int stage, const u32 (&first)[4][4], int column) {
-    const u32 second = TOKENS_FIRST ? shared.weight + stage * WEIGHT_BYTES : shared.tokens + stage * TOKEN_BYTES;
-    const u64 b = tile_descriptor(second + column * 128);
-    wgmma_begin();
-#pragma unroll
-    for (int k = 0; k < 4; k++) wgmma(raw, first[k], b + 2 * k, k != 0);
-    wgmma_end();
-}
-
 // Round and write N tokens x 64 rows of the weight through shared memory, 128 bytes a token.
 template <int N>
 __device__ __forceinline__ void store_transposed_sums(
@@ -383,7 +360,6 @@ __device__ __forceinline__ void multiply_tile(
     const auto rows_before = [&](int r) { return (row_group * ROW_BLOCKS + r) * 64; };
     float acc[ROW_BLOCKS][N / 2] = {}, raw[HELD][COUNT];
     float2 next[SLICES][ROW_BLOCKS];
-    u32 first[4][4];
     const int border = WeightScales(operands, tile, 0).border;
     const auto read_scales = [&](int block) {
 #pragma unroll
@@ -404,11 +380,7 @@ __device__ __forceinline__ void multiply_tile(
         // Parts of a stage in order: slices, their blocks of rows, their parts of the tokens.
         const auto start = [&](int part) {
             const int t = part % TOKEN_PARTS, r = part / TOKEN_PARTS % ROW_BLOCKS, s = part / TOKEN_PARTS / ROW_BLOCKS;
-            if constexpr (FIRST_IN_REGISTERS) {
-                multiply<COUNT>(raw[part % HELD], shared, place.stage, first, 2 * t * COUNT);
-            } else {
-                multiply<COUNT>(raw[part % HELD], shared, place.stage, s, rows_before(r), 2 * t * COUNT);
-            }
+            multiply<COUNT>(raw[part % HELD], shared, place.stage, s, rows_before(r), 2 * t * COUNT);
         };
         const auto finish = [&](int part) {
             const int t = part % TOKEN_PARTS, r = part / TOKEN_PARTS % ROW_BLOCKS, s = part / TOKEN_PARTS / ROW_BLOCKS;
@@ -425,7 +397,6 @@ __device__ __forceinline__ void multiply_tile(
             scales.fold(acc[r] + t * COUNT, raw[part % HELD], border, 2 * t * COUNT);
         };
         barrier_wait(shared.full + 8 * place.stage, place.phase);
-        if constexpr (FIRST_IN_REGISTERS) read_first(first, shared, place.stage, rows_before(0));
 #pragma unroll
         for (int part = 0; part < HELD - 1; part++) start(part);
         read_scales(block + SLICES);

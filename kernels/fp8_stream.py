@@ -27,7 +27,6 @@ class Shape(NamedTuple):
     cluster: int = 1
     share_weight: int = 0
     tokens_first: int = 0
-    first_in_registers: int = 0
     token_box: int = 0
     token_parts: int = 1
     buffers: int = 1
@@ -95,7 +94,6 @@ class Shape(NamedTuple):
             "CLUSTER": self.cluster,
             "SHARE_WEIGHT": self.share_weight,
             "TOKENS_FIRST": self.tokens_first,
-            "FIRST_IN_REGISTERS": self.first_in_registers,
             "TOKENS": self.tokens,
             "TOKEN_BOX": self.box,
             "TOKEN_PARTS": self.token_parts,
@@ -121,18 +119,8 @@ DENSE_SAMPLE = (
     Shape(56, 64, 4, buffers=4, tokens_first=1),
     Shape(128, 128, 2, row_groups=2, cluster=2, tokens_first=1, buffers=2, registers=240),
     Shape(256, 128, row_groups=2, cluster=2, tokens_first=1, token_box=64, token_parts=2, registers=240),
-    Shape(192, 128, row_groups=2, cluster=2, share_weight=1, tokens_first=1, registers=240),
-    Shape(
-        256,
-        128,
-        row_groups=2,
-        cluster=2,
-        share_weight=1,
-        tokens_first=1,
-        first_in_registers=1,
-        token_parts=2,
-        registers=240,
-    ),
+    Shape(112, 64, 2, cluster=2, share_weight=1, tokens_first=1, buffers=2),
+    Shape(192, 128, row_groups=2, cluster=2, share_weight=1, tokens_first=1, token_parts=2, buffers=2, registers=240),
 )
 GROUPED_SAMPLE = (
     Shape(128, 16, 4, row_groups=2, buffers=4),
@@ -162,9 +150,7 @@ def _dense_shapes(columns: int, rows: int, multiprocessors: int) -> Iterator[Sha
     many = Shape(256, 128, 1, row_groups=2, cluster=2, tokens_first=1, registers=240)
     if rows <= 16:
         yield Shape(one, 16, 4, k_groups=3)
-        yield Shape(one, 16, 4, buffers=4)
         yield Shape(three, 16, 2, row_groups=3, buffers=2)
-        yield Shape(three, 16, 4, row_groups=3, buffers=2)
     elif rows <= 64:
         if rows <= 32:
             yield Shape(one, 32, 4, k_groups=3, registers=160)
@@ -172,30 +158,17 @@ def _dense_shapes(columns: int, rows: int, multiprocessors: int) -> Iterator[Sha
         yield Shape(one, 64, 4, k_groups=3, tokens_first=1, registers=160)
         yield Shape(one, 64, 4, buffers=4, tokens_first=1)
         yield Shape(one, 64, 4, cluster=2, buffers=4, tokens_first=1)
-        yield Shape(three, 64, 2, row_groups=3)
-        yield Shape(three, 64, 2, row_groups=3, cluster=2)
     elif rows <= 256:
-        two = Shape(min(64, 2 * one), 64, 2, tokens_first=1)
-        yield two._replace(slices=4, k_groups=3, registers=160)
-        yield two._replace(k_groups=3, registers=160)
-        yield two._replace(k_groups=3, registers=160, cluster=2)
-        yield two._replace(buffers=2)
-        yield two._replace(buffers=2, cluster=2)
-        yield two._replace(buffers=2, cluster=2, share_weight=1)
-        yield two._replace(slices=4, buffers=4)
+        yield Shape(min(64, 2 * one), 64, 4, tokens_first=1, buffers=4)
         yield Shape(2 * one, 64, 2, cluster=2, share_weight=1, tokens_first=1, buffers=2)
         yield Shape(2 * one, 64, 4, cluster=2, share_weight=1, tokens_first=1, buffers=2)
         yield Shape(one, 128, 2, row_groups=2, tokens_first=1, buffers=2)
-        yield Shape(three, 128, 1, row_groups=3, registers=160)
         yield many._replace(tile_rows=128, slices=2, buffers=2)
     else:
         yield many._replace(tile_rows=128, slices=2, buffers=2)
-        yield many._replace(tile_rows=192, share_weight=1)
         yield many._replace(tile_rows=192, share_weight=1, token_parts=2, buffers=2)
-        yield many._replace(tile_rows=192, share_weight=1, token_parts=2, first_in_registers=1)
         yield many._replace(token_box=64, token_parts=2)
         yield many._replace(share_weight=1, token_parts=2)
-        yield many._replace(share_weight=1, token_parts=2, first_in_registers=1)
 
 
 def grouped_shapes(rows: int) -> Iterator[Shape]:
@@ -217,7 +190,6 @@ def grouped_shapes(rows: int) -> Iterator[Shape]:
         many = Shape(256, 128, 1, row_groups=2, tokens_first=1, token_box=64, token_parts=2, registers=240)
         yield many
         yield many._replace(cluster=2, share_weight=1)
-        yield many._replace(cluster=2, share_weight=1, first_in_registers=1)
 
 
 def compile_all(shapes: Iterable[Shape]) -> None:

@@ -162,14 +162,6 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     return result;
 }
 
-// Load four 8 x 8 matrices of 16-bit numbers; each lane gives the address of a row.
-__device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address)
-                 : "memory");
-}
-
 // Store two 8 x 8 matrices of 16-bit numbers, transposed.
 __device__ __forceinline__ void store_transposed(u32 target, u32 a, u32 b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(target), "r"(a), "r"(b)

@@ -36,6 +36,11 @@ class Row(BaseModel):
     stream: dict[str, int]
     """Parameters of `fp8_stream.Shape`; none where it was not measured."""
 
+    @property
+    def product(self) -> tuple[int, int, int]:
+        """Experts, columns and depth."""
+        return self.groups, self.columns, self.depth
+
     def shape(self) -> Shape:
         """How fp8_stream.cu is cut."""
         return Shape(**self.stream, groups=max(1, self.groups)).filled()
@@ -61,10 +66,10 @@ class Table(BaseModel):
             [
                 f"# fp8 products on an {self.card}",
                 "",
-                "What `dsv3 kernels tune` measured, in one run: microseconds of each maker of a product, medians over",
-                "replays of a CUDA graph, weights not in the cache. The fastest is bold; `own / deep-gemm` compares",
-                "the fastest of this package with it. Every maker printed the same bits. Made of",
-                "[selection.json](selection.json) by `dsv3 kernels selection`.",
+                "Microseconds of each maker of a product, as `dsv3 kernels tune` measures them: medians over replays",
+                "of a CUDA graph, weights not in the cache. The fastest is bold; `own / deep-gemm` compares the fastest",
+                "of this package with it. Every maker printed the same bits. Made of [selection.json](selection.json)",
+                "by `dsv3 kernels selection`.",
                 "",
                 *_lines("M x N x K", dense),
                 "",
@@ -127,11 +132,16 @@ def choose(groups: int, columns: int, depth: int, rows: int, makers: tuple[str, 
     fp8_stream.cu serves measured products only: there its bits were compared as well.
     """
     measured = [row for row in table().rows if (row.groups > 0) == (groups > 0)]
-    nearest = min(measured, key=lambda row: abs(math.log(row.columns / columns)) + abs(math.log(row.depth / depth)))
-    alike = [row for row in measured if (row.columns, row.depth) == (nearest.columns, nearest.depth)]
+
+    def distance(row: Row) -> float:
+        sizes = ((row.columns, columns), (row.depth, depth), (max(1, row.groups), max(1, groups)))
+        return sum(abs(math.log(a / b)) for a, b in sizes)
+
+    nearest = min(measured, key=distance).product
+    alike = [row for row in measured if row.product == nearest]
     # Not fewer tokens than asked for, where there is such a row: a kernel cut for few is slow with many.
     row = min(alike, key=lambda row: (row.rows < rows, abs(row.rows - rows)))
-    exact = (row.groups, row.columns, row.depth) == (groups, columns, depth)
+    exact = nearest == (groups, columns, depth)
     able = [maker for maker in makers if maker != "stream" or (exact and row.stream)]
     maker = min(able, key=lambda maker: row.microseconds.get(maker, math.inf))
     return Choice(maker, row.shape() if maker == "stream" else None)

@@ -161,11 +161,6 @@ CASES: dict[str, tuple[Shape, int, tuple[Any, ...]]] = {
         4,
         experts([70, 0, 5, 130], 200, 256),
     ),
-    "tokens first, in registers": (
-        Shape(96, 128, row_groups=2, tokens_first=1, token_parts=2, first_in_registers=1, stages=2),
-        1,
-        dense(100, 200, 384),
-    ),
     "experts, tokens first": (
         Shape(96, 64, tokens_first=1, token_parts=2, buffers=2, token_box=32, stages=2),
         2,

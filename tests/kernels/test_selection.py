@@ -31,7 +31,7 @@ def test_measured_cuts_are_whole(row):
 def test_more_tokens_than_measured_rows_take_the_next_row():
     few = selection.choose(0, 24576, 1536, 65, OWN)
     assert few == selection.choose(0, 24576, 1536, 128, OWN)
-    assert few.shape is not None and few.shape.tokens == 128
+    assert few.shape is not None and few.shape.cluster_tile[1] == 128
 
 
 def test_the_stream_kernel_serves_measured_products_only():
@@ -52,6 +52,15 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     selection.table().write(tmp_path / "table.json")
     assert (tmp_path / "table.json").read_text() == selection.TABLE.read_text()
     assert selection.read(tmp_path / "table.json") == selection.table()
+
+
+def test_experts_of_another_number_do_not_change_the_choice(monkeypatch):
+    other = ROWS[-1].model_copy(update={"groups": 32, "rows": 4096})
+    monkeypatch.setattr(selection, "table", lambda: selection.Table(card="", rows=(*ROWS, other)))
+    choose = selection.choose.__wrapped__
+    last = ROWS[-1]
+    assert choose(last.groups, last.columns, last.depth, 4096, OWN).shape == last.shape()
+    assert choose(32, last.columns, last.depth, 1, OWN).shape == other.shape()
 
 
 def test_an_absent_maker_is_not_chosen():

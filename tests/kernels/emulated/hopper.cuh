@@ -95,8 +95,12 @@ inline float multiply_add(const float (&a)[32], const float (&b)[32], float c) {
 }
 
 template <int COUNT>
-void multiply_rows(float (&d)[COUNT], const float (&x)[2][32], u64 b, int add) {
-    const int lane = threadIdx.x % 32;
+void wgmma(float (&d)[COUNT], u64 a, u64 b, int add) {
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    float x[2][32];
+    for (int half = 0; half < 2; half++)
+        for (int k = 0; k < 32; k++)
+            x[half][k] = e4m3(*swizzled((u32)(a << 4) + (thread / 32 * 16 + lane / 4 + 8 * half) * 128 + k));
     for (int i = 0; i < COUNT / 2; i++) {
         float y[32];
         for (int k = 0; k < 32; k++)
@@ -105,35 +109,6 @@ void multiply_rows(float (&d)[COUNT], const float (&x)[2][32], u64 b, int add) {
             float& sum = d[i / 2 * 4 + half * 2 + i % 2];
             sum = multiply_add(x[half], y, add ? sum : 0.0f);
         }
-    }
-}
-
-template <int COUNT>
-void wgmma(float (&d)[COUNT], u64 a, u64 b, int add) {
-    const int thread = threadIdx.x % 128, lane = thread % 32;
-    float x[2][32];
-    for (int half = 0; half < 2; half++)
-        for (int k = 0; k < 32; k++)
-            x[half][k] = e4m3(*swizzled((u32)(a << 4) + (thread / 32 * 16 + lane / 4 + 8 * half) * 128 + k));
-    multiply_rows(d, x, b, add);
-}
-
-template <int COUNT>
-void wgmma(float (&d)[COUNT], const u32 (&a)[4], u64 b, int add) {
-    const int lane = threadIdx.x % 32;
-    float x[2][32];
-    for (int half = 0; half < 2; half++)
-        for (int k = 0; k < 32; k += 4) {
-            const u32 four = __shfl_sync(~0u, a[half + k / 16 * 2], lane / 4 * 4 + k % 16 / 4);
-            for (int byte = 0; byte < 4; byte++) x[half][k + byte] = e4m3(four >> 8 * byte);
-        }
-    multiply_rows(d, x, b, add);
-}
-
-inline void load_matrices(u32 (&to)[4], u32 from) {
-    for (int i = 0; i < 4; i++) {
-        const u32 row = __shfl_sync(~0u, from, i * 8 + threadIdx.x % 32 / 4);
-        memcpy(&to[i], memory + row + threadIdx.x % 4 * 4, 4);
     }
 }
 
