@@ -31,6 +31,7 @@ class Sizes(NamedTuple):
     head_sizes: tuple[int, ...]
     groups: tuple[int, ...]
     latents: tuple[tuple[int, int], ...]
+    """kv_lora_rank and qk_rope_head_dim; V3's come first in LARGE."""
     requests: tuple[int, ...]
     keys: int
 

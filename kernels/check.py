@@ -33,7 +33,6 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
-from unittest import mock
 
 import torch
 import typer
@@ -185,15 +184,15 @@ def model_of(op: str) -> Kernel:
 
 
 def sizes_of(kernel: Kernel) -> Sizes:
-    """What a kernel's cases are drawn from: those of attention that take V3's latent alone get no other, and what is
-    compiled for every shape or number of requests gets few.
+    """What a kernel's cases are drawn from: V3's latent has attention kernels of its own, which get no other, and what
+    is compiled for every shape or number of requests gets few.
     """
     if kernel.provider == deep_gemm.PROVIDER:
         return LARGE._replace(depths=(512, 7168), columns=(64, 192))
     if kernel.op != "mla_attention":
         return LARGE
     if kernel.provider == provider.PROVIDER:
-        return LARGE._replace(requests=(2,))
+        return LARGE._replace(latents=LARGE.latents[1:], requests=(1, 3))
     return LARGE._replace(latents=LARGE.latents[:1])
 
 
@@ -362,7 +361,7 @@ def gpu_kernels() -> list[Kernel]:
 
 
 def with_each_maker(kernels: list[Kernel]) -> list[Kernel]:
-    """fp8 products and attention choose their makers by shape; here each is a kernel of its own, at every shape."""
+    """The fp8 products choose among makers by shape; here each maker is a kernel of its own, at every shape."""
     from dsv3_plugin.kernels import fp8_linear, selection
     from dsv3_plugin.kernels.selection import Choice
 
@@ -382,19 +381,10 @@ def with_each_maker(kernels: list[Kernel]) -> list[Kernel]:
 
         return run
 
-    def for_any_latent(kernel: Kernel) -> Callable[..., torch.Tensor]:
-        def run(*args: torch.Tensor, **sizes: Any) -> torch.Tensor:
-            with mock.patch("dsv3_plugin.kernels.mla_hopper.serves", return_value=False):
-                return kernel.run(*args, **sizes)
-
-        return run
-
     expanded = []
     for kernel in kernels:
         if kernel.op == "fp8_linear" and kernel.provider == deep_gemm.PROVIDER:
             expanded.append(replace(kernel, run=deep_gemm.product))
-        elif kernel.op == "mla_attention" and kernel.provider == provider.PROVIDER:
-            expanded.append(replace(kernel, run=for_any_latent(kernel)))
         elif kernel.op not in ("fp8_linear", "grouped_fp8_linear") or kernel.provider != provider.PROVIDER:
             expanded.append(kernel)
         else:
@@ -572,7 +562,7 @@ def check_share(share: Share, *, provider_names: list[str] | None, seed: int, wh
     kernels = [kernel for kernel in chosen([share.op], provider_names) if not kernel.refuses(_HERE)]
     findings = check_alike(kernels, share.numbers, seed, where)
     if share.op == "mla_attention" and share.numbers.start == 0:
-        for kernel in kernels:
+        for kernel in (kernel for kernel in kernels if LARGE.latents[0] in sizes_of(kernel).latents):
             try:
                 findings.append(check_full_card(kernel, seed))
             except Exception as error:
