@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -171,6 +172,56 @@ def test_the_entry_point(environment: str, tmp_path: Path) -> None:
     warning = r"dsv3-plugin is tested with vLLM 0\.1\.0 to 0\.2\.0, this is 0\.\d+\.\d"
     assert re.search(warning, output[output.index("untested") :])
     assert not re.search("is tested with", output[: output.index("untested")])
+
+
+METADATA_PROGRAM = """
+import json
+from types import SimpleNamespace
+
+import torch
+from dsv3_plugin.vllm_backend.attention import LatentMetadataBuilder
+from vllm.v1.attention.backend import AttentionCGSupport
+
+assert LatentMetadataBuilder._cudagraph_support is AttentionCGSupport.UNIFORM_BATCH
+scheduler = SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=32)
+config = SimpleNamespace(
+    scheduler_config=scheduler, model_config=None, speculative_config=None, parallel_config=None
+)
+builder = LatentMetadataBuilder(SimpleNamespace(block_size=16), ["layer"], config, torch.device("cpu"))
+
+
+def build(slots, seq_lens):
+    made = builder.build(0, SimpleNamespace(
+        num_actual_tokens=len(slots),
+        num_reqs=len(seq_lens),
+        query_start_loc=torch.arange(len(seq_lens) + 1),
+        seq_lens=torch.tensor(seq_lens),
+        block_table_tensor=torch.zeros(len(seq_lens), 2),
+        slot_mapping=torch.tensor(slots),
+    ))
+    return {name: getattr(made, name) for name in ("pages", "offsets", "seq_lens")}
+
+
+first = build([37, 16], [6, 1])
+kept = {name: (x.data_ptr(), x) for name, x in first.items()}
+second = build([15, 64, -1], [16, 5, 0])
+print(json.dumps({
+    "values": {name: x.tolist() for name, x in second.items()},
+    "same address": [second[name].data_ptr() == address for name, (address, _) in kept.items()],
+    "as a graph reads it": {name: x.tolist() for name, (_, x) in kept.items()},
+}))
+"""
+
+
+@pytest.mark.parametrize("environment", ["vllm", "vllm-0.27.1"])
+def test_a_step_s_metadata_stays_where_a_cuda_graph_reads_it(environment: str) -> None:
+    """The second step is seen through the first one's tensors. A slot of -1 is page 0, which no request has."""
+    done = subprocess.run([python_of(environment), "-c", METADATA_PROGRAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["values"] == {"pages": [0, 4, 0], "offsets": [15, 0, 0], "seq_lens": [16, 5, 0]}
+    assert told["same address"] == [True] * 3
+    assert told["as a graph reads it"] == {"pages": [0, 4], "offsets": [15, 0], "seq_lens": [16, 5]}
 
 
 def test_log_softmax_is_a_distribution(tiny_checkpoint) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from dsv3_plugin.config import DeepseekV3Config
@@ -27,40 +27,49 @@ from dsv3_plugin.vllm_backend import compat
 
 @dataclass
 class LatentMetadata:
-    """One step's batch, as `mla_attention` takes it."""
+    """One step's batch, as `mla_attention` takes it, and where its tokens are kept."""
 
     num_actual_tokens: int
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
-    stored: torch.Tensor
-    """Which of the tokens are to be kept."""
-    slots: torch.Tensor
-    """Where, for each of those: page times block size, plus the place in the page."""
+    pages: torch.Tensor
+    offsets: torch.Tensor
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
-    """Picks what `LatentCache` needs out of vLLM's common metadata."""
+    """Picks what `LatentCache` needs out of vLLM's common metadata, once a step for all layers.
+
+    A CUDA graph of a decode step reads it where it was when the graph was captured. So what is made here stays in
+    buffers of the builder; the rest are views of vLLM's own.
+    """
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.block_size = kv_cache_spec.block_size
+        scheduler = vllm_config.scheduler_config
+        self.seq_lens = torch.zeros(scheduler.max_num_seqs, dtype=torch.int32, device=device)
+        slots = scheduler.max_num_batched_tokens + scheduler.max_num_seqs
+        self.pages, self.offsets = torch.zeros(2, slots, dtype=torch.int64, device=device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
         """Called once a step for each cache group."""
         common = common_attn_metadata
-        slot_mapping = common.slot_mapping[: common.num_actual_tokens]
-        # A slot of -1 marks a token that must not be kept. Looked up here, where it is waited for once for all layers.
-        stored = (slot_mapping >= 0).nonzero().flatten()
+        tokens, requests = common.num_actual_tokens, common.num_reqs
+        # A slot of -1 marks a token that must not be kept: it goes to page 0, which vLLM gives to no request.
+        slots = common.slot_mapping[:tokens].clamp(min=0)
         return LatentMetadata(
-            num_actual_tokens=common.num_actual_tokens,
-            query_start_loc=common.query_start_loc[: common.num_reqs + 1],
+            num_actual_tokens=tokens,
+            query_start_loc=common.query_start_loc[: requests + 1],
             # Copied: the draft loop changes vLLM's tensor in place between its steps.
-            seq_lens=common.seq_lens[: common.num_reqs].clone(),
-            block_table=common.block_table_tensor[: common.num_reqs],
-            stored=stored,
-            slots=slot_mapping[stored],
+            seq_lens=self.seq_lens[:requests].copy_(common.seq_lens[:requests]),
+            block_table=common.block_table_tensor[:requests],
+            pages=self.pages[:tokens].copy_(slots // self.block_size),
+            offsets=self.offsets[:tokens].copy_(slots % self.block_size),
         )
 
 
@@ -137,22 +146,20 @@ class LatentCache(nn.Module, AttentionLayerBase):
 
     def forward(self, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         """q [T, H, latent_dim], latent [T, latent_dim] to [T, H, kv_lora_rank]; rows that vLLM padded are zero."""
-        out = q.new_zeros(q.shape[0], q.shape[1], self.config.kv_lora_rank)
         by_layer = get_forward_context().attn_metadata
         if by_layer is None:  # vLLM's memory profiling and warm-up
-            return out
+            return q.new_zeros(*q.shape[:2], self.config.kv_lora_rank)
         metadata: LatentMetadata = by_layer[self.layer_name]
         tokens = metadata.num_actual_tokens
-        pages = compat.latent_pages(self.kv_cache)
-        block_size = pages.shape[1]
-        pages[metadata.slots // block_size, metadata.slots % block_size] = latent[metadata.stored]
-        out[:tokens] = self.ops.mla_attention(
+        cache = compat.latent_pages(self.kv_cache)
+        cache[metadata.pages, metadata.offsets] = latent[:tokens]
+        out = self.ops.mla_attention(
             q[:tokens],
-            pages,
+            cache,
             metadata.block_table,
             metadata.seq_lens,
             metadata.query_start_loc,
             kv_lora_rank=self.config.kv_lora_rank,
             scale=self.scale,
         )
-        return out
+        return torch.cat((out, out.new_zeros(len(q) - tokens, *out.shape[1:]))) if tokens < len(q) else out
