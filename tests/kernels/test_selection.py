@@ -55,12 +55,12 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
 
 
 def test_experts_of_another_number_do_not_change_the_choice(monkeypatch):
-    other = ROWS[-1].model_copy(update={"groups": 32, "rows": 4096})
+    other = ROWS[-1].model_copy(update={"groups": 16, "rows": 4096})
     monkeypatch.setattr(selection, "table", lambda: selection.Table(card="", rows=(*ROWS, other)))
     choose = selection.choose.__wrapped__
     last = ROWS[-1]
     assert choose(last.groups, last.columns, last.depth, 4096, OWN).shape == last.shape()
-    assert choose(32, last.columns, last.depth, 1, OWN).shape == other.shape()
+    assert choose(16, last.columns, last.depth, 1, OWN).shape == other.shape()
 
 
 def test_an_absent_maker_is_not_chosen():
