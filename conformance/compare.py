@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from dsv3_plugin.conformance.protocol import Case, Request, RequestResult, prefix_digest
+from dsv3_plugin.conformance.protocol import Case, Device, Request, RequestResult, prefix_digest
 from dsv3_plugin.conformance.rows import layer_streams
 from dsv3_plugin.conformance.sampling import processed_logprobs
 
@@ -182,10 +182,13 @@ def tokens_differ(left: RequestResult, right: RequestResult) -> int | None:
     return None if len(left.token_ids) == len(right.token_ids) else min(len(left.token_ids), len(right.token_ids))
 
 
-def sampling_problems(case: Case, requests: Sequence[RequestResult], specification: RowFile) -> list[str]:
+def sampling_problems(
+    case: Case, requests: Sequence[RequestResult], specification: RowFile, device: Device
+) -> list[str]:
     """What is wrong with the tokens that a testee drew, beside the bits of its rows.
 
-    The log-probability of each must be the specification's, and the same request must draw the same tokens every time.
+    The log-probability of each must be the specification's, computed where the testees ran: the log-softmax of another
+    device rounds otherwise. The same request must draw the same tokens every time.
     """
     problems = []
     rows = dict(zip(specification.keys("logits"), specification.values("logits"), strict=True))
@@ -199,7 +202,7 @@ def sampling_problems(case: Case, requests: Sequence[RequestResult], specificati
             problems.append(f"request {index} answers tokens before position {unknown[0]} that it did not compute with")
             continue
         expected = [
-            float(processed_logprobs(rows[key], request.temperature)[token])
+            float(processed_logprobs(rows[key].to(device), request.temperature)[token])
             for key, token in zip(keys, result.token_ids[prompt:], strict=True)
         ]
         found = list(result.logprobs)

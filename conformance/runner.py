@@ -188,7 +188,7 @@ def run(
     report = Report(str(checkpoint), str(reader.profile()), results)
     for case in cases:
         progress("suite", f"comparing {case.name}")
-        report.verdicts.append(_judge(case, results, work_dir))
+        report.verdicts.append(_judge(case, results, work_dir, job.device))
     report.problems += _served_otherwise(results, report.profile)
     if keep is None:
         shutil.rmtree(work_dir)
@@ -296,7 +296,7 @@ def _run_program(testee: TesteeCommand, work_dir: Path, progress: Progress, fail
         progress(testee.name, "done")
 
 
-def _judge(case: Case, results: dict[str, Result], work_dir: Path) -> CaseVerdict:
+def _judge(case: Case, results: dict[str, Result], work_dir: Path, device: Device) -> CaseVerdict:
     """Compare all pairs on one case."""
     problems: list[str] = []
     rows = {name: RowFile(tensor_file(work_dir / name, case.name)) for name in results}
@@ -307,7 +307,8 @@ def _judge(case: Case, results: dict[str, Result], work_dir: Path) -> CaseVerdic
         if missing is not None:
             problems.append(f"{name}: {missing}")
         elif case.samples:
-            problems += [f"{name}: {text}" for text in sampling_problems(case, outcome.requests, specification[name])]
+            found = sampling_problems(case, outcome.requests, specification[name], device)
+            problems += [f"{name}: {text}" for text in found]
         if results[name].schedule_not_followed:
             continue
         cached = min(r.num_cached_tokens for r in outcome.requests[-len(case.rounds[-1]) :])
