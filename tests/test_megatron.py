@@ -240,7 +240,10 @@ def test_resuming_continues_with_equal_bits(
 def test_one_process_continues_what_two_tensor_parallel_ranks_began(
     optimizer: tuple[str, ...], python: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
-    """Weights and optimizer state change their layout: the next loss is equal, and what Adam makes of it close."""
+    """Weights and optimizer state change their layout: the next loss is equal, and what Adam makes of it close.
+
+    Equal but for the last place: for the loss, which is not the model's, each rank sums its part of the vocabulary.
+    """
     checkpoint = tiny_checkpoint("bf16")
 
     def go(processes: int, *arguments: object) -> list[tuple[str, ...]]:
@@ -251,7 +254,8 @@ def test_one_process_continues_what_two_tensor_parallel_ranks_began(
     begun = go(2, *TENSOR_PARALLEL, *state)
     whole, continued = go(2, *TENSOR_PARALLEL), go(1, "--load", tmp_path / "state")
     assert whole[:2] == begun
-    assert whole[2] == continued[0]
+    expected = [float(loss) for loss in whole[2]]
+    assert [float(loss) for loss in continued[0]] == pytest.approx(expected, abs=2e-6, rel=0)
     assert abs(float(whole[3][0]) - float(continued[1][0])) < 0.02
 
 
