@@ -94,21 +94,6 @@ def moe_router(
     return router.route(router_linear(x, weight), e_score_correction_bias, **settings)
 
 
-def attention(
-    q: torch.Tensor,
-    latent_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    *,
-    kv_lora_rank: int,
-    scale: float,
-) -> torch.Tensor:
-    """`mla_attention`, arguments as there; the scaled output is where the second product's accumulator starts."""
-    batch = block_table, seq_lens, query_start_loc
-    return mla_attention.attend_batch(q, latent_cache, *batch, kv_lora_rank, scale, _ATTENTION_PRODUCTS)
-
-
 def _scores(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return tensor_core.dot(tensor_core.BF16, rows, keys)
 
@@ -117,7 +102,8 @@ def _add_values(output: torch.Tensor, p: torch.Tensor, values: torch.Tensor) -> 
     return tensor_core.dot(tensor_core.BF16, p, values.t(), output)
 
 
-_ATTENTION_PRODUCTS = mla_attention.Products(_scores, _add_values)
+# The scaled output is where the second product's accumulator starts.
+attention = partial(mla_attention.mla_attention, products=mla_attention.Products(_scores, _add_values))
 
 
 def refuses(setting: Setting) -> str | None:

@@ -49,33 +49,6 @@ MAXIMUM_STEP = 8
 """Maxima, in units of log 2, are multiples of it."""
 
 
-def mla_attention(
-    q: torch.Tensor,
-    latent_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    *,
-    kv_lora_rank: int,
-    scale: float,
-) -> torch.Tensor:
-    """Attend the last tokens of several requests to their cached prefixes.
-
-    Args:
-        q: [T, H, C], absorbed queries of all requests one after the other; C = kv_lora_rank + qk_rope_head_dim.
-        latent_cache: [num_blocks, block_size, C] of q's dtype, with the queries' own tokens already written.
-        block_table: integers [num_reqs, max_blocks], the blocks of each request in order.
-        seq_lens: integers [num_reqs], tokens of each request including its queries.
-        query_start_loc: integers [num_reqs + 1], where each request's queries start in q.
-        kv_lora_rank: of the C numbers, how many are value too.
-        scale: factor of the scores before the softmax, positive.
-
-    Returns [T, H, kv_lora_rank] of q's dtype. Raises `InputError` where shapes, lengths or pages do not fit.
-    """
-    batch = block_table, seq_lens, query_start_loc
-    return attend_batch(q, latent_cache, *batch, kv_lora_rank, scale, CPU_PRODUCTS)
-
-
 class Products(NamedTuple):
     """The two matrix products: what differs between a CPU and a tensor core."""
 
@@ -96,17 +69,31 @@ def _add_values(output: torch.Tensor, p: torch.Tensor, values: torch.Tensor) -> 
 CPU_PRODUCTS = Products(_scores, _add_values)
 
 
-def attend_batch(
+def mla_attention(
     q: torch.Tensor,
     latent_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
+    *,
     kv_lora_rank: int,
     scale: float,
-    products: Products,
+    products: Products = CPU_PRODUCTS,
 ) -> torch.Tensor:
-    """`mla_attention` with the matrix products of a machine."""
+    """Attend the last tokens of several requests to their cached prefixes.
+
+    Args:
+        q: [T, H, C], absorbed queries of all requests one after the other; C = kv_lora_rank + qk_rope_head_dim.
+        latent_cache: [num_blocks, block_size, C] of q's dtype, with the queries' own tokens already written.
+        block_table: integers [num_reqs, max_blocks], the blocks of each request in order.
+        seq_lens: integers [num_reqs], tokens of each request including its queries.
+        query_start_loc: integers [num_reqs + 1], where each request's queries start in q.
+        kv_lora_rank: of the C numbers, how many are value too.
+        scale: factor of the scores before the softmax, positive.
+        products: the machine's.
+
+    Returns [T, H, kv_lora_rank] of q's dtype. Raises `InputError` where shapes, lengths or pages do not fit.
+    """
     require_paged_batch(MLA_ATTENTION.op, q, latent_cache, block_table, seq_lens, query_start_loc, scale)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     block_size = latent_cache.shape[1]
