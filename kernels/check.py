@@ -48,8 +48,7 @@ from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.profile import FP8_UE8M0
 from dsv3_plugin.registry import CONTRACTS
 
-# What reads the output multiplies it, where a zero adds nothing whatever its sign; so their contracts leave it open.
-_SIGN_OF_ZERO_IS_OPEN = frozenset({"mla_attention"})
+_SIGN_OF_ZERO_IS_OPEN = frozenset(contract.op for contract in CONTRACTS if contract.sign_of_zero_is_open)
 # One case of so many is computed on the CPU too where the model runs on the card.
 _ON_CPU_TOO = 16
 # Cases of one operation that a process takes at a time.

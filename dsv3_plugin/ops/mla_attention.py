@@ -41,6 +41,7 @@ MLA_ATTENTION = Contract(
     "mla_attention",
     3,
     "absorbed causal attention, online softmax over 64-key blocks in splits of 1024 keys, maxima at multiples of 8",
+    sign_of_zero_is_open=True,
 )
 
 KEY_BLOCK = 64
