@@ -26,6 +26,7 @@ from dsv3_plugin.version import __version__
 
 Mode = Literal["strict", "fast"]
 MODE_VARIABLE = "DSV3_PLUGIN_MODE"
+_NO_CERTIFICATE = "has no certificate, which strict mode needs"
 
 CONTRACTS: tuple[Contract, ...] = (
     linear.LINEAR,
@@ -187,7 +188,9 @@ def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] |
         bound[contract.op] = best.run
         provenance.append(Choice(contract.op, contract.version, best.provider, best.version, best.certificate, refused))
     if missing:
-        raise KernelError(f"no kernel may serve in {mode} mode on {setting.device_type}: {'; '.join(missing)}")
+        which = "; ".join(missing)
+        advice = f". {MODE_VARIABLE}=fast takes kernels without certificate" if _NO_CERTIFICATE in which else ""
+        raise KernelError(f"no kernel may serve in {mode} mode on {setting.device_type}: {which}{advice}")
     slices = Slices(setting.profile.reduction_slices)
     return Ops(setting=setting, mode=mode, provenance=tuple(provenance), slices=slices, master_weights=None, **bound)
 
@@ -220,7 +223,7 @@ def refusal(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) ->
     reason = kernel.refuses(setting)
     if reason is None and mode == "strict" and kernel.certificate is None:
         why = f": {kernel.uncertified}" if kernel.uncertified else ""
-        return f"has no certificate, which strict mode needs{why}"
+        return f"{_NO_CERTIFICATE}{why}"
     return reason
 
 

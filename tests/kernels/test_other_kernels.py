@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsv3_plugin.errors import InputError
+from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Kernel, Setting
 from dsv3_plugin.kernels import cublas, deep_gemm, flash_mla, hopper, provider, third_party
 from dsv3_plugin.kernels.hopper import V3_LATENT
@@ -63,6 +63,17 @@ def test_strict_mode_never_takes_one_without_certificate():
     assert {choice.provider for choice in bind(HOPPER, "strict", others_first).provenance} == strict
     fast = {choice.provider for choice in bind(HOPPER, "fast", others_first).provenance}
     assert {"cublas", "flash-mla", "transformer-engine"} & fast
+
+
+def test_strict_mode_refuses_where_only_such_a_kernel_serves():
+    with pytest.raises(KernelError) as error:
+        bind(HOPPER, "strict", [_without_refusal(kernel) for kernel in KERNELS if kernel.uncertified])
+    message = str(error.value)
+    for kernel in KERNELS:
+        if kernel.provider != deep_gemm.PROVIDER:
+            reason = f"has no certificate, which strict mode needs: {kernel.uncertified}"
+            assert f"{kernel.provider} {kernel.version}: {reason}" in message
+    assert message.endswith("DSV3_PLUGIN_MODE=fast takes kernels without certificate")
 
 
 def _without_refusal(kernel: Kernel) -> Kernel:
