@@ -74,6 +74,11 @@ def numbers(rng: random.Random, *shape: int) -> torch.Tensor:
     return torch.where(spikes > 0.98, torch.zeros(()), x).bfloat16()
 
 
+def size_of_numbers(rng: random.Random) -> float:
+    """Mostly one; else products, or the numbers themselves, are near the smallest one: what is lost there counts too."""
+    return 2.0 ** rng.choice((0,) * 14 + (-66, -130))
+
+
 def sizes(rng: random.Random, at: Sizes) -> tuple[int, int, int]:
     """Rows, columns and depth of a product inside the budget."""
     rows, depth = rng.choice(at.rows), rng.choice(at.depths)
@@ -93,23 +98,26 @@ def linear_case(rng: random.Random, at: Sizes) -> Case:
     """Depths that are no multiple of an instruction, columns that fill no tile, both output dtypes."""
     rows, columns, depth = sizes(rng, at)
     depth -= rng.choice((0, 0, 8, 120))
-    weight = numbers(rng, columns - rng.choice((0, 0, 8)), depth)
-    return Case((numbers(rng, rows, depth), weight), {"out_dtype": rng.choice((None, torch.float32))})
+    size = size_of_numbers(rng)
+    weight = numbers(rng, columns - rng.choice((0, 0, 8)), depth) * size
+    return Case((numbers(rng, rows, depth) * size, weight), {"out_dtype": rng.choice((None, torch.float32))})
 
 
 def head_linear_case(rng: random.Random, at: Sizes) -> Case:
     """x is a view with gaps, as the layers pass it."""
     rows, heads, depth = rng.choice(at.rows), rng.choice(at.heads), rng.choice(at.head_sizes)
     columns = min(rng.choice(at.head_sizes), max(32, _BUDGET // (rows * heads * depth) // 32 * 32))
-    wide = numbers(rng, rows, heads, depth + 64)
-    return Case((wide[..., :depth], numbers(rng, heads, columns, depth)), {})
+    size = size_of_numbers(rng)
+    wide = numbers(rng, rows, heads, depth + 64) * size
+    return Case((wide[..., :depth], numbers(rng, heads, columns, depth) * size), {})
 
 
 def grouped_linear_case(rng: random.Random, at: Sizes) -> Case:
     """Experts without rows, and one with all."""
     rows, columns, depth = sizes(rng, at)
     counts = experts(rng, at, rows)
-    return Case((numbers(rng, rows, depth), counts, numbers(rng, len(counts), columns, depth)), {})
+    size = size_of_numbers(rng)
+    return Case((numbers(rng, rows, depth) * size, counts, numbers(rng, len(counts), columns, depth) * size), {})
 
 
 def quantize_case(rng: random.Random, at: Sizes) -> Case:
@@ -219,7 +227,8 @@ def router_linear_case(rng: random.Random, at: Sizes) -> Case:
     """Depths that fill no slice."""
     rows, columns, depth = sizes(rng, at)
     depth += rng.choice((0, 0, 8, 120))
-    return Case((numbers(rng, rows, depth), numbers(rng, min(columns, 512), depth)), {})
+    size = size_of_numbers(rng)
+    return Case((numbers(rng, rows, depth) * size, numbers(rng, min(columns, 512), depth) * size), {})
 
 
 def moe_router_case(rng: random.Random, at: Sizes) -> Case:
@@ -262,7 +271,7 @@ def mla_attention_case(rng: random.Random, at: Sizes) -> Case:
     table = torch.zeros(len(blocks), max(blocks) + 1, dtype=torch.int32)
     for request, count in enumerate(blocks):
         table[request, :count] = torch.tensor([pages.pop() for _ in range(count)])
-    cache = numbers(rng, sum(blocks) + 3, block_size, rank + rotary)
+    cache = numbers(rng, sum(blocks) + 3, block_size, rank + rotary) * size_of_numbers(rng)
     # What no request has written yet may hold anything.
     for request, length in enumerate(lengths):
         if length % block_size:

@@ -48,7 +48,6 @@ from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.profile import FP8_UE8M0
 from dsv3_plugin.registry import CONTRACTS
 
-_SIGN_OF_ZERO_IS_OPEN = frozenset(contract.op for contract in CONTRACTS if contract.sign_of_zero_is_open)
 # One case of so many is computed on the CPU too where the model runs on the card.
 _ON_CPU_TOO = 16
 # Cases of one operation that a process takes at a time.
@@ -207,8 +206,6 @@ def check_case(kernel: Kernel, number: int, case: Case, expected: Any, device: s
         if kernel.provider not in OTHERS:
             raise
         return result._replace(refused_cases=1)
-    if kernel.op in _SIGN_OF_ZERO_IS_OPEN:
-        expected, actual = expected + 0, actual + 0  # to +0
     wrong = bits_differ(expected, actual)
     result = result._replace(
         cases=1,

@@ -2,9 +2,10 @@
 
 One `wgmma` instruction adds `depth` products and the accumulator as fixed-point numbers: every term is cut off
 (towards zero) a fixed number of bits below the largest exponent, the integers are summed exactly, and the sum is cut
-off to the accumulator's width. A dot product chains instructions over ascending K. Nothing else enters, so a tile's
-shape, its neighbours and the order of the operands leave every bit alone. (Model: MMA-Sim, arXiv 2511.10909; equal to
-an H200 in every output tried.)
+off to the accumulator's width. A zero has no exponent, and a sum of nothing is +0: the core prints no -0. A dot product
+chains instructions over ascending K. Nothing else enters, so a tile's shape, its neighbours and the order of the
+operands leave every bit alone. (Model: MMA-Sim, arXiv 2511.10909; equal to an H200 in every output tried, those near
+the smallest numbers included.)
 
 Inputs are finite. No library product is used: the terms are integers in floating point, added exactly in any order.
 """
@@ -20,6 +21,9 @@ from torch.nn.functional import pad
 _TILE_TERMS = 1 << 17
 _TILE_COLUMNS = 512
 _MIN_EXPONENT = -126
+# Below every exponent, and the sum of two is still an int16.
+_NO_EXPONENT = -10_000
+_SMALLEST = 2.0**-149
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,12 @@ class Instruction:
     dtype: torch.dtype
     """A float that holds the sum of `depth + 1` terms as an integer."""
     floor: int
-    """An exponent that no sum goes below unless it is zero; keeps the scaling inside `dtype`."""
+    """Terms are cut off as if one of them had at least this exponent."""
 
 
-BF16 = Instruction(16, 25, 23, _MIN_EXPONENT, torch.float64, _MIN_EXPONENT)
-# Products of e4m3 start at 2**-18 and the accumulator starts from zero, so fp32 holds every term.
+BF16 = Instruction(16, 25, 23, _MIN_EXPONENT, torch.float64, -133)
+# Products of e4m3 start at 2**-18 and the accumulator starts from zero, so fp32 holds every term, and a higher floor
+# keeps the scaling inside it and cuts off nothing.
 FP8 = Instruction(32, 13, 13, -6, torch.float32, -64)
 
 
@@ -87,18 +92,17 @@ def _chain(instruction: Instruction, a: _Operand, b: _Operand, out: torch.Tensor
         torch.mul(a.values[span, :, None], b.values[span, None, :], out=terms)
         total = terms.mul_(unit).trunc_().sum(0)
         total += (acc * unit).trunc_()
-        acc = _cut_off(total / unit, instruction.result_bits)
+        acc = _cut_off(total.div_(unit), instruction.result_bits)
     out.copy_(acc)
 
 
 def _exponent(x: torch.Tensor, smallest: int) -> torch.Tensor:
-    """int16 exponents e of |x| = m 2**e, 1 <= m < 2; `smallest` for subnormal numbers; -126, the lowest, for zero."""
+    """int16 exponents e of |x| = m 2**e, 1 <= m < 2; `smallest` for subnormal numbers; none for zero."""
     if x.dtype == torch.float64:
         exponent = ((x.view(torch.int64) >> 52) & 0x7FF) - 1023
     else:
         exponent = ((x.view(torch.int32) >> 23) & 0xFF) - 127
-    exponent = exponent.to(torch.int16).clamp_min_(smallest)
-    return exponent if smallest == _MIN_EXPONENT else exponent.masked_fill_(x == 0, _MIN_EXPONENT)
+    return exponent.to(torch.int16).clamp_min_(smallest).masked_fill_(x == 0, _NO_EXPONENT)
 
 
 def _power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -109,9 +113,8 @@ def _power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _cut_off(x: torch.Tensor, fraction_bits: int) -> torch.Tensor:
-    """x rounded towards zero to `fraction_bits` bits below its leading one."""
-    if x.dtype == torch.float64:
-        bits, width = x.view(torch.int64), 52
-    else:
-        bits, width = x.view(torch.int32), 23
-    return (bits & -(1 << (width - fraction_bits))).view(x.dtype)
+    """x rounded towards zero to `fraction_bits` bits below its leading one, and to what fp32 holds; +0 for -0."""
+    if x.dtype == torch.float32:  # sums of e4m3's products are far above the smallest fp32 number
+        return (x.view(torch.int32) & -(1 << (23 - fraction_bits))).view(x.dtype) + 0
+    cut = (x.view(torch.int64) & -(1 << (52 - fraction_bits))).view(x.dtype)
+    return (cut / _SMALLEST).trunc_().mul_(_SMALLEST).add_(0)

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 _TILE = 16
 _MIN_EXPONENT = tl.constexpr(-126)
+_NO_EXPONENT = tl.constexpr(-10_000)
+_SMALLEST_NORMAL, _PER_SMALLEST, _SMALLEST = tl.constexpr(2.0**-126), tl.constexpr(2.0**149), tl.constexpr(2.0**-149)
 
 
 @triton.jit
 def _exponent(x, smallest):
-    """Exponents of fp64 numbers, `smallest` for subnormal ones of their format, the lowest for zero."""
+    """Exponents of fp64 numbers, `smallest` for subnormal ones of their format, none for zero."""
     exponent = ((x.to(tl.int64, bitcast=True) >> 52) & 0x7FF).to(tl.int32) - 1023
-    return tl.where(x == 0, _MIN_EXPONENT, tl.maximum(exponent, smallest))
+    return tl.where(x == 0, _NO_EXPONENT, tl.maximum(exponent, smallest))
 
 
 @triton.jit
@@ -66,7 +68,11 @@ def _dot(
         # To an integer is towards zero.
         total = tl.sum((x[:, None, :] * y[None, :, :] * unit[:, :, None]).to(tl.int64), 2) + (acc * unit).to(tl.int64)
         value = total.to(tl.float64) * _power_of_two(largest - FRACTION_BITS)
-        acc = (value.to(tl.int64, bitcast=True) & -(1 << (52 - RESULT_BITS))).to(tl.float64, bitcast=True)
+        cut = (value.to(tl.int64, bitcast=True) & -(1 << (52 - RESULT_BITS))).to(tl.float64, bitcast=True)
+        # Subnormal numbers of fp32 are whole multiples of the smallest one.
+        subnormal = tl.abs(cut) < _SMALLEST_NORMAL
+        whole = (tl.where(subnormal, cut, 0) * _PER_SMALLEST).to(tl.int64).to(tl.float64) * _SMALLEST
+        acc = tl.where(subnormal, whole, cut)
         k += DEPTH
     tl.store(out + at, acc.to(tl.float32), mask=inside)
 

@@ -16,8 +16,6 @@ class Contract:
     op: str
     version: int
     summary: str
-    sign_of_zero_is_open: bool = False
-    """Where what reads the output multiplies it: a zero adds nothing whatever its sign."""
 
 
 def require(condition: bool, op: str, message: str) -> None:

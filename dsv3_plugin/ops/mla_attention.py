@@ -17,8 +17,7 @@ factors between maxima are powers of two, mostly one. In a block, with f = scale
 Triples are folded in order, the first as it is: m = max(m_a, m_b), sum and output = of a * 2**(m_a - m) +
 of b * 2**(m_b - m), every product and sum rounded. At the end output * (1 / sum), one rounding to the profile's dtype.
 2**x is `elementary.exp2_of_nonpositive`. Scores stay below 2**30 in units of log 2; beyond, neighbouring fp32 numbers
-are further apart than 2**x reaches, and a row may be NaN. The sign of a zero is open: the output is multiplied
-next, and zero products of either sign add nothing.
+are further apart than 2**x reaches, and a row may be NaN.
 
 A block or a split that a query does not see leaves it as it is, bit for bit, so chunks, batches and cache hits cannot
 be told apart; who computes which split, and where, cannot either.
@@ -41,7 +40,6 @@ MLA_ATTENTION = Contract(
     "mla_attention",
     3,
     "absorbed causal attention, online softmax over 64-key blocks in splits of 1024 keys, maxima at multiples of 8",
-    sign_of_zero_is_open=True,
 )
 
 KEY_BLOCK = 64

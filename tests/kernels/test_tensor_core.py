@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from dsv3_plugin.kernels import sm90_model, tensor_core
 from dsv3_plugin.kernels.check import bits_differ, recorded
@@ -20,6 +22,9 @@ GOLDEN = recorded(RECORDING)
 with safe_open(RECORDING, "pt") as file:
     RECORDED_CONTRACTS = json.loads(file.metadata()["contracts"])
 CONTRACT_VERSIONS = {contract.op: contract.version for contract in CONTRACTS}
+# Recorded on an NVIDIA H200, 2026-11-22:
+#   python tests/kernels/instructions.py tests/kernels/instructions_h200.safetensors
+INSTRUCTIONS = load_file(Path(__file__).with_name("instructions_h200.safetensors"))
 MODEL = {kernel.op: kernel.run for kernel in sm90_model.kernels()}
 
 
@@ -37,6 +42,36 @@ def test_equals_the_h200(name):
 
 def test_every_operation_is_recorded():
     assert {name.split("/")[0] for name in GOLDEN} == set(MODEL)
+
+
+def sums_that_differ(name: str, **changes: int) -> int:
+    """Of a recorded sort of operands: how many sums of an instruction so changed are not the card's."""
+    a, b, c = (INSTRUCTIONS[f"{name}/{operand}"] for operand in "abc")
+    instruction = replace(tensor_core.BF16 if a.dtype == torch.bfloat16 else tensor_core.FP8, **changes)
+    wrong = bits_differ(INSTRUCTIONS[f"{name}/sum"], tensor_core.dot(instruction, a, b))
+    if (on_c := INSTRUCTIONS.get(f"{name}/sum on c")) is not None:
+        wrong += bits_differ(on_c, tensor_core.dot(instruction, a, b, c))
+    return wrong
+
+
+@pytest.mark.parametrize("name", sorted({name.rpartition("/")[0] for name in INSTRUCTIONS}))
+def test_an_instruction_equals_the_h200s(name):
+    assert sums_that_differ(name) == 0
+
+
+@pytest.mark.parametrize("changes", [{"fraction_bits": 24}, {"fraction_bits": 26}, {"result_bits": 22}, {"depth": 32}])
+def test_another_width_is_not_the_h200s(changes):
+    assert sums_that_differ("bf16/far apart/64", **changes) > 0
+
+
+@pytest.mark.parametrize("floor", [-132, -134])
+def test_another_floor_is_not_the_h200s(floor):
+    assert sums_that_differ("bf16/products near the smallest number/16", floor=floor) > 0
+
+
+def test_a_zero_with_an_exponent_is_not_the_h200s(monkeypatch):
+    monkeypatch.setattr(tensor_core, "_NO_EXPONENT", -126)
+    assert sums_that_differ("bf16/zeros times large numbers/16") > 0
 
 
 def row(*values: float) -> torch.Tensor:
