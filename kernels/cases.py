@@ -75,7 +75,7 @@ def numbers(rng: random.Random, *shape: int) -> torch.Tensor:
 
 
 def size_of_numbers(rng: random.Random) -> float:
-    """Mostly one; else products, or the numbers themselves, are near the smallest one: what is lost there counts too."""
+    """Mostly one; else products, or the numbers themselves, are near the smallest one, where some are lost."""
     return 2.0 ** rng.choice((0,) * 14 + (-66, -130))
 
 
