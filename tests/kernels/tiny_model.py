@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,15 @@ def numbers(generator: torch.Generator, shape: torch.Size, size: float) -> torch
     return torch.randint(-127, 128, shape, generator=generator).float() * (size / 64)
 
 
-def build(profile: Profile, overrides: dict[str, Any], device: str) -> tuple[DeepseekV3, DeepseekV3Config]:
-    """The model with its weights on `device`."""
+def build(
+    profile: Profile, overrides: dict[str, Any], device: str, first: str | None = None
+) -> tuple[DeepseekV3, DeepseekV3Config]:
+    """The model with its weights on `device`; with the kernels of the provider `first` before others, in fast mode."""
     config = DeepseekV3Config.from_dict(CONFIG | overrides)
     capability = torch.cuda.get_device_capability() if device == "cuda" else None
-    ops = bind(Setting(device, "sm90", profile, capability), "strict", provider.dsv3_kernels())
+    dims = {"kv_lora_rank": config.kv_lora_rank, "qk_rope_head_dim": config.qk_rope_head_dim}
+    kernels = [replace(k, priority=100) if k.provider == first else k for k in provider.dsv3_kernels()]
+    ops = bind(Setting(device, "sm90", profile, capability, dims), "fast" if first else "strict", kernels)
     generator = torch.Generator().manual_seed(7)
     model = DeepseekV3(ops, config)
     parameters = dict(model.named_parameters())
@@ -93,9 +98,12 @@ def build(profile: Profile, overrides: dict[str, Any], device: str) -> tuple[Dee
     return model, config
 
 
-def logits(name: str, device: str) -> torch.Tensor:
+def logits(
+    name: str, device: str, *, overrides: dict[str, Any] | None = None, first: str | None = None
+) -> torch.Tensor:
     """fp32 [tokens, vocab_size] of all steps, one after the other, on the CPU."""
-    model, config = build(*PROFILES[name], device)
+    profile, quantization = PROFILES[name]
+    model, config = build(profile, quantization | (overrides or {}), device, first)
     generator = torch.Generator().manual_seed(8)
     pages = torch.randperm(PAGES, generator=generator).to(torch.int32)
     table = pages[: 4 * len(PROMPTS)].view(len(PROMPTS), -1).to(device)
