@@ -217,13 +217,14 @@ def tensor_map(
 ) -> Any:
     """How the copy engine cuts boxes out of a tensor: sizes from the inner dimension, strides of all but that.
 
-    `e4m3` boxes have 128 bytes inside and lie swizzled in shared memory, as the tensor core reads them; `fp32` boxes
-    begin at a multiple of four numbers. A box may reach beyond the tensor, where it is filled with zeros.
+    `e4m3` and `bf16` boxes have 128 bytes inside and lie swizzled in shared memory, as the tensor core reads them;
+    `fp32` boxes begin at a multiple of four numbers. A box may reach beyond the tensor: it is filled with zeros there.
     """
     driver = _driver()
     types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
     data_type, swizzle = {
         "e4m3": (types.CU_TENSOR_MAP_DATA_TYPE_UINT8, swizzles.CU_TENSOR_MAP_SWIZZLE_128B),
+        "bf16": (types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, swizzles.CU_TENSOR_MAP_SWIZZLE_128B),
         "fp32": (types.CU_TENSOR_MAP_DATA_TYPE_FLOAT32, swizzles.CU_TENSOR_MAP_SWIZZLE_NONE),
     }[kind]
     return _checked(

@@ -13,7 +13,8 @@
 // tiles as multiprocessors; instructions read past them) and at most TOKENS tokens, copied TOKEN_BOX at a time; STAGES
 // of SLICES slices; raw sums of TOKEN_PARTS parts of the second operand, of which BUFFERS are held; CLUSTER programs
 // read the tokens of neighbouring tiles once, or with SHARE_WEIGHT the weight, and pass them to each other; at most
-// GROUPS experts; CONSUMER_REGISTERS a thread (0: as the compiler likes).
+// GROUPS experts; CONSUMER_REGISTERS a thread (0: as the compiler likes). The copy engine writes the sums while the
+// next tile is multiplied if there is memory for them: OUT_BOXES boxes a warp, or with IN_RING the tile's last stage.
 
 #include "hopper.cuh"
 #include "wgmma.cuh"
@@ -30,7 +31,6 @@ static_assert(STAGES >= K_GROUPS, "a turn each for the stages");
 constexpr int CLUSTER_TOKENS = SHARE_WEIGHT ? CLUSTER * TOKENS : TOKENS;
 constexpr int CLUSTER_ROWS = SHARE_WEIGHT ? TILE_ROWS : CLUSTER * TILE_ROWS;
 constexpr bool SHARE_TOKENS = CLUSTER > 1 && !SHARE_WEIGHT;
-static_assert(!SHARE_TOKENS || GROUPS == 1, "experts' tokens are not shared");
 static_assert(
     !SHARE_TOKENS || (SLICES > 1 ? SLICES % CLUSTER == 0 : TOKENS == CLUSTER * TOKEN_BOX),
     "each program of a cluster copies as many of a stage's tokens");
@@ -53,21 +53,31 @@ constexpr int UNIT = TILE_ROWS % 128 == 0 ? 128 : TILE_ROWS & -TILE_ROWS;
 static_assert(!TOKENS_FIRST || TILE_ROWS <= 128 + UNIT, "a tile lies in two scale blocks at most");
 constexpr int PRODUCERS = CONSUMER_REGISTERS ? 128 : 32;
 
-// A token's 64 sums in bf16, and 16 bytes so that eight tokens fall into different banks.
+// A token's 64 sums in bf16, and 16 bytes so that eight tokens fall into different banks. With tokens first they lie
+// swizzled in boxes of 16 tokens. Where the copy engine writes them, each warp has several boxes, or all that it needs
+// in the tile's last stage in place of its tokens.
 constexpr int OUT_PITCH = 144;
-constexpr int OUT_BYTES = (TOKENS_FIRST ? 64 : TOKENS) * OUT_PITCH;
+constexpr int BOX_BYTES = 16 * 128;
+constexpr bool STORE_BOXES = OUT_BOXES > 0 || IN_RING;
+static_assert(!STORE_BOXES || (TOKENS_FIRST && TILE_ROWS % 64 == 0), "boxes of 16 tokens and 64 rows");
+static_assert(!IN_RING || (TILE_ROWS <= 64 * SLICES && ROW_BLOCKS == 1), "a slice's tokens make room for a box");
+// Boxes that a warp has.
+constexpr int BOXES = OUT_BOXES > 0 ? OUT_BOXES : 1;
+static_assert(TILE_ROWS / 64 % BOXES == 0 || !OUT_BOXES, "a tile begins with the first box");
+constexpr int OUT_BYTES = IN_RING ? 0 : TOKENS_FIRST ? 4 * BOXES * BOX_BYTES : TOKENS * OUT_PITCH;
 constexpr int SUM_BYTES = K_GROUPS > 1 ? 64 * WIDTH * 4 : 0;
 
 // Shared memory, as addresses of the tensor core and the copy engine, and as pointers.
 struct Shared {
     u32 weight, tokens, scales, out, full, empty, turns;
     const float* scale_values;
-    char* out_values;
+    const char* values;  // from the first weight on
     float4* sums;
 };
 
 struct Operands {
     const float* weight_scale;
+    const TensorMap* out_boxes;
     unsigned short* out;
     int columns, blocks;
 };
@@ -84,14 +94,23 @@ struct Tile {
 struct Schedule {
     const int* first_row;   // [groups + 1], tokens before an expert
     const int* first_tile;  // [groups + 1], tiles before an expert
-    int groups, columns, group;
+    int groups, columns, group, number;
+    Tile next;
+    bool more;
+
+    // Find the next tile. Its divisions take time: best while the tensor core works.
+    __device__ __forceinline__ void look_ahead() {
+        more = find(number, next);
+        number += gridDim.x;
+    }
 
     __device__ __forceinline__ bool find(int number, Tile& tile) {
         while (group < groups && number >= first_tile[group + 1]) group++;
         if (group == groups) return false;
         const int rows = first_row[group + 1] - first_row[group];
         const int chunks = (rows + TOKENS - 1) / TOKENS, across = (rows + CLUSTER_TOKENS - 1) / CLUSTER_TOKENS;
-        const int size = ((rows + chunks - 1) / chunks + 15) / 16 * 16;
+        constexpr int UNIT_TOKENS = TOKENS_FIRST ? 64 : 16;
+        const int size = ((rows + chunks - 1) / chunks + UNIT_TOKENS - 1) / UNIT_TOKENS * UNIT_TOKENS;
         const int local = number - first_tile[group], cluster = local / CLUSTER, rank = local % CLUSTER;
         // There may be no tokens for a cluster's last program.
         const int chunk = (SHARE_WEIGHT ? cluster % across * CLUSTER + rank : cluster % across) * size;
@@ -115,6 +134,8 @@ struct Place {
     int next_group = 0;
     bool begun = false;
     u32 turn_phase = 0;
+    // The stage in which sums of the tile before lie, or -1.
+    int kept = -1;
     // Go on by at most as many stages as there are.
     __device__ __forceinline__ void next(int count = 1) {
         stage += count;
@@ -145,9 +166,9 @@ struct WeightScales {
     // Behind the last slice the operands and the tokens' scales are zeros; with a negative scale what is added is -0,
     // which changes no sum.
     __device__ __forceinline__ float2 load(int block, int blocks) const {
-        if (block >= blocks) return make_float2(-1, -1);
-        const float scale = __ldg(first + block);
-        return make_float2(scale, SPLIT ? __ldg(second + block) : scale);
+        const int some = min(block, blocks - 1);
+        const float scale = load_constant(first + some), other = SPLIT ? load_constant(second + some) : scale;
+        return block < blocks ? make_float2(scale, other) : make_float2(-1, -1);
     }
 };
 
@@ -208,13 +229,15 @@ __device__ __forceinline__ void give_back(u32 barrier) {
 template <int COUNT>
 __device__ __forceinline__ void multiply(
     float (&raw)[COUNT], const Shared& shared, int stage, int slice, int row, int column) {
-    const u32 weight = shared.weight + stage * WEIGHT_BYTES + slice * SLICE_BYTES;
-    const u32 tokens = shared.tokens + stage * TOKEN_BYTES + slice * TOKEN_SLICE_BYTES;
-    const u64 a = tile_descriptor((TOKENS_FIRST ? tokens : weight) + row * 128);
-    const u64 b = tile_descriptor((TOKENS_FIRST ? weight : tokens) + column * 128);
+    const int weight_row = TOKENS_FIRST ? column : row, token_row = TOKENS_FIRST ? row : column;
+    const u64 weight = advance(
+        tile_descriptor(shared.weight), stage * WEIGHT_BYTES + slice * SLICE_BYTES + weight_row * 128);
+    const u64 tokens = advance(
+        tile_descriptor(shared.tokens), stage * TOKEN_BYTES + slice * TOKEN_SLICE_BYTES + token_row * 128);
+    const u64 a = TOKENS_FIRST ? tokens : weight, b = TOKENS_FIRST ? weight : tokens;
     wgmma_begin();
 #pragma unroll
-    for (int k = 0; k < 4; k++) wgmma(raw, a + 2 * k, b + 2 * k, k != 0);
+    for (int k = 0; k < 4; k++) wgmma(raw, advance(a, 32 * k), advance(b, 32 * k), k != 0);
     wgmma_end();
 }
 
@@ -234,7 +257,7 @@ __device__ __forceinline__ void store_transposed_sums(
     warpgroup_sync(group);
     const int row = rows_before + thread % 8 * 8;
     if (row < TILE_ROWS && tile.first_row + row < operands.columns) {
-        const char* source = shared.out_values + group * OUT_BYTES + thread % 8 * 16;
+        const char* source = shared.values + (shared.out - shared.weight) + group * OUT_BYTES + thread % 8 * 16;
         for (int token = thread / 8; token < tile.token_count; token += 16) {
             const long long place = (long long)(tile.first_token + token) * operands.columns + tile.first_row + row;
             *reinterpret_cast<uint4*>(operands.out + place) =
@@ -246,21 +269,40 @@ __device__ __forceinline__ void store_transposed_sums(
 // The same for 64 tokens x TILE_ROWS rows of the weight, 64 of these at a time; each warp has 16 of the tokens.
 __device__ __forceinline__ void store_sums(
     const float (&acc)[TILE_ROWS / 2], const Shared& shared, const Operands& operands, const Tile& tile,
-    int tokens_before) {
-    const int lane = threadIdx.x % 32;
-    char* buffer = shared.out_values + threadIdx.x / 32 * (16 * OUT_PITCH);
-    const int first_token = tokens_before + threadIdx.x % 128 / 32 * 16;
+    int tokens_before, int stage) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u32 boxes = IN_RING ? shared.tokens + stage * TOKEN_BYTES + warp * BOX_BYTES
+                              : shared.out + warp * BOXES * BOX_BYTES;
+    const int first_token = tokens_before + warp % 4 * 16;
+    // Shuffled, so that the compiler knows that a warp goes one way.
+    const bool whole = STORE_BOXES && __shfl_sync(~0u, int(first_token + 16 <= tile.token_count), 0);
 #pragma unroll
     for (int first = 0; first < TILE_ROWS; first += 64) {
-        constexpr int ALL = TILE_ROWS / 4;
+        const u32 box = boxes + (IN_RING ? first / 64 * TOKEN_SLICE_BYTES : first / 64 % BOXES * BOX_BYTES);
+        if (IN_RING && first == 0) warpgroup_sync(own_warpgroup());
+        if (OUT_BOXES > 0 && lane == 0) {
+            if (whole) wait_for_boxes_but<BOXES - 1>();
+            else wait_for_boxes_but<0>();
+        }
         __syncwarp();
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            const int sums = 2 * (first / 4 + i);
-            if (first / 4 + i >= ALL) break;
-            const int token = lane / 4 + i % 2 * 8;
-            *reinterpret_cast<u32*>(buffer + token * OUT_PITCH + i / 2 * 16 + lane % 4 * 4) =
-                pack_bf16(acc[sums], acc[sums + 1]);
+        for (int i = 0; i < 4; i++) {
+            // Four matrices of eight rows of the weight: tokens 0 to 7, 8 to 15, and of the next eight rows.
+            const int left = first / 8 + 2 * i, right = min(left + 1, TILE_ROWS / 8 - 1);
+            if (left >= TILE_ROWS / 8) break;
+            const int token = lane % 16, chunk = 2 * i + lane / 16;
+            store_matrices(
+                box + token * 128 + (chunk ^ token % 8) * 16,
+                pack_bf16(acc[4 * left], acc[4 * left + 1]), pack_bf16(acc[4 * left + 2], acc[4 * left + 3]),
+                pack_bf16(acc[4 * right], acc[4 * right + 1]), pack_bf16(acc[4 * right + 2], acc[4 * right + 3]));
+        }
+        if (whole) {
+            publish_to_units();
+            __syncwarp();
+            if (lane == 0) {
+                store_box(operands.out_boxes, box, tile.first_row + first, tile.first_token + first_token);
+            }
+            continue;
         }
         __syncwarp();
         const int row = first + lane % 8 * 8;
@@ -268,19 +310,20 @@ __device__ __forceinline__ void store_sums(
 #pragma unroll
         for (int token = lane / 8; token < 16; token += 4) {
             if (first_token + token >= tile.token_count) break;
-            const long long place =
+            const long long target =
                 (long long)(tile.first_token + first_token + token) * operands.columns + tile.first_row + row;
-            *reinterpret_cast<uint4*>(operands.out + place) =
-                *reinterpret_cast<const uint4*>(buffer + token * OUT_PITCH + lane % 8 * 16);
+            *reinterpret_cast<uint4*>(operands.out + target) = *reinterpret_cast<const uint4*>(
+                shared.values + (box - shared.weight) + token * 128 + (lane % 8 ^ token % 8) * 16);
         }
     }
 }
 
 template <int N>
 __device__ __forceinline__ void store(
-    const float (&acc)[N / 2], const Shared& shared, const Operands& operands, const Tile& tile, int rows_before) {
+    const float (&acc)[N / 2], const Shared& shared, const Operands& operands, const Tile& tile, int rows_before,
+    int stage) {
     if constexpr (TOKENS_FIRST) {
-        store_sums(acc, shared, operands, tile, rows_before);
+        store_sums(acc, shared, operands, tile, rows_before, stage);
     } else {
         store_transposed_sums<N>(acc, shared, operands, tile, rows_before);
     }
@@ -295,7 +338,7 @@ __device__ __forceinline__ const float* token_scales_of(
 // same time, and the accumulator passes from one to the next, thread by thread, through shared memory.
 template <int N>
 __device__ __forceinline__ void multiply_tile_in_turns(
-    const Tile& tile, const Shared& shared, const Operands& operands, Place& place) {
+    const Tile& tile, const Shared& shared, const Operands& operands, Place& place, Schedule& schedule) {
     constexpr int COUNT = N / 2;
     const int group = own_warpgroup(), thread = threadIdx.x % 128;
     const int turns = (operands.blocks + SLICES - 1) / SLICES;
@@ -345,38 +388,66 @@ __device__ __forceinline__ void multiply_tile_in_turns(
         }
         __syncwarp();
         if (thread % 32 == 0) barrier_arrive(shared.turns + 8 * ((group + 1) % K_GROUPS));
-        if (turn == turns - 1) store<N>(acc, shared, operands, tile, 0);
+        if (turn == turns - 1) store<N>(acc, shared, operands, tile, 0, mine.stage);
     }
     place.begun = true;
+    schedule.look_ahead();
 }
 
-// Multiply a tile of N rows of the second operand.
+// The stage in which the last tile's sums lay, once the copy engine has read them.
+__device__ __forceinline__ void give_back_kept(const Shared& shared, Place& place) {
+    if (!IN_RING || place.kept < 0) return;
+    if (threadIdx.x % 32 == 0) wait_for_boxes_but<0>();
+    finish_reads();
+    give_back(shared.empty + 8 * place.kept);
+    place.kept = -1;
+}
+
+// The scales of the weight in a stage, for each slice and block of rows.
+struct StageScales {
+    float2 of[SLICES][ROW_BLOCKS];
+
+    __device__ __forceinline__ void load(const Operands& operands, const Tile& tile, int block) {
+        const int group = ROW_GROUPS == 1 ? 0 : own_warpgroup();
+#pragma unroll
+        for (int r = 0; r < ROW_BLOCKS; r++) {
+            const WeightScales scales(operands, tile, (group * ROW_BLOCKS + r) * 64);
+#pragma unroll
+            for (int s = 0; s < SLICES; s++) of[s][r] = scales.load(block + s, operands.blocks);
+        }
+    }
+};
+
+// Multiply a tile of N rows of the second operand. `next` has the scales of its first stage, and gets those of the next
+// tile's.
 template <int N>
 __device__ __forceinline__ void multiply_tile(
-    const Tile& tile, const Shared& shared, const Operands& operands, Place& place) {
+    const Tile& tile, const Shared& shared, const Operands& operands, Place& place, Schedule& schedule,
+    StageScales& next) {
     constexpr int COUNT = N / TOKEN_PARTS / 2, PARTS = SLICES * ROW_BLOCKS * TOKEN_PARTS;
     constexpr int HELD = BUFFERS < PARTS ? BUFFERS : PARTS;
     const int row_group = ROW_GROUPS == 1 ? 0 : own_warpgroup();
     const auto rows_before = [&](int r) { return (row_group * ROW_BLOCKS + r) * 64; };
-    float acc[ROW_BLOCKS][N / 2] = {}, raw[HELD][COUNT];
-    float2 next[SLICES][ROW_BLOCKS];
-    const int border = WeightScales(operands, tile, 0).border;
-    const auto read_scales = [&](int block) {
-#pragma unroll
-        for (int r = 0; r < ROW_BLOCKS; r++) {
-            const WeightScales scales(operands, tile, rows_before(r));
-#pragma unroll
-            for (int s = 0; s < SLICES; s++) next[s][r] = scales.load(block + s, operands.blocks);
-        }
+    // What takes time and needs no tensor core.
+    const auto look_ahead = [&] {
+        give_back_kept(shared, place);
+        schedule.look_ahead();
     };
-    read_scales(0);
-    for (int block = 0; block < operands.blocks; block += SLICES) {
-        float2 weight[SLICES][ROW_BLOCKS];
-#pragma unroll
-        for (int s = 0; s < SLICES; s++) {
-#pragma unroll
-            for (int r = 0; r < ROW_BLOCKS; r++) weight[s][r] = next[s][r];
+    if (TOKENS_FIRST && rows_before(0) >= tile.token_count) {
+        look_ahead();
+        next.load(operands, schedule.next, 0);
+        for (int block = 0; block < operands.blocks; block += SLICES, place.next()) {
+            barrier_wait(shared.full + 8 * place.stage, place.phase);
+            finish_reads();
+            give_back(shared.empty + 8 * place.stage);
         }
+        return;
+    }
+    float acc[ROW_BLOCKS][N / 2] = {}, raw[HELD][COUNT];
+    const int border = WeightScales(operands, tile, 0).border;
+    for (int block = 0; block < operands.blocks; block += SLICES) {
+        const StageScales weight = next;
+        const bool keep = IN_RING && block + SLICES >= operands.blocks;
         // Parts of a stage in order: slices, their blocks of rows, their parts of the tokens.
         const auto start = [&](int part) {
             const int t = part % TOKEN_PARTS, r = part / TOKEN_PARTS % ROW_BLOCKS, s = part / TOKEN_PARTS / ROW_BLOCKS;
@@ -388,45 +459,56 @@ __device__ __forceinline__ void multiply_tile(
             Scales<COUNT> scales;
             // Two numbers can wait in registers for the tensor core, as many as there are sums cannot.
             if (TOKENS_FIRST) {
-                scales.read(token_scales + rows_before(r), weight[s][r]);
-                if (part == PARTS - 1) finish_reads();
+                scales.read(token_scales + rows_before(r), weight.of[s][r]);
+                if (part == PARTS - 1) {
+                    // Waits for loads of global memory too if they began before.
+                    finish_reads();
+                    next.load(operands, tile, block + SLICES);
+                }
             }
             wgmma_wait(min(HELD - 1, PARTS - 1 - part));
             hold(raw[part % HELD]);
-            if (!TOKENS_FIRST) scales.read(token_scales + 2 * t * COUNT, weight[s][r]);
+            if (TOKENS_FIRST && part == PARTS - 1 && !keep) give_back(shared.empty + 8 * place.stage);
+            if (!TOKENS_FIRST) scales.read(token_scales + 2 * t * COUNT, weight.of[s][r]);
             scales.fold(acc[r] + t * COUNT, raw[part % HELD], border, 2 * t * COUNT);
         };
         barrier_wait(shared.full + 8 * place.stage, place.phase);
 #pragma unroll
         for (int part = 0; part < HELD - 1; part++) start(part);
-        read_scales(block + SLICES);
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             if (part + HELD - 1 < PARTS) start(part + HELD - 1);
+            if (part == 0) {
+                if (!TOKENS_FIRST) next.load(operands, tile, block + SLICES);
+                if (block == 0) look_ahead();
+            }
             finish(part);
         }
         if (!TOKENS_FIRST) finish_reads();
-        give_back(shared.empty + 8 * place.stage);
+        if (!TOKENS_FIRST) give_back(shared.empty + 8 * place.stage);
+        if (keep) place.kept = place.stage;
         place.next();
     }
+    next.load(operands, schedule.next, 0);
 #pragma unroll
-    for (int r = 0; r < ROW_BLOCKS; r++) store<N>(acc[r], shared, operands, tile, rows_before(r));
+    for (int r = 0; r < ROW_BLOCKS; r++) store<N>(acc[r], shared, operands, tile, rows_before(r), place.kept);
 }
 
 // The instruction's width is a compile-time number: find the one that holds the tile's tokens.
 template <int N>
 __device__ __forceinline__ void multiply_tile_from(
-    const Tile& tile, const Shared& shared, const Operands& operands, Place& place) {
+    const Tile& tile, const Shared& shared, const Operands& operands, Place& place, Schedule& schedule,
+    StageScales& next) {
     if constexpr (!TOKENS_FIRST && N < TOKENS) {
         if (tile.token_count > N) {
-            multiply_tile_from<N + 16>(tile, shared, operands, place);
+            multiply_tile_from<N + 16>(tile, shared, operands, place, schedule, next);
             return;
         }
     }
     if constexpr (K_GROUPS > 1) {
-        multiply_tile_in_turns<N>(tile, shared, operands, place);
+        multiply_tile_in_turns<N>(tile, shared, operands, place, schedule);
     } else {
-        multiply_tile<N>(tile, shared, operands, place);
+        multiply_tile<N>(tile, shared, operands, place, schedule, next);
     }
 }
 
@@ -457,21 +539,21 @@ __device__ __forceinline__ void count_tiles(
 // bf16 [rows, columns]; K = 128 blocks. Maps of x and weight have dimensions (128, rows, K / 128).
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CONSUMERS + PRODUCERS, 1) fp8_stream(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap x_scale,
-    const __grid_constant__ TensorMap weight, const float* weight_scale, const long long* counts, unsigned short* out,
-    int rows, int columns, int blocks, int groups) {
+    const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap out_boxes, const float* weight_scale,
+    const long long* counts, unsigned short* out, int rows, int columns, int blocks, int groups) {
     char* memory = shared_memory();
     // The last stage's instructions read ROWS rows.
     char* token_values = memory + STAGES * WEIGHT_BYTES + (TOKENS_FIRST ? 0 : ROWS - TILE_ROWS) * 128;
-    char* scale_values = token_values + STAGES * TOKEN_BYTES;
-    char* out_values = scale_values + STAGES * SCALE_BYTES;
-    char* sum_values = out_values + CONSUMERS * OUT_BYTES;
+    char* out_values = token_values + STAGES * TOKEN_BYTES;
+    char* scale_values = out_values + CONSUMERS * OUT_BYTES;
+    char* sum_values = scale_values + STAGES * SCALE_BYTES;
     u64* barriers = reinterpret_cast<u64*>(sum_values + SUM_BYTES);
     int* first_row = reinterpret_cast<int*>(barriers + 2 * STAGES + K_GROUPS);
     int* first_tile = first_row + GROUPS + 1;
     const u32 full = shared_address(barriers), empty = full + 8 * STAGES, turns = empty + 8 * STAGES;
     const Shared shared{shared_address(memory), shared_address(token_values), shared_address(scale_values),
                         shared_address(out_values), full, empty, turns, reinterpret_cast<const float*>(scale_values),
-                        out_values, reinterpret_cast<float4*>(sum_values)};
+                        memory, reinterpret_cast<float4*>(sum_values)};
 
     const int warp = __shfl_sync(~0u, int(threadIdx.x / 32), 0);
     if (threadIdx.x == 0) {
@@ -482,7 +564,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CON
         for (int i = 0; i < K_GROUPS; i++) barrier_init(turns + 8 * i, 4);
         barrier_init_fence();
     }
-    if (threadIdx.x == 64) prefetch_map(&weight), prefetch_map(&x), prefetch_map(&x_scale);
+    if (threadIdx.x == 64) prefetch_map(&weight), prefetch_map(&x), prefetch_map(&x_scale), prefetch_map(&out_boxes);
     if (warp == 1) {
         if (counts) wait_for_kernel_before();
         const int column_tiles = (columns + CLUSTER_ROWS - 1) / CLUSTER_ROWS * CLUSTER;
@@ -491,18 +573,22 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CON
     __syncthreads();
     if constexpr (CLUSTER > 1) cluster_sync();
 
-    Schedule schedule{first_row, first_tile, groups, columns, 0};
-    Tile tile;
+    Schedule schedule{first_row, first_tile, groups, columns, 0, int(blockIdx.x)};
+    schedule.look_ahead();
     Place place;
     if (warp < 4 * CONSUMERS) {
 #if CONSUMER_REGISTERS
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
 #endif
         wait_for_kernel_before();
-        const Operands operands{weight_scale, out, columns, blocks};
-        for (int number = blockIdx.x; schedule.find(number, tile); number += gridDim.x) {
-            multiply_tile_from<TOKENS_FIRST ? TILE_ROWS : 16>(tile, shared, operands, place);
+        const Operands operands{weight_scale, &out_boxes, out, columns, blocks};
+        StageScales next;
+        if (schedule.more) next.load(operands, schedule.next, 0);
+        while (schedule.more) {
+            const Tile tile = schedule.next;
+            multiply_tile_from<TOKENS_FIRST ? TILE_ROWS : 16>(tile, shared, operands, place, schedule, next);
         }
+        if (STORE_BOXES && threadIdx.x % 32 == 0) finish_boxes();
     } else {
 #if CONSUMER_REGISTERS
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -512,7 +598,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CON
         let_next_kernel_start();
         const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
         place.phase = 1;
-        for (int number = blockIdx.x; schedule.find(number, tile); number += gridDim.x) {
+        for (; schedule.more; schedule.look_ahead()) {
+            const Tile tile = schedule.next;
             const int boxes = SHARE_TOKENS ? TOKENS / TOKEN_BOX : (tile.token_count + TOKEN_BOX - 1) / TOKEN_BOX;
             for (int block = 0; block < blocks; block += SLICES) {
                 const u32 ready = full + 8 * place.stage;

@@ -32,6 +32,8 @@ class Shape(NamedTuple):
     buffers: int = 1
     registers: int = 0
     groups: int = 1
+    out_boxes: int = 0
+    in_ring: int = 0
     stages: int = 0
 
     @property
@@ -74,7 +76,7 @@ class Shape(NamedTuple):
         scales = -(-self.slices * self.scale_box * 4 // 128) * 128
         ring = stages * (128 * self.slices * (self.tile_rows + tokens) + scales + 16)
         if self.tokens_first:
-            unused_rows, out = 0, 144 * 64
+            unused_rows, out = 0, 0 if self.in_ring else 8192 * max(1, self.out_boxes)
         else:
             unused_rows, out = 64 * self.row_blocks * self.row_groups - self.tile_rows, 144 * self.tokens
         sums = 256 * (self.tile_rows if self.tokens_first else self.tokens) if self.k_groups > 1 else 0
@@ -101,12 +103,19 @@ class Shape(NamedTuple):
             "STAGES": self.stages,
             "SLICES": self.slices,
             "GROUPS": self.groups,
+            "OUT_BOXES": self.out_boxes,
+            "IN_RING": self.in_ring,
             "CONSUMER_REGISTERS": self.registers,
         }
         seconds = [self.tile_rows] if self.tokens_first else range(16, self.tokens + 1, 16)
         widths = tuple(n // self.token_parts for n in seconds)
         return cuda.Program("fp8_stream.cu", tuple(parameters.items()), widths)
 
+
+# Tiles for many tokens: two slices a stage, whose memory the sums take; and wider ones, which read operands less often.
+_MANY = Shape(128, 128, 2, row_groups=2, cluster=2, tokens_first=1, buffers=2, registers=240, in_ring=1)
+_WIDE = Shape(192, 128, row_groups=2, cluster=2, share_weight=1, tokens_first=1, registers=240, out_boxes=3)
+_WIDEST = Shape(256, 128, row_groups=2, cluster=2, tokens_first=1, token_box=64, token_parts=2, registers=240)
 
 # Ways to cut fp8_stream.cu that differ in kind: what is compiled without a GPU and checked at random shapes.
 DENSE_SAMPLE = (
@@ -118,7 +127,10 @@ DENSE_SAMPLE = (
     Shape(16, 64, 4, k_groups=3, tokens_first=1),
     Shape(56, 64, 4, buffers=4, tokens_first=1),
     Shape(128, 128, 2, row_groups=2, cluster=2, tokens_first=1, buffers=2, registers=240),
-    Shape(256, 128, row_groups=2, cluster=2, tokens_first=1, token_box=64, token_parts=2, registers=240),
+    _MANY,
+    _WIDE,
+    _WIDEST,
+    _WIDEST._replace(out_boxes=2),
     Shape(112, 64, 2, cluster=2, share_weight=1, tokens_first=1, buffers=2),
     Shape(192, 128, row_groups=2, cluster=2, share_weight=1, tokens_first=1, token_parts=2, buffers=2, registers=240),
 )
@@ -126,10 +138,12 @@ GROUPED_SAMPLE = (
     Shape(128, 16, 4, row_groups=2, buffers=4),
     Shape(128, 48, 2, row_groups=2, buffers=2),
     Shape(256, 144, row_blocks=2, row_groups=2, token_box=48, registers=240),
-    Shape(256, 128, row_groups=2, tokens_first=1, token_box=64, token_parts=2, registers=240),
-    Shape(
-        256, 128, row_groups=2, cluster=2, share_weight=1, tokens_first=1, token_box=64, token_parts=2, registers=240
-    ),
+    _MANY,
+    _MANY._replace(share_weight=1),
+    _WIDE,
+    _WIDE._replace(share_weight=0, token_box=64),
+    _WIDEST._replace(cluster=1),
+    _WIDEST._replace(share_weight=1),
 )
 
 
@@ -147,7 +161,6 @@ def _dense_shapes(columns: int, rows: int, multiprocessors: int) -> Iterator[Sha
         return max(16, -(-columns // (multiprocessors * waves * 8)) * 8)
 
     one, three = share(64), share(192)
-    many = Shape(256, 128, 1, row_groups=2, cluster=2, tokens_first=1, registers=240)
     if rows <= 16:
         yield Shape(one, 16, 4, k_groups=3)
         yield Shape(three, 16, 2, row_groups=3, buffers=2)
@@ -163,12 +176,12 @@ def _dense_shapes(columns: int, rows: int, multiprocessors: int) -> Iterator[Sha
         yield Shape(2 * one, 64, 2, cluster=2, share_weight=1, tokens_first=1, buffers=2)
         yield Shape(2 * one, 64, 4, cluster=2, share_weight=1, tokens_first=1, buffers=2)
         yield Shape(one, 128, 2, row_groups=2, tokens_first=1, buffers=2)
-        yield many._replace(tile_rows=128, slices=2, buffers=2)
+        yield _MANY
     else:
-        yield many._replace(tile_rows=128, slices=2, buffers=2)
-        yield many._replace(tile_rows=192, share_weight=1, token_parts=2, buffers=2)
-        yield many._replace(token_box=64, token_parts=2)
-        yield many._replace(share_weight=1, token_parts=2)
+        yield _MANY
+        yield _WIDE
+        yield _WIDEST
+        yield _WIDEST._replace(share_weight=1)
 
 
 def grouped_shapes(rows: int) -> Iterator[Shape]:
@@ -185,11 +198,11 @@ def grouped_shapes(rows: int) -> Iterator[Shape]:
         yield Shape(256, 96, 1, row_blocks=2, row_groups=2, token_box=48, registers=232)
     else:
         yield Shape(256, 144, 1, row_blocks=2, row_groups=2, token_box=48, registers=240)
-        yield Shape(128, 144, 1, row_groups=2, token_box=48, registers=232)
         yield Shape(128, 192, 1, row_groups=2, token_box=64, registers=240)
-        many = Shape(256, 128, 1, row_groups=2, tokens_first=1, token_box=64, token_parts=2, registers=240)
-        yield many
-        yield many._replace(cluster=2, share_weight=1)
+        yield _MANY
+        yield _WIDE
+        yield _WIDE._replace(share_weight=0, token_box=64)
+        yield _WIDEST._replace(cluster=1)
 
 
 def compile_all(shapes: Iterable[Shape]) -> None:
@@ -227,6 +240,7 @@ def launch(
         _slices(x, rows, depth, (128, *shape.token_copy)),
         cuda.tensor_map("fp32", x_scale.data_ptr(), (rows, blocks), (4 * x_scale.stride(1),), scale_box),
         _slices(weight, weight_rows, depth, (128, *shape.weight_copy)),
+        cuda.tensor_map("bf16", out.data_ptr(), (columns, rows), (2 * columns,), (64, 16)),
         weight_scale,
         None if expert_counts is None else expert_counts.long(),
         out,

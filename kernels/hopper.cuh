@@ -101,6 +101,13 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
         "}\n" ::"r"(barrier), "r"(rank) : "memory");
 }
 
+// A number that no kernel writes while this one runs, loaded about where the text says.
+__device__ __forceinline__ float load_constant(const float* from) {
+    float number;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(number) : "l"(from));
+    return number;
+}
+
 // Wait until this thread's reads of shared memory are over.
 __device__ __forceinline__ void finish_reads() {
     asm volatile("fence.acq_rel.cta;" ::: "memory");
@@ -126,6 +133,11 @@ __device__ __forceinline__ char* shared_memory() {
 __device__ __forceinline__ u64 tile_descriptor(u32 address) {
     const u64 group_bytes = 1024;
     return (u64(address & 0x3FFFF) >> 4) | (u64(1) << 16) | ((group_bytes >> 4) << 32) | (u64(1) << 62);
+}
+
+// The descriptor of what lies so many bytes behind: one sum, as shared memory ends before the address' field does.
+__device__ __forceinline__ u64 advance(u64 descriptor, u32 bytes) {
+    return (descriptor >> 32 << 32) | (u32(descriptor) + (bytes >> 4));
 }
 
 __device__ __forceinline__ void wgmma_begin() {
@@ -167,3 +179,30 @@ __device__ __forceinline__ void store_transposed(u32 target, u32 a, u32 b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(target), "r"(a), "r"(b)
                  : "memory");
 }
+
+// Store four 8 x 8 matrices of 16-bit numbers; lane i gives where row i % 8 of matrix i / 8 is to be.
+__device__ __forceinline__ void store_matrices(u32 target, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
+// Ordinary writes to shared memory become visible to the copy engine.
+__device__ __forceinline__ void publish_to_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The copy engine writes a box of a matrix from shared memory, behind this thread's back.
+__device__ __forceinline__ void store_box(const TensorMap* map, u32 source, int inner, int outer) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+        "cp.async.bulk.commit_group;" ::"l"(map),
+        "r"(inner), "r"(outer), "r"(source) : "memory");
+}
+
+// Wait until this thread's boxes but the last COUNT have been read from shared memory.
+template <int COUNT>
+__device__ __forceinline__ void wait_for_boxes_but() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(COUNT) : "memory");
+}
+
+// Wait until all of them are written.
+__device__ __forceinline__ void finish_boxes() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

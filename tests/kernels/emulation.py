@@ -30,7 +30,7 @@ class TensorMap(ctypes.Structure):
 
 def tensor_map(kind: str, address: int, size: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> TensorMap:
     """What `cuda.tensor_map` encodes."""
-    assert kind == "fp32" or box[0] == 128, "the emulated copies of numbers of one byte know boxes of 128"
+    assert kind != "e4m3" or box[0] == 128, "the emulated copies of numbers of one byte know boxes of 128"
     four = ctypes.c_longlong * 4
     sizes, boxes = ((*x, 1, 1, 1)[:4] for x in (size, box))
     return TensorMap(address, four(*sizes), four(*(0, *strides, 0, 0)[:4]), four(*boxes))

@@ -75,7 +75,7 @@ def test_a_stage_given_back_too_early_would_be_seen(tmp_path, monkeypatch):
     for file in (*cuda._FOLDER.glob("*.cu"), *cuda._FOLDER.glob("*.cuh")):
         shutil.copy(file, tmp_path)
     source = (tmp_path / "fp8_stream.cu").read_text()
-    assert source.count("finish_reads();\n") == 3
+    assert source.count("finish_reads();\n") == 5
     (tmp_path / "fp8_stream.cu").write_text(source.replace("finish_reads();\n", ";\n"))
     monkeypatch.setattr(cuda, "_FOLDER", tmp_path)
     shape = next(s for s in fp8_stream.DENSE_SAMPLE if s.k_groups == 1)

@@ -166,6 +166,36 @@ CASES: dict[str, tuple[Shape, int, tuple[Any, ...]]] = {
         2,
         experts([70, 0, 5, 33], 200, 256),
     ),
+    "boxes of sums, last tiles not full": (
+        Shape(128, 128, row_groups=2, tokens_first=1, token_parts=2, out_boxes=2, stages=2),
+        1,
+        dense(150, 232, 384),
+    ),
+    "experts, boxes of sums, a cluster that shares tokens": (
+        Shape(64, 128, row_groups=2, tokens_first=1, token_box=64, cluster=2, out_boxes=1, stages=2),
+        4,
+        experts([130, 0, 5, 70], 200, 256),
+    ),
+    "experts, boxes of sums, a cluster that shares the weight": (
+        Shape(192, 64, tokens_first=1, token_parts=2, cluster=2, share_weight=1, out_boxes=3, stages=2),
+        2,
+        experts([30, 0, 130], 200, 256),
+    ),
+    "sums in the ring, last tiles not full": (
+        Shape(128, 128, 2, row_groups=2, buffers=2, tokens_first=1, in_ring=1, stages=2),
+        1,
+        dense(150, 232, 640),
+    ),
+    "experts, sums in the ring, a cluster that shares tokens": (
+        Shape(128, 64, 2, buffers=2, tokens_first=1, cluster=2, in_ring=1, stages=3),
+        2,
+        experts([130, 0, 5, 70], 328, 640),
+    ),
+    "experts, sums in the ring, a cluster that shares the weight": (
+        Shape(64, 128, 2, row_groups=2, tokens_first=1, cluster=2, share_weight=1, in_ring=1, stages=2),
+        2,
+        experts([30, 0, 270], 136, 512),
+    ),
     "experts, blocks of rows": (
         Shape(256, 32, row_blocks=2, row_groups=2, token_box=16, stages=2),
         1,
@@ -189,8 +219,8 @@ def test_prints_the_models_bits(name, tmp_path, monkeypatch):
 SABOTAGE = {
     "the first slice's scale": (
         "experts without rows and with many",
-        "next[s][r] = scales.load(block + s, operands.blocks)",
-        "next[s][r] = scales.load(0, operands.blocks)",
+        "of[s][r] = scales.load(block + s, operands.blocks)",
+        "of[s][r] = scales.load(0, operands.blocks)",
     ),
     "the neighbour's scale": (
         "experts without rows and with many",
@@ -204,8 +234,8 @@ SABOTAGE = {
     ),
     "slices behind the last": (
         "depth that fills no stage, sums that vanish",
-        "return make_float2(-1, -1);",
-        "return make_float2(1, 1);",
+        ": make_float2(-1, -1);",
+        ": make_float2(1, 1);",
     ),
     "the sums of another thread": (
         "warpgroups take stages in turn, several tiles",
@@ -221,6 +251,26 @@ SABOTAGE = {
         "a cluster that shares the weight, last program without tokens",
         "const int row = SLICES > 1 ? 0 : rank * (TILE_ROWS / CLUSTER);",
         "const int row = 0;",
+    ),
+    "the other box of sums": (
+        "experts, sums in the ring, a cluster that shares tokens",
+        "IN_RING ? first / 64 * TOKEN_SLICE_BYTES :",
+        "IN_RING ? 0 :",
+    ),
+    "sums of a token behind the expert's last": (
+        "experts, boxes of sums, a cluster that shares tokens",
+        "int(first_token + 16 <= tile.token_count)",
+        "1",
+    ),
+    "a stage that is given back while its sums are written": (
+        "sums in the ring, last tiles not full",
+        "    if (threadIdx.x % 32 == 0) wait_for_boxes_but<0>();\n",
+        "",
+    ),
+    "a box that is filled while it is written": (
+        "boxes of sums, last tiles not full",
+        "wait_for_boxes_but<BOXES - 1>();",
+        ";",
     ),
     "the border between scale blocks": (
         "tokens first, tiles across scale blocks",

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <deque>
+
 #include "mla_units.cuh"
 
 #define __cluster_dims__(...)
@@ -66,16 +68,14 @@ inline void finish_reads() {}
 inline void let_next_kernel_start() {}
 
 inline u64 tile_descriptor(u32 at) { return at >> 4; }
+inline u64 advance(u64 descriptor, u32 bytes) { return descriptor + (bytes >> 4); }
 inline void wgmma_begin() {}
 inline void wgmma_end() {}
 inline void wgmma_wait(int) {}
 template <int COUNT>
 void hold(float (&)[COUNT]) {}
 
-template <class T>
-T __ldg(const T* from) {
-    return *from;
-}
+inline float load_constant(const float* from) { return *from; }
 
 inline float e4m3(uint8_t x) {
     const int exponent = x >> 3 & 15, fraction = x & 7;
@@ -125,4 +125,26 @@ inline void store_transposed(u32 target, u32 a, u32 b) {
             const uint16_t x = part[i] >> 16 * half;
             memcpy(memory + row + lane / 4 * 2, &x, 2);
         }
+}
+
+inline void store_matrices(u32 target, u32 a, u32 b, u32 c, u32 d) { store_matrices(memory + target, a, b, c, d); }
+
+// Written as late as the kernel allows.
+static thread_local std::deque<std::function<void()>> boxes;
+
+template <int COUNT>
+void wait_for_boxes_but() {
+    for (; boxes.size() > COUNT; boxes.pop_front()) boxes.front()();
+}
+inline void finish_boxes() { wait_for_boxes_but<0>(); }
+
+inline void store_box(const TensorMap* map, u32 source, int inner, int outer) {
+    if (source % 1024 != 0) abort();
+    boxes.push_back([=] {
+        for (int o = 0; o < map->box[1]; o++)
+            for (int i = 0; i < map->box[0]; i++)
+                if (inner + i < map->size[0] && outer + o < map->size[1])
+                    memcpy(const_cast<char*>(map->base) + (inner + i) * 2 + (outer + o) * map->stride[1],
+                           swizzled(source + (o * map->box[0] + i) * 2), 2);
+    });
 }
