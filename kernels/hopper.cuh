@@ -68,12 +68,6 @@ __device__ __forceinline__ void copy_slices_to_all(u32 target, const TensorMap* 
         "l"(map), "r"(barrier), "r"(row), "r"(slice), "h"((unsigned short)((1 << PROGRAMS) - 1)) : "memory");
 }
 
-// Slices come to the L2 cache.
-__device__ __forceinline__ void prefetch_slices(const TensorMap* map, int row, int slice) {
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {0, %1, %2}];" ::"l"(map), "r"(row), "r"(slice)
-                 : "memory");
-}
-
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

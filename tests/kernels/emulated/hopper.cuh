@@ -50,7 +50,6 @@ inline void copy_slices(u32 target, const TensorMap* map, u32 barrier, int row, 
 }
 
 inline void prefetch_map(const TensorMap*) {}
-inline void prefetch_slices(const TensorMap*, int, int) {}
 
 // A block's shared memory, and where another block of the cluster has what lies at an address.
 inline u32 cluster_rank() { return blockIdx.x % CLUSTER; }
