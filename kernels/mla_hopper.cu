@@ -94,6 +94,34 @@ __device__ __forceinline__ float exp2_of_nonpositive(float x) {
     return x >= -125.0f ? scaled : 0.0f;
 }
 
+// Probabilities are bf16, so the hardware's 2**x, of a fifth of the instructions, mostly gives them. This says whether
+// some of those looked at may be others: where bf16 of `near_exp2(x)` and of `exp2_of_nonpositive(x)` differ, the first
+// is at most NEAR fp32 numbers from the middle between two bf16 numbers. Below 2**-125 the contract has 0, and for NaN.
+struct Doubt {
+    static constexpr uint32_t MIDDLE = 0x8000;               // in the half of an fp32 number that rounding drops
+    static constexpr uint32_t LEAST = 0x0100, ONE = 0x3F80;  // 2**-125 and 1 in bf16
+    uint32_t nearest = ~0u;  // pair of the least distances from the lower border of what is near
+    uint32_t farthest = 0;   // pair of the largest distances above LEAST; what is not above it wraps around
+
+    // Two powers and what they round to.
+    __device__ __forceinline__ void consider(float low, float high, uint32_t pair) {
+        const uint32_t lower_halves = __byte_perm(__float_as_int(low), __float_as_int(high), 0x5410);
+        nearest = min_pair(nearest, add_pair(lower_halves, (MIDDLE + NEAR) * 0x10001u));
+        farthest = max_pair(farthest, add_pair(pair, (0xFFFF - LEAST) * 0x10001u));
+    }
+
+    __device__ __forceinline__ bool any() const {
+        return min(nearest & 0xFFFF, nearest >> 16) <= 2 * NEAR ||
+               max(farthest & 0xFFFF, farthest >> 16) > ONE - LEAST - 1;
+    }
+};
+
+// The same of differences of maxima, multiples of MAXIMUM_STEP: the polynomial is 1.
+__device__ __forceinline__ float power_of_two(float x) {
+    const float scaled = __int_as_float(0x3F800000 + (__float_as_int(__fadd_rn(x, 12582912.0f)) << 23));
+    return x >= -125.0f ? scaled : 0.0f;
+}
+
 // x * y, rounded up to a multiple of MAXIMUM_STEP, a power of two.
 __device__ __forceinline__ float step_above(float x, float y) {
     return MAXIMUM_STEP * ceilf(__fmul_ru(x, y) * (1.0f / MAXIMUM_STEP));
@@ -242,12 +270,16 @@ __device__ __forceinline__ void start_scores(Shared& shared, float (&scores)[32]
     commit_products();
 }
 
-// The sum of a row's 64 probabilities by halves; this thread has columns 8 i + 2 (lane % 4) and the one behind.
-__device__ __forceinline__ float fold_sum(const float (&p)[32], int row) {
+// The sum of a row's 64 probabilities by halves; this thread has columns 8 i + 2 (lane % 4) and the one behind as the
+// row's pair i.
+__device__ __forceinline__ float fold_sum(const uint32_t (&pairs)[16], int row) {
     float sum[2];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-        const auto at = [&](int i) { return p[4 * i + 2 * row + j]; };
+        const auto at = [&](int i) {
+            const uint32_t pair = pairs[2 * i + row];
+            return __int_as_float(j == 0 ? pair << 16 : pair & 0xFFFF0000);
+        };
         const float even = __fadd_rn(__fadd_rn(at(0), at(4)), __fadd_rn(at(2), at(6)));
         const float odd = __fadd_rn(__fadd_rn(at(1), at(5)), __fadd_rn(at(3), at(7)));
         sum[j] = __fadd_rn(even, odd);
@@ -307,6 +339,15 @@ __device__ __forceinline__ void compute_probabilities(
             wait(&shared.q_full, turn & 1);
             float scores[32];
             start_scores(shared, scores, STAGE, parity);
+            // The block before is the other warpgroup's; its maxima are read while the tensor core works.
+            if (own > 0) wait(&shared.scaled[STAGE ^ 1], parity_before);
+            float before[2], maximum[2], alpha[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                before[r] = first ? -infinity : shared.maximum[STAGE ^ 1][row + 8 * r];
+                maximum[r] = before[r];
+                alpha[r] = 1.0f;
+            }
             finish_products();
             if (begin + KEYS > lowest + 1) {
 #pragma unroll
@@ -315,23 +356,27 @@ __device__ __forceinline__ void compute_probabilities(
                     if (key > position[i / 2 % 2]) scores[i] = -infinity;
                 }
             }
-            float maximum[2], alpha[2];
+            float largest[2];
+            bool grows = false;  // most blocks leave all maxima as they are; then no lane asks another
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                maximum[r] = scores[2 * r];
+                largest[r] = scores[2 * r];
 #pragma unroll
                 for (int i = 0; i < 8; i++)
-                    maximum[r] = fmaxf(maximum[r], fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
-                maximum[r] = fmaxf(maximum[r], __shfl_xor_sync(~0u, maximum[r], 1));
-                maximum[r] = fmaxf(maximum[r], __shfl_xor_sync(~0u, maximum[r], 2));
+                    largest[r] = fmaxf(largest[r], fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
+                grows |= __fmul_ru(largest[r], batch.scale) > before[r];
             }
-            // The block before is the other warpgroup's.
-            if (own > 0) wait(&shared.scaled[STAGE ^ 1], parity_before);
+            if (__any_sync(~0u, grows)) {
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    largest[r] = fmaxf(largest[r], __shfl_xor_sync(~0u, largest[r], 1));
+                    largest[r] = fmaxf(largest[r], __shfl_xor_sync(~0u, largest[r], 2));
+                    maximum[r] = fmaxf(step_above(largest[r], batch.scale), before[r]);
+                    alpha[r] = power_of_two(__fsub_rn(before[r], maximum[r]));
+                }
+            }
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const float before = first ? -infinity : shared.maximum[STAGE ^ 1][row + 8 * r];
-                maximum[r] = fmaxf(step_above(maximum[r], batch.scale), before);
-                alpha[r] = exp2_of_nonpositive(__fsub_rn(before, maximum[r]));
                 if (lane % 4 == 0) {
                     shared.alpha[STAGE][row + 8 * r] = alpha[r];
                     shared.maximum[STAGE][row + 8 * r] = maximum[r];
@@ -341,27 +386,30 @@ __device__ __forceinline__ void compute_probabilities(
             arrive_warp(&shared.scaled[STAGE], lane);
             const int to_row = warp * 16 + lane % 16;
             char* to = shared.keys[STAGE] + 8 * TILE + to_row * 128;
+            const auto exponent = [&](int i) { return __fmaf_rn(scores[i], batch.scale, -maximum[i / 2 % 2]); };
+            uint32_t pairs[16];  // of probabilities
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                // Read again, lest the compiler move the exponentials in front of the arrival before.
-                for (int r = 0; r < 2; r++) maximum[r] = *(volatile float*)&shared.maximum[STAGE][row + 8 * r];
+                Doubt doubt;
 #pragma unroll
-                for (int i = 16 * half; i < 16 * half + 16; i++)
-                    scores[i] = exp2_of_nonpositive(__fmaf_rn(scores[i], batch.scale, -maximum[i / 2 % 2]));
+                for (int i = 8 * half; i < 8 * half + 8; i++) {
+                    const float low = near_exp2(exponent(2 * i)), high = near_exp2(exponent(2 * i + 1));
+                    pairs[i] = bf16_pair(low, high);
+                    doubt.consider(low, high, pairs[i]);
+                }
+                if (doubt.any()) {
+#pragma unroll
+                    for (int i = 8 * half; i < 8 * half + 8; i++) {
+                        const float low = exp2_of_nonpositive(exponent(2 * i));
+                        pairs[i] = bf16_pair(low, exp2_of_nonpositive(exponent(2 * i + 1)));
+                    }
+                }
                 // The rotary tile is overwritten: all warps must have read it.
                 if (half == 0) wait_for_group<STAGE>();
 #pragma unroll
                 for (int i = 4 * half; i < 4 * half + 4; i += 2) {
-                    uint32_t pairs[4];
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        float* p = scores + 4 * i + 2 * j;
-                        pairs[j] = bf16_pair(p[0], p[1]);
-                        p[0] = __int_as_float(pairs[j] << 16);
-                        p[1] = __int_as_float(pairs[j] & 0xFFFF0000);
-                    }
-                    store_matrices(
-                        to + ((i + lane / 16) ^ (to_row % 8)) * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
+                    const uint32_t* p = pairs + 2 * i;
+                    store_matrices(to + ((i + lane / 16) ^ (to_row % 8)) * 16, p[0], p[1], p[2], p[3]);
                 }
                 if (half == 0 && begin + KEYS > work.visible) {
                     // What lies behind the last key may be NaN, and 0 times NaN is NaN.
@@ -377,8 +425,8 @@ __device__ __forceinline__ void compute_probabilities(
             if (own > 0) wait(&shared.totalled[STAGE ^ 1], parity_before);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const float before = first ? 0.0f : shared.total[STAGE ^ 1][row + 8 * r];
-                const float total = __fadd_rn(__fmul_rn(before, alpha[r]), fold_sum(scores, r));
+                const float total_before = first ? 0.0f : shared.total[STAGE ^ 1][row + 8 * r];
+                const float total = __fadd_rn(__fmul_rn(total_before, alpha[r]), fold_sum(pairs, r));
                 if (lane % 4 == 0) shared.total[STAGE][row + 8 * r] = total;
             }
             arrive_warp(&shared.totalled[STAGE], lane);
@@ -399,8 +447,7 @@ struct Fold {
 
 __device__ __forceinline__ Fold fold_of(float maximum_a, float maximum_b) {
     const float maximum = fmaxf(maximum_a, maximum_b);
-    return {maximum, exp2_of_nonpositive(__fsub_rn(maximum_a, maximum)),
-            exp2_of_nonpositive(__fsub_rn(maximum_b, maximum))};
+    return {maximum, power_of_two(__fsub_rn(maximum_a, maximum)), power_of_two(__fsub_rn(maximum_b, maximum))};
 }
 
 // The rows of a thread at the end of a split: 8 apart, of each the columns 8 i + 2 (lane % 4) and the one behind.
@@ -453,23 +500,47 @@ __device__ __forceinline__ void keep_prefix(
     finish_split<FOLDED>(left, right, prefix, rows, [&](int i, float4 x) { store_prefix(prefix + i * 128, x); });
 }
 
+// Lanes 2 j and 2 j + 1 have numbers of columns a and columns b: now the even one has all of a, and the odd one of b.
+template <class T>
+__device__ __forceinline__ void exchange(T& a, T& b) {
+    const bool odd = threadIdx.x % 2;
+    const T other = __shfl_xor_sync(~0u, odd ? a : b, 1);
+    (odd ? a : b) = other;
+}
+
 template <bool FOLDED>
 __device__ __forceinline__ void store_output(
     const float (&left)[64], const float (&right)[64], const float4* prefix, const Rows& rows, uint16_t* out) {
     const float over[2] = {__frcp_rn(rows.total[0]), __frcp_rn(rows.total[1])};
+    uint32_t pairs[2][2];
     finish_split<FOLDED>(left, right, prefix, rows, [&](int i, float4 x) {
-        const uint32_t first = bf16_pair(__fmul_rn(x.x, over[0]), __fmul_rn(x.y, over[0]));
-        const uint32_t second = bf16_pair(__fmul_rn(x.z, over[1]), __fmul_rn(x.w, over[1]));
-        if (rows.left > 0) *(uint32_t*)(out + 8 * i) = first;
-        if (rows.left > 8) *(uint32_t*)(out + 8 * RANK + 8 * i) = second;
+        pairs[0][i % 2] = bf16_pair(__fmul_rn(x.x, over[0]), __fmul_rn(x.y, over[0]));
+        pairs[1][i % 2] = bf16_pair(__fmul_rn(x.z, over[1]), __fmul_rn(x.w, over[1]));
+        if (i % 2 == 0) return;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            exchange(pairs[r][0], pairs[r][1]);
+            uint16_t* to = out + 8 * r * RANK + 8 * (i - 1);
+            if (rows.left > 8 * r) *(uint2*)to = make_uint2(pairs[r][0], pairs[r][1]);
+        }
     });
 }
 
 __device__ __forceinline__ void store_part(
     const float (&left)[64], const float (&right)[64], const Rows& rows, float* part) {
+    float4 before;
     finish_split<false>(left, right, nullptr, rows, [&](int i, float4 x) {
-        if (rows.left > 0) *(float2*)(part + 8 * i) = make_float2(x.x, x.y);
-        if (rows.left > 8) *(float2*)(part + 8 * RANK + 8 * i) = make_float2(x.z, x.w);
+        if (i % 2 == 0) {
+            before = x;
+            return;
+        }
+        exchange(before.x, x.x);
+        exchange(before.y, x.y);
+        exchange(before.z, x.z);
+        exchange(before.w, x.w);
+        float* to = part + 8 * (i - 1);
+        if (rows.left > 0) *(float4*)to = make_float4(before.x, before.y, x.x, x.y);
+        if (rows.left > 8) *(float4*)(to + 8 * RANK) = make_float4(before.z, before.w, x.z, x.w);
     });
 }
 
@@ -485,7 +556,7 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
         Rows rows;
         rows.left = work.rows - row;
         const bool used = warp * 16 < work.rows;  // nobody stores what the other warps compute
-        const int column = half * HALF + lane % 4 * 2;
+        const int column = half * HALF + lane % 2 * 8 + lane % 4 / 2 * 4;  // of what a thread stores
         for (int split = work.key_begin; split < work.key_end; split += SPLIT_KEYS) {
             float left[64], right[64];  // columns of the half, 128 each
             // Not for the sums, which start at zero anyway: it ends the life of the numbers before.

@@ -22,6 +22,9 @@ _TILES = 9
 _TILES_A_COPY = 3
 # What the struct `Shared` of mla_hopper.cu takes, and room to align it.
 _SHARED_BYTES = 27 * 64 * 128 + 2048 + 1024
+# Where the hardware's 2**x rounds to another bf16 number than the contract's does, it is at most so many fp32 numbers
+# from the middle between the two: tests/kernels/test_near_exp2.py tries every x.
+NEAR = 2
 # Splits that may be stored at once, for each multiprocessor: 128 KiB each.
 _PARTS = 8
 
@@ -30,6 +33,7 @@ PROGRAM = cuda.Program(
     (
         ("SPLIT_KEYS", SPLIT_KEYS),
         ("MAXIMUM_STEP", MAXIMUM_STEP),
+        ("NEAR", NEAR),
         *((f"EXP2_{5 - i}", c) for i, c in enumerate(EXP2_POLYNOMIAL[:-1])),
     ),
     (),

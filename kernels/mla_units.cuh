@@ -163,6 +163,30 @@ __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
     return pair;
 }
 
+// The hardware's 2**x, 0 below fp32's normal range. Its last places are those of no formula.
+__device__ __forceinline__ float near_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two 16-bit numbers at once. A sum wraps around.
+__device__ __forceinline__ uint32_t add_pair(uint32_t a, uint32_t b) {
+    uint32_t pair;
+    asm("add.u16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+__device__ __forceinline__ uint32_t min_pair(uint32_t a, uint32_t b) {
+    uint32_t pair;
+    asm("min.u16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+__device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {
+    uint32_t pair;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+
 // Stores four 8 x 8 matrices of bf16; lanes 8 i to 8 i + 7 say where the rows of matrix i begin.
 __device__ __forceinline__ void store_matrices(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(to)), "r"(a), "r"(b),

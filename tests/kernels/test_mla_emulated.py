@@ -45,8 +45,8 @@ def batch(lengths: list[int], queries: list[int], heads: int, block_size: int, s
     return q, cache, table, torch.tensor(lengths, dtype=torch.int32), starts
 
 
-def expected(case: Batch) -> torch.Tensor:
-    return sm90_model.attention(*case, kv_lora_rank=512, scale=SCALE)
+def expected(case: Batch, scale: float = SCALE) -> torch.Tensor:
+    return sm90_model.attention(*case, kv_lora_rank=512, scale=scale)
 
 
 # Lengths, queries, heads, page size, multiprocessors. With one multiprocessor a tile's splits are walked in order.
@@ -97,10 +97,25 @@ def test_folds_more_splits_than_a_warp_has_lanes(tmp_path: Any, monkeypatch: pyt
     assert bits_differ(honest, wrong) > 0
 
 
+def test_the_hardwares_powers_are_computed_again_where_they_may_round_otherwise(
+    library: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The emulated hardware rounds otherwise wherever it may; the scale is small, so that many keys count."""
+    case, scale = batch([64], [64], 32, 64), SCALE / 30
+    out = emulation.attend(monkeypatch, library, 4, *case, scale=scale)
+    assert bits_differ(expected(case, scale), out) == 0
+    trusting = emulation.build(tmp_path, [("min(nearest & 0xFFFF, nearest >> 16) <= 2 * NEAR ||", "")])
+    wrong = bits_differ(out, emulation.attend(monkeypatch, trusting, 4, *case, scale=scale))
+    print(wrong, "outputs differ")
+    assert wrong > 0
+
+
 SABOTAGE = {
     "folds from the wrong side": ("rows.a[r] = fold.a;", "rows.a[r] = fold.b;"),
     "goes on where a split ends": ("const bool first = begin % SPLIT_KEYS == 0;", "const bool first = begin == 0;"),
     "reads what nobody wrote": ("if (half == 0 && begin + KEYS > work.visible) {", "if (begin < 0) {"),
+    "trusts the hardware's power of two": ("if (doubt.any()) {", "if (false) {"),
+    "keeps the maxima": ("if (__any_sync(~0u, grows)) {", "if (false) {"),
     "sees later keys": ("if (key > position[i / 2 % 2]) scores[i] = -infinity;", ""),
 }
 

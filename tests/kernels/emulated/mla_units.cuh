@@ -296,6 +296,32 @@ inline uint32_t bf16(float x) {
 }
 inline uint32_t bf16_pair(float low, float high) { return bf16(low) | bf16(high) << 16; }
 
+// As wrong as the hardware's may be: what is at most NEAR from the middle between bf16 numbers is on its other side.
+inline float near_exp2(float x) {
+    if (std::isnan(x)) return x;
+    const double y = std::exp2((double)x);
+    if (y < std::ldexp(1.0, -126)) return 0.0f;
+    const uint32_t bits = bits_of<uint32_t>((float)y);
+    const int behind = (int)(bits & 0xFFFF) - 0x8000;
+    if (std::abs(behind) > NEAR) return (float)y;
+    return bits_of<float>(bits - behind + (behind > 0 ? -1 : 1));
+}
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, int) { return (x & 0xFFFF) | y << 16; }  // as it is called
+
+template <class Of>
+uint32_t of_halves(uint32_t a, uint32_t b, Of of) {
+    return (uint16_t)of((uint16_t)a, (uint16_t)b) | (uint32_t)of((uint16_t)(a >> 16), (uint16_t)(b >> 16)) << 16;
+}
+inline uint32_t add_pair(uint32_t a, uint32_t b) {
+    return of_halves(a, b, [](uint16_t x, uint16_t y) { return (uint16_t)(x + y); });
+}
+inline uint32_t min_pair(uint32_t a, uint32_t b) {
+    return of_halves(a, b, [](uint16_t x, uint16_t y) { return min(x, y); });
+}
+inline uint32_t max_pair(uint32_t a, uint32_t b) {
+    return of_halves(a, b, [](uint16_t x, uint16_t y) { return max(x, y); });
+}
+
 inline void store_matrices(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     const int lane = threadIdx.x % 32;
     const uint32_t part[4] = {a, b, c, d};
