@@ -98,7 +98,7 @@ struct Schedule {
     Tile next;
     bool more;
 
-    // Find the next tile. Its divisions take time: best while the tensor core works.
+    // Find the next tile; its divisions take time.
     __device__ __forceinline__ void look_ahead() {
         more = find(number, next);
         number += gridDim.x;
@@ -166,9 +166,9 @@ struct WeightScales {
     // Behind the last slice the operands and the tokens' scales are zeros; with a negative scale what is added is -0,
     // which changes no sum.
     __device__ __forceinline__ float2 load(int block, int blocks) const {
-        const int some = min(block, blocks - 1);
-        const float scale = load_constant(first + some), other = SPLIT ? load_constant(second + some) : scale;
-        return block < blocks ? make_float2(scale, other) : make_float2(-1, -1);
+        if (block >= blocks) return make_float2(-1, -1);
+        const float scale = __ldg(first + block);
+        return make_float2(scale, SPLIT ? __ldg(second + block) : scale);
     }
 };
 
@@ -229,15 +229,13 @@ __device__ __forceinline__ void give_back(u32 barrier) {
 template <int COUNT>
 __device__ __forceinline__ void multiply(
     float (&raw)[COUNT], const Shared& shared, int stage, int slice, int row, int column) {
-    const int weight_row = TOKENS_FIRST ? column : row, token_row = TOKENS_FIRST ? row : column;
-    const u64 weight = advance(
-        tile_descriptor(shared.weight), stage * WEIGHT_BYTES + slice * SLICE_BYTES + weight_row * 128);
-    const u64 tokens = advance(
-        tile_descriptor(shared.tokens), stage * TOKEN_BYTES + slice * TOKEN_SLICE_BYTES + token_row * 128);
-    const u64 a = TOKENS_FIRST ? tokens : weight, b = TOKENS_FIRST ? weight : tokens;
+    const u32 weight = shared.weight + stage * WEIGHT_BYTES + slice * SLICE_BYTES;
+    const u32 tokens = shared.tokens + stage * TOKEN_BYTES + slice * TOKEN_SLICE_BYTES;
+    const u64 a = tile_descriptor((TOKENS_FIRST ? tokens : weight) + row * 128);
+    const u64 b = tile_descriptor((TOKENS_FIRST ? weight : tokens) + column * 128);
     wgmma_begin();
 #pragma unroll
-    for (int k = 0; k < 4; k++) wgmma(raw, advance(a, 32 * k), advance(b, 32 * k), k != 0);
+    for (int k = 0; k < 4; k++) wgmma(raw, a + 2 * k, b + 2 * k, k != 0);
     wgmma_end();
 }
 
@@ -428,13 +426,12 @@ __device__ __forceinline__ void multiply_tile(
     constexpr int HELD = BUFFERS < PARTS ? BUFFERS : PARTS;
     const int row_group = ROW_GROUPS == 1 ? 0 : own_warpgroup();
     const auto rows_before = [&](int r) { return (row_group * ROW_BLOCKS + r) * 64; };
-    // What takes time and needs no tensor core.
-    const auto look_ahead = [&] {
+    // Best while the tensor core works; but with one buffer what it needs takes the loop's uniform registers, and that
+    // costs more (measured).
+    constexpr bool LOOK_AHEAD_EARLY = HELD > 1;
+    if (TOKENS_FIRST && rows_before(0) >= tile.token_count) {
         give_back_kept(shared, place);
         schedule.look_ahead();
-    };
-    if (TOKENS_FIRST && rows_before(0) >= tile.token_count) {
-        look_ahead();
         next.load(operands, schedule.next, 0);
         for (int block = 0; block < operands.blocks; block += SLICES, place.next()) {
             barrier_wait(shared.full + 8 * place.stage, place.phase);
@@ -460,11 +457,7 @@ __device__ __forceinline__ void multiply_tile(
             // Two numbers can wait in registers for the tensor core, as many as there are sums cannot.
             if (TOKENS_FIRST) {
                 scales.read(token_scales + rows_before(r), weight.of[s][r]);
-                if (part == PARTS - 1) {
-                    // Waits for loads of global memory too if they began before.
-                    finish_reads();
-                    next.load(operands, tile, block + SLICES);
-                }
+                if (part == PARTS - 1) finish_reads();
             }
             wgmma_wait(min(HELD - 1, PARTS - 1 - part));
             hold(raw[part % HELD]);
@@ -479,8 +472,11 @@ __device__ __forceinline__ void multiply_tile(
         for (int part = 0; part < PARTS; part++) {
             if (part + HELD - 1 < PARTS) start(part + HELD - 1);
             if (part == 0) {
-                if (!TOKENS_FIRST) next.load(operands, tile, block + SLICES);
-                if (block == 0) look_ahead();
+                next.load(operands, tile, block + SLICES);
+                if (block == 0) {
+                    give_back_kept(shared, place);
+                    if (LOOK_AHEAD_EARLY) schedule.look_ahead();
+                }
             }
             finish(part);
         }
@@ -489,6 +485,7 @@ __device__ __forceinline__ void multiply_tile(
         if (keep) place.kept = place.stage;
         place.next();
     }
+    if (!LOOK_AHEAD_EARLY) schedule.look_ahead();
     next.load(operands, schedule.next, 0);
 #pragma unroll
     for (int r = 0; r < ROW_BLOCKS; r++) store<N>(acc[r], shared, operands, tile, rows_before(r), place.kept);

@@ -95,13 +95,6 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
         "}\n" ::"r"(barrier), "r"(rank) : "memory");
 }
 
-// A number that no kernel writes while this one runs, loaded about where the text says.
-__device__ __forceinline__ float load_constant(const float* from) {
-    float number;
-    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(number) : "l"(from));
-    return number;
-}
-
 // Wait until this thread's reads of shared memory are over.
 __device__ __forceinline__ void finish_reads() {
     asm volatile("fence.acq_rel.cta;" ::: "memory");
@@ -127,11 +120,6 @@ __device__ __forceinline__ char* shared_memory() {
 __device__ __forceinline__ u64 tile_descriptor(u32 address) {
     const u64 group_bytes = 1024;
     return (u64(address & 0x3FFFF) >> 4) | (u64(1) << 16) | ((group_bytes >> 4) << 32) | (u64(1) << 62);
-}
-
-// The descriptor of what lies so many bytes behind: one sum, as shared memory ends before the address' field does.
-__device__ __forceinline__ u64 advance(u64 descriptor, u32 bytes) {
-    return (descriptor >> 32 << 32) | (u32(descriptor) + (bytes >> 4));
 }
 
 __device__ __forceinline__ void wgmma_begin() {

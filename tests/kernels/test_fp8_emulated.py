@@ -234,8 +234,8 @@ SABOTAGE = {
     ),
     "slices behind the last": (
         "depth that fills no stage, sums that vanish",
-        ": make_float2(-1, -1);",
-        ": make_float2(1, 1);",
+        "return make_float2(-1, -1);",
+        "return make_float2(1, 1);",
     ),
     "the sums of another thread": (
         "warpgroups take stages in turn, several tiles",

@@ -67,14 +67,16 @@ inline void finish_reads() {}
 inline void let_next_kernel_start() {}
 
 inline u64 tile_descriptor(u32 at) { return at >> 4; }
-inline u64 advance(u64 descriptor, u32 bytes) { return descriptor + (bytes >> 4); }
 inline void wgmma_begin() {}
 inline void wgmma_end() {}
 inline void wgmma_wait(int) {}
 template <int COUNT>
 void hold(float (&)[COUNT]) {}
 
-inline float load_constant(const float* from) { return *from; }
+template <class T>
+T __ldg(const T* from) {
+    return *from;
+}
 
 inline float e4m3(uint8_t x) {
     const int exponent = x >> 3 & 15, fraction = x & 7;
