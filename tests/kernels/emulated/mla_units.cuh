@@ -296,6 +296,7 @@ inline uint32_t bf16(float x) {
 }
 inline uint32_t bf16_pair(float low, float high) { return bf16(low) | bf16(high) << 16; }
 
+#ifdef NEAR  // the attention kernel's
 // As wrong as the hardware's may be: what is at most NEAR from the middle between bf16 numbers is on its other side.
 inline float near_exp2(float x) {
     if (std::isnan(x)) return x;
@@ -306,6 +307,7 @@ inline float near_exp2(float x) {
     if (std::abs(behind) > NEAR) return (float)y;
     return bits_of<float>(bits - behind + (behind > 0 ? -1 : 1));
 }
+#endif
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, int) { return (x & 0xFFFF) | y << 16; }  // as it is called
 
 template <class Of>
