@@ -200,6 +200,8 @@ def grouped_shapes(rows: int) -> Iterator[Shape]:
         yield Shape(256, 144, 1, row_blocks=2, row_groups=2, token_box=48, registers=240)
         yield Shape(128, 192, 1, row_groups=2, token_box=64, registers=240)
         yield _MANY
+        yield _WIDE
+        yield _WIDE._replace(share_weight=0, token_box=64)
         yield _WIDEST._replace(cluster=1)
 
 
