@@ -4,7 +4,7 @@ SGLang keeps one vector a token in a pool of slots, and a table of the slots of 
 token. A pass brings the tokens of several requests, at consecutive positions each, so a request's length is its last
 position plus one, in every phase: prefill, chunks, decode, draft, verification. `LatentAttend` writes the vectors and
 calls the bound `mla_attention`: it moves data and computes nothing, and needs none of SGLang's attention backends.
-`LatentBackend` is the backend of that kind to choose: it prepares nothing.
+`LatentBackend` is the backend of that kind to choose. It also carries the block tables into CUDA graphs.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class LatentAttend:
         counts = query_counts(forward_batch, len(positions))
         ends = counts.cumsum(0)
         self.query_start_loc = torch.cat((ends.new_zeros(1), ends))
-        self.seq_lens = positions[ends - 1] + 1
-        self.block_table = backend.req_to_token_pool.req_to_token[forward_batch.req_pool_indices]
+        # All rows with which SGLang pads a graph are at position 0: their requests are as long as their queries.
+        self.seq_lens = torch.maximum(positions[ends - 1] + 1, counts)
+        self.block_table = block_tables(backend, forward_batch.req_pool_indices)
 
     def __call__(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         """See `dsv3_plugin.layers.mla.Attend`."""
@@ -67,27 +68,61 @@ def query_counts(forward_batch: Any, tokens: int) -> torch.Tensor:
     return torch.full_like(requests, tokens // max(len(requests), 1))
 
 
+def block_tables(backend: Any, requests: torch.Tensor) -> torch.Tensor:
+    """The slots of the requests' tokens, int32 [requests, context]."""
+    if isinstance(backend, LatentBackend) and is_recorded(requests):
+        return backend.tables_of_graphs[: len(requests)]
+    return backend.req_to_token_pool.req_to_token[requests]
+
+
+def is_recorded(x: torch.Tensor) -> bool:
+    """Whether what is done with `x` becomes part of a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class LatentBackend(AttentionBackend):
-    """Holds the pools, which is all that `LatentAttend` asks for."""
+    """Holds the pools, which is all that `LatentAttend` asks for in a pass that runs eagerly.
+
+    A CUDA graph reads its inputs where they were when it was recorded. SGLang keeps positions, slots and numbers of
+    requests there. The table of slots it may change as soon as a replay has begun, so the rows of a graph's requests
+    are copied before.
+    """
 
     def __init__(self, runner: Any) -> None:
         super().__init__()
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.req_to_token_pool = runner.req_to_token_pool
         self.max_context_len = runner.model_config.context_len
+        self.tables_of_graphs = self.req_to_token_pool.req_to_token[:0]
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Nothing: `LatentAttend` reads the batch itself."""
 
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Make room for graphs of up to `max_bs` requests."""
+        if len(self.tables_of_graphs) < max_bs:
+            slots = self.req_to_token_pool.req_to_token
+            self.tables_of_graphs = slots.new_zeros(max_bs, slots.shape[1])
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Called before a graph is recorded, and before each of its replays."""
+        requests = forward_batch.req_pool_indices[: forward_batch.batch_size]
+        self.tables_of_graphs[: len(requests)] = self.req_to_token_pool.req_to_token[requests]
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """The length of the requests with which SGLang pads a batch."""
+        return 1
+
 
 class DraftSteps:
-    """What SGLang's draft loop asks for: a backend for each of its steps."""
+    """What SGLang's draft loop asks for: a backend for each of its steps. One graph holds all steps."""
 
     def __init__(self, backend: LatentBackend, steps: int) -> None:
         self.attn_backends = [backend] * steps
-
-    def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Nothing."""
+        self.init_forward_metadata = backend.init_forward_metadata
+        self.init_cuda_graph_state = backend.init_cuda_graph_state
+        self.init_forward_metadata_out_graph = backend.init_forward_metadata_out_graph
+        self.init_forward_metadata_in_graph = backend.init_forward_metadata_in_graph
 
 
 def create_decode_backend(original: Callable[[Any], Any], factory: Any) -> Any:

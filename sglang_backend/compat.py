@@ -6,12 +6,16 @@ warning is logged.
 
 from __future__ import annotations
 
+import logging
 from importlib import metadata
+from typing import Any
 
 import torch
 
 from dsv3_plugin.engines import KILL_SWITCH, untested_version_warning
 from dsv3_plugin.errors import EngineError
+
+logger = logging.getLogger("sglang.dsv3_plugin")
 
 TESTED = ("0.5.17", "0.5.23")
 
@@ -53,8 +57,26 @@ def require_supported(device: torch.device, dtype: torch.dtype) -> None:
     topk = getattr(runtime_context.get_spec(), "speculative_eagle_topk", None)
     if topk not in (None, 1):
         raise EngineError(f"speculative_eagle_topk={topk}; MTP drafts a chain of tokens, so set it to 1")
-    if device.type != "cpu" and not runtime_context.get_exec().graph.disable_cuda_graph:
-        raise EngineError("dsv3-plugin does not run in CUDA graphs under SGLang yet: pass --disable-cuda-graph")
+    if device.type != "cpu":
+        _settle_graphs(arguments, runtime_context.get_exec().graph.cuda_graph_config)
+
+
+def _settle_graphs(arguments: Any, graphs: Any) -> None:
+    """CUDA graphs are for decode and verification, and want `LatentBackend`."""
+    from dsv3_plugin.sglang_backend import attention
+
+    backends = arguments.attention_backend, arguments.decode_attention_backend or attention.NAME
+    if graphs.decode.backend != "disabled" and set(backends) != {attention.NAME}:
+        raise EngineError(
+            "dsv3-plugin runs in CUDA graphs with its own attention backend only:"
+            f" pass --attention-backend {attention.NAME}, or --disable-cuda-graph"
+        )
+    if graphs.prefill.backend != "disabled":
+        graphs.prefill.backend = "disabled"
+        logger.info(
+            "dsv3-plugin: prefill runs without CUDA graphs; SGLang cuts them at attention layers of its own,"
+            " and this model has none"
+        )
 
 
 def model_path() -> str:

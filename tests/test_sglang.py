@@ -75,6 +75,28 @@ def test_the_ends_of_the_version_range(tiny_checkpoint, tmp_path: Path, version:
     assert "is tested with" not in (tmp_path / "kept" / "sglang" / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("environment", ["sglang", "sglang-0.5.17", "sglang-0.5.23"])
+def test_a_pass_in_a_cuda_graph(tiny_checkpoint, environment: str) -> None:
+    """It answers what an eager pass does; rows with which SGLang pads it write into no request's slots."""
+    program = Path(__file__).with_name("sglang_graph.py")
+    command = [python_of(environment), str(program), str(tiny_checkpoint("bf16"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for mode, width in (("DECODE", 1), ("TARGET_VERIFY", 3)):
+        for answer in (
+            f"{mode} equals an eager pass: {[(True, True)] * 3}",
+            f"{mode} reads where it was recorded: True",
+            f"{mode} pads with requests as long as their queries: {[width] * 2}",
+            # The twins.
+            f"{mode}, table read while the graph runs: False",
+            f"{mode}, table of the replay before: False",
+            f"{mode}, slots of the replay before in padded rows: False",
+        ):
+            assert answer in done.stdout.splitlines(), done.stdout
+    assert "two draft steps equal eager ones: True" in done.stdout
+    assert "two draft steps without a table: False" in done.stdout
+
+
 def test_sglang_s_model_package_variable(tiny_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`SGLANG_EXTERNAL_MODEL_PACKAGE` serves our classes without the entry point, on an attention backend of SGLang's
     own.
@@ -267,16 +289,20 @@ class TestBadInput:
             "kv_cache_dtype=fp8_e4m3 was asked for, but the latent cache has the model's dtype",
             "speculative_eagle_topk=2; MTP drafts a chain of tokens, so set it to 1",
             "dsv3-plugin does not serve LoRA adapters",
-            "dsv3-plugin does not run in CUDA graphs under SGLang yet: pass --disable-cuda-graph",
+            "dsv3-plugin runs in CUDA graphs with its own attention backend only: pass --attention-backend dsv3,"
+            " or --disable-cuda-graph",
         ]
+        assert done.stdout.count("no objection to") == 3
+        assert done.stdout.count("prefill runs without CUDA graphs") == 1
 
 
 SETTINGS_PROGRAM = """
-import sys
+import logging, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 import torch
 from sglang.srt.plugins import load_plugins
 load_plugins()
-from sglang.srt.runtime_context import publish
+from sglang.srt.runtime_context import get_exec, publish
 from sglang.srt.server_args import ServerArgs
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.sglang_backend import compat
@@ -288,11 +314,15 @@ for device, graphs, settings in (
     ("cpu", False, {"kv_cache_dtype": "fp8_e4m3"}),
     ("cpu", False, speculative | {"speculative_num_draft_tokens": 4}),
     ("cpu", False, {"enable_lora": True, "lora_target_modules": ["all"], "max_lora_rank": 8}),
+    ("cuda", True, {"attention_backend": "triton"}),
+    ("cuda", False, {"attention_backend": "triton"}),
     ("cuda", True, {}),
-    ("cuda", False, {}),
+    ("cpu", True, {}),
 ):
     common = {"model_path": sys.argv[1], "device": "cpu", "attention_backend": "dsv3", "dtype": "bfloat16"}
-    publish(ServerArgs(**common, disable_cuda_graph=not graphs, **settings), role="scheduler")
+    publish(ServerArgs(**common | {"disable_cuda_graph": not graphs} | settings), role="scheduler")
+    if graphs and device == "cuda":  # as on a GPU
+        get_exec().graph.cuda_graph_config.prefill.backend = "breakable"
     try:
         compat.require_supported(torch.device(device), torch.bfloat16)
         print("no objection to", device, settings)
