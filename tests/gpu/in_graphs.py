@@ -1,0 +1,199 @@
+"""Whether an engine prints in CUDA graphs what it prints without: rows of logits and tokens of one batch, with and
+without drafts, and the time of a step.
+
+    python tests/gpu/in_graphs.py vllm|sglang CHECKPOINT      # on a Hopper card, in the engine's own environment
+
+Each engine is built in a process of its own. Prints one line an engine and one a comparison; exits with 1 if a bit
+differs, or if no pass ran in a graph.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+PROMPTS = tuple(tuple(range(100 * i + 5, 100 * i + 5 + n)) for i, n in enumerate((7, 33, 64, 3, 120, 1, 17)))
+MAX_TOKENS = 48
+CONTEXT = 512
+
+
+class Engine(NamedTuple):
+    """An engine that was built, and what its passes leave behind."""
+
+    generate: Callable[[], list[tuple[int, ...]]]
+    """Answer all prompts once, greedily."""
+    rows: list[torch.Tensor]
+    """Logits of each pass, in order."""
+    eager_passes: list[int]
+    """The passes among them that ran Python."""
+
+
+def vllm(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
+    """vLLM as it starts by default, or eager."""
+    from vllm import LLM, SamplingParams
+
+    speculative = {"speculative_config": {"method": "mtp", "num_speculative_tokens": drafts}} if drafts else {}
+    llm = LLM(
+        checkpoint,
+        max_model_len=CONTEXT,
+        max_num_seqs=8,
+        gpu_memory_utilization=0.3,
+        kv_cache_memory_bytes=64 << 20,
+        enable_prefix_caching=False,
+        enforce_eager=not in_graphs,
+        **speculative,
+    )
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    model = runner.get_model()
+    engine = Engine(lambda: [], [], [])
+    forward, compute_logits = model.forward, model.compute_logits
+
+    def watched_forward(*args: Any, **kwargs: Any) -> Any:
+        engine.eager_passes.append(len(engine.rows))
+        return forward(*args, **kwargs)
+
+    def watched_logits(*args: Any, **kwargs: Any) -> torch.Tensor:
+        engine.rows.append(compute_logits(*args, **kwargs).clone())
+        return engine.rows[-1]
+
+    model.forward, model.compute_logits = watched_forward, watched_logits
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
+
+    def generate() -> list[tuple[int, ...]]:
+        return [tuple(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False)]
+
+    return engine._replace(generate=generate)
+
+
+def sglang(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
+    """SGLang's scheduler with this package's attention backend, in graphs as by default, or eager."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import ServerArgs
+
+    from dsv3_plugin.conformance.protocol import Request
+    from dsv3_plugin.conformance.testees.sglang import build_scheduler, tokenized_request
+
+    speculative = {
+        "speculative_algorithm": "EAGLE",
+        "speculative_num_steps": drafts,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": drafts + 1,
+    }
+    arguments = ServerArgs(
+        model_path=checkpoint,
+        device="cuda",
+        dtype="bfloat16",
+        attention_backend="dsv3",
+        enable_deterministic_inference=True,
+        skip_tokenizer_init=True,
+        context_length=CONTEXT,
+        max_total_tokens=4096,
+        max_running_requests=8,
+        chunked_prefill_size=2048,
+        disable_overlap_schedule=True,
+        random_seed=0,
+        **({"cuda_graph_max_bs_decode": 8} if in_graphs else {"disable_cuda_graph": True}),
+        **(speculative if drafts else {}),
+    )
+    with torch.inference_mode(False), torch.no_grad():
+        scheduler = build_scheduler(arguments)
+    engine = Engine(lambda: [], [], [])
+    runner = scheduler.tp_worker.model_runner
+    forward = runner.forward
+
+    def watched_forward(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if not output.can_run_graph:
+            engine.eager_passes.append(len(engine.rows))
+        engine.rows.append(output.logits_output.next_token_logits.clone())
+        return output
+
+    runner.forward = watched_forward
+    number = 0
+
+    def generate() -> list[tuple[int, ...]]:
+        nonlocal number
+        assert scheduler.flush_cache(), "SGLang did not empty its cache"
+        requests = [Request(prompt_token_ids=prompt, max_tokens=MAX_TOKENS) for prompt in PROMPTS]
+        scheduler.process_input_requests(
+            [tokenized_request(number + i, request, False) for i, request in enumerate(requests)]
+        )
+        number += len(requests)
+        live = list(scheduler.waiting_queue)
+        while True:
+            plan = scheduler.get_next_batch_to_run(
+                running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
+            )
+            scheduler.running_batch, batch = plan.running_batch, plan.batch_to_run
+            if batch:
+                scheduler.process_batch_result(batch, scheduler.run_batch(batch))
+            scheduler.last_batch = batch
+            if not batch:
+                return [tuple(request.output_ids_through_stop) for request in live]
+
+    return engine._replace(generate=generate)
+
+
+ENGINES = {"vllm": vllm, "sglang": sglang}
+
+
+def run(name: str, checkpoint: str, mode: str, drafts: int, to: Path) -> None:
+    """Answer the prompts, keep what was printed, and answer them again for the time of a step."""
+    engine = ENGINES[name](checkpoint, mode == "graphs", drafts)
+    answer = engine.generate()
+    passes, eager = len(engine.rows), len(set(engine.eager_passes))
+    torch.save({"answer": answer, "rows": [row.cpu() for row in engine.rows], "in_graphs": passes - eager}, to)
+    began = time.perf_counter()
+    assert engine.generate() == answer, "the second answer is another one"
+    milliseconds = (time.perf_counter() - began) / (len(engine.rows) - passes) * 1e3
+    print(
+        f"{name} {mode}, {drafts} drafts: {passes - eager} of {passes} passes in graphs, {milliseconds:.2f} ms a step"
+    )
+    sys.stdout.flush()
+    os._exit(0)  # engines keep threads
+
+
+def compare(name: str, drafts: int, eager: dict[str, Any], graphs: dict[str, Any]) -> bool:
+    """Print whether all rows and tokens are equal, and whether a graph ran."""
+    pairs = list(zip(eager["rows"], graphs["rows"], strict=False))
+    wrong = sum(int((a.view(torch.int32) != b.view(torch.int32)).any(-1).sum()) for a, b in pairs if a.shape == b.shape)
+    alike = [a.shape for a in eager["rows"]] == [b.shape for b in graphs["rows"]]
+    rows = sum(len(a) for a in eager["rows"])
+    print(
+        f"{name}, {drafts} drafts: {wrong} of {rows} rows of logits differ; passes alike: {alike};"
+        f" tokens equal: {eager['answer'] == graphs['answer']}; {graphs['in_graphs']} passes ran in graphs"
+    )
+    return not wrong and alike and eager["answer"] == graphs["answer"] and graphs["in_graphs"] > 0
+
+
+def main(name: str, checkpoint: str) -> bool:
+    """Both modes, with no drafts and with two."""
+    equal = True
+    with tempfile.TemporaryDirectory() as folder:
+        for drafts in (0, 2):
+            files = {mode: Path(folder, f"{mode}-{drafts}.pt") for mode in ("eager", "graphs")}
+            for mode, file in files.items():
+                command = [sys.executable, __file__, name, checkpoint, mode, str(drafts), str(file)]
+                subprocess.run(command, check=True)
+            equal &= compare(name, drafts, *(torch.load(file) for file in files.values()))
+    return equal
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        sys.exit(0 if main(*sys.argv[1:]) else 1)
+    run(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))
