@@ -194,6 +194,8 @@ def main(name: str, checkpoint: str) -> bool:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 6) or sys.argv[1] not in ENGINES:
+        sys.exit(__doc__)
     if len(sys.argv) == 3:
         sys.exit(0 if main(*sys.argv[1:]) else 1)
     run(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))
