@@ -26,7 +26,6 @@ from dsv3_plugin.version import __version__
 
 Mode = Literal["strict", "fast"]
 MODE_VARIABLE = "DSV3_PLUGIN_MODE"
-_NO_CERTIFICATE = "has no certificate, which strict mode needs"
 
 CONTRACTS: tuple[Contract, ...] = (
     linear.LINEAR,
@@ -176,20 +175,21 @@ def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] |
     kernels = list(offered_kernels() if kernels is None else kernels)
     bound: dict[str, Callable[..., Any]] = {}
     provenance: list[Choice] = []
-    missing: list[str] = []
+    missing: dict[Contract, str] = {}
     for contract in CONTRACTS:
         if contract.op in _FP8_OPS and not setting.profile.is_fp8:
             bound[contract.op] = partial(_not_bound, contract.op, setting.profile.name)
             continue
         best, refused = _choose(contract, setting, mode, kernels)
         if best is None:
-            missing.append(f"{contract.op} ({'; '.join(refused) or 'nothing offered'})")
+            missing[contract] = f"{contract.op} ({'; '.join(refused) or 'nothing offered'})"
             continue
         bound[contract.op] = best.run
         provenance.append(Choice(contract.op, contract.version, best.provider, best.version, best.certificate, refused))
     if missing:
-        which = "; ".join(missing)
-        advice = f". {MODE_VARIABLE}=fast takes kernels without certificate" if _NO_CERTIFICATE in which else ""
+        fast_helps = any(_choose(contract, setting, "fast", kernels)[0] for contract in missing)
+        advice = f". {MODE_VARIABLE}=fast takes kernels without certificate" if fast_helps else ""
+        which = "; ".join(missing.values())
         raise KernelError(f"no kernel may serve in {mode} mode on {setting.device_type}: {which}{advice}")
     slices = Slices(setting.profile.reduction_slices)
     return Ops(setting=setting, mode=mode, provenance=tuple(provenance), slices=slices, master_weights=None, **bound)
@@ -223,7 +223,7 @@ def refusal(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) ->
     reason = kernel.refuses(setting)
     if reason is None and mode == "strict" and kernel.certificate is None:
         why = f": {kernel.uncertified}" if kernel.uncertified else ""
-        return f"{_NO_CERTIFICATE}{why}"
+        return f"has no certificate, which strict mode needs{why}"
     return reason
 
 
