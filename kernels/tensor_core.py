@@ -20,10 +20,10 @@ from torch.nn.functional import pad
 # Terms of one instruction that are held at a time: its temporaries should stay in the cache.
 _TILE_TERMS = 1 << 17
 _TILE_COLUMNS = 512
-_MIN_EXPONENT = -126
+MIN_EXPONENT = -126
 # Below every exponent, and the sum of two is still an int16.
-_NO_EXPONENT = -10_000
-_SMALLEST = 2.0**-149
+NO_EXPONENT = -10_000
+SMALLEST = 2.0**-149
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Instruction:
     """Terms are cut off as if one of them had at least this exponent."""
 
 
-BF16 = Instruction(16, 25, 23, _MIN_EXPONENT, torch.float64, -133)
+BF16 = Instruction(16, 25, 23, MIN_EXPONENT, torch.float64, -133)
 # Products of e4m3 start at 2**-18 and the accumulator starts from zero, so fp32 holds every term, and a higher floor
 # keeps the scaling inside it and cuts off nothing.
 FP8 = Instruction(32, 13, 13, -6, torch.float32, -64)
@@ -87,7 +87,7 @@ def _chain(instruction: Instruction, a: _Operand, b: _Operand, out: torch.Tensor
     for k in range(0, a.values.shape[0], instruction.depth):
         span = slice(k, k + instruction.depth)
         torch.add(a.exponents[span, :, None], b.exponents[span, None, :], out=exponents)
-        largest = torch.maximum(exponents.amax(0), _exponent(acc, _MIN_EXPONENT)).clamp_min_(instruction.floor)
+        largest = torch.maximum(exponents.amax(0), _exponent(acc, MIN_EXPONENT)).clamp_min_(instruction.floor)
         unit = _power_of_two(instruction.fraction_bits - largest, instruction.dtype)
         torch.mul(a.values[span, :, None], b.values[span, None, :], out=terms)
         total = terms.mul_(unit).trunc_().sum(0)
@@ -102,7 +102,7 @@ def _exponent(x: torch.Tensor, smallest: int) -> torch.Tensor:
         exponent = ((x.view(torch.int64) >> 52) & 0x7FF) - 1023
     else:
         exponent = ((x.view(torch.int32) >> 23) & 0xFF) - 127
-    return exponent.to(torch.int16).clamp_min_(smallest).masked_fill_(x == 0, _NO_EXPONENT)
+    return exponent.to(torch.int16).clamp_min_(smallest).masked_fill_(x == 0, NO_EXPONENT)
 
 
 def _power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -117,4 +117,4 @@ def _cut_off(x: torch.Tensor, fraction_bits: int) -> torch.Tensor:
     if x.dtype == torch.float32:  # sums of e4m3's products are far above the smallest fp32 number
         return (x.view(torch.int32) & -(1 << (23 - fraction_bits))).view(x.dtype) + 0
     cut = (x.view(torch.int64) & -(1 << (52 - fraction_bits))).view(x.dtype)
-    return (cut / _SMALLEST).trunc_().mul_(_SMALLEST).add_(0)
+    return (cut / SMALLEST).trunc_().mul_(SMALLEST).add_(0)

@@ -6,21 +6,17 @@ Terms are exact in fp64 and summed as 64-bit integers; nothing is left to round 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
+from dsv3_plugin.kernels import tensor_core
 from dsv3_plugin.kernels.triton_math import EXACT
 
-if TYPE_CHECKING:
-    from dsv3_plugin.kernels.tensor_core import Instruction
-
 _TILE = 16
-_MIN_EXPONENT = tl.constexpr(-126)
-_NO_EXPONENT = tl.constexpr(-10_000)
-_SMALLEST_NORMAL, _PER_SMALLEST, _SMALLEST = tl.constexpr(2.0**-126), tl.constexpr(2.0**149), tl.constexpr(2.0**-149)
+_MIN_EXPONENT, _NO_EXPONENT = tl.constexpr(tensor_core.MIN_EXPONENT), tl.constexpr(tensor_core.NO_EXPONENT)
+_SMALLEST, _PER_SMALLEST = tl.constexpr(tensor_core.SMALLEST), tl.constexpr(1 / tensor_core.SMALLEST)
+_SMALLEST_NORMAL = tl.constexpr(2.0**tensor_core.MIN_EXPONENT)
 
 
 @triton.jit
@@ -77,7 +73,7 @@ def _dot(
     tl.store(out + at, acc.to(tl.float32), mask=inside)
 
 
-def dot(instruction: Instruction, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+def dot(instruction: tensor_core.Instruction, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """a [M, K] times b [N, K] transposed, bf16 or e4m3, added to c fp32 [M, N], to fp32 [M, N]."""
     c = c.contiguous()
     out = torch.empty_like(c)
