@@ -34,7 +34,8 @@ def version_warning() -> str | None:
 
 
 def require_supported(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise `EngineError` for an engine configuration that this adapter cannot serve exactly.
+    """Raise `EngineError` for an engine configuration that this adapter cannot serve exactly; switch off what it can
+    do without, CUDA graphs of prefill.
 
     The model runs on `device` in `dtype`.
     """
