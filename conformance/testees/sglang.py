@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
 from array import array
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -84,8 +85,9 @@ class SglangTestee:
         inputs = [tokenized_request(index, request, prompt_logits) for index, request in enumerate(requests, first)]
         self.scheduler.process_input_requests(inputs)
         live = {int(req.rid): req for req in self.scheduler.waiting_queue}
-        while self.step():
-            pass
+        for batch in steps(self.scheduler):
+            # For the log: the schedule that the engine chose.
+            print(f"{batch.forward_mode.name} of {len(batch.reqs)} requests", flush=True)
         for index, request in enumerate(requests, first):
             req = live[index]
             if not req.finished():
@@ -100,53 +102,13 @@ class SglangTestee:
             outcome.num_draft_tokens += req.spec_verify_ct * (self.num_speculative_tokens or 0)
             outcome.num_accepted_tokens += req.spec_num_correct_drafts
 
-    def step(self) -> bool:
-        """One turn of the scheduler's own loop; False where it has nothing to do."""
-        scheduler = self.scheduler
-        plan = scheduler.get_next_batch_to_run(running_batch=scheduler.running_batch, last_batch=scheduler.last_batch)
-        scheduler.running_batch, batch = plan.running_batch, plan.batch_to_run
-        if batch:
-            # For the log: the schedule that the engine chose.
-            print(f"{batch.forward_mode.name} of {len(batch.reqs)} requests", flush=True)
-            scheduler.process_batch_result(batch, scheduler.run_batch(batch))
-        scheduler.last_batch = batch
-        return bool(batch)
-
     def start_engine(self, num_speculative_tokens: int) -> None:
         """Build an engine for the job's checkpoint, after taking down the one before."""
-        from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-        from sglang.srt.server_args import ServerArgs
         from sglang.srt.utils import configure_logger
 
-        from dsv3_plugin.sglang_backend import attention
-
         self.stop_engine()
-        ours = attention.NAME in ATTENTION_BACKENDS
-        speculative = {
-            "speculative_algorithm": "EAGLE",
-            "speculative_num_steps": num_speculative_tokens,
-            "speculative_eagle_topk": 1,
-            "speculative_num_draft_tokens": num_speculative_tokens + 1,
-        }
-        arguments = ServerArgs(
-            model_path=self.job.checkpoint,
-            # Said outright: SGLang runs a float32 checkpoint in another dtype by default.
-            dtype=DeepseekV3Config.from_pretrained(self.job.checkpoint).torch_dtype,
-            device=self.job.device,
-            attention_backend=attention.NAME if ours else "triton",
-            # Honours seeds. With its own attention SGLang would cut chunks to multiples of 4096 tokens.
-            enable_deterministic_inference=ours,
-            skip_tokenizer_init=True,
-            context_length=512,
-            max_total_tokens=4096,
-            max_running_requests=8,
-            chunked_prefill_size=MAX_BATCHED_TOKENS,
-            enable_mixed_chunk=True,
-            disable_overlap_schedule=True,
-            disable_cuda_graph=True,
-            random_seed=0,
-            **(speculative if num_speculative_tokens else {}),
-        )
+        job = self.job
+        arguments = server_arguments(job.checkpoint, job.device, num_speculative_tokens, disable_cuda_graph=True)
         configure_logger(arguments)
         self.scheduler = build_scheduler(arguments)
         # Some versions never mix chunks with drafts; the cases with drafts have no chunks.
@@ -170,6 +132,41 @@ class SglangTestee:
         gc.collect()
 
 
+def server_arguments(checkpoint: str, device: str, num_speculative_tokens: int, **graphs: Any) -> Any:
+    """How the suite starts SGLang; `graphs` are its arguments of CUDA graphs."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.server_args import ServerArgs
+
+    from dsv3_plugin.sglang_backend import attention
+
+    ours = attention.NAME in ATTENTION_BACKENDS
+    speculative = {
+        "speculative_algorithm": "EAGLE",
+        "speculative_num_steps": num_speculative_tokens,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": num_speculative_tokens + 1,
+    }
+    return ServerArgs(
+        model_path=checkpoint,
+        # Said outright: SGLang runs a float32 checkpoint in another dtype by default.
+        dtype=DeepseekV3Config.from_pretrained(checkpoint).torch_dtype,
+        device=device,
+        attention_backend=attention.NAME if ours else "triton",
+        # Honours seeds. With its own attention SGLang would cut chunks to multiples of 4096 tokens.
+        enable_deterministic_inference=ours,
+        skip_tokenizer_init=True,
+        context_length=512,
+        max_total_tokens=4096,
+        max_running_requests=8,
+        chunked_prefill_size=MAX_BATCHED_TOKENS,
+        enable_mixed_chunk=True,
+        disable_overlap_schedule=True,
+        random_seed=0,
+        **graphs,
+        **(speculative if num_speculative_tokens else {}),
+    )
+
+
 def build_scheduler(arguments: Any) -> Any:
     """The scheduler of a single rank."""
     from sglang.srt import runtime_context
@@ -184,6 +181,19 @@ def build_scheduler(arguments: Any) -> Any:
     runtime_context.publish(arguments, role="scheduler")
     names = "gpu_id", "tp_rank", "moe_ep_rank", "pp_rank", "attn_cp_rank", "moe_dp_rank"
     return Scheduler(arguments, ports, **dict.fromkeys(names, 0), dp_rank=None)
+
+
+def steps(scheduler: Any) -> Iterator[Any]:
+    """Turns of the scheduler's own loop until it has nothing to do; yields each batch before it runs."""
+    while True:
+        plan = scheduler.get_next_batch_to_run(running_batch=scheduler.running_batch, last_batch=scheduler.last_batch)
+        scheduler.running_batch, batch = plan.running_batch, plan.batch_to_run
+        if batch:
+            yield batch
+            scheduler.process_batch_result(batch, scheduler.run_batch(batch))
+        scheduler.last_batch = batch
+        if not batch:
+            return
 
 
 def tokenized_request(index: int, request: Request, prompt_logits: bool) -> Any:

@@ -56,16 +56,17 @@ def vllm(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
     )
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     model = runner.get_model()
-    engine = Engine(lambda: [], [], [])
+    rows: list[torch.Tensor] = []
+    eager_passes: list[int] = []
     forward, compute_logits = model.forward, model.compute_logits
 
     def watched_forward(*args: Any, **kwargs: Any) -> Any:
-        engine.eager_passes.append(len(engine.rows))
+        eager_passes.append(len(rows))
         return forward(*args, **kwargs)
 
     def watched_logits(*args: Any, **kwargs: Any) -> torch.Tensor:
-        engine.rows.append(compute_logits(*args, **kwargs).clone())
-        return engine.rows[-1]
+        rows.append(compute_logits(*args, **kwargs).clone())
+        return rows[-1]
 
     model.forward, model.compute_logits = watched_forward, watched_logits
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
@@ -74,7 +75,7 @@ def vllm(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
     def generate() -> list[tuple[int, ...]]:
         return [tuple(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False)]
 
-    return engine._replace(generate=generate)
+    return Engine(generate, rows, eager_passes)
 
 
 def sglang(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
@@ -82,44 +83,23 @@ def sglang(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    from sglang.srt.server_args import ServerArgs
-
     from dsv3_plugin.conformance.protocol import Request
-    from dsv3_plugin.conformance.testees.sglang import build_scheduler, tokenized_request
+    from dsv3_plugin.conformance.testees.sglang import build_scheduler, server_arguments, steps, tokenized_request
 
-    speculative = {
-        "speculative_algorithm": "EAGLE",
-        "speculative_num_steps": drafts,
-        "speculative_eagle_topk": 1,
-        "speculative_num_draft_tokens": drafts + 1,
-    }
-    arguments = ServerArgs(
-        model_path=checkpoint,
-        device="cuda",
-        dtype="bfloat16",
-        attention_backend="dsv3",
-        enable_deterministic_inference=True,
-        skip_tokenizer_init=True,
-        context_length=CONTEXT,
-        max_total_tokens=4096,
-        max_running_requests=8,
-        chunked_prefill_size=2048,
-        disable_overlap_schedule=True,
-        random_seed=0,
-        **({"cuda_graph_max_bs_decode": 8} if in_graphs else {"disable_cuda_graph": True}),
-        **(speculative if drafts else {}),
-    )
+    graphs = {"cuda_graph_max_bs_decode": 8} if in_graphs else {"disable_cuda_graph": True}
+    arguments = server_arguments(checkpoint, "cuda", drafts, **graphs)
     with torch.inference_mode(False), torch.no_grad():
         scheduler = build_scheduler(arguments)
-    engine = Engine(lambda: [], [], [])
+    rows: list[torch.Tensor] = []
+    eager_passes: list[int] = []
     runner = scheduler.tp_worker.model_runner
     forward = runner.forward
 
     def watched_forward(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         if not output.can_run_graph:
-            engine.eager_passes.append(len(engine.rows))
-        engine.rows.append(output.logits_output.next_token_logits.clone())
+            eager_passes.append(len(rows))
+        rows.append(output.logits_output.next_token_logits.clone())
         return output
 
     runner.forward = watched_forward
@@ -134,18 +114,11 @@ def sglang(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
         )
         number += len(requests)
         live = list(scheduler.waiting_queue)
-        while True:
-            plan = scheduler.get_next_batch_to_run(
-                running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
-            )
-            scheduler.running_batch, batch = plan.running_batch, plan.batch_to_run
-            if batch:
-                scheduler.process_batch_result(batch, scheduler.run_batch(batch))
-            scheduler.last_batch = batch
-            if not batch:
-                return [tuple(request.output_ids_through_stop) for request in live]
+        for _ in steps(scheduler):
+            pass
+        return [tuple(request.output_ids_through_stop) for request in live]
 
-    return engine._replace(generate=generate)
+    return Engine(generate, rows, eager_passes)
 
 
 ENGINES = {"vllm": vllm, "sglang": sglang}
