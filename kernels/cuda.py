@@ -146,6 +146,15 @@ def build(program: Program) -> Built:
     return Built(bytes(cubin), ptx.decode().rstrip("\0"), said)
 
 
+def shared_bytes_each(blocks: int) -> int:
+    """Of shared memory, what each of so many thread blocks of one multiprocessor may take."""
+    return 228 * 1024 // blocks - 1024
+
+
+SHARED_BYTES = shared_bytes_each(1)
+"""Of shared memory, what one thread block may take."""
+
+
 class Launch(NamedTuple):
     """Programs, threads of each, bytes of shared memory of each.
 
@@ -166,15 +175,15 @@ def _driver() -> Any:
 
 
 @functools.cache
-def function(program: Program, name: str, shared_bytes: int, device: int) -> Any:
-    """The driver's handle of kernel `name` on a device, allowed `shared_bytes` of shared memory."""
+def function(program: Program, name: str, device: int) -> Any:
+    """The driver's handle of kernel `name` on a device, allowed as much shared memory as `SHARED_BYTES`."""
     driver = _driver()
     code = compile_program(program)
     with torch.cuda.device(device):
         module = _checked(driver.cuModuleLoadData(code), f"the machine code of {program.file}")
         handle = _checked(driver.cuModuleGetFunction(module, name.encode()), name)
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(handle, attribute, shared_bytes), f"{shared_bytes} bytes of shared memory")
+        _checked(driver.cuFuncSetAttribute(handle, attribute, SHARED_BYTES), f"{SHARED_BYTES} bytes of shared memory")
     return handle
 
 
@@ -185,7 +194,7 @@ def launch(program: Program, name: str, how: Launch, arguments: Sequence[Any]) -
     Raises `KernelError` with the driver's word.
     """
     driver = _driver()
-    handle = function(program, name, how.shared_bytes, torch.cuda.current_device())
+    handle = function(program, name, torch.cuda.current_device())
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = how.grid, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = how.block, 1, 1

@@ -11,9 +11,6 @@ import torch
 from dsv3_plugin.kernels import cuda
 from dsv3_plugin.kernels.scales import with_contiguous_columns
 
-# Shared memory that a program may have on Hopper.
-_SHARED_BYTES = 232_448
-
 
 class Shape(NamedTuple):
     """How a program of fp8_stream.cu is cut; the names are explained there."""
@@ -84,7 +81,7 @@ class Shape(NamedTuple):
 
     def filled(self, most: int = 32) -> Shape:
         """With as many stages as there is room for."""
-        return self._replace(stages=max(n for n in range(1, most + 1) if self.shared_bytes(n) <= _SHARED_BYTES))
+        return self._replace(stages=max(n for n in range(1, most + 1) if self.shared_bytes(n) <= cuda.SHARED_BYTES))
 
     def program(self) -> cuda.Program:
         """What is to be compiled."""

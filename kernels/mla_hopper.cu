@@ -321,17 +321,17 @@ __device__ __forceinline__ void compute_probabilities(
         wait(&shared.work_full[turn & 1], turn >> 1 & 1);
         const Work& work = shared.work[turn & 1];
         if (work.rows == 0) return;
-        // Rows behind the last one see what the last one sees; nobody stores them.
-        int position[2];
-        for (int i = 0; i < 2; i++)
-            position[i] = work.first_position + (work.tile_row + min(row + 8 * i, work.rows - 1)) / batch.heads;
-        const int lowest = work.first_position + work.tile_row / batch.heads;
         const int blocks = (work.key_end - work.key_begin + KEYS - 1) / KEYS;
         int begin = work.key_begin + ((STAGE ^ block) & 1) * KEYS;
         int own = block + ((STAGE ^ block) & 1);
         block += blocks;
         Copies copies = {key_map, batch, work, 0};
         if (warp == 0 && begin < work.key_end) copies.page = copies.page_of(begin);
+        // Rows behind the last one see what the last one sees; nobody stores them.
+        int position[2];
+        for (int i = 0; i < 2; i++)
+            position[i] = work.first_position + (work.tile_row + min(row + 8 * i, work.rows - 1)) / batch.heads;
+        const int lowest = work.first_position + work.tile_row / batch.heads;
         for (; begin < work.key_end; begin += 2 * KEYS, own += 2) {
             const int parity = own >> 1 & 1, parity_before = (own - 1) >> 1 & 1;
             const bool first = begin % SPLIT_KEYS == 0;
@@ -662,6 +662,8 @@ attend(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMa
     Shared& shared = *(Shared*)(memory + (1024 - address(memory) % 1024) % 1024);
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
     if (threadIdx.x == 0) {
+        prefetch(&q_map);
+        prefetch(&key_map);
         init(&shared.q_full, 1);
         init(&shared.q_empty, 8);
         for (int stage = 0; stage < 2; stage++) {
@@ -679,6 +681,8 @@ attend(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMa
         publish_to_units();
     }
     __syncthreads();
+    wait_for_kernel_before();
+    let_next_kernel_start();
     if (group < 2) {
         take_registers<VALUE_REGISTERS>();
         accumulate_values(shared, batch, group, thread);
@@ -691,18 +695,24 @@ attend(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMa
     }
 }
 
-// Parts that a thread of `fold` loads at once.
-constexpr int FOLD_LOADS = 16;
+// Splits that a thread of `fold` waits for at once.
+constexpr int GROUP = 8;
 
-// Put the stored splits of rows (token, head) together, in their order.
-extern "C" __global__ void __launch_bounds__(128) fold(const __grid_constant__ Batch batch, int all_rows) {
+// Put the stored splits of rows (token, head) together, in their order. They come to `groups` stages of shared memory,
+// GROUP of them each: as many are on their way as there is room for. A thread reads what it has copied itself.
+extern "C" __global__ void __launch_bounds__(128)
+fold(const __grid_constant__ Batch batch, int all_rows, int groups) {
+    extern __shared__ char memory[];
+    float4* parts = (float4*)memory + threadIdx.x;  // [groups, GROUP, 128 threads]
+    const int lane = threadIdx.x % 32, column = threadIdx.x * 4;
+    let_next_kernel_start();
     wait_for_kernel_before();
-    if (!*batch.apart) return;
-    const int lane = threadIdx.x % 32;
+    const bool apart = *batch.apart;
     for (int row = blockIdx.x; row < all_rows; row += gridDim.x) {
         int before = 0;  // works before this request's
         for (int first = 0; first < batch.requests; first += 32) {
             const Lane request = look_at(batch, first + lane);
+            if (!apart) return;  // behind the loads of the lengths: none waits for the other
             const int count = request.tiles * request.splits;
             const uint32_t mine = __ballot_sync(
                 ~0u, row >= request.start * batch.heads && row < (request.start + request.queries) * batch.heads);
@@ -718,40 +728,59 @@ extern "C" __global__ void __launch_bounds__(128) fold(const __grid_constant__ B
             // A tile that sees one split only has its output already.
             if (length - queries + last / batch.heads < SPLIT_KEYS) break;
             const int splits = (length - queries + local / batch.heads) / SPLIT_KEYS + 1;
-            const int slot = before + tile, at = local % ROWS, column = threadIdx.x * 4;
+            const int slot = before + tile, at = local % ROWS;
             const auto part_of = [&](int split) { return (size_t)(slot + split * tiles) * ROWS + at; };
-            const auto load = [&](int split) { return *(const float4*)(batch.parts + part_of(split) * RANK + column); };
-            float2 stats = batch.stats[part_of(0)];
-            float4 output = load(0);
-            for (int behind = 1; behind < splits; behind += 32) {
+            const auto stats_of = [&](int split) { return batch.stats[part_of(min(split, splits - 1))]; };
+            float2 next_stats = stats_of(lane);
+            const auto copy_group = [&](int number, int stage) {
+#pragma unroll
+                for (int i = 0; i < GROUP; i++) {
+                    const int split = number * GROUP + i;
+                    if (split < splits)
+                        copy_number(&parts[(stage * GROUP + i) * 128], batch.parts + part_of(split) * RANK + column);
+                }
+                end_group();
+            };
+            for (int i = 0; i < groups; i++) copy_group(i, i);
+            int stage = 0;
+            float highest = __int_as_float(0xff800000), total = 0.0f;  // -infinity
+            float4 output;
+            for (int behind = 0; behind < splits; behind += 32) {
                 // Lane i has the factors of split `behind + i`. Maxima have no order, so they need no chain.
-                const int count = min(splits - behind, 32);
-                const float2 own_stats = batch.stats[part_of(behind + min(lane, count - 1))];
+                const float2 own_stats = next_stats;
+                next_stats = stats_of(behind + 32 + lane);
                 float maximum = own_stats.x;
                 for (int i = 1; i < 32; i *= 2) {
                     const float other = __shfl_up_sync(~0u, maximum, i);
                     if (lane >= i) maximum = fmaxf(maximum, other);
                 }
                 const float lane_before = __shfl_up_sync(~0u, maximum, 1);
-                const Fold own = fold_of(lane == 0 ? stats.x : fmaxf(stats.x, lane_before), own_stats.x);
-                for (int first = 0; first < count; first += FOLD_LOADS) {
-                    float4 next[FOLD_LOADS];
+                const Fold own = fold_of(lane == 0 ? highest : fmaxf(highest, lane_before), own_stats.x);
+                highest = __shfl_sync(~0u, own.maximum, 31);
+                const int end = min(splits, behind + 32);
+                for (int first = behind; first < end; first += GROUP) {
+                    wait_for_groups_but(groups - 1);
+                    float4 next[GROUP];  // behind the last split, what nobody looks at
 #pragma unroll
-                    for (int i = 0; i < FOLD_LOADS; i++)
-                        if (first + i < count) next[i] = load(behind + first + i);
+                    for (int i = 0; i < GROUP; i++) next[i] = parts[(stage * GROUP + i) * 128];
 #pragma unroll
-                    for (int i = 0; i < FOLD_LOADS; i++) {
-                        if (first + i >= count) break;
-                        const int source = first + i;
+                    for (int i = 0; i < GROUP; i++) {
+                        const int source = first + i - behind;
+                        const float next_total = __shfl_sync(~0u, own_stats.y, source);
                         const Fold fold = {0.0f, __shfl_sync(~0u, own.a, source), __shfl_sync(~0u, own.b, source)};
-                        stats.y = fold(stats.y, __shfl_sync(~0u, own_stats.y, source));
-                        output = make_float4(fold(output.x, next[i].x), fold(output.y, next[i].y),
-                                             fold(output.z, next[i].z), fold(output.w, next[i].w));
+                        if (first + i >= end) continue;
+                        const bool alone = first == 0 && i == 0;  // the first split is taken as it is
+                        total = alone ? next_total : fold(total, next_total);
+                        output.x = alone ? next[i].x : fold(output.x, next[i].x);
+                        output.y = alone ? next[i].y : fold(output.y, next[i].y);
+                        output.z = alone ? next[i].z : fold(output.z, next[i].z);
+                        output.w = alone ? next[i].w : fold(output.w, next[i].w);
                     }
+                    copy_group(first / GROUP + groups, stage);
+                    if (++stage == groups) stage = 0;
                 }
-                stats.x = __shfl_sync(~0u, own.maximum, count - 1);
             }
-            const float over = __frcp_rn(stats.y);
+            const float over = __frcp_rn(total);
             *(uint2*)(batch.out + (size_t)row * RANK + column) =
                 make_uint2(bf16_pair(__fmul_rn(output.x, over), __fmul_rn(output.y, over)),
                            bf16_pair(__fmul_rn(output.z, over), __fmul_rn(output.w, over)));

@@ -25,6 +25,9 @@ _SHARED_BYTES = 27 * 64 * 128 + 2048 + 1024
 # Where the hardware's 2**x rounds to another bf16 number than the contract's does, it is at most so many fp32 numbers
 # from the middle between the two: tests/kernels/test_near_exp2.py tries every x.
 NEAR = 2
+# Eight splits of a row that wait to be folded, and how many such groups `fold` can have on their way.
+_GROUP_BYTES = 8 * RANK * 4
+_GROUPS = 8
 # Splits that may be stored at once, for each multiprocessor: 128 KiB each.
 _PARTS = 8
 
@@ -135,7 +138,11 @@ def mla_attention(
         (2 * latent_cache.stride(1), 128, 2 * latent_cache.stride(0)),
         (128, box_rows, _TILES_A_COPY if box_rows == _KEYS else 1, 1),
     )
-    cuda.launch(PROGRAM, "attend", cuda.Launch(grid, 512, _SHARED_BYTES), (q_map, key_map, batch))
+    cuda.launch(PROGRAM, "attend", cuda.Launch(grid, 512, _SHARED_BYTES, early=True), (q_map, key_map, batch))
     if capacity:
         rows = tokens * heads
-        cuda.launch(PROGRAM, "fold", cuda.Launch(min(rows, 8 * processors), 128, 0, early=True), (batch, rows))
+        blocks = min(rows, 8 * processors)
+        # `fold` comes to multiprocessors that `attend` has left. It takes their shared memory: that spreads it.
+        groups = min(_GROUPS, cuda.shared_bytes_each(-(-blocks // processors)) // _GROUP_BYTES)
+        how = cuda.Launch(blocks, 128, groups * _GROUP_BYTES, early=True)
+        cuda.launch(PROGRAM, "fold", how, (batch, rows, groups))

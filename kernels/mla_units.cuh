@@ -64,13 +64,46 @@ __device__ __forceinline__ void copy_keys(
         : "memory");
 }
 
+// A copy of four numbers to shared memory, behind this thread's back.
+__device__ __forceinline__ void copy_number(float4* to, const float* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(to)), "l"(from) : "memory");
+}
+
+// Ends a group of them, which may be empty.
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `pending` of the ended groups, 7 at most, are still on their way.
+__device__ __forceinline__ void wait_for_groups_but(int pending) {
+    switch (pending) {
+        case 7: asm volatile("cp.async.wait_group 7;" ::: "memory"); break;
+        case 6: asm volatile("cp.async.wait_group 6;" ::: "memory"); break;
+        case 5: asm volatile("cp.async.wait_group 5;" ::: "memory"); break;
+        case 4: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
+        case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
+        case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
+        case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
+        default: asm volatile("cp.async.wait_group 0;" ::: "memory");
+    }
+}
+
+// The copy engine fetches a descriptor before its first copy needs it.
+__device__ __forceinline__ void prefetch(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // Barriers that were initialised become visible to the copy engine.
 __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Waits until the kernel launched before has ended and its writes can be read.
+// Waits until the kernel launched before has ended and its writes can be read. Until then a kernel launched early
+// (cuda.py) must not touch memory that another kernel writes or reads.
 __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Once every thread block has called it, thread blocks of a kernel launched early come to the card where there is room.
+__device__ __forceinline__ void let_next_kernel_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 // Waits for the 128 threads of a warpgroup.
 template <int GROUP>

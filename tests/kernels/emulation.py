@@ -69,8 +69,8 @@ def attend(monkeypatch: Any, library: Any, processors: int, *args: torch.Tensor,
         if name == "attend":
             library.emulate_attend(how.grid, *(ctypes.byref(x) for x in arguments))
         else:
-            batch, rows = arguments
-            library.emulate_fold(min(how.grid, 3), ctypes.byref(batch), rows)
+            batch, rows, groups = arguments
+            library.emulate_fold(min(how.grid, 3), ctypes.byref(batch), rows, groups)
 
     monkeypatch.setattr(cuda, "launch", launch)
     monkeypatch.setattr(cuda, "tensor_map", tensor_map)

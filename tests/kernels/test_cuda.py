@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.kernels import cuda
@@ -32,6 +35,56 @@ def test_a_program_is_compiled_once(tmp_path, monkeypatch):
     cuda.compile_program(program._replace(widths=(8,)))
     assert len(built) == 2
     assert all(file.suffix == ".cubin" for file in (tmp_path / "cache").iterdir())
+
+
+class _Driver:
+    """What `cuda.launch` calls, which remembers it."""
+
+    class CUfunction_attribute:  # noqa: N801 (the driver's name)
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = "shared bytes"
+
+    CUlaunchConfig = SimpleNamespace
+
+    def __init__(self) -> None:
+        self.loaded: list[bytes] = []
+        self.allowed: list[int] = []
+        self.launched: list[int] = []
+
+    def cuModuleLoadData(self, code):  # noqa: N802
+        self.loaded.append(code)
+        return 0, code
+
+    def cuModuleGetFunction(self, module, name):  # noqa: N802
+        return 0, (module, name)
+
+    def cuFuncSetAttribute(self, handle, attribute, value):  # noqa: N802
+        assert attribute == "shared bytes"
+        self.allowed.append(value)
+        return (0,)
+
+    def cuLaunchKernelEx(self, config, handle, arguments, extra):  # noqa: N802
+        self.launched.append(config.sharedMemBytes)
+        return (0,)
+
+
+def test_a_kernel_is_loaded_once_whatever_a_launch_takes(monkeypatch):
+    """A CUDA graph's capture must not load modules, and a batch's rows decide how much shared memory a launch takes."""
+    driver = _Driver()
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "compile_program", lambda program: b"code")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    cuda.function.cache_clear()
+    try:
+        taken = [0, 48 * 1024, cuda.SHARED_BYTES]
+        for shared_bytes in taken:
+            cuda.launch(cuda.Program("any.cu", (), ()), "any", cuda.Launch(1, 32, shared_bytes), (1,))
+    finally:
+        cuda.function.cache_clear()
+    assert driver.loaded == [b"code"]
+    assert driver.allowed == [cuda.SHARED_BYTES]
+    assert driver.launched == taken
 
 
 @pytest.mark.skipif(cuda.available(), reason="NVRTC is installed here")

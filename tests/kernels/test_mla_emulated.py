@@ -14,7 +14,7 @@ if shutil.which("g++") is None:
 
 import emulation
 
-from dsv3_plugin.kernels import mla_hopper, sm90_model
+from dsv3_plugin.kernels import cuda, mla_hopper, sm90_model
 from dsv3_plugin.kernels.cases import numbers
 from dsv3_plugin.kernels.check import bits_differ
 from dsv3_plugin.ops import mla_attention
@@ -81,20 +81,46 @@ def test_wide_integers_and_gaps_in_the_cache(library: Any, monkeypatch: pytest.M
     assert bits_differ(expected((q, cache, *integers)), out) == 0
 
 
-def test_folds_more_splits_than_a_warp_has_lanes(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Splits of one block, so that 40 of them are few keys."""
+@pytest.fixture
+def small_splits(monkeypatch: pytest.MonkeyPatch) -> Batch:
+    """A batch of 40 splits, which are one block each, lest they be many keys."""
     program = mla_hopper.PROGRAM
     parameters = tuple((name, 64 if name == "SPLIT_KEYS" else value) for name, value in program.parameters)
     monkeypatch.setattr(mla_hopper, "PROGRAM", program._replace(parameters=parameters))
     for module in (mla_hopper, mla_attention):
         monkeypatch.setattr(module, "SPLIT_KEYS", 64)
     case = batch([2500], [2], 4, 64)
-    honest = emulation.attend(monkeypatch, emulation.build(tmp_path), 8, *case, scale=SCALE)
-    assert bits_differ(expected(case), honest) == 0
-    forgetful = [("stats.x = __shfl_sync(~0u, own.maximum, count - 1);", "")]
-    (tmp_path / "twin").mkdir()
-    wrong = emulation.attend(monkeypatch, emulation.build(tmp_path / "twin", forgetful), 8, *case, scale=SCALE)
-    assert bits_differ(honest, wrong) > 0
+    q, cache, *_ = case
+    q[..., 512], cache[..., 512] = -200, 4  # no score is near zero
+    return case
+
+
+@pytest.mark.parametrize("room", [40, 16])
+def test_folds_more_splits_than_a_warp_has_lanes(
+    room: int, small_splits: Batch, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 40 splits, all are on their way at once, or 16."""
+    monkeypatch.setattr(cuda, "shared_bytes_each", lambda blocks: room * 2056)
+    out = emulation.attend(monkeypatch, emulation.build(tmp_path), 8, *small_splits, scale=SCALE)
+    assert bits_differ(expected(small_splits), out) == 0
+
+
+SABOTAGED_FOLD = {
+    "forgets the maximum": ("highest = __shfl_sync(~0u, own.maximum, 31);", ""),
+    "begins at zero": ("float highest = __int_as_float(0xff800000)", "float highest = 0.0f"),
+    "begins anew": ("const bool alone = first == 0 && i == 0;", "const bool alone = first == behind && i == 0;"),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGED_FOLD)
+def test_a_sabotaged_fold_is_caught(
+    name: str, small_splits: Batch, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = emulation.build(tmp_path, [SABOTAGED_FOLD[name]])
+    out = emulation.attend(monkeypatch, library, 8, *small_splits, scale=SCALE)
+    wrong = bits_differ(expected(small_splits), out)
+    print(name, wrong, "outputs differ")
+    assert wrong > 0
 
 
 def test_the_hardwares_powers_are_computed_again_where_they_may_round_otherwise(

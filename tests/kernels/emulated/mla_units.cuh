@@ -193,6 +193,7 @@ inline void arrive_warp(uint64_t* barrier, int lane) {
 inline void publish_barriers() {}
 inline void publish_to_units() {}
 inline void wait_for_kernel_before() {}
+inline void let_next_kernel_start() {}
 template <int GROUP>
 void wait_for_group() {
     running->groups[GROUP]->arrive_and_wait();
@@ -211,6 +212,8 @@ struct TensorMap {
     const char* base;
     long long size[4], stride[4], box[4];  // numbers, bytes, numbers
 };
+
+inline void prefetch(const TensorMap*) {}
 
 // Where the layout of 128 swizzled bytes has what would lie at an address.
 inline char* swizzled(uint32_t at) { return memory + (at ^ (at >> 7 & 7) << 4); }
@@ -232,6 +235,10 @@ inline void copy_keys(void* to, const TensorMap* map, uint64_t* barrier, int row
 inline void copy_q(void* to, const TensorMap* map, uint64_t* barrier, int row, int tile) {
     copy_keys(to, map, barrier, row, tile, 0);
 }
+
+inline void copy_number(float4* to, const float* from) { memcpy(to, from, 16); }
+inline void end_group() {}
+inline void wait_for_groups_but(int) {}
 
 inline uint64_t operand(const void* tile) { return address(tile) >> 4; }
 inline void begin_products() {}
