@@ -22,7 +22,7 @@
 // Rows of the first operand, and of the second at most.
 constexpr int ROWS = 64 * ROW_BLOCKS * ROW_GROUPS;
 constexpr int WIDTH = TOKENS_FIRST ? TILE_ROWS : TOKENS;
-static_assert(!TOKENS_FIRST || TOKENS == ROWS, "tokens fill the first operand");
+static_assert(!TOKENS_FIRST || (TOKENS == ROWS && ROW_BLOCKS == 1), "tokens fill the first operand, 64 a warpgroup");
 constexpr int CONSUMERS = ROW_GROUPS * K_GROUPS;
 static_assert(K_GROUPS == 1 || ROW_BLOCKS * ROW_GROUPS * TOKEN_PARTS == 1, "turns are taken on tiles of 64 rows");
 // A warpgroup that waits for a stage has seen the stage's last use: it was its own, or one that it folded behind.
@@ -60,7 +60,7 @@ constexpr int OUT_PITCH = 144;
 constexpr int BOX_BYTES = 16 * 128;
 constexpr bool STORE_BOXES = OUT_BOXES > 0 || IN_RING;
 static_assert(!STORE_BOXES || (TOKENS_FIRST && TILE_ROWS % 64 == 0), "boxes of 16 tokens and 64 rows");
-static_assert(!IN_RING || (TILE_ROWS <= 64 * SLICES && ROW_BLOCKS == 1), "a slice's tokens make room for a box");
+static_assert(!IN_RING || (TILE_ROWS <= 64 * SLICES), "a slice's tokens make room for a box");
 // Boxes that a warp has.
 constexpr int BOXES = OUT_BOXES > 0 ? OUT_BOXES : 1;
 static_assert(TILE_ROWS / 64 % BOXES == 0 || !OUT_BOXES, "a tile begins with the first box");
@@ -148,12 +148,18 @@ struct Place {
     }
 };
 
+// Rows of a tile's weight before the next scale block, counted from its first row.
+__device__ __forceinline__ int scale_border(const Tile& tile) {
+    return TILE_ROWS % 128 == 0 ? 128 : 128 - tile.first_row % 128;
+}
+
 // Where the scales of a thread's rows of the weight are: of the two rows that it has as the first operand, or of the
-// tile's first rows and those from `border` on. Rows that are not stored get any.
+// tile's first rows and those from its border on. Rows that are not stored get any.
 struct WeightScales {
     const float* first;
     const float* second;
-    int border;
+
+    WeightScales() = default;
     __device__ __forceinline__ WeightScales(const Operands& operands, const Tile& tile, int rows_before) {
         const int warp_row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
         const int row = tile.first_row + (TOKENS_FIRST ? 0 : rows_before + (SPLIT ? warp_row : 0));
@@ -161,7 +167,6 @@ struct WeightScales {
         const long long blocks = operands.blocks;
         first = operands.weight_scale + (tile.scale_row + min(row / 128, last)) * blocks;
         second = operands.weight_scale + (tile.scale_row + min((row + (TOKENS_FIRST ? 128 : 8)) / 128, last)) * blocks;
-        border = TILE_ROWS % 128 == 0 ? 128 : 128 - row % 128;
     }
     // Behind the last slice the operands and the tokens' scales are zeros; with a negative scale what is added is -0,
     // which changes no sum.
@@ -178,26 +183,17 @@ template <int COUNT>
 struct Scales {
     float first[TOKENS_FIRST ? 2 : COUNT / 2], second[!SPLIT ? 1 : TOKENS_FIRST ? 2 : COUNT / 2];
 
-    // `token_scales` are those of the first token that the instruction has.
+    __device__ __forceinline__ void set(int at, float2 token, float2 weight) {
+        first[at] = __fmul_rn(token.x, weight.x), first[at + 1] = __fmul_rn(token.y, weight.x);
+        if constexpr (SPLIT) second[at] = __fmul_rn(token.x, weight.y), second[at + 1] = __fmul_rn(token.y, weight.y);
+    }
+
+    // With tokens as the second operand; `token_scales` are those of the first token that the instruction has.
     __device__ __forceinline__ void read(const float* token_scales, float2 weight) {
-        if constexpr (TOKENS_FIRST) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float token = token_scales[threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * half];
-                first[half] = __fmul_rn(token, weight.x);
-                if constexpr (SPLIT) second[half] = __fmul_rn(token, weight.y);
-            }
-        } else {
-#pragma unroll
-            for (int j = 0; j < COUNT / 4; j++) {
-                const float* place = token_scales + 8 * j + threadIdx.x % 4 * 2;
-                const float2 token =
-                    GROUPS > 1 ? make_float2(place[0], place[1]) : *reinterpret_cast<const float2*>(place);
-                first[2 * j] = __fmul_rn(token.x, weight.x), first[2 * j + 1] = __fmul_rn(token.y, weight.x);
-                if constexpr (SPLIT) {
-                    second[2 * j] = __fmul_rn(token.x, weight.y), second[2 * j + 1] = __fmul_rn(token.y, weight.y);
-                }
-            }
+        for (int j = 0; j < COUNT / 4; j++) {
+            const float* place = token_scales + 8 * j + threadIdx.x % 4 * 2;
+            set(2 * j, GROUPS > 1 ? make_float2(place[0], place[1]) : *reinterpret_cast<const float2*>(place), weight);
         }
     }
 
@@ -213,14 +209,15 @@ struct Scales {
 };
 
 // This warp has read a stage: tell all who fill it. Arriving does not wait for loads that are on their way, which the
-// next copy could overtake, so `finish_reads` must have been called; best while the tensor core works.
-__device__ __forceinline__ void give_back(u32 barrier) {
+// next copy could overtake, so `finish_reads` must have been called, best while the tensor core works; or `read` is what
+// `have_arrived` says of them (a warp's load is one instruction, so those who arrive know it of all lanes).
+__device__ __forceinline__ void give_back(u32 barrier, bool read = true) {
     __syncwarp();
     const int lane = threadIdx.x % 32;
     if constexpr (CLUSTER == 1) {
-        if (lane == 0) barrier_arrive(barrier);
+        if (read && lane == 0) barrier_arrive(barrier);
     } else {
-        if (lane < CLUSTER) barrier_arrive_at(barrier, lane);
+        if (read && lane < CLUSTER) barrier_arrive_at(barrier, lane);
     }
 }
 
@@ -327,9 +324,19 @@ __device__ __forceinline__ void store(
     }
 }
 
-__device__ __forceinline__ const float* token_scales_of(
-    const Shared& shared, const Tile& tile, const Place& place, int slice) {
-    return shared.scale_values + place.stage * (SCALE_BYTES / 4) + slice * SCALE_BOX + tile.first_token % 4;
+// Where a thread's tokens' scales begin in a slice's: with tokens first those of the first of its two tokens.
+__device__ __forceinline__ int own_token_scales(const Tile& tile, int row_group) {
+    const int row = row_group * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    return tile.first_token % 4 + (TOKENS_FIRST ? row : 0);
+}
+
+__device__ __forceinline__ const float* token_scales_of(const Shared& shared, const Place& place, int slice, int own) {
+    return shared.scale_values + place.stage * (SCALE_BYTES / 4) + slice * SCALE_BOX + own;
+}
+
+// With tokens first, the scales of a thread's two.
+__device__ __forceinline__ float2 two_of(const float* token_scales) {
+    return make_float2(token_scales[0], token_scales[8]);
 }
 
 // Multiply a tile of N rows of the second operand in K_GROUPS warpgroups that take stages in turn: all multiply at the
@@ -341,6 +348,7 @@ __device__ __forceinline__ void multiply_tile_in_turns(
     const int group = own_warpgroup(), thread = threadIdx.x % 128;
     const int turns = (operands.blocks + SLICES - 1) / SLICES;
     const WeightScales weight_scales(operands, tile, 0);
+    const int own = own_token_scales(tile, 0);
     int turn = (group - place.next_group + K_GROUPS) % K_GROUPS;
     Place mine = place;
     mine.next(turn);
@@ -357,7 +365,11 @@ __device__ __forceinline__ void multiply_tile_in_turns(
 #pragma unroll
         for (int s = 0; s < SLICES; s++) multiply<COUNT>(raw[s], shared, mine.stage, s, 0, 0);
 #pragma unroll
-        for (int s = 0; s < SLICES; s++) scales[s].read(token_scales_of(shared, tile, mine, s), weight[s]);
+        for (int s = 0; s < SLICES; s++) {
+            const float* token_scales = token_scales_of(shared, mine, s, own);
+            if constexpr (TOKENS_FIRST) scales[s].set(0, two_of(token_scales), weight[s]);
+            else scales[s].read(token_scales, weight[s]);
+        }
         finish_reads();
         wgmma_wait(0);
 #pragma unroll
@@ -377,7 +389,7 @@ __device__ __forceinline__ void multiply_tile_in_turns(
             }
         }
 #pragma unroll
-        for (int s = 0; s < SLICES; s++) scales[s].fold(acc, raw[s], weight_scales.border, 0);
+        for (int s = 0; s < SLICES; s++) scales[s].fold(acc, raw[s], scale_border(tile), 0);
         if (turn < turns - 1) {
 #pragma unroll
             for (int i = 0; i < COUNT / 4; i++) {
@@ -401,17 +413,32 @@ __device__ __forceinline__ void give_back_kept(const Shared& shared, Place& plac
     place.kept = -1;
 }
 
-// The scales of the weight in a stage, for each slice and block of rows.
+// The scales of the weight in a stage, for each slice and block of rows, and where those of the next are: computing that
+// anew would take more instructions than all else beside the tensor core's and the folds.
 struct StageScales {
     float2 of[SLICES][ROW_BLOCKS];
+    WeightScales from[ROW_BLOCKS];
+    int left;  // slices that the tile has, from this stage on
 
-    __device__ __forceinline__ void load(const Operands& operands, const Tile& tile, int block) {
-        const int group = ROW_GROUPS == 1 ? 0 : own_warpgroup();
+    __device__ __forceinline__ void begin(const Operands& operands, const Tile& tile, int row_group) {
 #pragma unroll
         for (int r = 0; r < ROW_BLOCKS; r++) {
-            const WeightScales scales(operands, tile, (group * ROW_BLOCKS + r) * 64);
+            from[r] = WeightScales(operands, tile, (row_group * ROW_BLOCKS + r) * 64);
+        }
+        left = operands.blocks;
+        load();
+    }
+    __device__ __forceinline__ void advance() {
 #pragma unroll
-            for (int s = 0; s < SLICES; s++) of[s][r] = scales.load(block + s, operands.blocks);
+        for (int r = 0; r < ROW_BLOCKS; r++) from[r].first += SLICES, from[r].second += SLICES;
+        left -= SLICES;
+        load();
+    }
+    __device__ __forceinline__ void load() {
+#pragma unroll
+        for (int r = 0; r < ROW_BLOCKS; r++) {
+#pragma unroll
+            for (int s = 0; s < SLICES; s++) of[s][r] = from[r].load(s, left);
         }
     }
 };
@@ -421,18 +448,20 @@ struct StageScales {
 template <int N>
 __device__ __forceinline__ void multiply_tile(
     const Tile& tile, const Shared& shared, const Operands& operands, Place& place, Schedule& schedule,
-    StageScales& next) {
+    StageScales& next, int row_group) {
     constexpr int COUNT = N / TOKEN_PARTS / 2, PARTS = SLICES * ROW_BLOCKS * TOKEN_PARTS;
     constexpr int HELD = BUFFERS < PARTS ? BUFFERS : PARTS;
-    const int row_group = ROW_GROUPS == 1 ? 0 : own_warpgroup();
     const auto rows_before = [&](int r) { return (row_group * ROW_BLOCKS + r) * 64; };
-    // Best while the tensor core works; but with one buffer what it needs takes the loop's uniform registers, and that
-    // costs more (measured).
-    constexpr bool LOOK_AHEAD_EARLY = HELD > 1;
+    // Best while the tensor core works; but what it needs takes instructions and registers of the loop, which pays where
+    // nothing else is left at a tile's end (measured).
+    constexpr bool LOOK_AHEAD_EARLY = IN_RING;
+    // Before a stage is given back: the fence waits for everything on its way, the next scales too. With one buffer of
+    // sums waiting for what was read alone is faster, with several it is not (measured).
+    constexpr bool FENCE = HELD > 1;
     if (TOKENS_FIRST && rows_before(0) >= tile.token_count) {
         give_back_kept(shared, place);
         schedule.look_ahead();
-        next.load(operands, schedule.next, 0);
+        next.begin(operands, schedule.next, row_group);
         for (int block = 0; block < operands.blocks; block += SLICES, place.next()) {
             barrier_wait(shared.full + 8 * place.stage, place.phase);
             finish_reads();
@@ -441,10 +470,13 @@ __device__ __forceinline__ void multiply_tile(
         return;
     }
     float acc[ROW_BLOCKS][N / 2] = {}, raw[HELD][COUNT];
-    const int border = WeightScales(operands, tile, 0).border;
+    int border = scale_border(tile), own = own_token_scales(tile, row_group);
+    compute_once(border), compute_once(own);
     for (int block = 0; block < operands.blocks; block += SLICES) {
         const StageScales weight = next;
         const bool keep = IN_RING && block + SLICES >= operands.blocks;
+        float2 tokens[SLICES];
+        bool read = true;
         // Parts of a stage in order: slices, their blocks of rows, their parts of the tokens.
         const auto start = [&](int part) {
             const int t = part % TOKEN_PARTS, r = part / TOKEN_PARTS % ROW_BLOCKS, s = part / TOKEN_PARTS / ROW_BLOCKS;
@@ -452,17 +484,25 @@ __device__ __forceinline__ void multiply_tile(
         };
         const auto finish = [&](int part) {
             const int t = part % TOKEN_PARTS, r = part / TOKEN_PARTS % ROW_BLOCKS, s = part / TOKEN_PARTS / ROW_BLOCKS;
-            const float* token_scales = token_scales_of(shared, tile, place, s);
+            const bool last = part == PARTS - 1;
+            const float* token_scales = token_scales_of(shared, place, s, own);
             Scales<COUNT> scales;
             // Two numbers can wait in registers for the tensor core, as many as there are sums cannot.
-            if (TOKENS_FIRST) {
-                scales.read(token_scales + rows_before(r), weight.of[s][r]);
-                if (part == PARTS - 1) finish_reads();
+            if constexpr (TOKENS_FIRST) {
+                if (t == 0) {
+                    tokens[s] = two_of(token_scales);
+                    if (!FENCE) read = read && have_arrived(tokens[s].x, tokens[s].y);
+                }
+                scales.set(0, tokens[s], weight.of[s][r]);
+                if (FENCE && last) finish_reads();
             }
             wgmma_wait(min(HELD - 1, PARTS - 1 - part));
             hold(raw[part % HELD]);
-            if (TOKENS_FIRST && part == PARTS - 1 && !keep) give_back(shared.empty + 8 * place.stage);
-            if (!TOKENS_FIRST) scales.read(token_scales + 2 * t * COUNT, weight.of[s][r]);
+            if constexpr (TOKENS_FIRST) {
+                if (last && !keep) give_back(shared.empty + 8 * place.stage, read);
+            } else {
+                scales.read(token_scales + 2 * t * COUNT, weight.of[s][r]);
+            }
             scales.fold(acc[r] + t * COUNT, raw[part % HELD], border, 2 * t * COUNT);
         };
         barrier_wait(shared.full + 8 * place.stage, place.phase);
@@ -472,7 +512,7 @@ __device__ __forceinline__ void multiply_tile(
         for (int part = 0; part < PARTS; part++) {
             if (part + HELD - 1 < PARTS) start(part + HELD - 1);
             if (part == 0) {
-                next.load(operands, tile, block + SLICES);
+                next.advance();
                 if (block == 0) {
                     give_back_kept(shared, place);
                     if (LOOK_AHEAD_EARLY) schedule.look_ahead();
@@ -480,13 +520,15 @@ __device__ __forceinline__ void multiply_tile(
             }
             finish(part);
         }
-        if (!TOKENS_FIRST) finish_reads();
-        if (!TOKENS_FIRST) give_back(shared.empty + 8 * place.stage);
+        if constexpr (!TOKENS_FIRST) {
+            finish_reads();
+            give_back(shared.empty + 8 * place.stage);
+        }
         if (keep) place.kept = place.stage;
         place.next();
     }
     if (!LOOK_AHEAD_EARLY) schedule.look_ahead();
-    next.load(operands, schedule.next, 0);
+    next.begin(operands, schedule.next, row_group);
 #pragma unroll
     for (int r = 0; r < ROW_BLOCKS; r++) store<N>(acc[r], shared, operands, tile, rows_before(r), place.kept);
 }
@@ -495,17 +537,17 @@ __device__ __forceinline__ void multiply_tile(
 template <int N>
 __device__ __forceinline__ void multiply_tile_from(
     const Tile& tile, const Shared& shared, const Operands& operands, Place& place, Schedule& schedule,
-    StageScales& next) {
+    StageScales& next, int row_group) {
     if constexpr (!TOKENS_FIRST && N < TOKENS) {
         if (tile.token_count > N) {
-            multiply_tile_from<N + 16>(tile, shared, operands, place, schedule, next);
+            multiply_tile_from<N + 16>(tile, shared, operands, place, schedule, next, row_group);
             return;
         }
     }
     if constexpr (K_GROUPS > 1) {
         multiply_tile_in_turns<N>(tile, shared, operands, place, schedule);
     } else {
-        multiply_tile<N>(tile, shared, operands, place, schedule, next);
+        multiply_tile<N>(tile, shared, operands, place, schedule, next, row_group);
     }
 }
 
@@ -579,11 +621,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CON
 #endif
         wait_for_kernel_before();
         const Operands operands{weight_scale, &out_boxes, out, columns, blocks};
+        const int row_group = ROW_GROUPS == 1 ? 0 : own_warpgroup();
         StageScales next;
-        if (schedule.more) next.load(operands, schedule.next, 0);
+        if (schedule.more) next.begin(operands, schedule.next, row_group);
         while (schedule.more) {
             const Tile tile = schedule.next;
-            multiply_tile_from<TOKENS_FIRST ? TILE_ROWS : 16>(tile, shared, operands, place, schedule, next);
+            multiply_tile_from<TOKENS_FIRST ? TILE_ROWS : 16>(
+                tile, shared, operands, place, schedule, next, row_group);
         }
         if (STORE_BOXES && threadIdx.x % 32 == 0) finish_boxes();
     } else {

@@ -112,7 +112,10 @@ class Shape(NamedTuple):
 # Tiles for many tokens: two slices a stage, whose memory the sums take; and wider ones, which read operands less often.
 _MANY = Shape(128, 128, 2, row_groups=2, cluster=2, tokens_first=1, buffers=2, registers=240, in_ring=1)
 _WIDE = Shape(192, 128, row_groups=2, cluster=2, share_weight=1, tokens_first=1, registers=240, out_boxes=3)
-_WIDEST = Shape(256, 128, row_groups=2, cluster=2, tokens_first=1, token_box=64, token_parts=2, registers=240)
+_WIDEST = Shape(
+    256, 128, row_groups=2, cluster=2, tokens_first=1, token_box=64, token_parts=2, registers=240, out_boxes=2
+)
+_WIDEST_SHARED_WEIGHT = _WIDEST._replace(share_weight=1, token_box=0)
 
 # Ways to cut fp8_stream.cu that differ in kind: what is compiled without a GPU and checked at random shapes.
 DENSE_SAMPLE = (
@@ -127,7 +130,6 @@ DENSE_SAMPLE = (
     _MANY,
     _WIDE,
     _WIDEST,
-    _WIDEST._replace(out_boxes=2),
     Shape(112, 64, 2, cluster=2, share_weight=1, tokens_first=1, buffers=2),
     Shape(192, 128, row_groups=2, cluster=2, share_weight=1, tokens_first=1, token_parts=2, buffers=2, registers=240),
 )
@@ -140,7 +142,7 @@ GROUPED_SAMPLE = (
     _WIDE,
     _WIDE._replace(share_weight=0, token_box=64),
     _WIDEST._replace(cluster=1),
-    _WIDEST._replace(share_weight=1),
+    _WIDEST_SHARED_WEIGHT,
 )
 
 
@@ -178,7 +180,7 @@ def _dense_shapes(columns: int, rows: int, multiprocessors: int) -> Iterator[Sha
         yield _MANY
         yield _WIDE
         yield _WIDEST
-        yield _WIDEST._replace(share_weight=1)
+        yield _WIDEST_SHARED_WEIGHT
 
 
 def grouped_shapes(rows: int) -> Iterator[Shape]:
@@ -199,7 +201,8 @@ def grouped_shapes(rows: int) -> Iterator[Shape]:
         yield _MANY
         yield _WIDE
         yield _WIDE._replace(share_weight=0, token_box=64)
-        yield _WIDEST._replace(cluster=1)
+        yield _WIDEST
+        yield _WIDEST_SHARED_WEIGHT
 
 
 def compile_all(shapes: Iterable[Shape]) -> None:

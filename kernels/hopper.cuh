@@ -100,6 +100,10 @@ __device__ __forceinline__ void finish_reads() {
     asm volatile("fence.acq_rel.cta;" ::: "memory");
 }
 
+// True, but whoever acts on it waits for these two numbers, if they are on their way: the compiler does not know that a
+// sum is never this NaN.
+__device__ __forceinline__ bool have_arrived(float a, float b) { return __float_as_int(a + b) != 0x7fc00001; }
+
 // A kernel launched early (cuda.py) begins before the one before it has ended; until it has waited, it must not touch
 // memory that another kernel writes or reads.
 __device__ __forceinline__ void wait_for_kernel_before() {
@@ -144,6 +148,9 @@ __device__ __forceinline__ void hold(float (&registers)[COUNT]) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(registers[i])::"memory");
 }
+
+// The compiler must not compute this number anew wherever it is needed.
+__device__ __forceinline__ void compute_once(int& number) { asm volatile("" : "+r"(number)); }
 
 // Synchronise the 128 threads of one warpgroup.
 __device__ __forceinline__ void warpgroup_sync(int group) {

@@ -137,7 +137,7 @@ CASES: dict[str, tuple[Shape, int, tuple[Any, ...]]] = {
     ),
     "tokens first, turns": (Shape(16, 64, 4, k_groups=3, tokens_first=1, stages=3), 2, dense(64, 96, 1664)),
     "tokens first, blocks of tokens in a cluster": (
-        Shape(56, 128, row_blocks=2, cluster=2, tokens_first=1, token_box=64, stages=2),
+        Shape(56, 128, row_groups=2, cluster=2, tokens_first=1, token_box=64, stages=2),
         2,
         dense(100, 176, 256),
     ),
@@ -219,8 +219,13 @@ def test_prints_the_models_bits(name, tmp_path, monkeypatch):
 SABOTAGE = {
     "the first slice's scale": (
         "experts without rows and with many",
-        "of[s][r] = scales.load(block + s, operands.blocks)",
-        "of[s][r] = scales.load(0, operands.blocks)",
+        "of[s][r] = from[r].load(s, left)",
+        "of[s][r] = from[r].load(0, left)",
+    ),
+    "the stage's scales before": (
+        "experts without rows and with many",
+        "from[r].first += SLICES, from[r].second += SLICES;",
+        ";",
     ),
     "the neighbour's scale": (
         "experts without rows and with many",
@@ -274,8 +279,8 @@ SABOTAGE = {
     ),
     "the border between scale blocks": (
         "tokens first, tiles across scale blocks",
-        "border = TILE_ROWS % 128 == 0 ? 128 : 128 - row % 128;",
-        "border = 128;",
+        "return TILE_ROWS % 128 == 0 ? 128 : 128 - tile.first_row % 128;",
+        "return 128;",
     ),
 }
 

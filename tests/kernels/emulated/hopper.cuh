@@ -64,7 +64,8 @@ void copy_slices_to_all(u32 target, const TensorMap* map, u32 barrier, int row, 
 inline void barrier_arrive_at(u32 barrier, u32 rank) { barrier_arrive(address_in(barrier, rank)); }
 inline void cluster_sync() { cluster_together->arrive_and_wait(); }
 inline void finish_reads() {}
-inline void let_next_kernel_start() {}
+inline bool have_arrived(float, float) { return true; }
+inline void compute_once(int&) {}
 
 inline u64 tile_descriptor(u32 at) { return at >> 4; }
 inline void wgmma_begin() {}
