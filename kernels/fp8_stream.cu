@@ -78,7 +78,7 @@ struct Shared {
 struct Operands {
     const float* weight_scale;
     const TensorMap* out_boxes;
-    unsigned short* out;
+    u16* out;
     int columns, blocks;
 };
 
@@ -579,7 +579,7 @@ __device__ __forceinline__ void count_tiles(
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CONSUMERS + PRODUCERS, 1) fp8_stream(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap x_scale,
     const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap out_boxes, const float* weight_scale,
-    const long long* counts, unsigned short* out, int rows, int columns, int blocks, int groups) {
+    const long long* counts, u16* out, int rows, int columns, int blocks, int groups) {
     char* memory = shared_memory();
     // The last stage's instructions read ROWS rows.
     char* token_values = memory + STAGES * WEIGHT_BYTES + (TOKENS_FIRST ? 0 : ROWS - TILE_ROWS) * 128;
@@ -616,9 +616,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CON
     schedule.look_ahead();
     Place place;
     if (warp < 4 * CONSUMERS) {
-#if CONSUMER_REGISTERS
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-#endif
+        if constexpr (CONSUMER_REGISTERS > 0) take_registers<CONSUMER_REGISTERS>();
         wait_for_kernel_before();
         const Operands operands{weight_scale, &out_boxes, out, columns, blocks};
         const int row_group = ROW_GROUPS == 1 ? 0 : own_warpgroup();
@@ -631,9 +629,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CON
         }
         if (STORE_BOXES && threadIdx.x % 32 == 0) finish_boxes();
     } else {
-#if CONSUMER_REGISTERS
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-#endif
+        if constexpr (CONSUMER_REGISTERS > 0) give_registers<24>();
         if (warp > 4 * CONSUMERS || threadIdx.x % 32 > 0) return;
         wait_for_kernel_before();
         let_next_kernel_start();

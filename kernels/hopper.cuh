@@ -1,10 +1,13 @@
-// Hopper's asynchronous units in CUDA C++: barriers in shared memory, tensor copies, and the addresses that the tensor
-// core reads. `wgmma` itself is written by cuda.py, because inline assembly takes no arrays.
+// Hopper's asynchronous units in CUDA C++: barriers in shared memory, tensor copies, the addresses that the tensor core
+// reads. All inline assembly is in headers, so that tests can put functions of a CPU in its place
+// (tests/kernels/emulated): what attention alone asks for is in mla_units.cuh, and fp8's `wgmma` is written by cuda.py,
+// because inline assembly takes no arrays.
 
 #pragma once
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
+typedef unsigned short u16;
 
 // A descriptor that the driver encoded (CUtensorMap).
 struct alignas(64) TensorMap {
@@ -65,9 +68,10 @@ __device__ __forceinline__ void copy_slices_to_all(u32 target, const TensorMap* 
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
         " [%0], [%1, {0, %3, %4}], [%2], %5;" ::"r"(target),
-        "l"(map), "r"(barrier), "r"(row), "r"(slice), "h"((unsigned short)((1 << PROGRAMS) - 1)) : "memory");
+        "l"(map), "r"(barrier), "r"(row), "r"(slice), "h"((u16)((1 << PROGRAMS) - 1)) : "memory");
 }
 
+// The copy engine fetches a descriptor before its first copy needs it.
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -104,14 +108,26 @@ __device__ __forceinline__ void finish_reads() {
 // sum is never this NaN.
 __device__ __forceinline__ bool have_arrived(float a, float b) { return __float_as_int(a + b) != 0x7fc00001; }
 
-// A kernel launched early (cuda.py) begins before the one before it has ended; until it has waited, it must not touch
-// memory that another kernel writes or reads.
+// Wait until the kernel launched before has ended and its writes can be read. Until then a kernel launched early
+// (cuda.py) must not touch memory that another kernel writes or reads.
 __device__ __forceinline__ void wait_for_kernel_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// Once every thread block has called it, thread blocks of a kernel launched early come to the card where there is room.
 __device__ __forceinline__ void let_next_kernel_start() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// The threads of a warpgroup have COUNT registers each from here on: more, which others have given, or fewer.
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 // Shared memory, as much as the launch gives.
@@ -176,7 +192,7 @@ __device__ __forceinline__ void store_matrices(u32 target, u32 a, u32 b, u32 c, 
                  : "memory");
 }
 
-// Ordinary writes to shared memory become visible to the copy engine.
+// Ordinary writes to shared memory become visible to the copy engine and the tensor core.
 __device__ __forceinline__ void publish_to_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The copy engine writes a box of a matrix from shared memory, behind this thread's back.

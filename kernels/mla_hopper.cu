@@ -38,7 +38,7 @@ struct Batch {
     int block_size;
     int box_rows;    // keys of one copy: the largest power of two that divides block_size, 64 at most
     float scale;     // of scores, in units of log 2
-    uint16_t* out;   // bf16 [tokens * heads, 512]
+    u16* out;        // bf16 [tokens * heads, 512]
     float* prefixes; // fp32 [thread blocks, 64 * 512], what a tile's earlier splits folded to
     float* parts;    // fp32 [capacity, 64, 512], outputs of splits that `fold` puts together
     float2* stats;   // fp32 [capacity, 64], their maxima and sums
@@ -72,14 +72,20 @@ struct Shared {
     float alpha[2][ROWS], maximum[2][ROWS], total[2][ROWS];
     Work work[2];
     Works works;
-    uint64_t q_full, q_empty;
-    uint64_t work_full[2], work_empty[2];
-    uint64_t full[2][PARTS];
-    uint64_t empty[2][2];  // a half of the columns each
-    uint64_t scaled[2];    // alpha and maximum
-    uint64_t ready[2][2];  // probabilities of 32 keys each
-    uint64_t totalled[2];  // total
+    u64 q_full, q_empty;
+    u64 work_full[2], work_empty[2];
+    u64 full[2][PARTS];
+    u64 empty[2][2];  // a half of the columns each
+    u64 scaled[2];    // alpha and maximum
+    u64 ready[2][2];  // probabilities of 32 keys each
+    u64 totalled[2];  // total
 };
+
+// p * 2**n; n is x rounded to an integer, in the lowest bits of `shifted`. 0 where x is below -125 or NaN.
+__device__ __forceinline__ float times_power(float p, float shifted, float x) {
+    const float scaled = __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
+    return x >= -125.0f ? scaled : 0.0f;
+}
 
 // 2**x of x <= 0: `elementary.exp2_of_nonpositive`. NaN gives 0, which is what rows that have seen no key need.
 __device__ __forceinline__ float exp2_of_nonpositive(float x) {
@@ -90,22 +96,21 @@ __device__ __forceinline__ float exp2_of_nonpositive(float x) {
     p = __fmaf_rn(p, f, EXP2_2);
     p = __fmaf_rn(p, f, EXP2_1);
     p = __fmaf_rn(p, f, 1.0f);
-    const float scaled = __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
-    return x >= -125.0f ? scaled : 0.0f;
+    return times_power(p, shifted, x);
 }
 
 // Probabilities are bf16, so the hardware's 2**x, of a fifth of the instructions, mostly gives them. This says whether
 // some of those looked at may be others: where bf16 of `near_exp2(x)` and of `exp2_of_nonpositive(x)` differ, the first
 // is at most NEAR fp32 numbers from the middle between two bf16 numbers. Below 2**-125 the contract has 0, and for NaN.
 struct Doubt {
-    static constexpr uint32_t MIDDLE = 0x8000;               // in the half of an fp32 number that rounding drops
-    static constexpr uint32_t LEAST = 0x0100, ONE = 0x3F80;  // 2**-125 and 1 in bf16
-    uint32_t nearest = ~0u;  // pair of the least distances from the lower border of what is near
-    uint32_t farthest = 0;   // pair of the largest distances above LEAST; what is not above it wraps around
+    static constexpr u32 MIDDLE = 0x8000;               // in the half of an fp32 number that rounding drops
+    static constexpr u32 LEAST = 0x0100, ONE = 0x3F80;  // 2**-125 and 1 in bf16
+    u32 nearest = ~0u;  // pair of the least distances from the lower border of what is near
+    u32 farthest = 0;   // pair of the largest distances above LEAST; what is not above it wraps around
 
     // Two powers and what they round to.
-    __device__ __forceinline__ void consider(float low, float high, uint32_t pair) {
-        const uint32_t lower_halves = __byte_perm(__float_as_int(low), __float_as_int(high), 0x5410);
+    __device__ __forceinline__ void consider(float low, float high, u32 pair) {
+        const u32 lower_halves = __byte_perm(__float_as_int(low), __float_as_int(high), 0x5410);
         nearest = min_pair(nearest, add_pair(lower_halves, (MIDDLE + NEAR) * 0x10001u));
         farthest = max_pair(farthest, add_pair(pair, (0xFFFF - LEAST) * 0x10001u));
     }
@@ -118,8 +123,7 @@ struct Doubt {
 
 // The same of differences of maxima, multiples of MAXIMUM_STEP: the polynomial is 1.
 __device__ __forceinline__ float power_of_two(float x) {
-    const float scaled = __int_as_float(0x3F800000 + (__float_as_int(__fadd_rn(x, 12582912.0f)) << 23));
-    return x >= -125.0f ? scaled : 0.0f;
+    return times_power(1.0f, __fadd_rn(x, 12582912.0f), x);
 }
 
 // x * y, rounded up to a multiple of MAXIMUM_STEP, a power of two.
@@ -179,7 +183,7 @@ __device__ __forceinline__ Work find_work(const Batch& batch, Works& works, int 
             const int other = __shfl_up_sync(~0u, through, i);
             if (lane >= i) through += other;
         }
-        const uint32_t behind = __ballot_sync(~0u, number < before + through);
+        const u32 behind = __ballot_sync(~0u, number < before + through);
         if (behind) {
             const int source = __ffs(behind) - 1;
             const int start = __shfl_sync(~0u, own.start, source), queries = __shfl_sync(~0u, own.queries, source);
@@ -224,23 +228,23 @@ struct Copies {
 
     __device__ __forceinline__ void start(Shared& shared, int begin, int next, int stage, int parity, int lane) {
         char* keys = shared.keys[stage];
-        uint64_t* full = shared.full[stage];
+        u64* full = shared.full[stage];
         const int row = begin % batch.block_size;
         if (batch.box_rows == KEYS) {
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
                 // The first part lies in the first half of the columns, the second in both, the last one in the second.
-                if (part < 2) wait(&shared.empty[stage][part], parity);
+                if (part < 2) barrier_wait(&shared.empty[stage][part], parity);
                 if (elect()) {
-                    expect(&full[part], PART * TILE);
+                    barrier_expect(&full[part], PART * TILE);
                     copy_keys(keys + part * PART * TILE, map, &full[part], row, part * PART, page);
                 }
             }
             page = page_of(next);
             return;
         }
-        for (int half = 0; half < 2; half++) wait(&shared.empty[stage][half], parity);
-        if (lane < PARTS) expect(&full[lane], PART * TILE);
+        for (int half = 0; half < 2; half++) barrier_wait(&shared.empty[stage][half], parity);
+        if (lane < PARTS) barrier_expect(&full[lane], PART * TILE);
         __syncwarp();
         for (int box = lane; box < KEYS / batch.box_rows; box += 32) {
             const int key = begin + box * batch.box_rows;
@@ -254,12 +258,12 @@ struct Copies {
 
 // Scores of one block: K ascends over the tiles, each used as soon as it is there.
 __device__ __forceinline__ void start_scores(Shared& shared, float (&scores)[32], int stage, int parity) {
-    const uint64_t q = operand(shared.q), keys = operand(shared.keys[stage]);
+    const u64 q = operand(shared.q), keys = operand(shared.keys[stage]);
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
         if (tile % PART == 0) {
-            wait(&shared.full[stage][tile / PART], parity);
-            begin_products();
+            barrier_wait(&shared.full[stage][tile / PART], parity);
+            wgmma_begin();
         }
 #pragma unroll
         for (int k = 0; k < 4; k++) {
@@ -267,17 +271,17 @@ __device__ __forceinline__ void start_scores(Shared& shared, float (&scores)[32]
             multiply_scores(scores, q + step, keys + step, tile + k > 0);
         }
     }
-    commit_products();
+    wgmma_end();
 }
 
 // The sum of a row's 64 probabilities by halves; this thread has columns 8 i + 2 (lane % 4) and the one behind as the
 // row's pair i.
-__device__ __forceinline__ float fold_sum(const uint32_t (&pairs)[16], int row) {
+__device__ __forceinline__ float fold_sum(const u32 (&pairs)[16], int row) {
     float sum[2];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         const auto at = [&](int i) {
-            const uint32_t pair = pairs[2 * i + row];
+            const u32 pair = pairs[2 * i + row];
             return __int_as_float(j == 0 ? pair << 16 : pair & 0xFFFF0000);
         };
         const float even = __fadd_rn(__fadd_rn(at(0), at(4)), __fadd_rn(at(2), at(6)));
@@ -309,16 +313,16 @@ __device__ __forceinline__ void compute_probabilities(
             Work next;
             do next = find_work(batch, shared.works, lane);
             while (next.rows > 0 && next.key_begin >= next.key_end);
-            wait(&shared.work_empty[turn & 1], (turn >> 1 & 1) ^ 1);
+            barrier_wait(&shared.work_empty[turn & 1], (turn >> 1 & 1) ^ 1);
             if (lane == 0) shared.work[turn & 1] = next;
             arrive_warp(&shared.work_full[turn & 1], lane);
-            wait(&shared.q_empty, (turn & 1) ^ 1);
+            barrier_wait(&shared.q_empty, (turn & 1) ^ 1);
             if (next.rows > 0 && elect()) {
-                expect(&shared.q_full, BLOCK_BYTES);
+                barrier_expect(&shared.q_full, BLOCK_BYTES);
                 for (int i = 0; i < TILES; i += PART) copy_q(shared.q + i * TILE, q_map, &shared.q_full, next.q_row, i);
             }
         }
-        wait(&shared.work_full[turn & 1], turn >> 1 & 1);
+        barrier_wait(&shared.work_full[turn & 1], turn >> 1 & 1);
         const Work& work = shared.work[turn & 1];
         if (work.rows == 0) return;
         const int blocks = (work.key_end - work.key_begin + KEYS - 1) / KEYS;
@@ -336,11 +340,11 @@ __device__ __forceinline__ void compute_probabilities(
             const int parity = own >> 1 & 1, parity_before = (own - 1) >> 1 & 1;
             const bool first = begin % SPLIT_KEYS == 0;
             if (warp == 0) copies.start(shared, begin, begin + 2 * KEYS, STAGE, parity ^ 1, lane);
-            wait(&shared.q_full, turn & 1);
+            barrier_wait(&shared.q_full, turn & 1);
             float scores[32];
             start_scores(shared, scores, STAGE, parity);
             // The block before is the other warpgroup's; its maxima are read while the tensor core works.
-            if (own > 0) wait(&shared.scaled[STAGE ^ 1], parity_before);
+            if (own > 0) barrier_wait(&shared.scaled[STAGE ^ 1], parity_before);
             float before[2], maximum[2], alpha[2];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
@@ -348,7 +352,7 @@ __device__ __forceinline__ void compute_probabilities(
                 maximum[r] = before[r];
                 alpha[r] = 1.0f;
             }
-            finish_products();
+            wgmma_wait(0);
             if (begin + KEYS > lowest + 1) {
 #pragma unroll
                 for (int i = 0; i < 32; i++) {
@@ -387,29 +391,29 @@ __device__ __forceinline__ void compute_probabilities(
             const int to_row = warp * 16 + lane % 16;
             char* to = shared.keys[STAGE] + 8 * TILE + to_row * 128;
             const auto exponent = [&](int i) { return __fmaf_rn(scores[i], batch.scale, -maximum[i / 2 % 2]); };
-            uint32_t pairs[16];  // of probabilities
+            u32 pairs[16];  // of probabilities
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 Doubt doubt;
 #pragma unroll
                 for (int i = 8 * half; i < 8 * half + 8; i++) {
                     const float low = near_exp2(exponent(2 * i)), high = near_exp2(exponent(2 * i + 1));
-                    pairs[i] = bf16_pair(low, high);
+                    pairs[i] = pack_bf16(low, high);
                     doubt.consider(low, high, pairs[i]);
                 }
                 if (doubt.any()) {
 #pragma unroll
                     for (int i = 8 * half; i < 8 * half + 8; i++) {
                         const float low = exp2_of_nonpositive(exponent(2 * i));
-                        pairs[i] = bf16_pair(low, exp2_of_nonpositive(exponent(2 * i + 1)));
+                        pairs[i] = pack_bf16(low, exp2_of_nonpositive(exponent(2 * i + 1)));
                     }
                 }
                 // The rotary tile is overwritten: all warps must have read it.
-                if (half == 0) wait_for_group<STAGE>();
+                if (half == 0) warpgroup_sync(STAGE);
 #pragma unroll
                 for (int i = 4 * half; i < 4 * half + 4; i += 2) {
-                    const uint32_t* p = pairs + 2 * i;
-                    store_matrices(to + ((i + lane / 16) ^ (to_row % 8)) * 16, p[0], p[1], p[2], p[3]);
+                    const u32* p = pairs + 2 * i;
+                    store_matrices(shared_address(to + ((i + lane / 16) ^ (to_row % 8)) * 16), p[0], p[1], p[2], p[3]);
                 }
                 if (half == 0 && begin + KEYS > work.visible) {
                     // What lies behind the last key may be NaN, and 0 times NaN is NaN.
@@ -422,7 +426,7 @@ __device__ __forceinline__ void compute_probabilities(
                 }
                 arrive_warp(&shared.ready[STAGE][half], lane);
             }
-            if (own > 0) wait(&shared.totalled[STAGE ^ 1], parity_before);
+            if (own > 0) barrier_wait(&shared.totalled[STAGE ^ 1], parity_before);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const float total_before = first ? 0.0f : shared.total[STAGE ^ 1][row + 8 * r];
@@ -510,17 +514,17 @@ __device__ __forceinline__ void exchange(T& a, T& b) {
 
 template <bool FOLDED>
 __device__ __forceinline__ void store_output(
-    const float (&left)[64], const float (&right)[64], const float4* prefix, const Rows& rows, uint16_t* out) {
+    const float (&left)[64], const float (&right)[64], const float4* prefix, const Rows& rows, u16* out) {
     const float over[2] = {__frcp_rn(rows.total[0]), __frcp_rn(rows.total[1])};
-    uint32_t pairs[2][2];
+    u32 pairs[2][2];
     finish_split<FOLDED>(left, right, prefix, rows, [&](int i, float4 x) {
-        pairs[0][i % 2] = bf16_pair(__fmul_rn(x.x, over[0]), __fmul_rn(x.y, over[0]));
-        pairs[1][i % 2] = bf16_pair(__fmul_rn(x.z, over[1]), __fmul_rn(x.w, over[1]));
+        pairs[0][i % 2] = pack_bf16(__fmul_rn(x.x, over[0]), __fmul_rn(x.y, over[0]));
+        pairs[1][i % 2] = pack_bf16(__fmul_rn(x.z, over[1]), __fmul_rn(x.w, over[1]));
         if (i % 2 == 0) return;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             exchange(pairs[r][0], pairs[r][1]);
-            uint16_t* to = out + 8 * r * RANK + 8 * (i - 1);
+            u16* to = out + 8 * r * RANK + 8 * (i - 1);
             if (rows.left > 8 * r) *(uint2*)to = make_uint2(pairs[r][0], pairs[r][1]);
         }
     });
@@ -550,7 +554,7 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
     float4* prefix = (float4*)batch.prefixes + (size_t)(blockIdx.x * 2 + half) * 32 * 128 + thread;
     int block = 0;
     for (int turn = 0;; ++turn) {
-        wait(&shared.work_full[turn & 1], turn >> 1 & 1);
+        barrier_wait(&shared.work_full[turn & 1], turn >> 1 & 1);
         const Work& work = shared.work[turn & 1];
         if (work.rows == 0) return;
         Rows rows;
@@ -565,7 +569,7 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
             const int end = min(split + SPLIT_KEYS, work.key_end);
             for (int begin = split; begin < end; begin += KEYS, ++block) {
                 const int stage = block & 1, parity = block >> 1 & 1;
-                wait(&shared.scaled[stage], parity);
+                barrier_wait(&shared.scaled[stage], parity);
                 const float alpha[2] = {shared.alpha[stage][row], shared.alpha[stage][row + 8]};
                 // A factor of one changes nothing.
                 if (begin != split && __any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) {
@@ -575,28 +579,28 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
                         right[i] = __fmul_rn(right[i], alpha[i / 2 % 2]);
                     }
                 }
-                wait(&shared.full[stage][half], parity);
-                wait(&shared.full[stage][half + 1], parity);
+                barrier_wait(&shared.full[stage][half], parity);
+                barrier_wait(&shared.full[stage][half + 1], parity);
                 const char* p = shared.keys[stage] + 8 * TILE + p_row * 128;
-                const uint64_t values = operand(shared.keys[stage] + half * HALF_TILES * TILE);
+                const u64 values = operand(shared.keys[stage] + half * HALF_TILES * TILE);
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
-                    uint32_t of_keys[2][4];
-                    wait(&shared.ready[stage][pair], parity);
+                    u32 of_keys[2][4];
+                    barrier_wait(&shared.ready[stage][pair], parity);
 #pragma unroll
                     for (int i = 0; i < 2; i++)
                         load_matrices(of_keys[i], p + ((4 * pair + 2 * i + lane / 16) ^ (p_row % 8)) * 16);
-                    begin_products();
+                    wgmma_begin();
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        const uint64_t keys = values + ((2 * pair + i) * 2048 >> 4);
+                        const u64 keys = values + ((2 * pair + i) * 2048 >> 4);
                         multiply_values(left, of_keys[i], keys, begin != split || pair + i > 0);
                         multiply_values(right, of_keys[i], keys + (2 * TILE >> 4), begin != split || pair + i > 0);
                     }
                 }
-                commit_products();
+                wgmma_end();
                 if (begin + KEYS >= end) {
-                    wait(&shared.totalled[stage], parity);
+                    barrier_wait(&shared.totalled[stage], parity);
 #pragma unroll
                     for (int r = 0; r < 2; r++) {
                         rows.maximum[r] = shared.maximum[stage][row + 8 * r];
@@ -605,7 +609,7 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
                 }
                 // The next copy overwrites the probabilities.
                 publish_to_units();
-                finish_products();
+                wgmma_wait(0);
                 arrive_warp(&shared.empty[stage][half], lane);
             }
             if (!used) continue;
@@ -621,7 +625,7 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
                 break;
             }
             if (split == 0 && end == work.key_end) {
-                uint16_t* out = batch.out + (size_t)(work.q_row + row) * RANK + column;
+                u16* out = batch.out + (size_t)(work.q_row + row) * RANK + column;
                 store_output<false>(left, right, prefix, rows, out);
                 break;
             }
@@ -641,7 +645,7 @@ __device__ __forceinline__ void accumulate_values(Shared& shared, const Batch& b
                 if (end < work.key_end) {
                     keep_prefix<true>(left, right, prefix, rows);
                 } else {
-                    uint16_t* out = batch.out + (size_t)(work.q_row + row) * RANK + column;
+                    u16* out = batch.out + (size_t)(work.q_row + row) * RANK + column;
                     store_output<true>(left, right, prefix, rows, out);
                 }
             }
@@ -659,25 +663,25 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 attend(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap key_map,
        const __grid_constant__ Batch batch) {
     extern __shared__ char memory[];
-    Shared& shared = *(Shared*)(memory + (1024 - address(memory) % 1024) % 1024);
+    Shared& shared = *(Shared*)(memory + (1024 - shared_address(memory) % 1024) % 1024);
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
     if (threadIdx.x == 0) {
-        prefetch(&q_map);
-        prefetch(&key_map);
-        init(&shared.q_full, 1);
-        init(&shared.q_empty, 8);
+        prefetch_map(&q_map);
+        prefetch_map(&key_map);
+        barrier_init(&shared.q_full, 1);
+        barrier_init(&shared.q_empty, 8);
         for (int stage = 0; stage < 2; stage++) {
-            init(&shared.work_full[stage], 1);
-            init(&shared.work_empty[stage], 16);
-            init(&shared.scaled[stage], 4);
-            init(&shared.totalled[stage], 4);
-            for (int i = 0; i < PARTS; i++) init(&shared.full[stage][i], 1);
+            barrier_init(&shared.work_full[stage], 1);
+            barrier_init(&shared.work_empty[stage], 16);
+            barrier_init(&shared.scaled[stage], 4);
+            barrier_init(&shared.totalled[stage], 4);
+            for (int i = 0; i < PARTS; i++) barrier_init(&shared.full[stage][i], 1);
             for (int i = 0; i < 2; i++) {
-                init(&shared.empty[stage][i], 4);
-                init(&shared.ready[stage][i], 4);
+                barrier_init(&shared.empty[stage][i], 4);
+                barrier_init(&shared.ready[stage][i], 4);
             }
         }
-        publish_barriers();
+        barrier_init_fence();
         publish_to_units();
     }
     __syncthreads();
@@ -714,7 +718,7 @@ fold(const __grid_constant__ Batch batch, int all_rows, int groups) {
             const Lane request = look_at(batch, first + lane);
             if (!apart) return;  // behind the loads of the lengths: none waits for the other
             const int count = request.tiles * request.splits;
-            const uint32_t mine = __ballot_sync(
+            const u32 mine = __ballot_sync(
                 ~0u, row >= request.start * batch.heads && row < (request.start + request.queries) * batch.heads);
             const int source = mine ? __ffs(mine) - 1 : 32;
             before += __reduce_add_sync(~0u, lane < source ? count : 0);
@@ -782,8 +786,8 @@ fold(const __grid_constant__ Batch batch, int all_rows, int groups) {
             }
             const float over = __frcp_rn(total);
             *(uint2*)(batch.out + (size_t)row * RANK + column) =
-                make_uint2(bf16_pair(__fmul_rn(output.x, over), __fmul_rn(output.y, over)),
-                           bf16_pair(__fmul_rn(output.z, over), __fmul_rn(output.w, over)));
+                make_uint2(pack_bf16(__fmul_rn(output.x, over), __fmul_rn(output.y, over)),
+                           pack_bf16(__fmul_rn(output.z, over), __fmul_rn(output.w, over)));
             break;
         }
     }

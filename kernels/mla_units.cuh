@@ -1,72 +1,61 @@
-// What the attention kernel asks of Hopper's asynchronous units: barriers, tensor copies, products, registers. All
-// inline assembly is here, so that tests can put functions of a CPU in its place (tests/kernels/emulated).
+// What the attention kernel alone asks of Hopper's units: barriers by pointer, copies of its tiles, bf16 products, and
+// loads and stores that the L2 cache is told about.
 
 #pragma once
 
-typedef unsigned int uint32_t;
-typedef unsigned long long uint64_t;
-typedef unsigned short uint16_t;
+#include "hopper.cuh"
 
 // A tile is 64 rows of 64 bf16 numbers in the swizzled layout of 128 bytes that copies write and products read.
 constexpr int TILE = 64 * 64 * 2;
 
 // Policies of the L2 cache: keys stream through it, prefixes come back.
-constexpr uint64_t EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
+constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
 
-// A descriptor that the driver encoded.
-struct alignas(64) TensorMap {
-    char opaque[128];
-};
+__device__ __forceinline__ void barrier_init(u64* barrier, int count) { barrier_init(shared_address(barrier), count); }
 
-__device__ __forceinline__ uint32_t address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void init(uint64_t* barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(count));
+__device__ __forceinline__ void barrier_expect(u64* barrier, int bytes) {
+    barrier_expect(shared_address(barrier), bytes);
 }
 
-__device__ __forceinline__ void expect(uint64_t* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void wait(uint64_t* barrier, int parity) {
-    uint32_t done;
+// A loop in C++, while hopper.cuh's is in assembly: with that `attend` spills more registers, and with this the fp8
+// kernel, which was tuned with that, becomes another.
+__device__ __forceinline__ void barrier_wait(u64* barrier, int parity) {
+    u32 done;
     do {
         asm volatile(
             "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
             : "=r"(done)
-            : "r"(address(barrier)), "r"(parity)
+            : "r"(shared_address(barrier)), "r"(parity)
             : "memory");
     } while (!done);
 }
 
 // One arrival of the calling warp, behind everything that its lanes did.
-__device__ __forceinline__ void arrive_warp(uint64_t* barrier, int lane) {
+__device__ __forceinline__ void arrive_warp(u64* barrier, int lane) {
     __syncwarp();
-    if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
+    if (lane == 0) barrier_arrive(shared_address(barrier));
 }
 
 // Copies of boxes of tiles, one tile behind the other: `tile` is the number of the first one.
-__device__ __forceinline__ void copy_q(void* to, const TensorMap* map, uint64_t* barrier, int row, int tile) {
+__device__ __forceinline__ void copy_q(void* to, const TensorMap* map, u64* barrier, int row, int tile) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {0, %2, %3}], [%4];" ::"r"(address(to)),
-        "l"(map), "r"(row), "r"(tile), "r"(address(barrier))
+        "[%0], [%1, {0, %2, %3}], [%4];" ::"r"(shared_address(to)),
+        "l"(map), "r"(row), "r"(tile), "r"(shared_address(barrier))
         : "memory");
 }
 
-__device__ __forceinline__ void copy_keys(
-    void* to, const TensorMap* map, uint64_t* barrier, int row, int tile, int page) {
+__device__ __forceinline__ void copy_keys(void* to, const TensorMap* map, u64* barrier, int row, int tile, int page) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1, {0, %2, %3, %4}], [%5], %6;" ::"r"(address(to)),
-        "l"(map), "r"(row), "r"(tile), "r"(page), "r"(address(barrier)), "l"(EVICT_FIRST)
+        "[%0], [%1, {0, %2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
+        "l"(map), "r"(row), "r"(tile), "r"(page), "r"(shared_address(barrier)), "l"(EVICT_FIRST)
         : "memory");
 }
 
 // A copy of four numbers to shared memory, behind this thread's back.
 __device__ __forceinline__ void copy_number(float4* to, const float* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(to)), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
 // Ends a group of them, which may be empty.
@@ -86,62 +75,21 @@ __device__ __forceinline__ void wait_for_groups_but(int pending) {
     }
 }
 
-// The copy engine fetches a descriptor before its first copy needs it.
-__device__ __forceinline__ void prefetch(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
-// Barriers that were initialised become visible to the copy engine.
-__device__ __forceinline__ void publish_barriers() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-// Waits until the kernel launched before has ended and its writes can be read. Until then a kernel launched early
-// (cuda.py) must not touch memory that another kernel writes or reads.
-__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-// Once every thread block has called it, thread blocks of a kernel launched early come to the card where there is room.
-__device__ __forceinline__ void let_next_kernel_start() {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-// Waits for the 128 threads of a warpgroup.
-template <int GROUP>
-__device__ __forceinline__ void wait_for_group() {
-    asm volatile("bar.sync %0, 128;" ::"n"(GROUP + 1) : "memory");
-}
-
-template <int COUNT>
-__device__ __forceinline__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-
-template <int COUNT>
-__device__ __forceinline__ void give_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-
 // One lane of the warp. The compiler knows that it is one, and that its operands need no vote.
 __device__ __forceinline__ bool elect() {
-    uint32_t chosen;
+    u32 chosen;
     asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(chosen));
     return chosen;
 }
 
 // Operands in shared memory, layout of 128 swizzled bytes: groups of 8 rows are 1024 bytes apart, tiles 8192.
-__device__ __forceinline__ uint64_t operand(const void* tile) {
-    const uint64_t groups = (uint64_t)(1024 >> 4) << 32, tiles = (uint64_t)(TILE >> 4) << 16, swizzle = 1ull << 62;
-    return swizzle | groups | tiles | ((address(tile) & 0x3FFFF) >> 4);
+__device__ __forceinline__ u64 operand(const void* tile) {
+    const u64 groups = (u64)(1024 >> 4) << 32, tiles = (u64)(TILE >> 4) << 16, swizzle = 1ull << 62;
+    return swizzle | groups | tiles | ((shared_address(tile) & 0x3FFFF) >> 4);
 }
 
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void finish_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-// Makes ordinary writes to shared memory visible to products and copies.
-__device__ __forceinline__ void publish_to_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // 64 x 64 scores, 16 deep: rows of queries times rows of keys.
-__device__ __forceinline__ void multiply_scores(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+__device__ __forceinline__ void multiply_scores(float (&d)[32], u64 a, u64 b, int accumulate) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %34, 0; "
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
@@ -161,7 +109,7 @@ __device__ __forceinline__ void multiply_scores(float (&d)[32], uint64_t a, uint
 }
 
 // 64 x 128 outputs, 16 deep: rows of probabilities, which the warps hold, times columns of keys.
-__device__ __forceinline__ void multiply_values(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+__device__ __forceinline__ void multiply_values(float (&d)[64], const u32 (&a)[4], u64 b, int accumulate) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %69, 0; "
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
@@ -190,12 +138,6 @@ __device__ __forceinline__ void multiply_values(float (&d)[64], const uint32_t (
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
-__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
-    uint32_t pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
 // The hardware's 2**x, 0 below fp32's normal range. Its last places are those of no formula.
 __device__ __forceinline__ float near_exp2(float x) {
     float y;
@@ -204,34 +146,27 @@ __device__ __forceinline__ float near_exp2(float x) {
 }
 
 // Two 16-bit numbers at once. A sum wraps around.
-__device__ __forceinline__ uint32_t add_pair(uint32_t a, uint32_t b) {
-    uint32_t pair;
+__device__ __forceinline__ u32 add_pair(u32 a, u32 b) {
+    u32 pair;
     asm("add.u16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
     return pair;
 }
-__device__ __forceinline__ uint32_t min_pair(uint32_t a, uint32_t b) {
-    uint32_t pair;
+__device__ __forceinline__ u32 min_pair(u32 a, u32 b) {
+    u32 pair;
     asm("min.u16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
     return pair;
 }
-__device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {
-    uint32_t pair;
+__device__ __forceinline__ u32 max_pair(u32 a, u32 b) {
+    u32 pair;
     asm("max.u16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
     return pair;
 }
 
-// Stores four 8 x 8 matrices of bf16; lanes 8 i to 8 i + 7 say where the rows of matrix i begin.
-__device__ __forceinline__ void store_matrices(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(to)), "r"(a), "r"(b),
-                 "r"(c), "r"(d)
-                 : "memory");
-}
-
 // Loads four 8 x 8 matrices of bf16, which `store_matrices` stored.
-__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* from) {
+__device__ __forceinline__ void load_matrices(u32 (&x)[4], const void* from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address(from))
+                 : "r"(shared_address(from))
                  : "memory");
 }
 

@@ -36,20 +36,18 @@ def tensor_map(kind: str, address: int, size: Sequence[int], strides: Sequence[i
     return TensorMap(address, four(*sizes), four(*(0, *strides, 0, 0)[:4]), four(*boxes))
 
 
-def compile_kernel(
-    folder: Path, program: cuda.Program, main: str, headers: Sequence[str], replacements: Sequence[tuple[str, str]] = ()
-) -> Any:
+def compile_kernel(folder: Path, program: cuda.Program, main: str, replacements: Sequence[tuple[str, str]] = ()) -> Any:
     """A program as a library, its source changed by `replacements`, each of which must apply.
 
-    `main` of the folder of emulated units gives it functions to call; `headers` replace the kernels' own.
+    `main` of the folder of emulated units gives it functions to call; the headers there replace the kernels' own.
     """
     source = (_KERNELS / program.file).read_text()
     for old, new in replacements:
         assert source.count(old) == 1, (source.count(old), old)
         source = source.replace(old, new)
     (folder / program.file).write_text(source)
-    for name in (*headers, main):
-        shutil.copy(_OWN / name, folder)
+    for file in (*_OWN.glob("*.cuh"), _OWN / main):
+        shutil.copy(file, folder)
     defines = [f"-D{name}={value}" for name, value in program.parameters]
     options = ["-O2", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
     library = folder / "emulated.so"
@@ -59,7 +57,7 @@ def compile_kernel(
 
 def build(folder: Path, replacements: Sequence[tuple[str, str]] = ()) -> Any:
     """The attention kernels as a library."""
-    return compile_kernel(folder, mla_hopper.PROGRAM, "mla_emulated.cpp", ["mla_units.cuh"], replacements)
+    return compile_kernel(folder, mla_hopper.PROGRAM, "mla_emulated.cpp", replacements)
 
 
 def attend(monkeypatch: Any, library: Any, processors: int, *args: torch.Tensor, scale: float) -> torch.Tensor:

@@ -45,6 +45,7 @@ def changed(folder: Path, file: str, old: str, new: str) -> str:
         ("mla.py", "import torch\n", "import torch\n\nX = 1\n"),
         ("mla_hopper.cu", "{", "{ ;"),
         ("mla_units.cuh", "{", "{ ;"),
+        ("hopper.cuh", "{", "{ ;"),
         ("triton_math.py", "import triton\n", "import triton\n\nX = 1\n"),
         ("cuda.py", '= "sm_90a"', '= "sm_90b"'),
     ],

@@ -28,8 +28,7 @@ from dsv3_plugin.profile import ScaleFormat
 
 def build(folder: Path, program: cuda.Program, replacements: Sequence[tuple[str, str]] = ()) -> Any:
     """The kernel as a library, its source changed by `replacements`, each of which must apply."""
-    (folder / "wgmma.cuh").write_text("")
-    return emulation.compile_kernel(folder, program, "fp8_emulated.cpp", ["mla_units.cuh", "hopper.cuh"], replacements)
+    return emulation.compile_kernel(folder, program, "fp8_emulated.cpp", replacements)
 
 
 def run(monkeypatch: Any, library: Any, processors: int, shape: Shape, *args: Any) -> torch.Tensor:

@@ -1,17 +1,28 @@
-// kernels/hopper.cuh on a CPU, on the threads and barriers of mla_units.cuh of this folder, and fp8's `wgmma`.
+// kernels/hopper.cuh on a CPU: Hopper's units are functions that do at once what they would do later; boxes of sums
+// alone are written late.
+//
+// It shows that sums, indices, swizzles and the counting of barriers are right. It cannot show a missing fence.
 
 #pragma once
 
 #include <deque>
 
-#include "mla_units.cuh"
-
-#define __cluster_dims__(...)
+#include "threads.cuh"
 
 typedef uint32_t u32;
 typedef unsigned long long u64;
+typedef uint16_t u16;
 
-inline u32 shared_address(const void* pointer) { return address(pointer); }
+struct TensorMap {
+    const char* base;
+    long long size[4], stride[4], box[4];  // numbers, bytes, numbers
+};
+
+inline u32 shared_address(const void* p) { return (u32)((const char*)p - memory); }
+
+// Where the layout of 128 swizzled bytes has what would lie at an address.
+inline char* swizzled(u32 at) { return memory + (at ^ (at >> 7 & 7) << 4); }
+
 inline Barrier& barrier_at(u32 at) { return barriers.at(memory + at); }
 inline void barrier_init(u32 barrier, u32 count) {
     static std::mutex several;
@@ -52,8 +63,8 @@ inline void copy_slices(u32 target, const TensorMap* map, u32 barrier, int row, 
 inline void prefetch_map(const TensorMap*) {}
 
 // A block's shared memory, and where another block of the cluster has what lies at an address.
-inline u32 cluster_rank() { return blockIdx.x % CLUSTER; }
-inline char* shared_memory() { return memory + (CLUSTER > 1 ? cluster_rank() : 0) * MEMORY; }
+inline u32 cluster_rank() { return blockIdx.x % cluster_blocks; }
+inline char* shared_memory() { return memory + cluster_rank() * MEMORY; }
 inline u32 address_in(u32 at, u32 rank) { return at % MEMORY + rank * MEMORY; }
 
 template <int PROGRAMS>
@@ -66,6 +77,12 @@ inline void cluster_sync() { cluster_together->arrive_and_wait(); }
 inline void finish_reads() {}
 inline bool have_arrived(float, float) { return true; }
 inline void compute_once(int&) {}
+inline void wait_for_kernel_before() {}
+inline void let_next_kernel_start() {}
+template <int COUNT>
+void take_registers() {}
+template <int COUNT>
+void give_registers() {}
 
 inline u64 tile_descriptor(u32 at) { return at >> 4; }
 inline void wgmma_begin() {}
@@ -74,49 +91,16 @@ inline void wgmma_wait(int) {}
 template <int COUNT>
 void hold(float (&)[COUNT]) {}
 
-template <class T>
-T __ldg(const T* from) {
-    return *from;
-}
-
-inline float e4m3(uint8_t x) {
-    const int exponent = x >> 3 & 15, fraction = x & 7;
-    const float size = exponent ? std::ldexp(8.0f + fraction, exponent - 10) : std::ldexp((float)fraction, -9);
-    return (exponent == 15 && fraction == 7 ? NAN : size) * (x & 0x80 ? -1 : 1);
-}
-
-// One instruction: 32 products and the sum so far, cut off 13 bits below the largest exponent, summed, cut to 13 bits.
-inline float multiply_add(const float (&a)[32], const float (&b)[32], float c) {
-    int largest = max(exponent(c), -64);
-    const auto exponent_of = [](float x) { return x == 0 ? -126 : max(exponent(x), -6); };
-    for (int k = 0; k < 32; k++) largest = max(largest, exponent_of(a[k]) + exponent_of(b[k]));
-    const double unit = std::ldexp(1.0, 13 - largest);
-    double sum = std::trunc(c * unit);
-    for (int k = 0; k < 32; k++) sum += std::trunc((double)a[k] * b[k] * unit);
-    return (float)bits_of<double>(bits_of<uint64_t>(sum / unit) & ~((1ull << 39) - 1));
-}
-
-template <int COUNT>
-void wgmma(float (&d)[COUNT], u64 a, u64 b, int add) {
-    const int thread = threadIdx.x % 128, lane = thread % 32;
-    float x[2][32];
-    for (int half = 0; half < 2; half++)
-        for (int k = 0; k < 32; k++)
-            x[half][k] = e4m3(*swizzled((u32)(a << 4) + (thread / 32 * 16 + lane / 4 + 8 * half) * 128 + k));
-    for (int i = 0; i < COUNT / 2; i++) {
-        float y[32];
-        for (int k = 0; k < 32; k++)
-            y[k] = e4m3(*swizzled((u32)(b << 4) + (i / 2 * 8 + lane % 4 * 2 + i % 2) * 128 + k));
-        for (int half = 0; half < 2; half++) {
-            float& sum = d[i / 2 * 4 + half * 2 + i % 2];
-            sum = multiply_add(x[half], y, add ? sum : 0.0f);
-        }
-    }
-}
+// The exponent by which the tensor core lines a number up with others.
+inline int exponent(double x) { return max((int)(bits_of<uint64_t>(x) >> 52 & 0x7FF) - 1023, -126); }
 
 inline void warpgroup_sync(int group) { running->groups[group]->arrive_and_wait(); }
 
-inline u32 pack_bf16(float low, float high) { return bf16_pair(low, high); }
+inline u32 bf16(float x) {
+    const u32 bits = bits_of<u32>(x);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+inline u32 pack_bf16(float low, float high) { return bf16(low) | bf16(high) << 16; }
 
 inline void store_transposed(u32 target, u32 a, u32 b) {
     const int lane = threadIdx.x % 32;
@@ -124,12 +108,21 @@ inline void store_transposed(u32 target, u32 a, u32 b) {
     for (int i = 0; i < 2; i++)
         for (int half = 0; half < 2; half++) {
             const u32 row = __shfl_sync(~0u, target, i * 8 + lane % 4 * 2 + half);
-            const uint16_t x = part[i] >> 16 * half;
+            const u16 x = part[i] >> 16 * half;
             memcpy(memory + row + lane / 4 * 2, &x, 2);
         }
 }
 
-inline void store_matrices(u32 target, u32 a, u32 b, u32 c, u32 d) { store_matrices(memory + target, a, b, c, d); }
+inline void store_matrices(u32 target, u32 a, u32 b, u32 c, u32 d) {
+    const int lane = threadIdx.x % 32;
+    const u32 part[4] = {a, b, c, d};
+    for (int i = 0; i < 4; i++) {
+        const u32 row = __shfl_sync(~0u, target, i * 8 + lane / 4);
+        memcpy(memory + row + lane % 4 * 4, &part[i], 4);
+    }
+}
+
+inline void publish_to_units() {}
 
 // Written as late as the kernel allows.
 static thread_local std::deque<std::function<void()>> boxes;
