@@ -14,8 +14,12 @@ from dsv3_plugin.conformance.protocol import Request, prefix_digest
 
 
 def processed_logprobs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """logits fp32 [..., vocab_size] to log-probabilities of the distribution that a request samples from."""
-    return torch.log_softmax(logits / temperature, dim=-1)
+    """logits fp32 [..., vocab_size] to log-probabilities of the distribution that a request samples from.
+
+    The temperature is a tensor of the logits' device, as in the engines: by a Python number a GPU does not divide, it
+    multiplies by the reciprocal.
+    """
+    return torch.log_softmax(logits / logits.new_tensor(temperature), dim=-1)
 
 
 def next_token(logits: torch.Tensor, request: Request, position: int) -> tuple[int, float | None]:

@@ -3,9 +3,10 @@
     python -m dsv3_plugin.kernels.bench [--only dense] [--json FILE]
 
 A time is the median over replays of a CUDA graph that holds the call several times, each time on other buffers, so that
-the weights are not in the L2 cache; the spread is the 10th to the 90th percentile. The floor is the larger of bytes
-over 4.3 TB/s and operations over 1580 TFLOP/s in fp8 or 790 in bf16, what an H200 was seen to reach. A peer that is not
-installed is named as absent; no time stands without its peer's. Records and tables: `scoreboard`; clock: `measure`.
+the weights are not in the L2 cache; the spread is the 10th to the 90th percentile. The contenders of a case take turns.
+The floor is the larger of bytes over 4.3 TB/s and operations over 1580 TFLOP/s in fp8 or 790 in bf16, what an H200 was
+seen to reach. A peer that is not installed is named as absent; no time stands without its peer's. Records and tables:
+`scoreboard`; clock: `measure`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,16 @@ from dsv3_plugin.kernels import (
     silu_and_mul,
     transformer_engine,
 )
-from dsv3_plugin.kernels.measure import Call, RowBits, Rows, compare_rows, differing_bits, time_calls, workspace_bytes
+from dsv3_plugin.kernels.measure import (
+    Call,
+    RowBits,
+    Rows,
+    capture,
+    compare_rows,
+    differing_bits,
+    time_in_turns,
+    workspace_bytes,
+)
 from dsv3_plugin.kernels.scoreboard import Record, Role, Scoreboard
 from dsv3_plugin.layers.moe import permutation
 from dsv3_plugin.ops import fused
@@ -823,25 +833,26 @@ def measure(group: str, case: Case, *, rotate: bool, rows: RowBits | None) -> li
     if case.is_bound_by_memory:
         for contenders in made:
             contenders.append(("copy", "copy", copy_of(case.bytes_moved)))
-    records: list[Record] = []
+    found: list[dict[str, Any]] = []
+    graphs: dict[int, torch.cuda.CUDAGraph] = {}
     ours: Any = None
-    for name, role, first in made[0]:
-        index = len(records)
+    for index, (name, role, first) in enumerate(made[0]):
         known: dict[str, Any] = {"group": group, "case": case.name, "floor_us": case.floor_us}
         known |= {"contender": name, "role": role}
+        found.append(known)
         if isinstance(first, str):
-            records.append(Record(**known, absent=first))
+            known["absent"] = first
             continue
         calls: list[Call] = [contenders[index][2] for contenders in made]  # type: ignore[misc]
         try:
-            known["workspace_bytes"] = workspace_bytes(first)
+            workspace = workspace_bytes(first)
             result = first()
-            taken = time_calls(calls)
+            graphs[index] = capture(calls)
         except RuntimeError as error:
             torch.cuda.synchronize()
-            records.append(Record(**known, absent=f"not timed: {why_not(error)}"))
+            known["absent"] = f"not timed: {why_not(error)}"
             continue
-        known |= {"median_us": taken.median, "low_us": taken.low, "high_us": taken.high}
+        known["workspace_bytes"] = workspace
         if role == "ours":
             ours = result.clone() if isinstance(result, torch.Tensor) else result
             if rows:
@@ -849,8 +860,10 @@ def measure(group: str, case: Case, *, rotate: bool, rows: RowBits | None) -> li
         elif role != "copy" and (wrong := differing_bits(ours, result)) is not None:
             outputs = ours if isinstance(ours, tuple) else (ours,)
             known |= {"differs": wrong, "outputs": sum(x.numel() for x in outputs)}
-        records.append(Record(**known))
-    return records
+    times = time_in_turns(graphs, copies)
+    for index, taken in times.items():
+        found[index] |= {"median_us": taken.median, "low_us": taken.low, "high_us": taken.high}
+    return [Record(**known) for known in found]
 
 
 @app.command()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 Call = Callable[[], Any]
+Name = TypeVar("Name")
 
+_TURNS, _REST_SECONDS = 3, 0.01
 _COUNTS = (1, 2, 3, 8, 16, 17, 64, 65, 128, 200, 1000)
 
 
@@ -39,8 +42,8 @@ class RowBits(NamedTuple):
     differ: int
 
 
-def time_calls(calls: list[Call], replays: int = 15) -> Time:
-    """Replay a graph of `calls`, each on other buffers."""
+def capture(calls: list[Call]) -> torch.cuda.CUDAGraph:
+    """A graph of `calls`, each on other buffers."""
     calls[0]()
     torch.cuda.synchronize()  # the other stream does not wait for inputs that are still being made
     stream = torch.cuda.Stream()
@@ -52,16 +55,41 @@ def time_calls(calls: list[Call], replays: int = 15) -> Time:
         with torch.cuda.graph(graph, stream=stream):
             for call in calls:
                 call()
+    return graph
+
+
+def time_in_turns(graphs: Mapping[Name, torch.cuda.CUDAGraph], calls: int, replays: int = 5) -> dict[Name, Time]:
+    """The time of one of so many calls in each graph, over three turns of `replays`.
+
+    The card lowers its clock under load, so that what is measured later in one go would look slower: before its burst
+    of replays a graph finds a rested card, and each turn begins with another one.
+    """
+    times: dict[Name, list[float]] = {name: [] for name in graphs}
+    names = list(graphs)
+    for turn in range(_TURNS):
+        first = turn * len(names) // _TURNS
+        for name in names[first:] + names[:first]:
+            torch.cuda.synchronize()
+            time.sleep(_REST_SECONDS)
+            times[name] += _burst(graphs[name], calls, replays)
+    found = {}
+    for name, taken in times.items():
+        deciles = statistics.quantiles(taken, n=10)
+        found[name] = Time(statistics.median(taken), deciles[0], deciles[-1])
+    return found
+
+
+def _burst(graph: torch.cuda.CUDAGraph, calls: int, replays: int) -> list[float]:
+    """Microseconds of one call in each replay but the first."""
     times = []
-    for _ in range(replays + 3):
+    for _ in range(replays + 1):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / len(calls))
-    deciles = statistics.quantiles(times[3:], n=10)
-    return Time(statistics.median(times[3:]), deciles[0], deciles[-1])
+        times.append(begin.elapsed_time(end) * 1000 / calls)
+    return times[1:]
 
 
 def workspace_bytes(call: Call) -> int:

@@ -2,7 +2,7 @@
 
 Every kernel prints the same bits, so that the table is about speed alone; a kernel whose bits differ from the Triton
 kernel's is reported and left out. What is compiled when first called is called first in several processes, which leave
-it in the compilers' caches; then all products are timed one after the other.
+it in the compilers' caches; then the products are timed one after the other, and their makers in turns.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ def _compile_all() -> None:
 
 
 def _measure(product: Product, weights: Sequence[Weight], report: Report) -> Row:
-    """Microseconds of each maker whose bits are the Triton kernel's, in a graph of its calls."""
-    microseconds = {}
+    """Microseconds of each maker whose bits are the Triton kernel's, in graphs of its calls that take turns."""
+    graphs = {}
     makers = product.calls(weights)
     expected = makers["triton"][0]()
     for name, calls in makers.items():
@@ -154,10 +154,11 @@ def _measure(product: Product, weights: Sequence[Weight], report: Report) -> Row
             if wrong:
                 report(f"{name} differs in {wrong} outputs and is left out")
                 continue
-            microseconds[name] = round(measure.time_calls(list(calls), replays=7).median, 2)
+            graphs[name] = measure.capture(list(calls))
         except Exception as error:  # a kernel that cannot run here is not chosen, and the user reads why
             report(f"{name} does not run: {type(error).__name__}: {error}")
-    return _row(product, microseconds)
+    times = measure.time_in_turns(graphs, len(weights), replays=3)
+    return _row(product, {name: round(taken.median, 2) for name, taken in times.items()})
 
 
 def _row(product: Product, microseconds: dict[str, float]) -> Row:

@@ -11,11 +11,13 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dsv3_plugin.conformance import compare, runner
 from dsv3_plugin.conformance.cases import make_cases
 from dsv3_plugin.conformance.protocol import Case, Request, RequestResult, prefix_digest
 from dsv3_plugin.conformance.rows import RowKey, RowRecorder, TokenTracker
+from dsv3_plugin.conformance.sampling import processed_logprobs
 from dsv3_plugin.errors import ConformanceError
 
 TinyCheckpoint = type[Path]
@@ -322,3 +324,27 @@ def test_a_promised_row_must_be_there(tmp_path: Path) -> None:
 def test_an_unknown_testee_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ConformanceError, match="no command after"):
         runner.TesteeCommand.parse("mine=", tmp_path)
+
+
+class Divisors(TorchFunctionMode):
+    """What tensors are divided by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[object] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if "div" in func.__name__:
+            self.seen.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_logits_are_divided_by_the_temperature_on_every_device():
+    """A GPU multiplies by the reciprocal of a Python number, or of a CPU's tensor, and the engines divide."""
+    logits = torch.randn(5, device="meta")
+    with Divisors() as divisors:
+        processed_logprobs(logits, 0.7)
+        _ = logits / 0.7
+    ours, twin = divisors.seen
+    assert isinstance(ours, torch.Tensor) and ours.device == logits.device
+    assert not isinstance(twin, torch.Tensor)

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: `make test` runs this in .envs/kernels")
 
-from dsv3_plugin.kernels import bench, scoreboard
+from dsv3_plugin.kernels import bench, measure, scoreboard
 from dsv3_plugin.kernels.bench import Case, Contenders
 from dsv3_plugin.kernels.measure import RowBits, Time
 
@@ -20,12 +20,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of buffers of every contender that was timed."""
     timed: list[int] = []
 
-    def time_calls(calls: list[bench.Call]) -> Time:
+    def capture(calls: list[bench.Call]) -> str:
         calls[0]()
         timed.append(len(calls))
-        return Time(10.0, 9.0, 12.0)
+        return "a graph"
 
-    monkeypatch.setattr(bench, "time_calls", time_calls)
+    def time_in_turns(graphs: dict[int, str], calls: int) -> dict[int, Time]:
+        assert set(timed) == {calls}
+        return dict.fromkeys(graphs, Time(10.0, 9.0, 12.0))
+
+    monkeypatch.setattr(bench, "capture", capture)
+    monkeypatch.setattr(bench, "time_in_turns", time_in_turns)
     monkeypatch.setattr(bench, "workspace_bytes", lambda call: 512)
     monkeypatch.setattr(bench, "copy_of", lambda bytes_moved: lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -40,7 +45,7 @@ def case(**more: object) -> Case:
         return Contenders(
             lambda: OURS,
             {"theirs": lambda: THEIRS, "absent": bench.peer(lambda: __import__("no_such_peer")), "breaks": breaks},
-            {"slow": lambda: OURS},
+            {"theirs": lambda: OURS},
             served=lambda: OURS,
         )
 
@@ -56,7 +61,7 @@ def test_every_contender_has_a_record_with_its_role(clock):
         ("theirs", "peer"),
         ("absent", "peer"),
         ("breaks", "peer"),
-        ("slow", "invariant"),
+        ("theirs", "invariant"),
         ("copy", "copy"),
     ]
     ours, served, theirs, absent, breaks, slow, copy = records
@@ -66,6 +71,21 @@ def test_every_contender_has_a_record_with_its_role(clock):
     assert "no_such_peer" in str(absent.absent) and absent.median_us is None
     assert breaks.absent == "not timed: too many resources" and breaks.median_us is None
     assert clock == [2, 2, 2, 2, 2], "each timed on two buffers, which a cache of 250 MB cannot hold together"
+
+
+def test_contenders_take_turns_each_on_a_rested_card(monkeypatch):
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure.time, "sleep", lambda seconds: seen.append("rest"))
+
+    def burst(graph: str, calls: int, replays: int) -> list[float]:
+        seen.append(graph)
+        return [len(seen) / calls] * replays
+
+    monkeypatch.setattr(measure, "_burst", burst)
+    times = measure.time_in_turns({0: "a", 1: "b", 2: "c"}, 2)
+    assert seen[::2] == ["rest"] * 9 and seen[1::2] == [*"abc", *"bca", *"cab"]
+    assert times[0].median == 12 / 2, "its places are 2, 12 and 16"
 
 
 def test_buffers_are_not_rotated_where_one_is_larger_than_the_cache(clock):
