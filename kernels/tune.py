@@ -89,18 +89,19 @@ class Product(NamedTuple):
         return torch.empty(self.weight_size, dtype=E4M3, device="cuda"), scales
 
     def calls(self, weights: Sequence[Weight]) -> dict[str, list[Call]]:
-        """Each maker's calls, one a weight."""
+        """Each maker's calls, one a weight; with experts two, of which one has as many tokens for each."""
         choices = {"triton": Choice("triton"), "gluon": Choice("gluon")}
         choices |= {name: Choice("stream", shape) for name, shape in self.cuts().items()}
         tokens = self.rows * max(1, self.groups)
-        operands = [[*quantize.quantize_fp8(bench.bf16(tokens, self.depth), "float32")] for _ in weights]
+        operands = [quantize.quantize_fp8(bench.bf16(tokens, self.depth), "float32") for _ in weights]
+        loads: list[tuple[torch.Tensor, ...]] = [()]
         if self.groups:
+            even = torch.full((self.groups,), self.rows, device="cuda")
             expert = torch.randint(self.groups, (tokens,), device="cuda")
-            for each in operands:
-                each.append(torch.bincount(expert, minlength=self.groups))
+            loads = [(even,), (torch.bincount(expert, minlength=self.groups),)]
         own = fp8_linear.grouped_fp8_linear if self.groups else fp8_linear.fp8_linear
         peer = deep_gemm.grouped_fp8_linear if self.groups else deep_gemm.product
-        arguments = [(*each, *weight) for each, weight in zip(operands, weights, strict=True)]
+        arguments = [(*x, *load, *weight) for x, weight in zip(operands, weights, strict=True) for load in loads]
         calls: dict[str, list[Call]] = {
             name: [partial(own, *each, choice=choice) for each in arguments] for name, choice in choices.items()
         }
@@ -119,7 +120,7 @@ def _call_first(products: Sequence[Product]) -> None:
     for product in products:
         torch.cuda.empty_cache()
         with suppress(Exception):
-            for name, (call,) in product.calls([product.unwritten_weight()]).items():
+            for name, (call, *_) in product.calls([product.unwritten_weight()]).items():
                 with suppress(Exception):
                     if name not in product.cuts():
                         call()
@@ -147,17 +148,17 @@ def _measure(product: Product, weights: Sequence[Weight], report: Report) -> Row
     """Microseconds of each maker whose bits are the Triton kernel's, in graphs of its calls that take turns."""
     graphs = {}
     makers = product.calls(weights)
-    expected = makers["triton"][0]()
+    expected = [call() for call in makers["triton"][:2]]
     for name, calls in makers.items():
         try:
-            wrong = measure.differing_bits(expected, calls[0]())
-            if wrong:
+            wrong = [measure.differing_bits(result, call()) for result, call in zip(expected, calls, strict=False)]
+            if any(wrong):
                 report(f"{name} differs in {wrong} outputs and is left out")
                 continue
             graphs[name] = measure.capture(list(calls))
         except Exception as error:  # a kernel that cannot run here is not chosen, and the user reads why
             report(f"{name} does not run: {type(error).__name__}: {error}")
-    times = measure.time_in_turns(graphs, len(weights), replays=3)
+    times = measure.time_in_turns(graphs, len(makers["triton"]), replays=3)
     return _row(product, {name: round(taken.median, 2) for name, taken in times.items()})
 
 
