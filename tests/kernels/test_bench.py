@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def time_in_turns(graphs: dict[int, str], calls: int) -> dict[int, Time]:
         assert set(timed) == {calls}
-        return dict.fromkeys(graphs, Time(10.0, 9.0, 12.0))
+        return {index: Time(10.0 + index, 9.0, 12.0) for index in graphs}
 
     monkeypatch.setattr(bench, "capture", capture)
     monkeypatch.setattr(bench, "time_in_turns", time_in_turns)
@@ -64,10 +64,11 @@ def test_every_contender_has_a_record_with_its_role(clock):
         ("theirs", "invariant"),
         ("copy", "copy"),
     ]
-    ours, served, theirs, absent, breaks, slow, copy = records
+    ours, served, theirs, absent, breaks, invariant, copy = records
     assert served.differs == 0
     assert (ours.median_us, ours.workspace_bytes, ours.rows_compared, ours.rows_differ) == (10.0, 512, 1000, 0)
-    assert (theirs.differs, theirs.outputs) == (1, 6) and slow.differs == 0 and copy.differs is None
+    assert (theirs.differs, theirs.outputs) == (1, 6) and invariant.differs == 0 and copy.differs is None
+    assert (theirs.median_us, invariant.median_us) == (12.0, 15.0), "of one name, each with a time of its own"
     assert "no_such_peer" in str(absent.absent) and absent.median_us is None
     assert breaks.absent == "not timed: too many resources" and breaks.median_us is None
     assert clock == [2, 2, 2, 2, 2], "each timed on two buffers, which a cache of 250 MB cannot hold together"

@@ -100,7 +100,7 @@ def test_folds_more_splits_than_a_warp_has_lanes(
     room: int, small_splits: Batch, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 40 splits, all are on their way at once, or 16."""
-    monkeypatch.setattr(cuda, "shared_bytes_each", lambda blocks: room * 2056)
+    monkeypatch.setattr(cuda, "shared_bytes_each", lambda blocks: room * mla_hopper.RANK * 4)
     out = emulation.attend(monkeypatch, emulation.build(tmp_path), 8, *small_splits, scale=SCALE)
     assert bits_differ(expected(small_splits), out) == 0
 

@@ -37,7 +37,7 @@ def test_more_tokens_than_measured_rows_take_the_next_row():
 def test_the_stream_kernel_serves_measured_products_only():
     assert selection.choose(256, 4096, 7168, 32, OWN).maker == "stream"
     for groups, columns, depth in ((255, 4096, 7168), (256, 4224, 7168), (256, 4096, 7296), (0, 2104, 7168)):
-        choice = selection.choose(groups, columns, depth, 4, OWN)
+        choice = selection.choose(groups, columns, depth, 32, OWN)
         assert choice.maker != "stream" and choice.shape is None
 
 
