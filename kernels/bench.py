@@ -514,21 +514,26 @@ def log_softmax_cases() -> Iterator[Case]:
     for m in (1, 128, 4096):
 
         def make(m: int = m) -> Contenders:
-            logits = torch.randn(m, _VOCABULARY, device=_DEVICE)
+            logits, temperature = torch.randn(m, _VOCABULARY, device=_DEVICE), _temperature()
 
             def vllm() -> Call:
                 from vllm.model_executor.layers.batch_invariant import log_softmax
 
-                return lambda: log_softmax(logits / _TEMPERATURE, dim=-1)
+                return lambda: log_softmax(logits / temperature, dim=-1)
 
-            return Contenders(lambda: torch.log_softmax(logits / _TEMPERATURE, -1), {}, {"vLLM": peer(vllm)})
+            return Contenders(lambda: torch.log_softmax(logits / temperature, -1), {}, {"vLLM": peer(vllm)})
 
         yield Case(f"log-softmax of torch {m} x {_VOCABULARY}", make, m * _VOCABULARY * 8, rows=_log_softmax_rows)
 
 
 def _log_softmax_rows() -> Rows:
-    logits = torch.randn(_MOST_ROWS, _VOCABULARY, device=_DEVICE)
-    return Rows(_MOST_ROWS, lambda i: torch.log_softmax(logits[i] / _TEMPERATURE, -1))
+    logits, temperature = torch.randn(_MOST_ROWS, _VOCABULARY, device=_DEVICE), _temperature()
+    return Rows(_MOST_ROWS, lambda i: torch.log_softmax(logits[i] / temperature, -1))
+
+
+def _temperature() -> torch.Tensor:
+    """On the card, as servers have it: a division by a Python number would be a product with its reciprocal there."""
+    return torch.tensor(_TEMPERATURE, device=_DEVICE)
 
 
 def fused_cases(m: int) -> Iterator[Case]:

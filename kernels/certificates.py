@@ -2,8 +2,8 @@
 
 certificates.json is written on a Hopper card by `dsv3 kernels check --certify`. An entry holds for the sources that it
 was made of: of everything that the operation's module takes from this folder, blank lines, whole-line comments and
-docstrings left out. A kernel that has changed since has no certificate until a card has compared it again, so strict
-mode refuses it.
+docstrings left out; of the table of `selection` the ways to cut a kernel, not their times. A kernel that has changed
+since, or is cut in another way, has no certificate until a card has compared it again, so strict mode refuses it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dsv3_plugin.ops.contract import Contract
 
 TABLE = Path(__file__).with_name("certificates.json")
 _PACKAGE = __package__ or "dsv3_plugin.kernels"
+_NAMED = (".cu", ".cuh", ".json")
 _INCLUDE = re.compile(r'^\s*#include "(.+)"', re.MULTILINE)
 
 
@@ -93,6 +95,8 @@ def _sources(file: str, folder: Path, seen: dict[str, str] | None = None) -> dic
     if file.endswith(".py"):
         tree = ast.parse(text)
         seen[file], used = _python_code(text, tree), _used_by_python(tree)
+    elif file.endswith(".json"):
+        seen[file], used = _cuts(text), []
     else:
         seen[file], used = _code(text.splitlines(), "//"), _INCLUDE.findall(text)
     for name in used:
@@ -103,14 +107,14 @@ def _sources(file: str, folder: Path, seen: dict[str, str] | None = None) -> dic
 
 
 def _used_by_python(tree: ast.Module) -> list[str]:
-    """Modules of this package that are imported, and CUDA sources that are named."""
+    """Modules of this package that are imported, and CUDA sources and tables that are named."""
     files: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == _PACKAGE:
             files += [f"{alias.name}.py" for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{_PACKAGE}."):
             files.append(f"{(node.module or '').removeprefix(f'{_PACKAGE}.')}.py")
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith((".cu", ".cuh")):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(_NAMED):
             files.append(node.value)
     return files
 
@@ -122,6 +126,12 @@ def _python_code(text: str, tree: ast.Module) -> str:
             first = node.body[0]
             lines[first.lineno - 1 : first.end_lineno] = [""] * ((first.end_lineno or first.lineno) - first.lineno + 1)
     return _code(lines, "#")
+
+
+def _cuts(text: str) -> str:
+    """Of a table of `selection`, how fp8_stream.cu is cut for dense products and for experts."""
+    cuts = {(row["groups"] > 0, *sorted(row["stream"].items())) for row in json.loads(text)["rows"]}
+    return "\n".join(sorted(map(str, cuts)))
 
 
 def _code(lines: list[str], comment: str) -> str:

@@ -60,7 +60,7 @@ constexpr int OUT_PITCH = 144;
 constexpr int BOX_BYTES = 16 * 128;
 constexpr bool STORE_BOXES = OUT_BOXES > 0 || IN_RING;
 static_assert(!STORE_BOXES || (TOKENS_FIRST && TILE_ROWS % 64 == 0), "boxes of 16 tokens and 64 rows");
-static_assert(!IN_RING || (TILE_ROWS <= 64 * SLICES), "a slice's tokens make room for a box");
+static_assert(!IN_RING || TILE_ROWS <= 64 * SLICES, "a slice's tokens make room for a box");
 // Boxes that a warp has.
 constexpr int BOXES = OUT_BOXES > 0 ? OUT_BOXES : 1;
 static_assert(TILE_ROWS / 64 % BOXES == 0 || !OUT_BOXES, "a tile begins with the first box");
@@ -126,6 +126,9 @@ struct Schedule {
 // Shuffled, so that the compiler knows it to be one number a warp.
 __device__ __forceinline__ int own_warpgroup() { return __shfl_sync(~0u, int(threadIdx.x / 128), 0); }
 
+// Of a warpgroup's 64 rows of the first operand a thread has sums of two: this one, and the eighth behind it.
+__device__ __forceinline__ int own_row() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
+
 // Where the ring stands, for the warp that fills it and for those who empty it.
 struct Place {
     int stage = 0;
@@ -161,8 +164,7 @@ struct WeightScales {
 
     WeightScales() = default;
     __device__ __forceinline__ WeightScales(const Operands& operands, const Tile& tile, int rows_before) {
-        const int warp_row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-        const int row = tile.first_row + (TOKENS_FIRST ? 0 : rows_before + (SPLIT ? warp_row : 0));
+        const int row = tile.first_row + (TOKENS_FIRST ? 0 : rows_before + (SPLIT ? own_row() : 0));
         const int last = (operands.columns - 1) / 128;
         const long long blocks = operands.blocks;
         first = operands.weight_scale + (tile.scale_row + min(row / 128, last)) * blocks;
@@ -326,8 +328,7 @@ __device__ __forceinline__ void store(
 
 // Where a thread's tokens' scales begin in a slice's: with tokens first those of the first of its two tokens.
 __device__ __forceinline__ int own_token_scales(const Tile& tile, int row_group) {
-    const int row = row_group * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    return tile.first_token % 4 + (TOKENS_FIRST ? row : 0);
+    return tile.first_token % 4 + (TOKENS_FIRST ? row_group * 64 + own_row() : 0);
 }
 
 __device__ __forceinline__ const float* token_scales_of(const Shared& shared, const Place& place, int slice, int own) {

@@ -142,6 +142,7 @@ GROUPED_SAMPLE = (
     _WIDE,
     _WIDE._replace(share_weight=0, token_box=64),
     _WIDEST._replace(cluster=1),
+    _WIDEST,
     _WIDEST_SHARED_WEIGHT,
 )
 

@@ -699,15 +699,12 @@ attend(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMa
     }
 }
 
-// Splits that a thread of `fold` waits for at once.
-constexpr int GROUP = 8;
-
 // Put the stored splits of rows (token, head) together, in their order. They come to `groups` stages of shared memory,
-// GROUP of them each: as many are on their way as there is room for. A thread reads what it has copied itself.
+// GROUP_SPLITS of them each: as many are on their way as there is room for. A thread reads what it has copied itself.
 extern "C" __global__ void __launch_bounds__(128)
 fold(const __grid_constant__ Batch batch, int all_rows, int groups) {
     extern __shared__ char memory[];
-    float4* parts = (float4*)memory + threadIdx.x;  // [groups, GROUP, 128 threads]
+    float4* parts = (float4*)memory + threadIdx.x;  // [groups, GROUP_SPLITS, 128 threads]
     const int lane = threadIdx.x % 32, column = threadIdx.x * 4;
     let_next_kernel_start();
     wait_for_kernel_before();
@@ -738,10 +735,10 @@ fold(const __grid_constant__ Batch batch, int all_rows, int groups) {
             float2 next_stats = stats_of(lane);
             const auto copy_group = [&](int number, int stage) {
 #pragma unroll
-                for (int i = 0; i < GROUP; i++) {
-                    const int split = number * GROUP + i;
-                    if (split < splits)
-                        copy_number(&parts[(stage * GROUP + i) * 128], batch.parts + part_of(split) * RANK + column);
+                for (int i = 0; i < GROUP_SPLITS; i++) {
+                    const int split = number * GROUP_SPLITS + i;
+                    if (split >= splits) continue;
+                    copy_number(&parts[(stage * GROUP_SPLITS + i) * 128], batch.parts + part_of(split) * RANK + column);
                 }
                 end_group();
             };
@@ -762,13 +759,13 @@ fold(const __grid_constant__ Batch batch, int all_rows, int groups) {
                 const Fold own = fold_of(lane == 0 ? highest : fmaxf(highest, lane_before), own_stats.x);
                 highest = __shfl_sync(~0u, own.maximum, 31);
                 const int end = min(splits, behind + 32);
-                for (int first = behind; first < end; first += GROUP) {
+                for (int first = behind; first < end; first += GROUP_SPLITS) {
                     wait_for_groups_but(groups - 1);
-                    float4 next[GROUP];  // behind the last split, what nobody looks at
+                    float4 next[GROUP_SPLITS];  // behind the last split, what nobody looks at
 #pragma unroll
-                    for (int i = 0; i < GROUP; i++) next[i] = parts[(stage * GROUP + i) * 128];
+                    for (int i = 0; i < GROUP_SPLITS; i++) next[i] = parts[(stage * GROUP_SPLITS + i) * 128];
 #pragma unroll
-                    for (int i = 0; i < GROUP; i++) {
+                    for (int i = 0; i < GROUP_SPLITS; i++) {
                         const int source = first + i - behind;
                         const float next_total = __shfl_sync(~0u, own_stats.y, source);
                         const Fold fold = {0.0f, __shfl_sync(~0u, own.a, source), __shfl_sync(~0u, own.b, source)};
@@ -780,7 +777,7 @@ fold(const __grid_constant__ Batch batch, int all_rows, int groups) {
                         output.z = alone ? next[i].z : fold(output.z, next[i].z);
                         output.w = alone ? next[i].w : fold(output.w, next[i].w);
                     }
-                    copy_group(first / GROUP + groups, stage);
+                    copy_group(first / GROUP_SPLITS + groups, stage);
                     if (++stage == groups) stage = 0;
                 }
             }

@@ -25,8 +25,9 @@ _SHARED_BYTES = 27 * 64 * 128 + 2048 + 1024
 # Where the hardware's 2**x rounds to another bf16 number than the contract's does, it is at most so many fp32 numbers
 # from the middle between the two: tests/kernels/test_near_exp2.py tries every x.
 NEAR = 2
-# Eight splits of a row that wait to be folded, and how many such groups `fold` can have on their way.
-_GROUP_BYTES = 8 * RANK * 4
+# Splits of a row that a thread of `fold` waits for at once, and how many such groups can be on their way.
+GROUP_SPLITS = 8
+_GROUP_BYTES = GROUP_SPLITS * RANK * 4
 _GROUPS = 8
 # Splits that may be stored at once, for each multiprocessor: 128 KiB each.
 _PARTS = 8
@@ -37,6 +38,7 @@ PROGRAM = cuda.Program(
         ("SPLIT_KEYS", SPLIT_KEYS),
         ("MAXIMUM_STEP", MAXIMUM_STEP),
         ("NEAR", NEAR),
+        ("GROUP_SPLITS", GROUP_SPLITS),
         *((f"EXP2_{5 - i}", c) for i, c in enumerate(EXP2_POLYNOMIAL[:-1])),
     ),
     (),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_plugin.hooks import Setting, always
-from dsv3_plugin.kernels import certificates, check, provider, sm90_model
+from dsv3_plugin.kernels import certificates, check, provider, selection, sm90_model
 from dsv3_plugin.kernels.certificates import Certificate
 from dsv3_plugin.profile import FP8_UE8M0
 from dsv3_plugin.registry import CONTRACTS, refusal
@@ -30,9 +30,13 @@ def test_the_table_names_operations_that_there_are():
     assert set(certificates.read(certificates.TABLE)) <= {contract.op for contract in CONTRACTS}
 
 
+def copy_of_sources(folder: Path) -> None:
+    shutil.copytree(certificates.TABLE.parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 def changed(folder: Path, file: str, old: str, new: str) -> str:
     """The digest of attention's sources after a change."""
-    shutil.copytree(certificates.TABLE.parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_of_sources(folder)
     text = (folder / file).read_text()
     assert old in text
     (folder / file).write_text(text.replace(old, new, 1))
@@ -65,6 +69,24 @@ def test_a_change_of_anything_that_a_kernel_is_made_of_ends_its_certificate(tmp_
 )
 def test_words_and_other_kernels_leave_it(tmp_path, file, old, new):
     assert changed(tmp_path / "kernels", file, old, new) == certificates.digest("mla")
+
+
+@pytest.mark.parametrize(
+    ("change", "ends"),
+    [({"stream": {"tile_rows": 64, "tokens": 16}}, True), ({"microseconds": {"stream": 0.5}}, False)],
+    ids=["another way to cut", "another time"],
+)
+def test_a_table_with_other_cuts_ends_the_certificate_of_products_and_one_with_other_times_does_not(
+    tmp_path, change, ends
+):
+    folder = tmp_path / "kernels"
+    copy_of_sources(folder)
+    table = selection.table()
+    cut = next(i for i, row in enumerate(table.rows) if row.stream)
+    rows = (*table.rows[:cut], table.rows[cut].model_copy(update=change), *table.rows[cut:])
+    table.model_copy(update={"rows": rows}).write(folder / "selection.json")
+    assert (certificates.digest("fp8_linear", folder) != certificates.digest("fp8_linear")) == ends
+    assert certificates.digest("mla", folder) == certificates.digest("mla")
 
 
 def test_strict_mode_refuses_what_has_changed_since(monkeypatch):
