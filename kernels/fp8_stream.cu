@@ -12,9 +12,10 @@
 // K_GROUPS warpgroups that take stages in turn; a tile has TILE_ROWS rows of the weight (so that there are as many
 // tiles as multiprocessors; instructions read past them) and at most TOKENS tokens, copied TOKEN_BOX at a time; STAGES
 // of SLICES slices; raw sums of TOKEN_PARTS parts of the second operand, of which BUFFERS are held; CLUSTER programs
-// read the tokens of neighbouring tiles once, or with SHARE_WEIGHT the weight, and pass them to each other; at most
-// GROUPS experts; CONSUMER_REGISTERS a thread (0: as the compiler likes). The copy engine writes the sums while the
-// next tile is multiplied if there is memory for them: OUT_BOXES boxes a warp, or with IN_RING the tile's last stage.
+// read the tokens of neighbouring tiles once, or with SHARE_WEIGHT the weight of neighbouring chunks of tokens, and pass
+// them to each other; at most GROUPS experts; CONSUMER_REGISTERS a thread (0: as the compiler likes). The copy engine
+// writes the sums while the next tile is multiplied if there is memory for them: OUT_BOXES boxes a warp, or with IN_RING
+// the tile's last stage.
 
 #include "hopper.cuh"
 #include "wgmma.cuh"
@@ -27,9 +28,6 @@ constexpr int CONSUMERS = ROW_GROUPS * K_GROUPS;
 static_assert(K_GROUPS == 1 || ROW_BLOCKS * ROW_GROUPS * TOKEN_PARTS == 1, "turns are taken on tiles of 64 rows");
 // A warpgroup that waits for a stage has seen the stage's last use: it was its own, or one that it folded behind.
 static_assert(STAGES >= K_GROUPS, "a turn each for the stages");
-// What a cluster's programs have together.
-constexpr int CLUSTER_TOKENS = SHARE_WEIGHT ? CLUSTER * TOKENS : TOKENS;
-constexpr int CLUSTER_ROWS = SHARE_WEIGHT ? TILE_ROWS : CLUSTER * TILE_ROWS;
 constexpr bool SHARE_TOKENS = CLUSTER > 1 && !SHARE_WEIGHT;
 static_assert(
     !SHARE_TOKENS || (SLICES > 1 ? SLICES % CLUSTER == 0 : TOKENS == CLUSTER * TOKEN_BOX),
@@ -88,9 +86,18 @@ struct Tile {
     int first_row;   // of the expert's weight
     int weight_row;  // of all experts' weights
     int scale_row;   // of all experts' scales, where this expert's begin
+    bool weight_shared;
 };
 
-// Tiles of all experts, one after the other: for each part of the weight its chunks of tokens.
+// Of an expert with so many chunks of tokens and parts of the weight. A cluster has neighbouring parts and one chunk. With
+// SHARE_WEIGHT it has neighbouring chunks and one part, but for chunks that are left over.
+__device__ __forceinline__ int clusters_of(int chunks, int parts) {
+    const int left = parts % CLUSTER;
+    const int last = SHARE_WEIGHT ? left * (chunks / CLUSTER) + chunks % CLUSTER : chunks;
+    return parts / CLUSTER * chunks + (left ? last : 0);
+}
+
+// Tiles of all experts, one after the other: for each CLUSTER parts of the weight the chunks of tokens.
 struct Schedule {
     const int* first_row;   // [groups + 1], tokens before an expert
     const int* first_tile;  // [groups + 1], tiles before an expert
@@ -108,15 +115,22 @@ struct Schedule {
         while (group < groups && number >= first_tile[group + 1]) group++;
         if (group == groups) return false;
         const int rows = first_row[group + 1] - first_row[group];
-        const int chunks = (rows + TOKENS - 1) / TOKENS, across = (rows + CLUSTER_TOKENS - 1) / CLUSTER_TOKENS;
+        const int chunks = (rows + TOKENS - 1) / TOKENS;
         constexpr int UNIT_TOKENS = TOKENS_FIRST ? 64 : 16;
         const int size = ((rows + chunks - 1) / chunks + UNIT_TOKENS - 1) / UNIT_TOKENS * UNIT_TOKENS;
         const int local = number - first_tile[group], cluster = local / CLUSTER, rank = local % CLUSTER;
-        // There may be no tokens for a cluster's last program.
-        const int chunk = (SHARE_WEIGHT ? cluster % across * CLUSTER + rank : cluster % across) * size;
-        tile.first_token = first_row[group] + chunk;
-        tile.token_count = max(0, min(size, rows - chunk));
-        tile.first_row = cluster / across * CLUSTER_ROWS + (SHARE_WEIGHT ? 0 : rank * TILE_ROWS);
+        int chunk = cluster % chunks, part = cluster / chunks * CLUSTER + rank;
+        tile.weight_shared = false;
+        if constexpr (SHARE_WEIGHT) {
+            const int first_part = part - rank, parts = (columns + TILE_ROWS - 1) / TILE_ROWS - first_part;
+            const int together = chunks / CLUSTER, shared = min(CLUSTER, parts) * together;
+            tile.weight_shared = chunk < shared;
+            part = tile.weight_shared ? first_part + chunk / together : part;
+            chunk = tile.weight_shared ? chunk % together * CLUSTER + rank : chunk - shared + together * CLUSTER;
+        }
+        tile.first_token = first_row[group] + chunk * size;
+        tile.token_count = min(size, rows - chunk * size);
+        tile.first_row = part * TILE_ROWS;
         tile.weight_row = group * columns + tile.first_row;
         tile.scale_row = group * ((columns + 127) / 128);
         return true;
@@ -554,14 +568,14 @@ __device__ __forceinline__ void multiply_tile_from(
 
 // Tokens and tiles before each expert, summed by one warp, 32 experts at a time.
 __device__ __forceinline__ void count_tiles(
-    const long long* counts, int rows, int groups, int column_tiles, int* first_row, int* first_tile) {
+    const long long* counts, int rows, int groups, int parts, int* first_row, int* first_tile) {
     const int lane = threadIdx.x % 32;
     int rows_before = 0, tiles_before = 0;
     for (int start = 0; start < groups; start += 32) {
         const int index = start + lane;
         int tokens = 0;
         if (index < groups) tokens = counts ? int(counts[index]) : rows;
-        int tiles = (tokens + CLUSTER_TOKENS - 1) / CLUSTER_TOKENS * column_tiles;
+        int tiles = clusters_of((tokens + TOKENS - 1) / TOKENS, parts) * CLUSTER;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             const int lower_tokens = __shfl_up_sync(~0u, tokens, step), lower_tiles = __shfl_up_sync(~0u, tiles, step);
@@ -607,8 +621,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CON
     if (threadIdx.x == 64) prefetch_map(&weight), prefetch_map(&x), prefetch_map(&x_scale), prefetch_map(&out_boxes);
     if (warp == 1) {
         if (counts) wait_for_kernel_before();
-        const int column_tiles = (columns + CLUSTER_ROWS - 1) / CLUSTER_ROWS * CLUSTER;
-        count_tiles(counts, rows, groups, column_tiles, first_row, first_tile);
+        count_tiles(counts, rows, groups, (columns + TILE_ROWS - 1) / TILE_ROWS, first_row, first_tile);
     }
     __syncthreads();
     if constexpr (CLUSTER > 1) cluster_sync();
@@ -643,19 +656,26 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(128 * CON
                 const u32 ready = full + 8 * place.stage;
                 barrier_wait(empty + 8 * place.stage, place.phase);
                 barrier_expect(ready, WEIGHT_BYTES + SLICES * (boxes * TOKEN_BOX * 128 + SCALE_BOX * 4));
-                // This program's part of what is shared.
-                const int slice = rank * (SLICES / CLUSTER);
+                // What is shared is copied in parts, this program's to all.
                 const u32 weight_target = shared.weight + place.stage * WEIGHT_BYTES;
                 if constexpr (SHARE_WEIGHT) {
-                    const int row = SLICES > 1 ? 0 : rank * (TILE_ROWS / CLUSTER);
-                    copy_slices_to_all<CLUSTER>(
-                        weight_target + slice * SLICE_BYTES + row * 128, &weight, ready, tile.weight_row + row,
-                        block + slice);
+#pragma unroll
+                    for (u32 i = 0; i < CLUSTER; i++) {
+                        const int slice = i * (SLICES / CLUSTER), row = SLICES > 1 ? 0 : i * (TILE_ROWS / CLUSTER);
+                        const u32 target = weight_target + slice * SLICE_BYTES + row * 128;
+                        if (!tile.weight_shared) {
+                            copy_slices(target, &weight, ready, tile.weight_row + row, block + slice);
+                        } else if (i == rank) {
+                            copy_slices_to_all<CLUSTER>(
+                                target, &weight, ready, tile.weight_row + row, block + slice);
+                        }
+                    }
                 } else {
                     copy_slices(weight_target, &weight, ready, tile.weight_row, block);
                 }
                 const u32 token_target = shared.tokens + place.stage * TOKEN_BYTES;
                 if constexpr (SHARE_TOKENS) {
+                    const int slice = rank * (SLICES / CLUSTER);
                     const int token = SLICES > 1 ? 0 : rank * TOKEN_BOX;
                     copy_slices_to_all<CLUSTER>(
                         token_target + slice * TOKEN_SLICE_BYTES + token * 128, &x, ready, tile.first_token + token,

@@ -38,12 +38,12 @@ class Shape(NamedTuple):
         """Tokens a copy."""
         return self.token_box or self.tokens
 
-    @property
-    def cluster_tile(self) -> tuple[int, int]:
-        """Rows of the weight and tokens of a cluster's tiles together."""
-        if self.share_weight:
-            return self.tile_rows, self.cluster * self.tokens
-        return self.cluster * self.tile_rows, self.tokens
+    def clusters(self, columns: int, rows: int) -> int:
+        """How many have a tile each of a dense product."""
+        chunks = -(-rows // self.tokens)
+        groups, left = divmod(-(-columns // self.tile_rows), self.cluster)
+        last = left * (chunks // self.cluster) + chunks % self.cluster if self.share_weight else chunks
+        return groups * chunks + (last if left else 0)
 
     @property
     def token_copy(self) -> tuple[int, int]:
@@ -233,8 +233,7 @@ def launch(
     weight_rows = weight.numel() // depth
     clusters = torch.cuda.get_device_properties(x.device).multi_processor_count // shape.cluster
     if expert_counts is None:
-        covered_rows, covered_tokens = shape.cluster_tile
-        clusters = min(clusters, -(-columns // covered_rows) * -(-rows // covered_tokens))
+        clusters = min(clusters, shape.clusters(columns, rows))
     blocks = depth // 128
     scale_box = (shape.scale_box, shape.slices)
     arguments = (

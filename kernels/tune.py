@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -88,8 +89,8 @@ class Product(NamedTuple):
         scales = torch.empty(*groups, -(-columns // 128), depth // 128, device="cuda")
         return torch.empty(self.weight_size, dtype=E4M3, device="cuda"), scales
 
-    def calls(self, weights: Sequence[Weight]) -> dict[str, list[Call]]:
-        """Each maker's calls, one a weight; with experts two, of which one has as many tokens for each."""
+    def calls(self, weights: Sequence[Weight]) -> dict[str, list[list[Call]]]:
+        """Each maker's calls for each load, one a weight. Experts have two: equally many tokens each, and random."""
         choices = {"triton": Choice("triton"), "gluon": Choice("gluon")}
         choices |= {name: Choice("stream", shape) for name, shape in self.cuts().items()}
         tokens = self.rows * max(1, self.groups)
@@ -101,12 +102,14 @@ class Product(NamedTuple):
             loads = [(even,), (torch.bincount(expert, minlength=self.groups),)]
         own = fp8_linear.grouped_fp8_linear if self.groups else fp8_linear.fp8_linear
         peer = deep_gemm.grouped_fp8_linear if self.groups else deep_gemm.product
-        arguments = [(*x, *load, *weight) for x, weight in zip(operands, weights, strict=True) for load in loads]
-        calls: dict[str, list[Call]] = {
-            name: [partial(own, *each, choice=choice) for each in arguments] for name, choice in choices.items()
-        }
+        pairs = list(zip(operands, weights, strict=True))
+
+        def of(make: Callable[..., torch.Tensor]) -> list[list[Call]]:
+            return [[partial(make, *x, *load, *weight) for x, weight in pairs] for load in loads]
+
+        calls = {name: of(partial(own, choice=choice)) for name, choice in choices.items()}
         if deep_gemm.version():
-            calls[deep_gemm.PROVIDER] = [partial(peer, *each) for each in arguments]
+            calls[deep_gemm.PROVIDER] = of(peer)
         return calls
 
 
@@ -120,7 +123,7 @@ def _call_first(products: Sequence[Product]) -> None:
     for product in products:
         torch.cuda.empty_cache()
         with suppress(Exception):
-            for name, (call, *_) in product.calls([product.unwritten_weight()]).items():
+            for name, [[call], *_] in product.calls([product.unwritten_weight()]).items():
                 with suppress(Exception):
                     if name not in product.cuts():
                         call()
@@ -145,21 +148,28 @@ def _compile_all() -> None:
 
 
 def _measure(product: Product, weights: Sequence[Weight], report: Report) -> Row:
-    """Microseconds of each maker whose bits are the Triton kernel's, in graphs of its calls that take turns."""
-    graphs = {}
+    """Microseconds of each maker whose bits are the Triton kernel's: a graph of calls for each load, all in turns.
+
+    Loads share no graph: one would begin while the other's last tiles are multiplied, which servers do not see.
+    """
+    graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
     makers = product.calls(weights)
-    expected = [call() for call in makers["triton"][:2]]  # with experts, both loads
-    for name, calls in makers.items():
+    expected = [calls[0]() for calls in makers["triton"]]
+    for name, loads in makers.items():
         try:
-            wrong = sum(measure.differing_bits(result, calls[i]()) or 0 for i, result in enumerate(expected))
+            results = zip(expected, loads, strict=True)
+            wrong = sum(measure.differing_bits(result, calls[0]()) or 0 for result, calls in results)
             if wrong:
                 report(f"{name} differs in {wrong} outputs and is left out")
                 continue
-            graphs[name] = measure.capture(list(calls))
+            graphs |= {(name, load): measure.capture(calls) for load, calls in enumerate(loads)}
         except Exception as error:  # a kernel that cannot run here is not chosen, and the user reads why
             report(f"{name} does not run: {type(error).__name__}: {error}")
-    times = measure.time_in_turns(graphs, len(makers["triton"]), replays=3)
-    return _row(product, {name: round(taken.median, 2) for name, taken in times.items()})
+    times = measure.time_in_turns(graphs, len(weights), replays=3)
+    medians: dict[str, list[float]] = {}
+    for (name, _), taken in times.items():
+        medians.setdefault(name, []).append(taken.median)
+    return _row(product, {name: round(statistics.fmean(of_loads), 2) for name, of_loads in medians.items()})
 
 
 def _row(product: Product, microseconds: dict[str, float]) -> Row:

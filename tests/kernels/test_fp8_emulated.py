@@ -108,7 +108,7 @@ CASES: dict[str, tuple[Shape, int, tuple[Any, ...]]] = {
         4,
         dense(50, 200, 2048),
     ),
-    "a cluster that shares the weight, last program without tokens": (
+    "a cluster that shares the weight, a chunk left over": (
         Shape(64, 32, cluster=2, share_weight=1, stages=3),
         4,
         dense(75, 200, 384),
@@ -233,8 +233,8 @@ SABOTAGE = {
     ),
     "an expert's first token": (
         "experts without rows and with many",
-        "tile.first_token = first_row[group] + chunk;",
-        "tile.first_token = first_row[group] / 4 * 4 + chunk;",
+        "tile.first_token = first_row[group] + chunk * size;",
+        "tile.first_token = first_row[group] / 4 * 4 + chunk * size;",
     ),
     "slices behind the last": (
         "depth that fills no stage, sums that vanish",
@@ -252,9 +252,19 @@ SABOTAGE = {
         "slice = 0;",
     ),
     "the other program's rows": (
-        "a cluster that shares the weight, last program without tokens",
-        "const int row = SLICES > 1 ? 0 : rank * (TILE_ROWS / CLUSTER);",
-        "const int row = 0;",
+        "a cluster that shares the weight, a chunk left over",
+        "row = SLICES > 1 ? 0 : i * (TILE_ROWS / CLUSTER);",
+        "row = 0;",
+    ),
+    "a shared part of the weight where there is none": (
+        "a cluster that shares the weight, a chunk left over",
+        "if (!tile.weight_shared) {",
+        "if (false) {",
+    ),
+    "a chunk left over taken for the first": (
+        "experts, a cluster that shares the weight",
+        "chunk - shared + together * CLUSTER;",
+        "chunk - shared;",
     ),
     "the other box of sums": (
         "experts, sums in the ring, a cluster that shares tokens",

@@ -31,7 +31,7 @@ def test_measured_cuts_are_whole(row):
 def test_more_tokens_than_measured_rows_take_the_next_row():
     few = selection.choose(0, 24576, 1536, 65, OWN)
     assert few == selection.choose(0, 24576, 1536, 128, OWN)
-    assert few.shape is not None and few.shape.cluster_tile[1] == 128
+    assert few != selection.choose(0, 24576, 1536, 64, OWN)
 
 
 def test_the_stream_kernel_serves_measured_products_only():
