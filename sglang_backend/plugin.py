@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from dsv3_plugin.engines import KILL_SWITCH, switched_off
@@ -71,8 +72,19 @@ def _register_attention_and_hooks() -> None:
     factory = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
     for hook in (attention.create_decode_backend, attention.create_draft_extend_backend):
         HookRegistry.register(f"{factory}.{hook.__name__}", hook, HookType.AROUND)
+    runner = "sglang.srt.model_executor.model_runner.ModelRunner"
+    HookRegistry.register(f"{runner}.maybe_enable_batch_invariant_mode", _leave_operators, HookType.AROUND)
     resolve = "sglang.srt.models.registry._ModelRegistry.resolve_model_cls"
     HookRegistry.register(resolve, _name_other_owner, HookType.AFTER)
+
+
+def _leave_operators(replace: Callable[[Any], None], runner: Any) -> None:
+    """Around `ModelRunner.maybe_enable_batch_invariant_mode`: with `--enable-deterministic-inference` SGLang replaces
+    operators of torch on a GPU. Our model calls none of them, and that log-softmax rounds otherwise than torch's, which
+    trainers take; torch's does not depend on the batch.
+    """
+    if not type(runner.model).__module__.startswith("dsv3_plugin."):
+        replace(runner)
 
 
 def _name_other_owner(resolved: tuple[Any, str], *args: Any) -> None:

@@ -1,10 +1,10 @@
 """Whether an engine prints in CUDA graphs what it prints without: rows of logits and tokens of one batch, with and
 without drafts, and the time of a step.
 
-    python tests/gpu/in_graphs.py vllm|sglang CHECKPOINT      # on a Hopper card, in the engine's own environment
+    python tests/gpu/in_graphs.py vllm|sglang CHECKPOINT [DRAFTS]      # on a Hopper card, in the engine's environment
 
-Each engine is built in a process of its own. Prints one line an engine and one a comparison; exits with 1 if a bit
-differs, or if no pass ran in a graph.
+Without DRAFTS: with none, and with two. Each engine is built in a process of its own. Prints one line an engine and one
+a comparison; exits with 1 if a bit differs, or if no pass ran in a graph.
 """
 
 from __future__ import annotations
@@ -153,11 +153,11 @@ def compare(name: str, drafts: int, eager: dict[str, Any], graphs: dict[str, Any
     return not wrong and alike and eager["answer"] == graphs["answer"] and graphs["in_graphs"] > 0
 
 
-def main(name: str, checkpoint: str) -> bool:
-    """Both modes, with no drafts and with two."""
+def main(name: str, checkpoint: str, *drafts_each: str) -> bool:
+    """Both modes, with each number of drafts."""
     equal = True
     with tempfile.TemporaryDirectory() as folder:
-        for drafts in (0, 2):
+        for drafts in map(int, drafts_each or ("0", "2")):
             files = {mode: Path(folder, f"{mode}-{drafts}.pt") for mode in ("eager", "graphs")}
             for mode, file in files.items():
                 command = [sys.executable, __file__, name, checkpoint, mode, str(drafts), str(file)]
@@ -167,8 +167,8 @@ def main(name: str, checkpoint: str) -> bool:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 6) or sys.argv[1] not in ENGINES:
+    if len(sys.argv) not in (3, 4, 6) or sys.argv[1] not in ENGINES:
         sys.exit(__doc__)
-    if len(sys.argv) == 3:
+    if len(sys.argv) < 6:
         sys.exit(0 if main(*sys.argv[1:]) else 1)
     run(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))

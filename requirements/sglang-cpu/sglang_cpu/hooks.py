@@ -15,8 +15,6 @@ def register() -> None:
     use_triton_for_drafts()
     hashing = "sglang.kernels.ops.sampling.murmur_hash.murmur_hash32"
     HookRegistry.register(hashing, murmur_hash32, HookType.REPLACE)
-    invariance = "sglang.srt.batch_invariant_ops.enable_batch_invariant_mode"
-    HookRegistry.register(invariance, leave_operators, HookType.REPLACE)
 
 
 def leave_threads(**kwargs: Any) -> None:
@@ -52,7 +50,3 @@ def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torc
     hashed = torch.empty(n, m, dtype=torch.uint32)
     murmur_hash32_kernel[n, -(-m // block)](seed, positions, col_indices, hashed, n, m, BLOCK_SIZE=block)
     return hashed
-
-
-def leave_operators(enable_bmm: bool = True) -> None:
-    """SGLang's deterministic inference replaces operators of torch by Triton kernels, and raises without a GPU."""
