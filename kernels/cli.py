@@ -96,7 +96,10 @@ def tune_kernels(
 
     console = Console()
     tune.tune(output, console.print)
-    console.print(f"Wrote {output}; the table in use is {Path(__file__).with_name('selection.json')}.")
+    console.print(
+        f"Wrote {output}; the table in use is {selection.TABLE}. One of other cuts in its place wants new certificates:"
+        " dsv3 kernels check --certify FILE."
+    )
 
 
 @app.command("selection")

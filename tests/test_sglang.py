@@ -7,6 +7,7 @@ import re
 import subprocess
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from engines import (
 )
 
 from dsv3_plugin.conformance.sampling import processed_logprobs
+from dsv3_plugin.sglang_backend import plugin
 
 MODELS = "dsv3_plugin.sglang_backend.models"
 # Of the plugins installed for SGLang, only the one that lets it run on a CPU.
@@ -256,6 +258,15 @@ def test_the_entry_point() -> None:
         " 'a_package_that_is_not_there'; set DSV3_PLUGIN=off for SGLang's own model"
     )
     assert failed in output
+
+
+@pytest.mark.parametrize(("module", "left"), [(f"{MODELS}.deepseek_v3", True), ("sglang.srt.models.qwen3", False)])
+def test_torchs_operators_are_left_to_our_models_alone(module: str, left: bool) -> None:
+    """On a CPU SGLang has no others, and raises where it is asked for them: so do the engines above if it were."""
+    runner = SimpleNamespace(model=type("Model", (), {"__module__": module})())
+    replaced: list[SimpleNamespace] = []
+    plugin._leave_operators(replaced.append, runner)
+    assert replaced == ([] if left else [runner])
 
 
 class TestBadInput:

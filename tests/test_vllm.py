@@ -151,12 +151,17 @@ show("second")
 compat.TESTED = ("0.1.0", "0.2.0")
 print("untested")
 plugin.register()
+for value in "0", "1":
+    os.environ["VLLM_BATCH_INVARIANT"] = value
+    print(f"VLLM_BATCH_INVARIANT={value}: {compat.batch_invariance_warning()}")
 """
 
 
 @pytest.mark.parametrize("environment", ["vllm", "vllm-0.27.1"])
 def test_the_entry_point(environment: str, tmp_path: Path) -> None:
-    """In order: the kill switch, registering twice, another plugin in the way, an untested version."""
+    """In order: the kill switch, registering twice, another plugin in the way, an untested version, a variable that
+    changes log-probabilities.
+    """
     variables = {"VLLM_PLUGINS": "", "VLLM_CACHE_ROOT": str(tmp_path)}
     command = [python_of(environment), "-u", "-c", PLUGIN_PROGRAM]
     done = subprocess.run(
@@ -174,6 +179,8 @@ def test_the_entry_point(environment: str, tmp_path: Path) -> None:
     warning = r"dsv3-plugin is tested with vLLM 0\.1\.0 to 0\.2\.0, this is 0\.\d+\.\d"
     assert re.search(warning, output[output.index("untested") :])
     assert not re.search("is tested with", output[: output.index("untested")])
+    assert "VLLM_BATCH_INVARIANT=0: None\n" in output
+    assert "VLLM_BATCH_INVARIANT=1: VLLM_BATCH_INVARIANT is set, which dsv3-plugin's model does not need" in output
 
 
 METADATA_PROGRAM = """

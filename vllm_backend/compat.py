@@ -49,6 +49,18 @@ def require_supported(vllm_config: Any) -> None:
         raise EngineError("dsv3-plugin does not serve LoRA adapters")
 
 
+def batch_invariance_warning() -> str | None:
+    """A warning where vLLM was told to replace operators of torch, which it does on a GPU, else None."""
+    from vllm import envs
+
+    if not envs.VLLM_BATCH_INVARIANT:
+        return None
+    return (
+        "VLLM_BATCH_INVARIANT is set, which dsv3-plugin's model does not need: on a GPU vLLM's log-probabilities are then"
+        " of a log-softmax that rounds otherwise than torch's; unset it for those of a trainer"
+    )
+
+
 def latent_pages(kv_cache: torch.Tensor) -> torch.Tensor:
     """The bound cache as [num_blocks, block_size, latent_dim]; since 0.29 vLLM adds a head dimension of one."""
     return kv_cache.squeeze(1) if kv_cache.dim() == 4 else kv_cache

@@ -49,6 +49,8 @@ class LatentCaches(nn.Module):
 def _prepare(vllm_config: VllmConfig, model_config: Any, served: str) -> tuple[Ops, DeepseekV3Config]:
     """Check what vLLM asks for, bind the kernels, and say in the log what will run."""
     compat.require_supported(vllm_config)
+    if (warning := compat.batch_invariance_warning()) is not None:
+        logger.warning(warning)
     if Path(model_config.model).is_dir() and vllm_config.load_config.load_format != "dummy":
         CheckpointReader(model_config.model).validate()
     config = read_config(model_config)
