@@ -56,8 +56,8 @@ def batch_invariance_warning() -> str | None:
     if not envs.VLLM_BATCH_INVARIANT:
         return None
     return (
-        "VLLM_BATCH_INVARIANT is set, which dsv3-plugin's model does not need: on a GPU vLLM's log-probabilities are then"
-        " of a log-softmax that rounds otherwise than torch's; unset it for those of a trainer"
+        "VLLM_BATCH_INVARIANT is set, which dsv3-plugin's model does not need: on a GPU vLLM then answers"
+        " log-probabilities of a log-softmax that rounds otherwise than torch's; unset it for those of a trainer"
     )
 
 
