@@ -13,10 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.errors import EngineError
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
 
@@ -90,6 +92,11 @@ class LatentBackend(AttentionBackend):
 
     def __init__(self, runner: Any) -> None:
         super().__init__()
+        if is_batch_invariant_mode_enabled():  # `plugin` leaves it off, in the versions that it knows
+            raise EngineError(
+                "SGLang has replaced operators of torch, and its log-softmax rounds otherwise than a trainer's: leave"
+                " --enable-deterministic-inference out, or use a version of SGLang that dsv3-plugin is tested with"
+            )
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.req_to_token_pool = runner.req_to_token_pool
         self.max_context_len = runner.model_config.context_len

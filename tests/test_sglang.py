@@ -302,6 +302,8 @@ class TestBadInput:
             "dsv3-plugin does not serve LoRA adapters",
             "dsv3-plugin runs in CUDA graphs with its own attention backend only: pass --attention-backend dsv3,"
             " or --disable-cuda-graph",
+            "SGLang has replaced operators of torch, and its log-softmax rounds otherwise than a trainer's:"
+            " leave --enable-deterministic-inference out, or use a version of SGLang that dsv3-plugin is tested with",
         ]
         assert done.stdout.count("no objection to") == 3
         assert done.stdout.count("prefill runs without CUDA graphs") == 1
@@ -337,6 +339,14 @@ for device, graphs, settings in (
     try:
         compat.require_supported(torch.device(device), torch.bfloat16)
         print("no objection to", device, settings)
+    except EngineError as error:
+        print(f"EngineError: {error}")
+
+from unittest.mock import patch
+from dsv3_plugin.sglang_backend import attention
+with patch.object(attention, "is_batch_invariant_mode_enabled", lambda: True):
+    try:
+        attention.LatentBackend(None)
     except EngineError as error:
         print(f"EngineError: {error}")
 """
