@@ -1,4 +1,4 @@
-"""What the adapters have in common: the kill switch, and the warning for an engine that was not tested."""
+"""What the adapters have in common: the kill switch, whose a model is, and the warning for an untested engine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ KILL_SWITCH = "DSV3_PLUGIN"
 def switched_off() -> bool:
     """Whether `DSV3_PLUGIN=off` leaves the engine's own model in place."""
     return os.environ.get(KILL_SWITCH, "").lower() in ("off", "0", "false")
+
+
+def is_ours(model: object) -> bool:
+    """Whether a model that an engine has built is of this package."""
+    return type(model).__module__.startswith("dsv3_plugin.")
 
 
 def untested_version_warning(engine: str, version: str, tested: tuple[str, str]) -> str | None:

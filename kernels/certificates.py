@@ -11,12 +11,12 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import json
 import re
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from dsv3_plugin.kernels import selection
 from dsv3_plugin.ops.contract import Contract
 
 TABLE = Path(__file__).with_name("certificates.json")
@@ -130,7 +130,8 @@ def _python_code(text: str, tree: ast.Module) -> str:
 
 def _cuts(text: str) -> str:
     """Of a table of `selection`, how fp8_stream.cu is cut for dense products and for experts."""
-    cuts = {(row["groups"] > 0, *sorted(row["stream"].items())) for row in json.loads(text)["rows"]}
+    rows = selection.Table.model_validate_json(text).rows
+    cuts = {(row.groups > 0, *sorted(row.stream.items())) for row in rows}
     return "\n".join(sorted(map(str, cuts)))
 
 

@@ -12,10 +12,10 @@
 // K_GROUPS warpgroups that take stages in turn; a tile has TILE_ROWS rows of the weight (so that there are as many
 // tiles as multiprocessors; instructions read past them) and at most TOKENS tokens, copied TOKEN_BOX at a time; STAGES
 // of SLICES slices; raw sums of TOKEN_PARTS parts of the second operand, of which BUFFERS are held; CLUSTER programs
-// read the tokens of neighbouring tiles once, or with SHARE_WEIGHT the weight of neighbouring chunks of tokens, and pass
-// them to each other; at most GROUPS experts; CONSUMER_REGISTERS a thread (0: as the compiler likes). The copy engine
-// writes the sums while the next tile is multiplied if there is memory for them: OUT_BOXES boxes a warp, or with IN_RING
-// the tile's last stage.
+// read the tokens of neighbouring tiles once, or with SHARE_WEIGHT the weight of neighbouring chunks of tokens, and
+// pass them to each other; at most GROUPS experts; CONSUMER_REGISTERS a thread (0: as the compiler likes). The copy
+// engine writes the sums while the next tile is multiplied if there is memory for them: OUT_BOXES boxes a warp, or with
+// IN_RING the tile's last stage.
 
 #include "hopper.cuh"
 #include "wgmma.cuh"
@@ -89,8 +89,8 @@ struct Tile {
     bool weight_shared;
 };
 
-// Of an expert with so many chunks of tokens and parts of the weight. A cluster has neighbouring parts and one chunk. With
-// SHARE_WEIGHT it has neighbouring chunks and one part, but for chunks that are left over.
+// Of an expert with so many chunks of tokens and parts of the weight. A cluster has neighbouring parts and one chunk.
+// With SHARE_WEIGHT it has neighbouring chunks and one part, but for chunks that are left over.
 __device__ __forceinline__ int clusters_of(int chunks, int parts) {
     const int left = parts % CLUSTER;
     const int last = SHARE_WEIGHT ? left * (chunks / CLUSTER) + chunks % CLUSTER : chunks;

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from dsv3_plugin.engines import KILL_SWITCH, switched_off
+from dsv3_plugin.engines import KILL_SWITCH, is_ours, switched_off
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.sglang_backend import compat
 
@@ -83,7 +83,7 @@ def _leave_operators(replace: Callable[[Any], None], runner: Any) -> None:
     operators of torch on a GPU. Our model calls none of them, and that log-softmax rounds otherwise than torch's, which
     trainers take; torch's does not depend on the batch.
     """
-    if not type(runner.model).__module__.startswith("dsv3_plugin."):
+    if not is_ours(runner.model):
         replace(runner)
 
 

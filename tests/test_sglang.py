@@ -262,7 +262,7 @@ def test_the_entry_point() -> None:
 
 @pytest.mark.parametrize(("module", "left"), [(f"{MODELS}.deepseek_v3", True), ("sglang.srt.models.qwen3", False)])
 def test_torchs_operators_are_left_to_our_models_alone(module: str, left: bool) -> None:
-    """On a CPU SGLang has no others, and raises where it is asked for them: so do the engines above if it were."""
+    """On a CPU SGLang has no others and raises where it looks for them, so the engines above show that it does not."""
     runner = SimpleNamespace(model=type("Model", (), {"__module__": module})())
     replaced: list[SimpleNamespace] = []
     plugin._leave_operators(replaced.append, runner)

@@ -25,6 +25,7 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
+from dsv3_plugin.engines import is_ours
 from dsv3_plugin.errors import ConformanceError
 from dsv3_plugin.sglang_backend import compat
 
@@ -273,7 +274,7 @@ class Watched:
         """Rows of the pass that continue what was accepted; None: all."""
         self.draft_step = 0
         self.layers: LayerRecorder | None = None
-        if shift == 0 and type(model).__module__.startswith("dsv3_plugin."):
+        if shift == 0 and is_ours(model):
             self.layers = LayerRecorder(model.model, model.config.num_hidden_layers)
         processor = model.logits_processor
         model.forward = partial(self._forward, model.forward)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from dsv3_plugin.engines import switched_off
+from dsv3_plugin.engines import is_ours, switched_off
 
 # In one process, so that the model can be observed; on one thread, as the CPU arithmetic requires.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -225,7 +225,7 @@ class Observer:
 
         self.runner._prepare_inputs = prepare_inputs
         layers = None
-        if type(model).__module__.startswith("dsv3_plugin."):
+        if is_ours(model):
             layers = LayerRecorder(model.model, model.config.num_hidden_layers)
         # Not by hooks: vLLM's own models have a `__call__` that passes them by.
         model.forward = partial(self._target_forward, model.forward)

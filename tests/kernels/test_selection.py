@@ -32,6 +32,8 @@ def test_more_tokens_than_measured_rows_take_the_next_row():
     few = selection.choose(0, 24576, 1536, 65, OWN)
     assert few == selection.choose(0, 24576, 1536, 128, OWN)
     assert few != selection.choose(0, 24576, 1536, 64, OWN)
+    shape = few.shape
+    assert shape is not None and shape.tokens * (shape.cluster if shape.share_weight else 1) == 128
 
 
 def test_the_stream_kernel_serves_measured_products_only():
