@@ -100,10 +100,7 @@ class WeightLoader:
         used: set[str] = set()
         try:
             if isinstance(named_tensors, Sequence):
-                seen = set(came)
-                for name, tensor in named_tensors:
-                    if self._place(name, tensor, parameters, seen):
-                        seen.add(name)
+                self.check(named_tensors)
             for name, tensor in named_tensors:
                 if (target := self._place(name, tensor, parameters, came)) is None:
                     continue
@@ -111,7 +108,7 @@ class WeightLoader:
                 used.add(name)
                 self.write(parameters[target.parameter], tensor, target.index)
         except BaseException as error:
-            self._end_with(f"an update of its weights was refused: {error}")
+            self.refuse(f"an update of its weights was refused: {error}")
             raise
         if came == self.wanted:
             self._came = self._refused = None
@@ -120,11 +117,19 @@ class WeightLoader:
                 weights_changed(self.model)
         return used
 
+    def check(self, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Raise `CheckpointError` where `load` would; nothing is written, and the update goes on."""
+        parameters = dict(self.model.named_parameters())
+        seen = set(self._came or ())
+        for name, tensor in named_tensors:
+            if self._place(name, tensor, parameters, seen):
+                seen.add(name)
+
     def finish(self) -> None:
         """No more comes. Raises `CheckpointError` that names what is missing of an update under way, which ends it."""
         if self._came is not None:
             missing = self.wanted - self._came
-            self._end_with(f"an update of its weights was not finished, {self._lacking()}")
+            self.refuse(f"an update of its weights was not finished, {self._lacking()}")
             raise CheckpointError(f"missing tensors of the {self.part} model ({len(missing)}): {some_names(missing)}")
 
     def require_whole(self) -> None:
@@ -132,9 +137,15 @@ class WeightLoader:
         if (problem := self.problem) is not None:
             raise CheckpointError(f"the {self.part} model may not answer: {problem}. Send all weights again")
 
-    def _end_with(self, refusal: str) -> None:
+    def refuse(self, reason: str) -> None:
+        """The update under way ends here: the model may not answer if some of it was written."""
         if self._came:
-            self._refused = refusal
+            self._refused = reason
+        self._came = None
+
+    def discard(self, reason: str) -> None:
+        """The parameters hold nothing that may answer, e.g. since an engine released their memory."""
+        self._refused = reason
         self._came = None
 
     def _lacking(self) -> str:
