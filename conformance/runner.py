@@ -25,15 +25,16 @@ from dsv3_plugin.conformance.compare import (
     compare_case,
     missing_rows,
     rows_alone,
-    sampling_problems,
     tokens_differ,
 )
+from dsv3_plugin.conformance.logprobs import LogprobComparison, judge
 from dsv3_plugin.conformance.protocol import (
     PROGRESS_PREFIX,
     Case,
     Device,
     Job,
     Request,
+    RequestResult,
     Result,
     read_result,
     specification_file,
@@ -99,14 +100,21 @@ class CaseVerdict:
 
     case: Case
     comparisons: tuple[Comparison, ...]
+    logprobs: tuple[LogprobComparison, ...]
     problems: tuple[str, ...]
     rows_alone: dict[str, int]
     """Rows of each testee that no other side computed; nothing is claimed of them."""
+    unsupported: dict[str, dict[int, str]]
+    """Of each testee, the requests that it cannot do and why; nothing is claimed of them."""
 
     @property
     def passed(self) -> bool:
         """Whether everything that the case claims holds."""
-        return not self.problems and all(comparison.equal for comparison in self.comparisons)
+        return (
+            not self.problems
+            and all(comparison.equal for comparison in self.comparisons)
+            and not any(comparison.different for comparison in self.logprobs)
+        )
 
     def between(self, left: str, right: str) -> Comparison | None:
         """How two sides compare, if they were compared."""
@@ -148,6 +156,8 @@ class Report:
                     "passed": verdict.passed,
                     "problems": verdict.problems,
                     "rows_alone": verdict.rows_alone,
+                    "unsupported": verdict.unsupported,
+                    "logprobs": [asdict(c) for c in verdict.logprobs],
                     "comparisons": [asdict(c) | {"equal": c.equal} for c in verdict.comparisons],
                 }
                 for verdict in self.verdicts
@@ -209,6 +219,14 @@ def _read_complete_result(job: Job, result_dir: Path) -> Result:
     asked, answered = [case.name for case in job.cases], [case.name for case in result.cases]
     if asked != answered:
         raise ConformanceError(f"{result_dir}: cases {', '.join(asked)} were asked for, {', '.join(answered)} came")
+    for case, outcome in zip(job.cases, result.cases, strict=True):
+        if len(outcome.requests) != len(case.requests):
+            raise ConformanceError(
+                f"{result_dir}: case {case.name} has {len(case.requests)} requests (one of n sequences counts n times),"
+                f" {len(outcome.requests)} were answered"
+            )
+        if not tensor_file(result_dir, case.name).is_file():
+            raise ConformanceError(f"{tensor_file(result_dir, case.name)}: missing; each case has a file of its rows")
     return result
 
 
@@ -222,10 +240,12 @@ def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Prog
         Case(
             name=_replay_name(case.name, name),
             title=f"{case.title}: the tokens of {name}",
-            rounds=tuple((Request(prompt_token_ids=r.token_ids[:-1], max_tokens=1),) for r in outcome.requests),
+            rounds=tuple(
+                (_whole(request, outcome),) for request, outcome in zip(case.requests, outcomes.requests, strict=True)
+            ),
         )
         for name, result in results.items()
-        for case, outcome in zip(job.cases, result.cases, strict=True)
+        for case, outcomes in zip(job.cases, result.cases, strict=True)
         if case.samples and not specification_file(work_dir / name, case.name).exists()
     ]
     if cases:
@@ -233,6 +253,11 @@ def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Prog
         write_message(job.model_copy(update={"cases": tuple(cases)}), replay_dir)
         reference = TesteeCommand(SPECIFICATION, (sys.executable, "-m", f"{_PACKAGE}.reference"))
         _run_programs([reference], replay_dir, progress)
+
+
+def _whole(request: Request, result: RequestResult) -> Request:
+    """A finished sequence as a prompt; of one that the testee cannot do, the prompt that it was given."""
+    return Request(prompt_token_ids=result.token_ids[:-1] or request.prompt_token_ids, max_tokens=1)
 
 
 def _replay_name(case_name: str, testee: str) -> str:
@@ -302,16 +327,19 @@ def _judge(case: Case, results: dict[str, Result], work_dir: Path, device: Devic
     rows = {name: RowFile(tensor_file(work_dir / name, case.name)) for name in results}
     specification = _specification(case, list(results), work_dir)
     outcomes = {name: result.outcome_of(case) for name, result in results.items()}
+    logprobs: list[LogprobComparison] = []
     for name, outcome in outcomes.items():
+        problems += [f"{name}: {text}" for text in _undue(case, outcome.requests)]
         missing = missing_rows(case, outcome.requests, rows[name])
         if missing is not None:
             problems.append(f"{name}: {missing}")
-        elif case.samples:
-            found = sampling_problems(case, outcome.requests, specification[name], device)
-            problems += [f"{name}: {text}" for text in found]
+        elif name in specification:
+            of_rows = dict(zip(specification[name].keys("logits"), specification[name].values("logits"), strict=True))
+            logprobs.append(judge(name, case, outcome.requests, of_rows, device))
+            problems += [f"{name}: {text}" for text in logprobs[-1].problems]
         if results[name].schedule_not_followed:
             continue
-        cached = min(r.num_cached_tokens for r in outcome.requests[-len(case.rounds[-1]) :])
+        cached = min(r.num_cached_tokens for r in outcome.requests[-len(case.single_rounds[-1]) :])
         if cached < case.min_cached_tokens:
             problems.append(f"{name}: {cached} tokens came from the prefix cache, {case.min_cached_tokens} should have")
         if outcome.num_accepted_tokens < case.min_accepted_tokens:
@@ -330,7 +358,20 @@ def _judge(case: Case, results: dict[str, Result], work_dir: Path, device: Devic
         name: rows_alone(name, rows | ({SPECIFICATION: specification[name]} if specification else {}))
         for name in outcomes
     }
-    return CaseVerdict(case, tuple(comparisons), tuple(problems), alone)
+    unsupported = {
+        name: {i: result.unsupported for i, result in enumerate(outcome.requests) if result.unsupported is not None}
+        for name, outcome in outcomes.items()
+    }
+    return CaseVerdict(case, tuple(comparisons), tuple(logprobs), tuple(problems), alone, unsupported)
+
+
+def _undue(case: Case, results: Sequence[RequestResult]) -> list[str]:
+    """Requests that no testee may decline: those that ask nothing of a sampler."""
+    return [
+        f"request {index} is declared unsupported ({result.unsupported}), and asks for the most likely tokens only"
+        for index, (request, result) in enumerate(zip(case.requests, results, strict=True))
+        if result.unsupported is not None and not request.settings
+    ]
 
 
 def _served_otherwise(results: dict[str, Result], profile: str) -> list[str]:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served
+from dsv3_plugin.conformance.protocol import Case, Claim, Job, Request, RequestResult, Served
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.errors import ConformanceError
@@ -40,6 +40,7 @@ class VllmTestee:
     """One engine at a time; a new one where the number of draft tokens changes, which vLLM fixes at start."""
 
     name = "vllm"
+    claim: Claim = "equality"
     schedule_not_followed = None
 
     def __init__(self, job: Job) -> None:
