@@ -8,16 +8,16 @@ comes after it follows from it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from dsv3_plugin.conformance.protocol import Case, RequestResult, prefix_digest
 from dsv3_plugin.conformance.rows import layer_streams
+from dsv3_plugin.errors import ConformanceError
 
 Key = tuple[int, int]
 
@@ -69,12 +69,25 @@ class Comparison:
 
 
 class RowFile:
-    """A testee's tensor file, read stream by stream."""
+    """A testee's tensor file, read stream by stream.
+
+    Raises `ConformanceError` where it does not follow the protocol.
+    """
 
     def __init__(self, file: Path) -> None:
-        self._file: Any = safe_open(file, framework="pt")
-        names = self._file.keys()
-        self.streams = sorted(name for name in names if f"{name}.prefix" in names)
+        try:
+            self._file: Any = safe_open(file, framework="pt")
+            names = set(self._file.keys())
+            self.streams = sorted(name for name in names if f"{name}.prefix" in names)
+            for stream in self.streams:
+                rows, *_ = self._file.get_slice(stream).get_shape()
+                of_rows = [f"{stream}.{what}" for what in ("request", "position", "prefix")]
+                if any(self._file.get_slice(name).get_shape() != [rows] for name in of_rows):
+                    raise ConformanceError(
+                        f"{file}: {', '.join(of_rows)} must have {rows} numbers, as {stream} has rows"
+                    )
+        except (SafetensorError, OSError) as error:
+            raise ConformanceError(f"{file}: does not follow the protocol: {error}") from None
 
     def keys(self, stream: str) -> list[Key]:
         """(request, prefix digest) of each row."""

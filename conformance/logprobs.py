@@ -32,10 +32,10 @@ class LogprobComparison:
     first_difference: str | None = None
     problems: list[str] = field(default_factory=list)
 
-    @property
-    def passed(self) -> bool:
-        """Whether every value is equal, and every token one that its request may be given."""
-        return not self.different and not self.problems
+    def describe(self) -> str:
+        """For the report."""
+        total = self.equal + self.different
+        return f"{self.different:,} of {total:,} log-probabilities differ, the first in {self.first_difference}"
 
     def count(self, value: _Value, tolerance: float) -> None:
         """One value more; one that is missing differs."""
@@ -97,7 +97,8 @@ def judge(
         chance = torch.tensor([p for _, p in draws], dtype=torch.float64).prod().item()
         if chance < CHANCE:
             comparison.problems.append(
-                f"all {len(draws)} tokens drawn are the most likely ones, whose chance is {chance:.0e}: nothing is drawn"
+                f"all {len(draws)} tokens drawn are the most likely ones, which has a chance of {chance:.0e}:"
+                " they are not drawn"
             )
     return comparison
 

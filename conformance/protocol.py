@@ -75,9 +75,7 @@ class Request(_Message):
         """What the request asks of a sampler beyond its defaults: what a testee may decline by `unsupported`."""
         plain = ("prompt_token_ids", "max_tokens", "seed", "top_logprobs", "prompt_logprobs")
         return {
-            name: value
-            for name, value in self
-            if name not in plain and value != type(self).model_fields[name].default
+            name: value for name, value in self if name not in plain and value != type(self).model_fields[name].default
         }
 
 

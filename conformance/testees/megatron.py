@@ -35,7 +35,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import distributed as dist
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.conformance.protocol import Case, Claim, Job, RequestResult, Served, prefix_digest
+from dsv3_plugin.conformance.protocol import Case, Job, RequestResult, Served, prefix_digest
 from dsv3_plugin.conformance.rows import RowKey, RowRecorder, layer_streams
 from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.testees import program
@@ -51,7 +51,6 @@ class MegatronTestee:
     """A job's checkpoint in a `GPTModel`, in training mode."""
 
     name = "megatron"
-    claim: Claim = "equality"
     schedule_not_followed = "a trainer has no cache; it computed the same sequences whole, padded and packed"
 
     def __init__(self, job: Job, layout: dict[str, int]) -> None:
@@ -112,7 +111,7 @@ class MegatronTestee:
         return [program.request_result(*of_request) for of_request in zip(tokens, generated, of_prompt, strict=True)]
 
     def last_logits(self, sequences: list[list[int]], wanted: list[int]) -> tuple[torch.Tensor, ...]:
-        """Logits [wanted, vocab_size] of the last tokens of each sequence, without the MTP layer and the other logits."""
+        """Logits [wanted, vocab_size] of each sequence's last tokens, without the MTP layer and the other logits."""
         batch = _Packed(sequences, self.ranks)
         input_ids, positions, packing = batch
         embedded = self.gpt.embedding(input_ids, positions)

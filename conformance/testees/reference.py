@@ -3,26 +3,36 @@
 It is the executable specification of what an engine may do to a model: cut prompts into chunks, batch requests, page
 the cache, reuse the pages of a common prefix, and verify drafts. None of that may change a bit. `whole_sequence` is
 the specification of the numbers themselves: one pass over a finished sequence, nothing cached, nothing batched.
+With `--replays` a job's prompts are finished sequences, which other testees answered, and only that is computed.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from dsv3_plugin.checkpoint.loader import load_model, load_mtp
+from dsv3_plugin.checkpoint.loader import load_model, load_mtp, load_weights
+from dsv3_plugin.checkpoint.masters import numbers
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.protocol import Case, Claim, Job, Request, Served, prefix_digest
+from dsv3_plugin.conformance.protocol import Case, Job, Request, Served, prefix_digest
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.testees import program
-from dsv3_plugin.layers.model import bind_ops
+from dsv3_plugin.layers.model import DeepseekV3, bind_ops
+from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.ops.rope import softmax_scale
+from dsv3_plugin.profile import BF16, FP32
 from dsv3_plugin.registry import Ops
+
+PRECISIONS = {"fp32": FP32, "bf16": BF16}
+"""Other arithmetics than the checkpoint's own, for its main model: how far they are is the reference's own spread."""
 
 
 class PagedCache:
@@ -122,21 +132,31 @@ class Piece(NamedTuple):
 
 
 class ReferenceTestee:
-    """Serves a job's checkpoint with the core alone."""
+    """Serves a job's checkpoint with the core alone; or, where `replays`, only computes given sequences whole, in the
+    checkpoint's profile or in another precision.
+    """
 
     name = "reference"
-    claim: Claim = "equality"
     schedule_not_followed = None
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, replays: bool = False, precision: str | None = None) -> None:
+        self.replays = replays
         reader = CheckpointReader(Path(job.checkpoint))
         reader.validate()
         self.config = reader.config
         torch.set_default_device(job.device)
-        self.ops = bind_ops(self.config, reader.profile(), torch.device(job.device))
-        self.model = load_model(reader, self.ops)
-        drafts = any(case.num_speculative_tokens for case in job.cases)
-        self.mtp = load_mtp(reader, self.ops) if drafts else None
+        profile = reader.profile() if precision is None else PRECISIONS[precision]
+        self.ops = bind_ops(self.config, profile, torch.device(job.device))
+        self.mtp: DeepseekV3MTP | None = None
+        if precision is None:
+            self.model = load_model(reader, self.ops)
+            if any(case.num_speculative_tokens for case in job.cases):
+                self.mtp = load_mtp(reader, self.ops)
+        else:
+            # Its FP8 weights as the numbers that they stand for.
+            self.config = self.config.model_copy(update={"quantization_config": None})
+            self.model = DeepseekV3(self.ops, self.config)
+            load_weights(self.model, self.config, numbers(reader, lambda name: True), part="main")
         self.block_size = job.block_size
         self.layers = LayerRecorder(self.model.model, self.config.num_hidden_layers)
 
@@ -155,7 +175,11 @@ class ReferenceTestee:
 
     def run(self, case: Case) -> program.Outcome:
         """Run the case's schedule, then each finished sequence in one pass."""
-        outcome = Engine(self, case).run()
+        if self.replays:
+            requests = [program.request_result(request.prompt_token_ids, ()) for request in case.requests]
+            outcome = program.Outcome(requests=requests)
+        else:
+            outcome = Engine(self, case).run()
         specification = outcome.specification = self.layers.recorder = RowRecorder()
         for index, request in enumerate(outcome.requests):
             self.whole_sequence(index, list(request.token_ids), specification)
@@ -362,5 +386,14 @@ class Engine:
             ]
 
 
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--replays", action="store_true")
+    parser.add_argument("--precision", choices=PRECISIONS)
+    options, sys.argv[1:] = parser.parse_known_args()
+    program.main(partial(ReferenceTestee, **vars(options)))
+
+
 if __name__ == "__main__":
-    program.main(ReferenceTestee)
+    main()

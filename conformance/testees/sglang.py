@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.protocol import Case, Claim, Job, Request, RequestResult, Served
+from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.engines import is_ours
@@ -36,7 +36,6 @@ class SglangTestee:
     """One engine at a time; a new one where the number of draft tokens changes, which SGLang fixes at start."""
 
     name = "sglang"
-    claim: Claim = "equality"
     schedule_not_followed = None
 
     def __init__(self, job: Job) -> None:

@@ -31,7 +31,7 @@ import torch
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.cases import TOP_LOGPROBS
-from dsv3_plugin.conformance.protocol import Case, Claim, Job, Request, RequestResult, Served, TopLogprobs
+from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.errors import ConformanceError, DSV3Error
@@ -42,7 +42,6 @@ class VllmTestee:
     """One engine at a time; a new one where the number of draft tokens changes, which vLLM fixes at start."""
 
     name = "vllm"
-    claim: Claim = "equality"
     schedule_not_followed = None
 
     def __init__(self, job: Job) -> None:
