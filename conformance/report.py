@@ -58,6 +58,8 @@ def headline(report: Report) -> str:
         text = f"Nothing claims equality ({report.profile})"
     else:
         text = f"FAILED: {different:,} of {equal + different:,} rows differ ({report.profile})"
+        if not comparisons:
+            text = f"FAILED ({report.profile}): what claims closeness is far"
         if different_logprobs:
             text += f", and {different_logprobs:,} of {equal_logprobs + different_logprobs:,} log-probabilities"
     for closeness in report.closeness if report.passed else ():

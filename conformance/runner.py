@@ -52,6 +52,7 @@ ENGINES = {"reference": None, "vllm": "vllm", "sglang": "sglang", "megatron": "m
 """Testees that ship with the suite, and the module that their environment must have. They name themselves so in their
 results, and must serve dsv3-plugin's model.
 """
+REFERENCE = "reference"
 SPECIFICATION = "specification"
 _REPLAY = "replay"
 _SPREAD = "spread"
@@ -231,7 +232,7 @@ def run(
     for case in cases:
         progress("suite", f"comparing {case.name}")
         report.verdicts.append(_judge(case, results, work_dir, job.device))
-    report.problems += _served_otherwise(results, report.profile)
+    report.problems += served_otherwise(results, report.profile)
     report.problems += [text for closeness in report.closeness for text in closeness.beyond()]
     if keep is None:
         shutil.rmtree(work_dir)
@@ -268,10 +269,7 @@ def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Prog
     their specification. Those of a testee that claims closeness it computes in another precision too.
     """
     replayed = [
-        (name, case)
-        for name, result in results.items()
-        for case in job.cases
-        if _is_replayed(case, name, results, work_dir)
+        (name, case) for name, result in results.items() for case in job.cases if _is_replayed(case, name, results)
     ]
     if not replayed:
         return
@@ -302,13 +300,16 @@ def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Prog
         _run_programs([command], job_of(close, work_dir / _SPREAD), progress)
 
 
-def _is_replayed(case: Case, name: str, results: dict[str, Result], work_dir: Path) -> bool:
+def _is_replayed(case: Case, name: str, results: dict[str, Result]) -> bool:
     """Whether a testee's sequences are not those of the reference's own run: drawn, close ones, or there is no run."""
     if results[name].claim == "closeness":
         return True
-    if specification_file(work_dir / name, case.name).exists():
-        return False
-    return case.samples or not any(specification_file(work_dir / other, case.name).exists() for other in results)
+    return results[name].testee != REFERENCE and (case.samples or _reference(results) is None)
+
+
+def _reference(results: dict[str, Result]) -> str | None:
+    """The testee whose own passes over whole sequences are the specification; nobody else's would be."""
+    return next((name for name, result in results.items() if result.testee == REFERENCE), None)
 
 
 def _whole(request: Request, result: RequestResult) -> Request:
@@ -322,13 +323,13 @@ def _replay_name(case_name: str, testee: str) -> str:
 
 def _specification(case: Case, results: dict[str, Result], work_dir: Path) -> dict[str, RowFile]:
     """For each testee the rows of its sequences computed in one pass each."""
-    files = {name: specification_file(work_dir / name, case.name) for name in results}
-    shared = next((file for file in files.values() if file.exists()), None)
 
     def file_of(name: str) -> Path:
-        if _is_replayed(case, name, results, work_dir):
+        if _is_replayed(case, name, results):
             return specification_file(work_dir / _REPLAY / SPECIFICATION, _replay_name(case.name, name))
-        return files[name] if files[name].exists() or shared is None else shared
+        own = name if results[name].testee == REFERENCE else _reference(results)
+        assert own is not None, "else it is replayed"
+        return specification_file(work_dir / own, case.name)
 
     return {name: RowFile(file_of(name)) for name in results}
 
@@ -388,7 +389,7 @@ def _judge(case: Case, results: dict[str, Result], work_dir: Path, device: Devic
     close = [name for name in results if name not in equal]
     logprobs: list[LogprobComparison] = []
     for name, outcome in outcomes.items():
-        problems += [f"{name}: {text}" for text in _undue(case, outcome.requests)]
+        problems += [f"{name}: {text}" for text in undue(case, outcome.requests)]
         missing = missing_rows(case, outcome.requests, rows[name])
         if missing is not None:
             problems.append(f"{name}: {missing}")
@@ -447,7 +448,7 @@ def _closeness(case: Case, name: str, specification: RowFile, rows: RowFile, wor
     )
 
 
-def _undue(case: Case, results: Sequence[RequestResult]) -> list[str]:
+def undue(case: Case, results: Sequence[RequestResult]) -> list[str]:
     """Requests that no testee may decline: those that ask nothing of a sampler."""
     return [
         f"request {index} is declared unsupported ({result.unsupported}), and asks for the most likely tokens only"
@@ -456,7 +457,7 @@ def _undue(case: Case, results: Sequence[RequestResult]) -> list[str]:
     ]
 
 
-def _served_otherwise(results: dict[str, Result], profile: str) -> list[str]:
+def served_otherwise(results: dict[str, Result], profile: str) -> list[str]:
     """A testee of the suite that served another model or another arithmetic than asked must not pass by accident.
 
     Any other testee is judged by what it claims, whatever serves in it.
