@@ -12,6 +12,7 @@ TESTED = compat.TESTED
 PLUGINS = "SGLANG_PLUGINS"
 VARIABLES = {
     "SGLANG_RETURN_ORIGINAL_LOGPROB": Variable("log-probabilities leave the temperature out", ("0", "false")),
+    "SGLANG_SIMULATE_UNIFORM_EXPERTS": Variable("the router does not choose the experts", ("0", "false")),
     "SGLANG_SIMULATE_ACC_LEN": Variable("drafts are accepted that the model did not choose", ("-1",)),
 }
 

@@ -13,6 +13,7 @@ PLUGINS = "VLLM_PLUGINS"
 VARIABLES = {
     "VLLM_BATCH_INVARIANT": Variable("vLLM replaces torch's log-softmax on a GPU by one that rounds otherwise", ("0",)),
     "VLLM_FLOAT32_MATMUL_PRECISION": Variable("matrix products in fp32 lose bits of their operands", ("highest",)),
+    "VLLM_USE_V2_MODEL_RUNNER": Variable("that runner takes log-probabilities after top-k, top-p and min-p", ("0",)),
     "VLLM_TEST_FORCE_LOAD_FORMAT": Variable("weights may be read otherwise, or made up"),
     "VLLM_MODEL_REDIRECT_PATH": Variable("another checkpoint may be served than the one that is named"),
 }
