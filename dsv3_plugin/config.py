@@ -3,11 +3,15 @@
 Field names are those of `configuration_deepseek.py`. The same architecture is published under several
 `model_type`s (DeepSeek-V3/V3.1/R1, Moonlight, Kimi-K2); what they share is implemented, what they do not
 (sparse attention, softmax scoring, other quantisers) is refused here, by field, before any weight is read.
+
+Engines, trainer and transformers read the same file, each in its own way. What two of them would read differently (two
+spellings of a field that disagree, a key that stands twice, a field that only some of them heed) is refused, too.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,13 +20,97 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from dsv3_plugin.errors import ConfigError
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
+ARCHITECTURE = "DeepseekV3ForCausalLM"
 FP8_BLOCK = 128
+
+_STRICT = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+"""Nothing is converted: transformers refuses a size in quotes, remote code would compute with it."""
+
+_ROPE_SPELLINGS = ("rope_scaling", "rope_parameters")
+"""Of transformers 4 and 5."""
+
+_DTYPE_SPELLINGS = ("torch_dtype", "dtype")
+
+_FIXED: Mapping[str, tuple[object, ...]] = {
+    "attention_chunk_size": (),
+    "attention_dropout": (0,),
+    "attn_logit_softcapping": (0,),
+    "compression_config": (),
+    "ep_size": (1,),
+    "final_logit_softcapping": (0,),
+    "index_topk": (),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "layer_types": (),
+    "logit_scale": (1,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1,),
+    "pretraining_tp": (1,),
+    "qkv_bias": (False,),
+    "rotary_emb_fraction": (1,),
+    "rotary_pct": (1,),
+    "sliding_window": (),
+    "text_config": (),
+    "use_bidirectional_attention": (False,),
+    "use_mla": (True,),
+    "use_qk_norm": (False,),
+    "use_sliding_window": (False,),
+}
+"""Fields that some reader heeds and no model here has, and the values beside null that ask for nothing."""
+
+_SAME_AS: Mapping[str, tuple[str, ...]] = {
+    "head_dim": ("qk_rope_head_dim", "qk_head_dim", "v_head_dim"),
+    "num_experts": ("n_routed_experts",),
+    "num_key_value_heads": ("num_attention_heads",),
+    "num_local_experts": ("n_routed_experts",),
+    "num_mtp_layers": ("num_nextn_predict_layers",),
+    "qk_head_dim": ("qk_head_dim",),
+    "rotary_emb_base": ("rope_theta",),
+}
+"""Fields that repeat others, in other readers' words."""
+
+_OF_THE_TENSORS = frozenset(
+    {
+        "first_k_dense_replace",
+        "hidden_size",
+        "intermediate_size",
+        "kv_lora_rank",
+        "model_type",
+        "moe_intermediate_size",
+        "moe_layer_freq",
+        "n_routed_experts",
+        "n_shared_experts",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_nextn_predict_layers",
+        "q_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "quantization_config",
+        "tie_word_embeddings",
+        "v_head_dim",
+        "vocab_size",
+    }
+)
+"""Fields that say which tensors the files hold; no override changes them."""
+
+_OF_ENGINES = frozenset(
+    {
+        "architectures",
+        "bos_token_id",
+        "eos_token_id",
+        "initializer_range",
+        "pad_token_id",
+        "use_cache",
+    }
+)
+"""Fields that an override may change for the engine; the model does not know them."""
 
 
 class YarnScaling(BaseModel):
     """YaRN context extension (arXiv 2309.00071, with DeepSeek's two mscale factors)."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = _STRICT | ConfigDict(extra="forbid")
 
     factor: float = Field(ge=1)
     original_max_position_embeddings: int = Field(gt=0)
@@ -38,14 +126,20 @@ class YarnScaling(BaseModel):
 class Fp8Quantization(BaseModel):
     """Block-scaled FP8 as DeepSeek-V3 ships it: e4m3, weights 128x128, activations 1x128 at run time."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = _STRICT | ConfigDict(extra="forbid")
 
     quant_method: Literal["fp8"]
     fmt: Literal["e4m3"] = "e4m3"
     activation_scheme: Literal["dynamic"] = "dynamic"
-    weight_block_size: tuple[Literal[128], Literal[128]] = (128, 128)
+    weight_block_size: tuple[Literal[128], Literal[128]] = Field(default=(128, 128), strict=False)
     scale_fmt: Literal["ue8m0"] | None = None
     """`ue8m0`: scales are powers of two. Absent: scales are arbitrary fp32 numbers."""
+    modules_to_not_convert: tuple[str, ...] | None = Field(default=None, strict=False)
+    ignored_layers: tuple[str, ...] | None = Field(default=None, strict=False)
+    """Modules left in bf16, in two readers' words. Which are quantized is fixed here (`checkpoint.names`); naming
+    others is refused where the files are checked."""
+    dequantize: Literal[False] = False
+    kv_cache_scheme: None = None
 
 
 class DeepseekV3Config(BaseModel):
@@ -56,7 +150,7 @@ class DeepseekV3Config(BaseModel):
     Raises `ConfigError` from the constructors `from_pretrained` and `from_dict`.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+    model_config = _STRICT
 
     model_type: str
     vocab_size: int = Field(gt=0)
@@ -126,28 +220,9 @@ class DeepseekV3Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _normalise_spellings(cls, data: Any) -> Any:
+    def _one_spelling(cls, data: Any) -> Any:
         """Accept the spellings of transformers 4 (`rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`)."""
-        if not isinstance(data, dict):
-            return data
-        data = dict(data)
-        if data.get("torch_dtype") is None and data.get("dtype") is not None:
-            data["torch_dtype"] = data["dtype"]
-        if data.get("torch_dtype") is None:
-            data.pop("torch_dtype", None)
-        elif not isinstance(data["torch_dtype"], str):
-            data["torch_dtype"] = str(data["torch_dtype"])
-        if isinstance(data.get("torch_dtype"), str):
-            data["torch_dtype"] = data["torch_dtype"].removeprefix("torch.")
-        rope = data.get("rope_parameters") or data.get("rope_scaling")
-        if isinstance(rope, dict):
-            if rope.get("rope_theta") is not None:
-                data["rope_theta"] = rope["rope_theta"]
-            kind = rope.get("rope_type") or rope.get("type") or "default"
-            if kind not in ("default", "yarn"):
-                raise ValueError(f"rope_scaling type is {kind!r}; only 'yarn' or none is implemented")
-            data["rope_scaling"] = rope if kind == "yarn" else None
-        return data
+        return _with_rope(_with_dtype(data)) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -194,32 +269,200 @@ class DeepseekV3Config(BaseModel):
     def from_dict(cls, data: dict[str, Any], *, where: str = "config") -> DeepseekV3Config:
         """Validate a parsed `config.json`. `where` names its origin in errors."""
         try:
-            return cls.model_validate(data)
+            config = cls.model_validate(data)
         except ValidationError as error:
-            problems = "; ".join(
+            problems = [
                 f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg'].removeprefix('Value error, ')}"
                 for item in error.errors()
-            )
-            raise ConfigError(f"{where}: {problems}") from None
+            ]
+            raise ConfigError(f"{where}: {'; '.join(problems)}") from None
+        if problems := _read_differently(data, config):
+            raise ConfigError(f"{where}: {'; '.join(problems)}")
+        return config
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> DeepseekV3Config:
-        """Read `config.json` from a checkpoint folder, or from the JSON file itself."""
+    def from_pretrained(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> DeepseekV3Config:
+        """Read `config.json` from a checkpoint folder, or from the JSON file itself.
+
+        Args:
+            path: the folder or file.
+            overrides: what a user gives an engine to replace fields of the file (`hf_overrides` of vLLM,
+                `--json-model-override-args` of SGLang), in either spelling. A value replaces the whole field;
+                `rope_theta` stays as it is where only the scaling is replaced.
+
+        Raises `ConfigError` that names the field for an override of what the tensors are (a size, a number of layers,
+        the quantization), or of no field of this model.
+        """
         file = Path(path)
         if file.is_dir():
             file = file / "config.json"
-        return cls.from_dict(read_json_object(file), where=str(file))
+        data, where = read_json_object(file), str(file)
+        if overrides:
+            if problems := _refused_overrides(data, overrides):
+                raise ConfigError(f"{file}: {'; '.join(problems)}")
+            data, where = _overridden(data, overrides), f"{file} with {', '.join(sorted(overrides))} overridden"
+        config = cls.from_dict(data, where=where)
+        if data.get("architectures") not in (None, [ARCHITECTURE]):
+            raise ConfigError(
+                f"{where}: architectures: {data['architectures']} is another model; only {ARCHITECTURE} is implemented"
+            )
+        return config
+
+
+def _with_dtype(data: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with one `torch_dtype`, as a string, or none. Raises `ValueError` where two disagree."""
+    found = {name: data[name] for name in _DTYPE_SPELLINGS if data.get(name) is not None}
+    data = {name: value for name, value in data.items() if name not in _DTYPE_SPELLINGS}
+    words = {name: str(value).removeprefix("torch.") for name, value in found.items()}
+    if len(set(words.values())) > 1:
+        raise ValueError(_disagree(words))
+    if words:
+        data["torch_dtype"] = next(iter(words.values()))
+    return data
+
+
+def _with_rope(data: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with one `rope_theta` and one `rope_scaling`, None where the embedding is plain.
+
+    Raises `ValueError` for another kind of scaling, and where two spellings, or two keys of one, disagree.
+    """
+    data = dict(data)
+    thetas = {"rope_theta": data.get("rope_theta")}
+    scalings: dict[str, dict[str, Any] | None] = {}
+    for name in _ROPE_SPELLINGS:
+        rope = data.pop(name, None)
+        if not rope:
+            continue
+        if not isinstance(rope, dict):
+            raise ValueError(f"{name}: expected an object or null, found {rope!r}")
+        thetas[f"{name}.rope_theta"] = rope.get("rope_theta")
+        scalings[name] = _scaling(name, rope, data)
+    given = {name: theta for name, theta in thetas.items() if theta is not None}
+    if any(theta != next(iter(given.values())) for theta in given.values()):
+        raise ValueError(_disagree(given))
+    if len(scalings) == 2 and _complete(scalings["rope_scaling"]) != _complete(scalings["rope_parameters"]):
+        raise ValueError(_disagree({name: value or "none" for name, value in scalings.items()}))
+    if len(scalings) == 2 and len(given) == 1 and "rope_theta" not in given:
+        raise ValueError(f"{next(iter(given))} is not seen by a reader that takes the other spelling; keep one")
+    if given:
+        data["rope_theta"] = next(iter(given.values()))
+    return data | {"rope_scaling": next(iter(scalings.values()), None)}
+
+
+def _scaling(name: str, rope: dict[str, Any], data: dict[str, Any]) -> dict[str, Any] | None:
+    """YaRN's parameters in one of the spellings, None for a plain embedding."""
+    kinds = {f"{name}.{key}": rope[key] for key in ("rope_type", "type") if rope.get(key) is not None}
+    if len(set(map(str, kinds.values()))) > 1:
+        raise ValueError(_disagree(kinds))
+    kind = next(iter(kinds.values()), "default")
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"{name} type is {kind!r}; only 'yarn' or none is implemented")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(f"{name}.partial_rotary_factor: is {rope['partial_rotary_factor']!r}; only 1 is implemented")
+    others = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    scaling = {key: value for key, value in rope.items() if key not in others}
+    if kind == "default":
+        if asks := [key for key, value in scaling.items() if value is not None]:
+            raise ValueError(
+                f"{name} gives {', '.join(asks)}, but its type is {kind!r}: say type 'yarn', or remove them"
+            )
+        return None
+    # transformers lets a field of this name beside the scaling win over the one in it.
+    outside = data.get("original_max_position_embeddings")
+    inside = scaling.get("original_max_position_embeddings")
+    if outside is not None and inside is not None and outside != inside:
+        key = "original_max_position_embeddings"
+        raise ValueError(_disagree({key: outside, f"{name}.{key}": inside}))
+    # transformers takes the two factors only together, DeepSeek's code, vLLM and SGLang each with a default.
+    mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if (bool(mscale) != bool(mscale_all_dim) and mscale != 1) or mscale == 0:
+        raise ValueError(
+            f"{name}: mscale {mscale} with mscale_all_dim {mscale_all_dim} is read in two ways; give both, and not zero"
+        )
+    return scaling
+
+
+def _complete(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
+    """YaRN's parameters with the defaults of those that are left out, to compare two spellings."""
+    if scaling is None:
+        return None
+    defaults = {name: field.default for name, field in YarnScaling.model_fields.items() if not field.is_required()}
+    return defaults | scaling
+
+
+def _disagree(values: Mapping[str, object]) -> str:
+    said = " and ".join(f"{name} {value}" for name, value in values.items())
+    return f"{said} disagree, and readers of this file differ in which they take; keep one"
+
+
+def _read_differently(data: dict[str, Any], config: DeepseekV3Config) -> list[str]:
+    """What a valid configuration says beside our fields that would make it another model to another reader."""
+    problems = []
+    for name, allowed in _FIXED.items():
+        value = data.get(name)
+        if value is not None and value not in allowed:
+            only = f"; only {' or '.join(map(json.dumps, allowed))} is" if allowed else ""
+            problems.append(f"{name}: {json.dumps(value, default=str)[:60]} is not implemented{only}")
+    for name, fields in _SAME_AS.items():
+        values = {field: getattr(config, field) for field in fields}
+        value = data.get(name)
+        if value is not None and value not in values.values():
+            said = " or ".join(f"{field} {right}" for field, right in values.items())
+            problems.append(f"{name}: {value} contradicts {said}")
+    return problems
+
+
+def _refused_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
+    """Overrides that change what the tensors are, or that nothing here would heed."""
+    problems = []
+    known = {*DeepseekV3Config.model_fields, *_ROPE_SPELLINGS, *_DTYPE_SPELLINGS, *_FIXED, *_SAME_AS, *_OF_ENGINES}
+    for name, value in overrides.items():
+        if name in data and data[name] == value:
+            continue
+        if name in _OF_THE_TENSORS:
+            problems.append(f"an override of {name} does not change the tensors in the files; it is refused")
+        elif name not in known:
+            problems.append(f"an override of {name}, which is no field of this model, is refused")
+    theta_is_kept = "rope_theta" in overrides or data.get("rope_theta") is not None
+    replaced = [name for name in _ROPE_SPELLINGS if name in overrides]
+    if replaced and not theta_is_kept and not any((overrides[name] or {}).get("rope_theta") for name in replaced):
+        problems.append(f"an override of {replaced[0]} must hold rope_theta, as what it replaces does")
+    return problems
+
+
+def _overridden(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's fields with some replaced; an override in one spelling replaces the file's in the other."""
+    data = dict(data)
+    for spellings in (_ROPE_SPELLINGS, _DTYPE_SPELLINGS):
+        if any(name in overrides for name in spellings):
+            for name in spellings:
+                data.pop(name, None)
+    thetas = [overrides, *(overrides[name] or {} for name in _ROPE_SPELLINGS if name in overrides)]
+    if any(place.get("rope_theta") is not None for place in thetas):
+        data.pop("rope_theta", None)
+        for name in _ROPE_SPELLINGS:
+            if data.get(name):
+                data[name] = {key: value for key, value in data[name].items() if key != "rope_theta"}
+    return data | dict(overrides)
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON object from `file`. Raises `ConfigError` that names the file."""
+    """Read a JSON object from `file`. Raises `ConfigError` that names the file, also for a key that stands twice."""
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"{file}: {twice} stands twice in one object; keep one")
+        return dict(pairs)
+
     try:
-        data = json.loads(file.read_text())
+        data = json.loads(file.read_text("utf-8"), object_pairs_hook=without_duplicates)
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: expected a JSON object, found {type(data).__name__}")

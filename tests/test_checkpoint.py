@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv3_plugin import cli
 from dsv3_plugin.checkpoint import tokenizer
-from dsv3_plugin.checkpoint.loader import load_model, load_mtp, load_weights
+from dsv3_plugin.checkpoint.loader import WeightLoader, load_model, load_mtp, load_weights
 from dsv3_plugin.checkpoint.make import CheckpointDtype, _stride, make_checkpoint
 from dsv3_plugin.checkpoint.names import Part, checkpoint_tensors
 from dsv3_plugin.checkpoint.presets import PRESETS, read_config
@@ -649,23 +649,28 @@ def test_an_update_in_buckets_equals_a_first_load(tmp_path: Path, mini: Folders)
         assert isinstance(attention, MLA)
         return attention.absorbed_weights()[0]
 
-    stale = absorbed(updated).clone()
+    stale, kept = absorbed(updated).clone(), absorbed(updated)
     items = sorted(new.tensors())
+    loader = WeightLoader(updated, old.config, "main", holds_weights=True)
     used: set[str] = set()
     for start in range(0, len(items), 5):
-        used |= load_weights(updated, old.config, items[start : start + 5], part="main", complete=False)
+        used |= loader.load(items[start : start + 5])
+        assert (loader.problem is None) == (used == loader.wanted)
+    loader.finish()
     assert used == {name for name, spec in checkpoint_tensors(old.config).items() if "main" in spec.targets}
     state = fresh.state_dict()
     assert all(same_bits(tensor, state[name]) for name, tensor in updated.state_dict().items())
     assert not torch.equal(absorbed(updated), stale)
     assert torch.equal(absorbed(updated), absorbed(fresh))
+    # A CUDA graph goes on reading what was derived where it was.
+    assert absorbed(updated).data_ptr() == kept.data_ptr()
 
 
 def test_a_bucket_changes_nothing_else(mini: Folders) -> None:
     reader = CheckpointReader(mini["bf16"])
     model = load_model(reader, ops_for(reader))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert load_weights(model, reader.config, [(EXPERT, torch.ones(128, 128))], part="main", complete=False) == {EXPERT}
+    assert WeightLoader(model, reader.config, "main").load([(EXPERT, torch.ones(128, 128))]) == {EXPERT}
     fused = "model.layers.1.mlp.experts.gate_up_proj.weight"
     before[fused][2, 128:] = 1
     assert all(same_bits(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -677,14 +682,10 @@ def test_what_the_loader_refuses(mini: Folders) -> None:
     quantized = DeepseekV3(ops_for(fp8), fp8.config)
 
     def refused(
-        model: torch.nn.Module,
-        reader: CheckpointReader,
-        *items: tuple[str, torch.Tensor],
-        part: Part = "main",
-        complete: bool = False,
+        model: torch.nn.Module, reader: CheckpointReader, *items: tuple[str, torch.Tensor], part: Part = "main"
     ) -> str:
         with pytest.raises(CheckpointError) as error:
-            load_weights(model, reader.config, items, part=part, complete=complete)
+            load_weights(model, reader.config, items, part)
         return str(error.value)
 
     weight = torch.ones(128, 128)
@@ -704,9 +705,9 @@ def test_what_the_loader_refuses(mini: Folders) -> None:
     bias = torch.tensor([0, torch.nan, 0, 0])
     assert refused(model, bf16, (BIAS, bias)) == f"tensor {BIAS} is nan at expert 1; it must be finite"
     everything_but = [item for item in bf16.tensors() if item[0] != EXPERT]
-    assert refused(model, bf16, *everything_but, complete=True) == (f"missing tensors of the main model (1): {EXPERT}")
+    assert refused(model, bf16, *everything_but) == (f"missing tensors of the main model (1): {EXPERT}")
     mtp = DeepseekV3MTP(ops_for(bf16), bf16.config)
-    message = refused(mtp, bf16, *(i for i in bf16.tensors() if "eh_proj" not in i[0]), part="mtp", complete=True)
+    message = refused(mtp, bf16, *(i for i in bf16.tensors() if "eh_proj" not in i[0]), part="mtp")
     assert message == "missing tensors of the mtp model (1): model.layers.2.eh_proj.weight"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from copy import deepcopy
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 from transformers import DeepseekV3Config as TransformersConfig
 
 from dsv3_plugin.config import DeepseekV3Config, YarnScaling
@@ -205,7 +207,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"torch_dtype": "float16"}, r"torch_dtype: .*'bfloat16' or 'float32'"),
     ({"dtype": "float16", "torch_dtype": None}, r"torch_dtype: "),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, r"rope_scaling type is 'linear'"),
-    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, r"rope_scaling type is 'longrope'"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, r"rope_parameters type is 'longrope'"),
     ({"rope_scaling": "yarn"}, r"rope_scaling: "),
     ({"rope_scaling": YARN | {"factor": 0.5}}, r"rope_scaling\.factor: "),
     ({"rope_scaling": YARN | {"original_max_position_embeddings": None}}, r"rope_scaling\.original_max_pos"),
@@ -300,3 +302,191 @@ def test_an_unreadable_file_is_named(text: str | bytes | None, message: str, tmp
         with pytest.raises(ConfigError, match=message) as error:
             DeepseekV3Config.from_pretrained(path)
         assert str(error.value).startswith(str(file))
+
+
+# One reading: what two readers of config.json would read differently
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+AMBIGUOUS: list[tuple[dict[str, Any], str]] = [
+    ({"rope_parameters": PLAIN}, r"rope_scaling \{.*\} and rope_parameters none disagree"),
+    ({"rope_parameters": YARN | {"factor": 8}}, r"rope_scaling .*'factor': 40.* and rope_parameters .*'factor': 8"),
+    (
+        {"rope_parameters": YARN | {"rope_theta": 5e4}},
+        r"rope_theta 10000 and rope_parameters.rope_theta 50000.0 disagree",
+    ),
+    ({"rope_scaling": YARN | {"rope_theta": 5e4}}, r"rope_theta 10000 and rope_scaling.rope_theta 50000.0 disagree"),
+    ({"rotary_emb_base": 5e4}, r"rotary_emb_base: 50000.0 contradicts rope_theta 10000"),
+    ({"rope_scaling": YARN | {"rope_type": "default"}}, r"rope_scaling.rope_type default and rope_scaling.type yarn"),
+    ({"rope_scaling": {**YARN, "type": None}}, r"rope_scaling gives beta_fast, .*, but its type is 'default'"),
+    ({"rope_scaling": YARN | {"mrope_section": [8, 8]}}, r"rope_scaling.mrope_section: "),
+    ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, r"rope_scaling.partial_rotary_factor: is 0.5"),
+    (
+        {"rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0}},
+        r"rope_scaling: mscale 0.707 with mscale_all_dim 0 is read in two",
+    ),
+    (
+        {"original_max_position_embeddings": 8192},
+        r"original_max_position_embeddings 8192 and rope_scaling.*4096 disagree",
+    ),
+    ({"dtype": "float32"}, r"torch_dtype bfloat16 and dtype float32 disagree"),
+    ({"compression_config": {"quant_method": "compressed-tensors"}}, r"compression_config: .* is not implemented"),
+    ({"num_key_value_heads": 8}, r"num_key_value_heads: 8 contradicts num_attention_heads 128"),
+    ({"num_local_experts": 64}, r"num_local_experts: 64 contradicts n_routed_experts 256"),
+    ({"num_mtp_layers": 2}, r"num_mtp_layers: 2 contradicts num_nextn_predict_layers 1"),
+    ({"qk_head_dim": 128}, r"qk_head_dim: 128 contradicts qk_head_dim 192"),
+    ({"head_dim": 256}, r"head_dim: 256 contradicts qk_rope_head_dim 64 or qk_head_dim 192 or v_head_dim 128"),
+    ({"attention_dropout": 0.1}, r"attention_dropout: 0.1 is not implemented; only 0 is"),
+    ({"sliding_window": 4096}, r"sliding_window: 4096 is not implemented"),
+    ({"mlp_bias": True}, r"mlp_bias: true is not implemented; only false is"),
+    ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor: 0.5 is not implemented; only 1 is"),
+    ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping: 30.0 is not implemented"),
+    ({"index_topk": 2048}, r"index_topk: 2048 is not implemented"),
+    ({"text_config": {"hidden_size": 1}}, r"text_config: .* is not implemented"),
+    ({"use_mla": False}, r"use_mla: false is not implemented"),
+    ({"ep_size": 8}, r"ep_size: 8 is not implemented"),
+    ({"hidden_size": "7168"}, r"hidden_size: "),
+    ({"norm_topk_prob": 1}, r"norm_topk_prob: "),
+    ({"routed_scaling_factor": math.nan}, r"routed_scaling_factor: "),
+    ({"quantization_config": FP8 | {"kv_cache_scheme": {"type": "float"}}}, r"quantization_config.kv_cache_scheme: "),
+    ({"quantization_config": FP8 | {"dequantize": True}}, r"quantization_config.dequantize: "),
+    ({"quantization_config": FP8 | {"exclude": ["lm_head"]}}, r"quantization_config.exclude: "),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), AMBIGUOUS, ids=[str(change)[:60] for change, _ in AMBIGUOUS])
+def test_what_readers_would_read_differently_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^here: (config: )?({message})") as error:
+        DeepseekV3Config.from_dict(DEEPSEEK_V3 | change, where="here")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"rope_parameters": YARN | {"rope_type": "yarn", "rope_theta": 10000.0}},
+        {"rope_parameters": None, "dtype": "bfloat16"},
+        {"rope_scaling": YARN | {"rope_theta": 1e4}, "rope_parameters": {}},
+        {"head_dim": 64, "qk_head_dim": 192, "num_local_experts": 256, "num_key_value_heads": None},
+        {"sliding_window": None, "attention_dropout": 0, "partial_rotary_factor": 1.0, "use_sliding_window": False},
+        {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "a_label_of_ours": 7},
+    ],
+    ids=str,
+)
+def test_what_says_the_same_twice_is_accepted(same: dict[str, Any]) -> None:
+    assert DeepseekV3Config.from_dict(DEEPSEEK_V3 | same) == DeepseekV3Config.from_dict(DEEPSEEK_V3)
+
+
+SPELLED = ("rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype")
+VALUES: dict[str, list[Any]] = {
+    "rope_theta": [None, 10000, 5e4],
+    "rope_scaling": [None, {}, YARN, YARN | {"rope_theta": 5e4}, {"type": "default"}],
+    "rope_parameters": [None, YARN | {"rope_theta": 5e4}, PLAIN, YARN | {"rope_type": "yarn"}],
+    "torch_dtype": [None, "bfloat16"],
+    "dtype": [None, "float32", "bfloat16"],
+}
+
+
+def test_whatever_is_accepted_is_what_transformers_reads(tmp_path: Path) -> None:
+    """Over all combinations of spellings; the servers' own configuration is transformers'."""
+    accepted = 0
+    for values in itertools.product(*VALUES.values()):
+        spelled = {name: value for name, value in zip(VALUES, values, strict=True) if value is not None}
+        plain = {k: v for k, v in DEEPSEEK_V3.items() if k not in (*SPELLED, "quantization_config")}
+        (tmp_path / "config.json").write_text(json.dumps(plain | spelled))
+        try:
+            ours = DeepseekV3Config.from_pretrained(tmp_path)
+        except ConfigError:
+            continue
+        accepted += 1
+        theirs = AutoConfig.from_pretrained(tmp_path)
+        rope = theirs.rope_parameters
+        assert ours.rope_theta == rope["rope_theta"], spelled
+        assert (ours.rope_scaling is not None) == (rope["rope_type"] == "yarn"), spelled
+        assert ours.rope_scaling is None or ours.rope_scaling.factor == rope["factor"], spelled
+        assert theirs.dtype is None or ours.torch_dtype == str(theirs.dtype).removeprefix("torch."), spelled
+    print(f"{accepted} combinations accepted")
+    assert accepted > 40
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    """Engines choose the model's class by it, so that ours would not be served."""
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3 | {"architectures": ["DeepseekV2ForCausalLM"]}))
+    with pytest.raises(ConfigError, match=r"architectures: \['DeepseekV2ForCausalLM'\] is another model"):
+        DeepseekV3Config.from_pretrained(tmp_path)
+
+
+# Overrides
+
+
+def written(folder: Path, config: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+NEW_YARN = YARN | {"factor": 8}
+HONOURED: list[dict[str, Any]] = [
+    {"rope_theta": 5e4},
+    {"rope_scaling": NEW_YARN, "rope_theta": 5e4},
+    {"rope_parameters": {**NEW_YARN, "rope_theta": 5e4}},
+    {"rope_scaling": {"type": "default", "rope_theta": 5e4}},
+    {"rope_scaling": None, "rope_theta": 10000},
+    {"rms_norm_eps": 1e-5, "routed_scaling_factor": 1.0, "norm_topk_prob": False},
+    {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "max_position_embeddings": 8192},
+    {"dtype": "bfloat16"},
+    {"torch_dtype": "bfloat16", "num_hidden_layers": 61, "bos_token_id": 5},
+]
+
+
+@pytest.mark.parametrize("overrides", HONOURED, ids=str)
+@pytest.mark.parametrize("file", [DEEPSEEK_V3, transformers_5(DEEPSEEK_V3)], ids=["transformers 4", "transformers 5"])
+def test_an_override_is_as_if_it_stood_in_the_file(
+    overrides: dict[str, Any], file: dict[str, Any], tmp_path: Path
+) -> None:
+    expected = {k: v for k, v in DEEPSEEK_V3.items() if not (k == "rope_scaling" and "rope_parameters" in overrides)}
+    inner = next((overrides[n] for n in ("rope_scaling", "rope_parameters") if overrides.get(n)), {})
+    expected |= overrides | ({"rope_theta": inner["rope_theta"]} if "rope_theta" in inner else {})
+    found = DeepseekV3Config.from_pretrained(written(tmp_path, file), overrides)
+    assert found == DeepseekV3Config.from_dict(expected)
+    if not {"dtype", "torch_dtype"} & overrides.keys():
+        assert found != DeepseekV3Config.from_pretrained(tmp_path), "it changed nothing"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_size": 1024}, "override of hidden_size does not change the tensors"),
+        ({"num_hidden_layers": 4}, "override of num_hidden_layers does not"),
+        ({"quantization_config": None}, "override of quantization_config does not"),
+        ({"num_nextn_predict_layers": 0}, "override of num_nextn_predict_layers does not"),
+        ({"rope_tehta": 5e4}, "override of rope_tehta, which is no field of this model"),
+        ({"sliding_window": 4096}, "sliding_window: 4096 is not implemented"),
+        ({"architectures": ["DeepseekV2ForCausalLM"]}, "architectures"),
+        ({"scoring_func": "softmax"}, "scoring_func"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling type is 'linear'"),
+        ({"rope_theta": 5e4, "rope_scaling": YARN | {"rope_theta": 1e4}}, "disagree"),
+        ({"torch_dtype": "bfloat16", "dtype": "float32"}, "disagree"),
+    ],
+    ids=str,
+)
+def test_an_override_that_is_not_honoured_is_refused(overrides: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DeepseekV3Config.from_pretrained(written(tmp_path, DEEPSEEK_V3), overrides)
+
+
+def test_an_override_must_not_lose_rope_theta(tmp_path: Path) -> None:
+    """transformers would take its default in place of the one that goes with the replaced object."""
+    folder = written(tmp_path, transformers_5(KIMI_K2))
+    with pytest.raises(ConfigError, match="override of rope_scaling must hold rope_theta"):
+        DeepseekV3Config.from_pretrained(folder, {"rope_scaling": NEW_YARN})
+    with pytest.raises(ConfigError, match="override of rope_scaling must hold rope_theta"):
+        DeepseekV3Config.from_pretrained(folder, {"rope_scaling": None})
+    kept = DeepseekV3Config.from_pretrained(folder, {"rope_scaling": NEW_YARN, "rope_theta": 5e4})
+    assert kept.rope_theta == 5e4 and kept.rope_scaling is not None and kept.rope_scaling.factor == 8
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 1}', '{"b": {"rope_theta": 1, "rope_theta": 2}}'])
+def test_a_key_that_stands_twice_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config.json: (a|rope_theta) stands twice"):
+        DeepseekV3Config.from_pretrained(tmp_path)

@@ -178,8 +178,8 @@ def masters(reader: CheckpointReader, ops: Ops) -> tuple[DeepseekV3, DeepseekV3M
     }
     config = reader.config.model_copy(update={"quantization_config": None})
     main, mtp = DeepseekV3(ops, reader.config), DeepseekV3MTP(ops, reader.config)
-    load_weights(main, config, plain.items(), part="main")
-    load_weights(mtp, config, plain.items(), part="mtp")
+    load_weights(main, config, plain.items(), "main")
+    load_weights(mtp, config, plain.items(), "mtp")
     return main, mtp
 
 

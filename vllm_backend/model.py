@@ -11,7 +11,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from dsv3_plugin.checkpoint.loader import load_weights
+from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
@@ -71,7 +71,7 @@ class DeepseekV3ForCausalLM(nn.Module):
         self.model = deepseek.model
         self.lm_head = deepseek.lm_head
         self.attend = LatentCaches(self.ops, self.config, vllm_config, range(self.config.num_hidden_layers))
-        self._loaded = False
+        self.weight_loader = WeightLoader(self, self.config, "main")
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [T] to [T, hidden]."""
@@ -95,8 +95,7 @@ class DeepseekV3ForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; the first call must bring all of them, later ones may bring some."""
-        load_weights(self, self.config, weights, part="main", complete=not self._loaded)
-        self._loaded = True
+        self.weight_loader.load(weights)
         return {name for name, _ in self.named_parameters()}
 
 
@@ -111,7 +110,7 @@ class DeepSeekMTPModel(nn.Module):
         self.model = DeepseekV3MTP(self.ops, self.config)
         self.lm_head = self.model.lm_head
         self.attend = LatentCaches(self.ops, self.config, vllm_config, [self.config.mtp_layer_idx])
-        self._loaded = False
+        self.weight_loader = WeightLoader(self.model, self.config, "mtp")
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [T] to [T, hidden]."""
@@ -142,6 +141,5 @@ class DeepSeekMTPModel(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the MTP layer; embedding and head are the target's."""
-        load_weights(self.model, self.config, weights, part="mtp", complete=not self._loaded)
-        self._loaded = True
+        self.weight_loader.load(weights)
         return {name for name, _ in self.named_parameters()}

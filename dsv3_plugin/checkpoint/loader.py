@@ -1,12 +1,14 @@
-"""Copying a checkpoint's tensors into our modules, in place.
+"""A checkpoint's tensors into our modules, in place: all of them, or the model may not answer.
 
-The same function serves a first load, which must be complete, and a trainer's weight updates, which come in buckets.
-Dtypes change only between bf16 and fp32: FP8 weights are copied as they are, and never made here.
+A first load and a trainer's weight updates are one thing: tensors with Hugging Face's names come in any order, at once
+or in buckets, until each of the model has come once. Between the first and the last the parameters are a mixture of two
+models, which must not answer (`WeightLoader.problem`). Dtypes change only between bf16 and fp32: FP8 weights are copied
+as they are, and never made here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -20,48 +22,163 @@ from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.ops.fp8 import E4M3
 from dsv3_plugin.registry import Ops
 
+Write = Callable[[nn.Parameter, torch.Tensor, tuple[int | slice, ...]], None]
+"""Writes a tensor to `parameter[index]`; the whole parameter where the index is empty."""
 
-@torch.no_grad()
-def load_weights(
-    model: nn.Module,
-    config: DeepseekV3Config,
-    named_tensors: Iterable[tuple[str, torch.Tensor]],
-    *,
-    part: Part,
-    complete: bool = True,
-) -> set[str]:
-    """Copy tensors with Hugging Face's names into a model's parameters; returns the names that were used.
 
-    Args:
-        model: a `DeepseekV3` for the part `main`, a `DeepseekV3MTP` for `mtp`, or a module with their parameters.
-        config: the checkpoint's configuration.
-        named_tensors: (name, tensor) on any device, in any order; those of the other part are passed over.
-        part: which part of the checkpoint `model` is.
-        complete: whether every tensor of the part must come; False for one bucket of an update.
+def write_in_place(parameter: nn.Parameter, tensor: torch.Tensor, index: tuple[int | slice, ...]) -> None:
+    """Copy `tensor` into its place. Raises `CheckpointError` for a parameter that has no memory."""
+    if parameter.is_meta:
+        raise CheckpointError("a parameter is on the meta device, where a weight that is written is lost")
+    parameter[index].copy_(tensor)
 
-    Raises `CheckpointError` for an unknown name, a wrong shape or dtype, a bias that is not finite, or, if
-    `complete`, for what is missing. The tensors before the offending one are written by then.
+
+class WeightLoader:
+    """Writes the weights of one model, and knows whether they are those of one checkpoint.
+
+    An *update* begins with `begin`, or with the first bucket after a whole one. It is whole once every tensor has come.
+    What is refused before anything was written leaves the old weights in place. A refusal after that leaves a mixture,
+    and the next update begins anew.
     """
-    specs = checkpoint_tensors(config)
-    parameters = dict(model.named_parameters())
-    used: set[str] = set()
-    for name, tensor in named_tensors:
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DeepseekV3Config,
+        part: Part,
+        *,
+        holds_weights: bool = False,
+        write: Write = write_in_place,
+    ) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            model: a `DeepseekV3` for the part `main`, a `DeepseekV3MTP` for `mtp`, or a module with their parameters.
+            config: the checkpoint's configuration.
+            part: which part of the checkpoint `model` is.
+            holds_weights: whether what the parameters hold now may answer: an engine filled them by itself.
+            write: how a tensor gets into a parameter.
+        """
+        self.model = model
+        self.part = part
+        self.specs = checkpoint_tensors(config)
+        self.wanted = {name for name, spec in self.specs.items() if part in spec.targets and not spec.optional}
+        self.write = write
+        self._came: set[str] | None = None
+        self._refused = None if holds_weights else "no weights have been loaded"
+
+    @property
+    def problem(self) -> str | None:
+        """Why the model may not answer now, or None."""
+        if self._came:
+            return f"an update of its weights is under way, {self._lacking()}"
+        return self._refused
+
+    def share(self, names: Iterable[str]) -> None:
+        """Another model holds and updates these tensors: they are not waited for here, and passed over."""
+        self.wanted -= set(names)
+
+    def begin(self) -> None:
+        """An update begins. What came of one that was not finished is refused."""
+        if self._came:
+            self._refused = f"an update of its weights was not finished, {self._lacking()}"
+        self._came = set()
+
+    @torch.no_grad()
+    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Take a bucket of an update, or all of it; returns the names that were used.
+
+        Args:
+            named_tensors: (name, tensor) on any device, in any order. Those of another part are passed over. A sequence
+                is looked through before anything is written; of an iterator each tensor before it is.
+
+        Raises `CheckpointError` for an unknown name, one that has come already, a wrong shape or dtype, or a bias that
+        is not finite; whatever `named_tensors` raises goes through. Either ends the update.
+        """
+        came = self._came = set() if self._came is None else self._came
+        parameters = dict(self.model.named_parameters())
+        used: set[str] = set()
+        try:
+            if isinstance(named_tensors, Sequence):
+                self.check(named_tensors)
+            for name, tensor in named_tensors:
+                if (target := self._place(name, tensor, parameters, came)) is None:
+                    continue
+                came.add(name)
+                used.add(name)
+                self.write(parameters[target.parameter], tensor, target.index)
+        except BaseException as error:
+            self.refuse(f"an update of its weights was refused: {error}")
+            raise
+        if came == self.wanted:
+            self._came = self._refused = None
+            # On the meta device parameters are written by the engine, later, and the adapter says when.
+            if not any(parameter.is_meta for parameter in parameters.values()):
+                weights_changed(self.model)
+        return used
+
+    def check(self, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Raise `CheckpointError` where `load` would; nothing is written, and the update goes on."""
+        parameters = dict(self.model.named_parameters())
+        seen = set(self._came or ())
+        for name, tensor in named_tensors:
+            if self._place(name, tensor, parameters, seen):
+                seen.add(name)
+
+    def finish(self) -> None:
+        """No more comes. Raises `CheckpointError` that names what is missing of an update under way, which ends it."""
+        if self._came is not None:
+            missing = self.wanted - self._came
+            self.refuse(f"an update of its weights was not finished, {self._lacking()}")
+            raise CheckpointError(f"missing tensors of the {self.part} model ({len(missing)}): {some_names(missing)}")
+
+    def require_whole(self) -> None:
+        """Raise `CheckpointError` unless the model may answer."""
+        if (problem := self.problem) is not None:
+            raise CheckpointError(f"the {self.part} model may not answer: {problem}. Send all weights again")
+
+    def refuse(self, reason: str) -> None:
+        """The update under way ends here: the model may not answer if some of it was written."""
+        if self._came:
+            self._refused = reason
+        self._came = None
+
+    def discard(self, reason: str) -> None:
+        """The parameters hold nothing that may answer, e.g. since an engine released their memory."""
+        self._refused = reason
+        self._came = None
+
+    def _lacking(self) -> str:
+        missing = self.wanted - (self._came or set())
+        return f"{len(missing)} of {len(self.wanted)} tensors have not come: {some_names(missing)}"
+
+    def _place(
+        self, name: str, tensor: torch.Tensor, parameters: dict[str, nn.Parameter], came: set[str]
+    ) -> Target | None:
+        """Where a tensor goes, None for one that is not for this model. Raises `CheckpointError`."""
         if name.endswith(IGNORED_SUFFIX):
-            continue
-        spec = specs.get(name)
+            return None
+        spec = self.specs.get(name)
         if spec is None:
             raise CheckpointError(f"tensor {name} is unknown to this configuration; it would have been dropped")
         if problem := spec.mismatch(tuple(tensor.shape), tensor.dtype):
             raise CheckpointError(problem)
-        if part in spec.targets:
-            _copy(spec, tensor, parameters, spec.targets[part])
-            used.add(name)
-    weights_changed(model)
-    if complete:
-        missing = [n for n, spec in specs.items() if part in spec.targets and not spec.optional and n not in used]
-        if missing:
-            raise CheckpointError(f"missing tensors of the {part} model ({len(missing)}): {some_names(missing)}")
-    return used
+        if name not in self.wanted:
+            return None
+        if name in came:
+            raise CheckpointError(f"tensor {name} came twice in one update")
+        target = spec.targets[self.part]
+        _check(spec, tensor, parameters, target)
+        return target
+
+
+def load_weights(
+    model: nn.Module, config: DeepseekV3Config, named_tensors: Iterable[tuple[str, torch.Tensor]], part: Part
+) -> None:
+    """Load all weights of a model at once. Raises `CheckpointError` as `WeightLoader` does, and for what is missing."""
+    loader = WeightLoader(model, config, part)
+    loader.load(named_tensors)
+    loader.finish()
 
 
 def load_model(reader: CheckpointReader, ops: Ops) -> DeepseekV3:
@@ -69,7 +186,7 @@ def load_model(reader: CheckpointReader, ops: Ops) -> DeepseekV3:
     reader.validate()
     with torch.device(ops.setting.device_type):
         model = DeepseekV3(ops, reader.config)
-    load_weights(model, reader.config, reader.tensors(), part="main")
+    load_weights(model, reader.config, reader.tensors(), "main")
     return model
 
 
@@ -80,11 +197,12 @@ def load_mtp(reader: CheckpointReader, ops: Ops) -> DeepseekV3MTP:
     reader.validate()
     with torch.device(ops.setting.device_type):
         model = DeepseekV3MTP(ops, reader.config)
-    load_weights(model, reader.config, reader.tensors(), part="mtp")
+    load_weights(model, reader.config, reader.tensors(), "mtp")
     return model
 
 
-def _copy(spec: TensorSpec, tensor: torch.Tensor, parameters: dict[str, nn.Parameter], target: Target) -> None:
+def _check(spec: TensorSpec, tensor: torch.Tensor, parameters: dict[str, nn.Parameter], target: Target) -> None:
+    """Raise `CheckpointError` unless a tensor fits its place in the model as it was built."""
     if target.parameter not in parameters:
         raise CheckpointError(
             f"tensor {spec.name} belongs to parameter {target.parameter}, which the model was built without;"
@@ -103,4 +221,3 @@ def _copy(spec: TensorSpec, tensor: torch.Tensor, parameters: dict[str, nn.Param
         )
     if spec.name.endswith(BIAS_SUFFIX):
         check_finite(f"tensor {spec.name}", tensor)
-    place.copy_(tensor)

@@ -49,8 +49,14 @@ class MLA(nn.Module):
         self._absorbed: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def weights_changed(self) -> None:
-        """Forget what was derived from `kv_b_proj`."""
-        self._absorbed = None
+        """Derive again, in place, what was derived from `kv_b_proj`: a CUDA graph reads it where it is."""
+        if self._absorbed is not None:
+            for kept, new in zip(self._absorbed, self._absorb(), strict=True):
+                kept.copy_(new)
+
+    def derived_is_current(self) -> bool:
+        """Whether what was derived from `kv_b_proj` is that of the weight it holds now."""
+        return self._absorbed is None or all(map(torch.equal, self._absorbed, self._absorb()))
 
     def absorbed_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The halves of `kv_b_proj` for each head, in the profile's dtype: (w_uk [H, kv_lora_rank, qk_nope_head_dim],
@@ -58,15 +64,17 @@ class MLA(nn.Module):
 
         FP8 values are multiplied by their scales and rounded to bf16, which is exact with power-of-two scales.
         """
-        if self._absorbed is not None:
-            return self._absorbed
-        config, projection = self.config, self.kv_b_proj
-        weight = projection.numbers().view(config.num_attention_heads, -1, config.kv_lora_rank)
+        if self.kv_b_proj.weight.requires_grad:
+            return self._absorb()
+        if self._absorbed is None:
+            self._absorbed = self._absorb()
+        return self._absorbed
+
+    def _absorb(self) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.config
+        weight = self.kv_b_proj.numbers().view(config.num_attention_heads, -1, config.kv_lora_rank)
         w_uk, w_uv = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        absorbed = w_uk.transpose(1, 2).contiguous(), w_uv.contiguous()
-        if not projection.weight.requires_grad:
-            self._absorbed = absorbed
-        return absorbed
+        return w_uk.transpose(1, 2).contiguous(), w_uv.contiguous()
 
     def compress(self, x: Activation) -> tuple[Activation, torch.Tensor]:
         """x [T, hidden] to what the up projections read: queries [T, q_lora_rank], or x itself where the model has no

@@ -73,7 +73,14 @@ class DeepseekV3(nn.Module):
 
 
 def weights_changed(model: nn.Module) -> None:
-    """Tell every layer of `model` that its parameters were written, so that nothing derived from the old ones stays."""
+    """Tell every layer of `model` that its parameters were written: what is derived from them is derived again, in
+    place.
+    """
     for module in model.modules():
         if isinstance(module, MLA):
             module.weights_changed()
+
+
+def derived_is_current(model: nn.Module) -> bool:
+    """Whether everything that `model` derived from its parameters is derived from those that it holds now."""
+    return all(module.derived_is_current() for module in model.modules() if isinstance(module, MLA))

@@ -9,7 +9,7 @@ import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from torch import nn
 
-from dsv3_plugin.checkpoint.loader import load_weights
+from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.engines import switched_off
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.sglang_backend.attention import LatentAttend
@@ -28,7 +28,7 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
         self.lm_head = self.model.lm_head
         self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
         self.logits_processor = LogitsProcessor(config)
-        self._loaded = False
+        self.weight_loader = WeightLoader(self.model, self.config, "mtp")
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
         """Next tokens' ids [T] to SGLang's logits output; the hidden states in it feed a further draft step."""
@@ -43,8 +43,7 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load the MTP layer; embedding and head are the target's."""
-        load_weights(self.model, self.config, weights, part="mtp", complete=not self._loaded)
-        self._loaded = True
+        self.weight_loader.load(weights)
 
 
 EntryClass: Any = [] if switched_off() else DeepseekV3ForCausalLMNextN

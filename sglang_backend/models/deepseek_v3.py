@@ -11,7 +11,7 @@ import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from torch import nn
 
-from dsv3_plugin.checkpoint.loader import load_weights
+from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import switched_off
@@ -67,7 +67,7 @@ class DeepseekV3ForCausalLM(nn.Module):
         self.lm_head = deepseek.lm_head
         self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
         self.logits_processor = LogitsProcessor(config)
-        self._loaded = False
+        self.weight_loader = WeightLoader(self, self.config, "main")
 
     def forward(
         self,
@@ -89,8 +89,7 @@ class DeepseekV3ForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load a checkpoint's tensors; the first call must bring all of them, later ones may bring some."""
-        load_weights(self, self.config, weights, part="main", complete=not self._loaded)
-        self._loaded = True
+        self.weight_loader.load(weights)
 
 
 EntryClass: Any = [] if switched_off() else DeepseekV3ForCausalLM

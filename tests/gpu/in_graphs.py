@@ -1,14 +1,17 @@
 """Whether an engine prints in CUDA graphs what it prints without: rows of logits and tokens of one batch, with and
-without drafts, and the time of a step.
+without drafts, and the time of a step; and whether its graphs go on with new weights after an update.
 
-    python tests/gpu/in_graphs.py vllm|sglang CHECKPOINT [DRAFTS]      # on a Hopper card, in the engine's environment
+    python tests/gpu/in_graphs.py vllm|sglang CHECKPOINT [--drafts N] [--from OTHER]
+                                                                # on a Hopper card, in the engine's environment
 
-Without DRAFTS: with none, and with two. Each engine is built in a process of its own. Prints one line an engine and one
-a comparison; exits with 1 if a bit differs, or if no pass ran in a graph.
+Without --drafts: with none, and with two. With --from one more engine starts on the checkpoint OTHER, answers in
+graphs, and is updated to CHECKPOINT. Each engine is built in a process of its own. Prints one line an engine and one a
+comparison; exits with 1 if a bit differs, if no pass ran in a graph, or if the update changed nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -37,6 +40,8 @@ class Engine(NamedTuple):
     """Logits of each pass, in order."""
     eager_passes: list[int]
     """The passes among them that ran Python."""
+    update: Callable[[str], None]
+    """Take the weights of another checkpoint, and forget what was cached of the old ones."""
 
 
 def vllm(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
@@ -75,7 +80,11 @@ def vllm(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
     def generate() -> list[tuple[int, ...]]:
         return [tuple(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False)]
 
-    return Engine(generate, rows, eager_passes)
+    def update(checkpoint: str) -> None:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": checkpoint})
+        llm.reset_prefix_cache()
+
+    return Engine(generate, rows, eager_passes, update)
 
 
 def sglang(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
@@ -118,16 +127,32 @@ def sglang(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
             pass
         return [tuple(request.output_ids_through_stop) for request in live]
 
-    return Engine(generate, rows, eager_passes)
+    def update(checkpoint: str) -> None:
+        from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+        with torch.inference_mode(False), torch.no_grad():
+            done = scheduler.weight_updater.update_weights_from_disk(
+                UpdateWeightFromDiskReqInput(model_path=checkpoint, load_format="auto")
+            )
+        assert done.success, done.message
+
+    return Engine(generate, rows, eager_passes, update)
 
 
 ENGINES = {"vllm": vllm, "sglang": sglang}
 
 
-def run(name: str, checkpoint: str, mode: str, drafts: int, to: Path) -> None:
+def run(name: str, mode: str, drafts: int, checkpoint: str, start: str, to: Path) -> None:
     """Answer the prompts, keep what was printed, and answer them again for the time of a step."""
-    engine = ENGINES[name](checkpoint, mode == "graphs", drafts)
+    engine = ENGINES[name](start, mode != "eager", drafts)
+    if mode == "updated":
+        old = engine.generate()
+        engine.update(checkpoint)
+        engine.rows.clear()
+        engine.eager_passes.clear()
     answer = engine.generate()
+    if mode == "updated":
+        assert answer != old, "the update changed nothing"
     passes, eager = len(engine.rows), len(set(engine.eager_passes))
     torch.save({"answer": answer, "rows": [row.cpu() for row in engine.rows], "in_graphs": passes - eager}, to)
     began = time.perf_counter()
@@ -140,35 +165,46 @@ def run(name: str, checkpoint: str, mode: str, drafts: int, to: Path) -> None:
     os._exit(0)  # engines keep threads
 
 
-def compare(name: str, drafts: int, eager: dict[str, Any], graphs: dict[str, Any]) -> bool:
+def compare(what: str, eager: dict[str, Any], graphs: dict[str, Any]) -> bool:
     """Print whether all rows and tokens are equal, and whether a graph ran."""
     pairs = list(zip(eager["rows"], graphs["rows"], strict=False))
     wrong = sum(int((a.view(torch.int32) != b.view(torch.int32)).any(-1).sum()) for a, b in pairs if a.shape == b.shape)
     alike = [a.shape for a in eager["rows"]] == [b.shape for b in graphs["rows"]]
     rows = sum(len(a) for a in eager["rows"])
     print(
-        f"{name}, {drafts} drafts: {wrong} of {rows} rows of logits differ; passes alike: {alike};"
+        f"{what}: {wrong} of {rows} rows of logits differ; passes alike: {alike};"
         f" tokens equal: {eager['answer'] == graphs['answer']}; {graphs['in_graphs']} passes ran in graphs"
     )
     return not wrong and alike and eager["answer"] == graphs["answer"] and graphs["in_graphs"] > 0
 
 
-def main(name: str, checkpoint: str, *drafts_each: str) -> bool:
-    """Both modes, with each number of drafts."""
+def main(name: str, checkpoint: str, drafts_each: list[int], other: str | None) -> bool:
+    """All modes, with each number of drafts."""
     equal = True
+    starts = {"eager": checkpoint, "graphs": checkpoint} | ({"updated": other} if other else {})
     with tempfile.TemporaryDirectory() as folder:
-        for drafts in map(int, drafts_each or ("0", "2")):
-            files = {mode: Path(folder, f"{mode}-{drafts}.pt") for mode in ("eager", "graphs")}
-            for mode, file in files.items():
-                command = [sys.executable, __file__, name, checkpoint, mode, str(drafts), str(file)]
-                subprocess.run(command, check=True)
-            equal &= compare(name, drafts, *(torch.load(file) for file in files.values()))
+        for drafts in drafts_each:
+            printed = {}
+            for mode, start in starts.items():
+                file = Path(folder, f"{mode}-{drafts}.pt")
+                command = [sys.executable, __file__, name, checkpoint, "--drafts", str(drafts)]
+                subprocess.run([*command, "--child", mode, start, str(file)], check=True)
+                printed[mode] = torch.load(file)
+            eager = printed.pop("eager")
+            for mode, rows in printed.items():
+                equal &= compare(f"{name} {mode}, {drafts} drafts", eager, rows)
     return equal
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4, 6) or sys.argv[1] not in ENGINES:
-        sys.exit(__doc__)
-    if len(sys.argv) < 6:
-        sys.exit(0 if main(*sys.argv[1:]) else 1)
-    run(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--drafts", type=int, action="append")
+    parser.add_argument("--from", dest="other")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        mode, start, file = given.child
+        run(given.engine, mode, given.drafts[0], given.checkpoint, start, Path(file))
+    sys.exit(0 if main(given.engine, given.checkpoint, given.drafts or [0, 2], given.other) else 1)
