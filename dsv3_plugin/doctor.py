@@ -168,10 +168,9 @@ def probe_engine(engine: Engine) -> EngineProbe | None:
     # Whatever an engine or a plugin raises when it is imported is an answer.
     try:
         found.classes = engine.resolve()
-        ours = {}
         for name, register in engine.other_plugins().items():
             engine.register()
-            ours = ours or engine.resolve()
+            ours = engine.resolve()
             register()
             taken = [architecture for architecture, cls in engine.resolve().items() if cls != ours[architecture]]
             if taken:
