@@ -125,7 +125,7 @@ class _Expected:
     def of_prompt(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Position of each token of the prompt but the first, and the log-probabilities [vocab_size] there."""
         for position in range(1, self.prompt):
-            yield position, torch.log_softmax(self.rows[position].to(self.device), dim=-1)
+            yield position, processed_logprobs(self.rows[position].to(self.device), self.request.temperature)
 
     def _generated(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Position of each generated token, the adjusted logits and the log-probabilities [vocab_size] there."""

@@ -3,8 +3,9 @@
 The log-probability of a token is log-softmax(logits / temperature), in fp32, of exactly the row that the token was
 sampled from. A greedy request has temperature 0, which counts as 1 here. `logits` are the model's plus the request's
 own adjustments: logit bias and penalties. Top-k, top-p and min-p cut the draw, never the number. A token of the
-prompt was not drawn: its log-probability is log-softmax of the model's logits alone. None of this depends on drafts,
-seeds, n, or on what else is in the batch. A request that is greedy, or has top-k 1, is given a most likely token.
+prompt has the log-softmax(logits / temperature) of the row before it, without adjustments, so that scoring a sampled
+sequence answers what sampling it did. None of this depends on drafts, seeds, n, or on what else is in the batch. A
+request that is greedy, or has top-k 1, is given a most likely token.
 
 vLLM's name for this is `processed_logprobs`, SGLang answers it under `--enable-deterministic-inference`; both by their
 own samplers only in part, which the adapters make whole. Engines draw their random numbers in different ways, so that
@@ -105,5 +106,5 @@ def next_token(logits: torch.Tensor, request: Request, token_ids: Sequence[int])
 
 def prompt_answer(logits: torch.Tensor, request: Request, position: int) -> Answer:
     """What is said of the prompt's token at `position`, from the row before it, logits fp32 [vocab_size]."""
-    logprobs = torch.log_softmax(logits, dim=-1)
+    logprobs = processed_logprobs(logits, request.temperature)
     return answer(logprobs, request.prompt_token_ids[position], request.top_logprobs)

@@ -53,6 +53,21 @@ def judge(
     return logprobs.judge("testee", case, results, rows, "cpu")
 
 
+def test_the_definition() -> None:
+    """Written out once more, from the row alone."""
+    request = Request(prompt_token_ids=(7, 8), max_tokens=2, temperature=0.5, top_k=3, frequency_penalty=0.5)
+    case = Case(name="c", title="c", rounds=((request.model_copy(update={"prompt_logprobs": True}),),))
+    (result,), _ = answers(case)
+    first, second = result.token_ids[2:]
+    logits = row((7, 8, first))
+    logits[first] -= 0.5
+    of_prompt = torch.log_softmax(row((7,)) / torch.tensor(0.5), -1)[8]
+    assert result.prompt_logprobs == (float(of_prompt),)
+    assert result.logprobs[1] == float(torch.log_softmax(logits / torch.tensor(0.5), -1)[second])
+    assert result.logprobs[0] == float(torch.log_softmax(row((7, 8)) / torch.tensor(0.5), -1)[first])
+    assert first in row((7, 8)).topk(3).indices
+
+
 def test_an_honest_sampler_passes() -> None:
     found = judge(*answers(SAMPLER))
     assert (found.different, found.problems) == (0, [])
