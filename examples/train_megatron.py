@@ -49,7 +49,6 @@ from dsv3_plugin.megatron_backend.config import transformer_config
 from dsv3_plugin.megatron_backend.convert import RELEASE, TRACKER, find_checkpoint
 from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.moe import Router
-from dsv3_plugin.megatron_backend.optimizer import restore_exactly
 from dsv3_plugin.megatron_backend.weights import load_checkpoint, save_checkpoint
 
 
@@ -261,7 +260,6 @@ def train(arguments: argparse.Namespace) -> None:
         ),
         [model],
     )
-    restore_exactly(optimizer)
     iterations = arguments.train_iters
     warmup = max(1, int(arguments.lr_warmup_fraction * iterations))
     schedule = OptimizerParamScheduler(
