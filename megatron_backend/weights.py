@@ -28,7 +28,6 @@ from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.megatron_backend.moe import LocalExperts
 from dsv3_plugin.megatron_backend.names import module_name
 
-
 Chunks = nn.Module | Sequence[nn.Module]
 """This rank's part of a model: one module, or the list of its virtual pipeline stages."""
 

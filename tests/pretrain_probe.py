@@ -1,6 +1,6 @@
 """examples/pretrain_megatron.py, which then writes the fingerprint of the weights that it trained.
 
-    python pretrain_on_cpu.py pretrain_probe.py FILE [--break NAME] ARGUMENTS OF THE EXAMPLE
+python pretrain_on_cpu.py pretrain_probe.py FILE [--break NAME] ARGUMENTS OF THE EXAMPLE
 """
 
 from __future__ import annotations

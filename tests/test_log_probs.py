@@ -89,7 +89,7 @@ def test_log_probabilities_are_the_servers(ranks: int) -> None:
         )
         for rank in range(ranks)
     ]
-    printed = [process.communicate(timeout=300)[0] for process in processes][0]
+    printed, *_ = [process.communicate(timeout=300)[0] for process in processes]
     found = re.findall(r"^temperature (\S+) (\d+) of 2000 gradients (\w+)$", printed, re.M)
     assert found == [(name, "2000", "True") for name in ("1", "0.7", "each")], printed[-3000:]
     other = re.search(r"^cross-entropy (\d+) of 2000$", printed, re.M)
