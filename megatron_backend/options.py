@@ -177,14 +177,12 @@ OPTIONS = Options(
         use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert moe_single_grouped_weight
         moe_single_grouped_bias use_te_activation_func use_transformer_engine_op_fuser mla_down_proj_fusion
         fused_single_qkv_rope disable_jit_fuser deterministic_mode clone_scatter_output_in_embedding
+        bias_swiglu_fusion bias_activation_fusion apply_rope_fusion
         """),
     ),
     refused(
         "Megatron's fused kernel has another arithmetic",
-        "bias_swiglu_fusion",
-        "bias_activation_fusion",
         "bias_dropout_fusion",
-        "apply_rope_fusion",
         "gradient_accumulation_fusion",
         "moe_router_fusion",
         "moe_permute_fusion",

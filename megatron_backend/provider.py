@@ -1,13 +1,12 @@
 """The model in the hands of Megatron's own training script: `pretrain`, its arguments and its builders.
 
-A script like Megatron's `pretrain_gpt.py` changes in two lines:
+A script like Megatron's `pretrain_gpt.py` changes in three lines, as examples/pretrain_megatron.py shows:
 
     args = parse_and_validate_args(add_arguments)  # adds --hf-config
     model = model_config(args)                     # in place of gpt_config_from_args(args)
+    pretrain(..., get_embedding_ranks=get_embedding_ranks)  # this module's, in place of its own
 
-and goes on with `pretrain(pretrain_cfg_container_from_args(args, model), ...)`, to which it hands this module's
-`get_embedding_ranks` in place of its own, as examples/pretrain_megatron.py does. One that hands over a function gives
-`model_provider`. Like `megatron.training`, this module needs Python 3.12.
+One that hands over a function gives `model_provider`. Like `megatron.training`, this module needs Python 3.12.
 """
 
 from __future__ import annotations

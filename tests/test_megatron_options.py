@@ -29,10 +29,9 @@ from dsv3_plugin.profile import profile_for
 
 def main():
     checkpoint, cases = sys.argv[1], json.loads(sys.argv[2])
-    def parser():
-        return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     fields = [field.name for field in dataclasses.fields(MLATransformerConfig)]
-    arguments = [action.dest for action in add_megatron_arguments(argparse.ArgumentParser())._actions]
+    arguments = [action.dest for action in parser._actions if action.dest != "hf_config"]
     config = DeepseekV3Config.from_pretrained(checkpoint)
     # The twin: a table without one of its rules.
     rules = [rule for rule in OPTIONS.rules.values() if "context_parallel_size" not in rule.names]
@@ -40,7 +39,7 @@ def main():
     said = []
     for words in cases:
         try:
-            parser().parse_args(words)
+            parser.parse_args(words)
             said.append(None)
         except DSV3Error as error:
             said.append(str(error))
