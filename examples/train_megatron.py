@@ -191,6 +191,8 @@ def start(arguments: argparse.Namespace) -> None:
                 f"global batch size {size} is not a multiple of micro batch size"
                 f" {arguments.micro_batch_size} times {replicas} data parallel ranks"
             )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # torchrun says who the others are; alone there is nobody to find.
     alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)

@@ -270,7 +270,9 @@ class _Watch:
 
 
 def _start(layout: dict[str, int]) -> None:
-    """Megatron's process groups: of torchrun's processes, or of one that is alone."""
+    """Megatron's process groups: of torchrun's processes, each with a GPU of its own, or of one that is alone."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
     parallel_state.initialize_model_parallel(create_gloo_process_groups=True, expert_tensor_parallel_size=1, **layout)
