@@ -138,8 +138,8 @@ OPTIONS = Options(
         """),
     ),
     irrelevant("belongs to what is refused", "moe_token_drop_policy", "moe_upcycling_granularity"),
-    honoured("Megatron's own loss of the logits", "cross_entropy_loss_fusion"),
-    refused("needs TransformerEngine's loss", "cross_entropy_fusion_impl", unless=("native",)),
+    refused("Megatron's fused loss rounds the gradient of the fp32 logits to bf16", "cross_entropy_loss_fusion"),
+    irrelevant("of a fused loss, which is refused", "cross_entropy_fusion_impl"),
     # Which implementation.
     refused(
         "the layers are the core's; TransformerEngine and its FP8 and FP4 are not used",

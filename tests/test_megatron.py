@@ -585,13 +585,16 @@ def test_arguments_that_cannot_work_are_one_line(
 
 REFUSED = """
 import sys
+from types import SimpleNamespace
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from torch import distributed as dist
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.megatron_backend.config import transformer_config
 from dsv3_plugin.megatron_backend.model import build_model
+from dsv3_plugin.megatron_backend.pipeline import require_embedding_group
 from dsv3_plugin.profile import profile_for
 config = DeepseekV3Config.from_pretrained(sys.argv[1])
 for settings in ({"moe_token_dispatcher_type": "allgather"}, {"hidden_dropout": 0.1}, {"layernorm_epsilon": 1e-5},
@@ -601,6 +604,18 @@ for settings in ({"moe_token_dispatcher_type": "allgather"}, {"hidden_dropout": 
                  {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}):
     try:
         build_model(config, transformer_config(config, profile_for(config), **settings))
+    except EngineError as error:
+        print(error)
+
+# As if this were the first of two pipeline stages, with the group of first and last stage that is Megatron's default.
+parallel_state.get_pipeline_model_parallel_world_size = lambda: 2
+parallel_state.get_pipeline_model_parallel_group = parallel_state.get_embedding_group = lambda **_: "both"
+dist.get_rank, dist.get_process_group_ranks = (lambda: 0), (lambda group: [0, 1])
+for layout in "Etttt|mL", "Ettttm|L", "E|tt|ttm|L":
+    stages = PipelineParallelLayerLayout(layout, 2)
+    try:
+        require_embedding_group(SimpleNamespace(mtp_num_layers=1, pipeline_model_parallel_layout=stages))
+        print("accepted", layout)
     except EngineError as error:
         print(error)
 """
@@ -622,6 +637,9 @@ def test_settings_that_the_layers_cannot_honour_are_refused(python: str, tiny_ch
     assert others.pop(0).startswith("sequence_parallel=False with tensor_model_parallel_size=2")
     assert "recompute_modules=core_attn is not supported, layernorm, mla_up_proj, " in others[0]
     assert "recompute_modules=layernorm needs TransformerEngine" in others[1]
+    assert others[2] == "accepted Etttt|mL"
+    assert others[3].startswith("the embedding is on ranks [0] of the pipeline [0, 1], and the process group")
+    assert others[4].startswith("pipeline_model_parallel_layout has the MTP layer on the first rank")
 
 
 # The stand-ins

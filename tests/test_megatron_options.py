@@ -88,6 +88,7 @@ REFUSED = (
     ("--moe-router-load-balancing-type", "seq_aux_loss", "quantile_balancing"),
     ("--defer-embedding-wgrad-compute",),
     ("--use-megatron-fsdp",),
+    ("--cross-entropy-loss-fusion",),
     ("--fp8-format", "hybrid"),
     ("--optimizer", "muon"),
     ("--rampup-batch-size", "2", "2", "12"),

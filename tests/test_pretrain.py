@@ -99,7 +99,6 @@ def plain(pretrain: Pretrain) -> Callable[[], Trained]:
         (("--num-virtual-stages-per-pipeline-rank", "2"), {EMBEDDING}),
         (("--pipeline-model-parallel-layout", "Ettttm|L"), set()),
         (("--pipeline-model-parallel-layout", "E|ttttmL", *SHARDED), {EMBEDDING}),
-        (("--pipeline-model-parallel-layout", "Et|t|t|tmL"), {EMBEDDING}),
     ],
     ids=str,
 )
@@ -118,11 +117,6 @@ def test_an_embedding_that_is_added_to_the_head_is_caught(pretrain: Pretrain, pl
     found = pretrain(2, *layout, without="embedding")
     assert found.weights.difference(plain().weights) == ["lm_head.weight", EMBEDDING], found.printed[-3000:]
     assert found.losses != plain().losses
-
-
-def test_an_mtp_layer_beside_the_embedding_in_another_virtual_stage_is_refused(pretrain: Pretrain) -> None:
-    done = pretrain(2, *STAGES, "--pipeline-model-parallel-layout", "E|tt|ttm|L")
-    assert done.returncode == 1 and "error: pipeline_model_parallel_layout has the MTP layer on" in done.printed
 
 
 def test_overlaps_change_no_bit(pretrain: Pretrain) -> None:
