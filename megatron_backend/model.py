@@ -92,6 +92,12 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
         if packed_seq_params is None:
             if position_ids is None and self.documents_share_rows:
                 raise InputError("documents share rows, so that every pipeline stage must be given position_ids")
+            if position_ids is not None and input_ids is not None and position_ids.shape != input_ids.shape:
+                if position_ids.shape != (1, input_ids.shape[1]):
+                    raise InputError(
+                        f"position_ids {tuple(position_ids.shape)} are not of the tokens {tuple(input_ids.shape)}"
+                    )
+                position_ids = position_ids.expand_as(input_ids)
             attention_mask = document_starts(position_ids, attention_mask)
         else:
             if input_ids is not None:

@@ -62,6 +62,8 @@ def documents(of_row):
 positions, mask = of_dataset(True, True)
 plain = torch.arange(24).expand(2, -1)
 together, drafts = logits(models["kept"], tokens, positions)
+of_one, _ = logits(models["kept"], tokens[:1].repeat(2, 1), positions[:1])
+assert torch.equal(of_one[1], together[0])
 with_mask, _ = logits(models["kept"], tokens, positions, mask)
 ignored, _ = logits(models["kept"], tokens, plain)
 rows = equal = masked = drafted = twin = 0
@@ -92,6 +94,7 @@ for arguments in (
     (tokens, plain, of_dataset(False, True)[1]), (tokens, positions, causal), (tokens, plain + 1, None),
     (tokens, positions, mask[:, 0]), (tokens, None, mask), (tokens[:1], plain[:1], None, None, None, None, packing),
     (tokens[:1], plain[:1], mask[:1], None, None, None, packing), (tokens, plain, None, None, None, SimpleNamespace()),
+    (tokens, plain[:, :-1], None),
 ):
     try:
         models["kept"](*arguments)
@@ -130,5 +133,6 @@ def test_a_document_has_the_bits_that_it_has_alone(tiny_checkpoint: TinyCheckpoi
         "packed sequences from 0 to 25 are not the one row of tokens (1",
         "packed sequences from 0 to 25 are not the one row of tokens (1",
         "a trainer's model has no cache",
+        "position_ids (2",
         "documents share rows",
     ]
