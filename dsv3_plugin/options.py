@@ -59,8 +59,10 @@ def refused(reason: str, *names: str, unless: Iterable[Any] = (), allows: Callab
 class Options:
     """All options of one engine. An option has one rule."""
 
-    def __init__(self, engine: str, *rules: Rule) -> None:
+    def __init__(self, engine: str, *rules: Rule, otherwise: str | None = None) -> None:
+        """`otherwise`: what a user can do about a refusal, where the plugin cannot be switched off."""
         self.engine = engine
+        self.otherwise = otherwise or f"Leave them out, or set {KILL_SWITCH}=off for {engine}'s own model"
         self.rules: dict[str, Rule] = {}
         for rule in rules:
             for name in rule.names:
@@ -85,6 +87,5 @@ class Options:
         ]
         if problems:
             raise EngineError(
-                f"dsv3-plugin does not serve these options of {self.engine}: {'; '.join(problems)}."
-                f" Leave them out, or set {KILL_SWITCH}=off for {self.engine}'s own model"
+                f"dsv3-plugin does not serve these options of {self.engine}: {'; '.join(problems)}. {self.otherwise}"
             )

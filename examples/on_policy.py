@@ -7,8 +7,9 @@ temperature 1. The trainer, from its own distributed checkpoint, evaluates the s
 sides then know a log-probability of every sampled token: they are equal in every bit, and the estimated KL divergence
 between sampler and trainer is 0.
 
-Log-probabilities have one form, log-softmax in fp32 of the fp32 logits: vLLM's `logprobs`, and SGLang's with
-`enable_deterministic_inference` (without it SGLang takes the logarithm of the softmax, which rounds otherwise).
+Log-probabilities have one form, log-softmax in fp32 of the fp32 logits: the trainer's `log_probs`, vLLM's `logprobs`,
+and SGLang's with `enable_deterministic_inference` (without it SGLang takes the logarithm of the softmax, which rounds
+otherwise).
 """
 
 from __future__ import annotations

@@ -12,8 +12,13 @@ as `megatron.training` does.
 
 from __future__ import annotations
 
+import argparse
+import inspect
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,32 +26,70 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.utils import get_model_config
-from megatron.training import get_args, get_tokenizer, pretrain
+from megatron.training import get_args, get_tokenizer, pretrain, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from dsv3_plugin.errors import DSV3Error
+from dsv3_plugin.errors import DSV3Error, EngineError
 from dsv3_plugin.megatron_backend import recipe
-from dsv3_plugin.megatron_backend.provider import add_arguments, model_config
+from dsv3_plugin.megatron_backend.provider import add_arguments, get_embedding_ranks, model_config
 
 
-def datasets(samples: Sequence[int]) -> Any:
-    """Megatron's datasets for training, validation and test, of so many samples."""
+def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Those of dsv3-plugin, and one of this script."""
+    group = add_arguments(parser).add_argument_group("pretrain_megatron.py")
+    group.add_argument(
+        "--report-recipe",
+        action="store_true",
+        help="weigh the MTP loss with 0.3 and, after 10 of 14.8 parts of the run, with 0.1; rest the router's bias"
+        " after 14.3 (DeepSeek-V3 report, section 4.2). Without it both stay as their arguments say",
+    )
+    return parser
+
+
+_NOT_READ = ("sft", "fim_data", "dataloader_inter_document_masking", "iterations_to_skip", "check_for_spiky_loss")
+
+
+def require_supported(args: argparse.Namespace) -> None:
+    """Raise `EngineError` for what `datasets` and `forward_step` do not look at."""
+    for name in _NOT_READ:
+        if getattr(args, name):
+            raise EngineError(f"examples/pretrain_megatron.py does not read {name}={getattr(args, name)}: leave it out")
+    if args.report_recipe and args.mtp_loss_scaling_factor != recipe.MTP_LOSS_FACTOR:
+        raise EngineError(
+            f"mtp_loss_scaling_factor={args.mtp_loss_scaling_factor} beside --report-recipe, which begins with"
+            f" {recipe.MTP_LOSS_FACTOR}: leave one out"
+        )
+
+
+def datasets(samples: Sequence[int], vp_stage: int | None = None) -> Any:
+    """Megatron's datasets for training, validation and test, of so many samples; the same on every stage and rank."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences = args.per_dataset_sequences_path
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
         split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
         tokenizer=get_tokenizer(),
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=False,  # attention is causal over each sequence
+        create_attention_mask=False,  # attention knows from the positions where documents begin
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        sequences_per_dataset=json.loads(Path(sequences).read_text()) if sequences else None,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(kind, samples, lambda: True, config).build()
@@ -58,7 +101,8 @@ datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank reads
 def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     """One micro-batch, as Megatron's schedules call it. MTP's loss joins inside the model."""
     args = get_args()
-    recipe.follow(get_model_config(model), args.curr_iteration / args.train_iters, args.moe_router_bias_update_rate)
+    if args.report_recipe and model.training:
+        recipe.follow(get_model_config(model), args.curr_iteration / args.train_iters, args.moe_router_bias_update_rate)
     device = torch.cuda.current_device()
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     mask = batch["loss_mask"]
@@ -72,15 +116,35 @@ def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Mod
     return output, loss_of
 
 
+def log_each_iteration_once() -> None:
+    """Mend Megatron's log, which counts the first iteration of a process in two lines where `--log-interval` is 1: the
+    second loss was the mean of both, and another one in a run that continues than in one that went through.
+    """
+    log = training.training_log
+    arguments = inspect.signature(log)
+
+    @wraps(log)
+    def log_once(*args: Any, **kwargs: Any) -> Any:
+        call = arguments.bind(*args, **kwargs)
+        if call.arguments["iteration"] % get_args().log_interval == 0:
+            call.arguments["is_first_iteration"] = False
+        return log(*call.args, **call.kwargs)
+
+    training.training_log = log_once
+
+
 def main() -> None:
     """Errors that are meant for the user are one line."""
     try:
-        args = parse_and_validate_args(add_arguments)
+        args = parse_and_validate_args(add_all_arguments)
+        require_supported(args)
+        log_each_iteration_once()
         pretrain(
             pretrain_cfg_container_from_args(args, model_config(args)),
             datasets,
             ModelType.encoder_or_decoder,
             forward_step,
+            get_embedding_ranks=get_embedding_ranks,
         )
     except DSV3Error as error:
         sys.exit(f"error: {error}")

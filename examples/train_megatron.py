@@ -47,9 +47,9 @@ from dsv3_plugin.errors import DSV3Error, EngineError, InputError
 from dsv3_plugin.megatron_backend import recipe
 from dsv3_plugin.megatron_backend.config import transformer_config
 from dsv3_plugin.megatron_backend.convert import RELEASE, TRACKER, find_checkpoint
+from dsv3_plugin.megatron_backend.log_probs import log_probs
 from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.moe import Router
-from dsv3_plugin.megatron_backend.optimizer import restore_exactly
 from dsv3_plugin.megatron_backend.weights import load_checkpoint, save_checkpoint
 
 
@@ -181,6 +181,8 @@ def start(arguments: argparse.Namespace) -> None:
             f"{world} processes cannot be divided into tensor parallel {tensor}, pipeline parallel {pipeline} and"
             f" expert parallel {expert}"
         )
+    if arguments.evaluate and pipeline > 1:
+        raise EngineError("--evaluate needs the whole model on a rank: --pipeline-model-parallel-size 1")
     replicas = world // (tensor * pipeline)
     schedule = recipe.batch_size_schedule(arguments.rampup_batch_size, arguments.global_batch_size)
     for size in (int(step.split(":")[1]) for step in schedule.split()):
@@ -189,6 +191,8 @@ def start(arguments: argparse.Namespace) -> None:
                 f"global batch size {size} is not a multiple of micro batch size"
                 f" {arguments.micro_batch_size} times {replicas} data parallel ranks"
             )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # torchrun says who the others are; alone there is nobody to find.
     alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
@@ -261,7 +265,6 @@ def train(arguments: argparse.Namespace) -> None:
         ),
         [model],
     )
-    restore_exactly(optimizer)
     iterations = arguments.train_iters
     warmup = max(1, int(arguments.lr_warmup_fraction * iterations))
     schedule = OptimizerParamScheduler(
@@ -341,16 +344,18 @@ def evaluate(file: Path, model: Any) -> None:
     log-probabilities of its tokens 1, 2, ... as a list of JSON.
     """
     samples = json.loads(file.read_text())
-    starts = torch.tensor([0, *map(len, samples)]).cumsum(0).int()
+    device = torch.device(torch.cuda.current_device())
+    starts = torch.tensor([0, *map(len, samples)], device=device).cumsum(0).int()
     longest = max(map(len, samples))
     packing = PackedSeqParams("thd", starts, starts, max_seqlen_q=longest, max_seqlen_kv=longest)
-    tokens = torch.tensor([token for sample in samples for token in sample])
-    positions = torch.cat([torch.arange(len(sample)) for sample in samples])
+    tokens = torch.tensor([token for sample in samples for token in sample], device=device)
+    positions = torch.cat([torch.arange(len(sample), device=device) for sample in samples])
     with torch.no_grad():
         logits = model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=packing)[0]
-    chosen = torch.log_softmax(logits[:-1], -1).gather(1, tokens[1:, None])[:, 0].tolist()
+    chosen = log_probs(logits[:-1], tokens[1:]).tolist()
     of_samples = [chosen[start : end - 1] for start, end in pairwise(starts.tolist())]
-    file.with_suffix(".trainer").write_text(json.dumps(of_samples))
+    if dist.get_rank() == 0:
+        file.with_suffix(".trainer").write_text(json.dumps(of_samples))
 
 
 def state_of(model: Any, optimizer: Any, schedule: Any, *, is_loading: bool) -> dict[str, Any]:

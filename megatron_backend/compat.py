@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from importlib import metadata
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import untested_version_warning
 from dsv3_plugin.errors import EngineError
+from dsv3_plugin.megatron_backend import options
 from dsv3_plugin.profile import SLICES_VARIABLE, Profile
 
 TESTED = ("0.19.2", "0.19.2")
@@ -59,36 +61,17 @@ def require_whole_experts() -> None:
 
 def require_supported(transformer_config: Any, config: DeepseekV3Config, profile: Profile) -> None:
     """Raise `EngineError`, one line, for what the layers cannot compute exactly as the contracts say."""
+    # Here, so that a program without Megatron can import this module and say so.
+    from dsv3_plugin.megatron_backend.config import of_model
+
     asked = transformer_config
-    required = {
-        "expert_tensor_parallel_size": 1,
-        "context_parallel_size": 1,
-        "sequence_parallel": asked.tensor_model_parallel_size > 1,
-        "moe_token_dispatcher_type": "alltoall",
-        "moe_expert_capacity_factor": None,
-        "moe_shared_expert_overlap": False,
-        "moe_router_padding_for_quantization": False,
-        "moe_permute_fusion": False,
-        "moe_latent_size": None,
-        "moe_input_jitter_eps": None,
-        "moe_router_force_load_balancing": False,
-        "overlap_moe_expert_parallel_comm": False,
-        "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "fp32_residual_connection": False,
-        "fp8": None,
-        "params_dtype": profile.dtype,
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "layernorm_epsilon": config.rms_norm_eps,
-        "num_moe_experts": config.n_routed_experts,
-        "moe_router_topk": config.num_experts_per_tok,
-        "mtp_num_layers": config.num_nextn_predict_layers or None,
-    }
-    for name, value in required.items():
-        found = getattr(asked, name, value)
-        if found != value:
-            raise EngineError(f"dsv3-plugin's layers need {name}={value}, but {found} was asked for")
+    values = {field.name: getattr(asked, field.name) for field in fields(asked)}
+    options.require_supported(values, of_model(config, profile), config)
+    if asked.sequence_parallel != (asked.tensor_model_parallel_size > 1):
+        raise EngineError(
+            f"sequence_parallel={asked.sequence_parallel} with tensor_model_parallel_size="
+            f"{asked.tensor_model_parallel_size}: tensor-parallel ranks need it, and one rank has no use for it"
+        )
     _require_recomputable(asked)
     slices, ranks = profile.reduction_slices, asked.tensor_model_parallel_size
     if slices % ranks:

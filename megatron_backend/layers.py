@@ -27,6 +27,7 @@ from dsv3_plugin.layers.linear import Activation, ColumnLinear, linear_in_slices
 from dsv3_plugin.layers.mla import MLA, Attend
 from dsv3_plugin.layers.mlp import MLP
 from dsv3_plugin.layers.rotary import RotaryTable
+from dsv3_plugin.megatron_backend.documents import packed_starts
 from dsv3_plugin.megatron_backend.tensor_parallel import all_tokens, cut_weights, own_tokens
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
@@ -60,6 +61,7 @@ class CoreModule(MegatronModule):
     def __init__(self, core: nn.Module, config: Any) -> None:
         super().__init__(config)
         self.core = core
+        self.register_forward_pre_hook(_wait_for_weights)
         self.cut = cut_weights(core)
         for name, parameter in core.named_parameters():
             if name in self.cut and config.tensor_model_parallel_size > 1:
@@ -86,6 +88,17 @@ class CoreModule(MegatronModule):
                 key = f"{prefix}{name}.weight"
                 state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
         return state
+
+
+def _wait_for_weights(module: CoreModule, _: Any) -> None:
+    """Wait for all weights of a layer that `--overlap-param-gather` is still gathering.
+
+    Megatron waits in a hook of the module whose parameter it is. The core reads some without calling that module (the
+    absorbed halves of `kv_b_proj`), so that the hooks are called here.
+    """
+    for part in module.core.modules():
+        for hook in part._forward_pre_hooks.values():
+            hook(part, ())
 
 
 class Norm(MegatronModule):
@@ -124,7 +137,7 @@ class RecomputedMLA(MLA):
 
 
 class Attention(CoreModule):
-    """Absorbed MLA over whole sequences, causal; Megatron's attention mask is not looked at."""
+    """Absorbed MLA, causal over each document of a batch."""
 
     def __init__(self, config: Any, layer_number: int, binding: Binding, **_: Any) -> None:
         heads = binding.config.num_attention_heads // config.tensor_model_parallel_size
@@ -135,20 +148,27 @@ class Attention(CoreModule):
         self.binding = binding
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: Any = None, packed_seq_params: Any = None, **_: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states [s, b, hidden] to the same shape; with `packed_seq_params`, b is 1 and s holds its sequences.
-        Under sequence parallelism s are this rank's tokens.
+        """hidden_states [s, b, hidden] to the same shape; under sequence parallelism s are this rank's tokens.
 
-        A shorter sequence of a batch is padded at its end: no token sees what follows it.
+        In the place of Megatron's mask comes what it means: `document_starts`. With `packed_seq_params`, b is 1 and s
+        holds its sequences. A shorter sequence of a batch is padded at its end: no token sees what follows it.
         """
         hidden_states = all_tokens(hidden_states, self.config)
         s, b = hidden_states.shape[:2]
-        if packed_seq_params is None:
-            starts = torch.arange(b + 1, device=hidden_states.device) * s
+        if packed_seq_params is not None:
+            starts = packed_starts(packed_seq_params)
+        elif attention_mask is not None:
+            if attention_mask.dtype != torch.int64:
+                raise InputError("attention takes the starts of documents (document_starts), not a mask")
+            starts = attention_mask
         else:
-            padded = packed_seq_params.cu_seqlens_q_padded
-            starts = packed_seq_params.cu_seqlens_q if padded is None else padded
+            starts = torch.arange(b + 1, device=hidden_states.device) * s
         sequences = _Sequences(self.binding, starts)
         x = hidden_states.transpose(0, 1).reshape(b * s, -1)
         out = self.core(x, *self.binding.rotary(sequences.positions), sequences.attend)

@@ -17,9 +17,12 @@ from dsv3_plugin.errors import InputError
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.megatron_backend import compat
+from dsv3_plugin.megatron_backend.documents import document_starts, require_packing
 from dsv3_plugin.megatron_backend.layer_spec import block_spec, mtp_spec
 from dsv3_plugin.megatron_backend.layers import Binding, OutputLayer
 from dsv3_plugin.megatron_backend.names import checkpoint_key
+from dsv3_plugin.megatron_backend.optimizer import restore_exactly
+from dsv3_plugin.megatron_backend.pipeline import require_embedding_group
 from dsv3_plugin.megatron_backend.tensor_parallel import share
 from dsv3_plugin.profile import Profile, profile_for
 
@@ -28,6 +31,9 @@ logger = logging.getLogger("megatron.dsv3_plugin")
 
 class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
     """Megatron's `GPTModel` with our layers and head; its embedding, losses, pipeline and checkpoints stay."""
+
+    documents_share_rows = False
+    """Whether positions begin anew within a row (`--reset-position-ids`)."""
 
     def __init__(self, binding: Binding, config: TransformerConfig, **kwargs: Any) -> None:
         self.binding = binding
@@ -58,15 +64,57 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
             )
         super().setup_embeddings_and_output_layer()
 
-    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Megatron's, of input_ids [b, s]. Raises `InputError` where tensor-parallel ranks cannot share s tokens."""
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        decoder_input: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Megatron's, of input_ids and position_ids [b, s]. Stages in the middle of a pipeline may be given None.
+
+        Raises `InputError` for positions or a mask that are no causal attention over whole documents
+        (`document_starts`), where tensor-parallel ranks cannot share s tokens, and for inference.
+        """
+        if inference_context is not None or kwargs.get("inference_params") is not None:
+            raise InputError("a trainer's model has no cache: it computes whole sequences")
         ranks = self.config.tensor_model_parallel_size
-        if input_ids.shape[1] % ranks:
+        if input_ids is not None and input_ids.shape[1] % ranks:
             raise InputError(
                 f"sequences of {input_ids.shape[1]} tokens cannot be divided among tensor_model_parallel_size={ranks}"
                 " ranks: pad them"
             )
-        return super().forward(input_ids, *args, **kwargs)
+        if packed_seq_params is None:
+            if position_ids is None and self.documents_share_rows:
+                raise InputError("documents share rows, so that every pipeline stage must be given position_ids")
+            if position_ids is not None and input_ids is not None and position_ids.shape != input_ids.shape:
+                if position_ids.shape != (1, input_ids.shape[1]):
+                    raise InputError(
+                        f"position_ids {tuple(position_ids.shape)} are not of the tokens {tuple(input_ids.shape)}"
+                    )
+                position_ids = position_ids.expand_as(input_ids)
+            attention_mask = document_starts(position_ids, attention_mask)
+        else:
+            if input_ids is not None:
+                require_packing(packed_seq_params, (input_ids.shape[0], input_ids.shape[1]))
+            if attention_mask is not None:
+                raise InputError("packed sequences take no attention mask: attention is causal over each of them")
+        return super().forward(
+            input_ids,
+            position_ids,
+            attention_mask,
+            decoder_input,
+            labels,
+            None,
+            packed_seq_params,
+            *args,
+            **kwargs,
+        )
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Megatron's, under the keys of Megatron's own layers."""
@@ -94,6 +142,8 @@ def build_model(
         logger.warning(warning)
     compat.require_supported(transformer_config, config, profile)
     compat.require_whole_experts()
+    require_embedding_group(transformer_config)
+    restore_exactly()
     device = compat.require_device()
     ops = differentiable(bind_ops(config, profile, device))
     if transformer_config.tensor_model_parallel_size > 1:

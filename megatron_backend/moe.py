@@ -54,7 +54,9 @@ class Router(TopKRouter):  # type: ignore[misc]
         """
         config, ops = self.binding.config, self.binding.ops
         s, b, hidden = input.shape
-        logits = ops.router_linear(input.reshape(s * b, hidden), self.weight)
+        mask = None if padding_mask is None else padding_mask.reshape(-1)
+        # Losses change no number on their way: they add their gradients to those of the logits and the weights.
+        logits = self.apply_z_loss(ops.router_linear(input.reshape(s * b, hidden), self.weight), mask)
         bias = self.expert_bias if self.enable_expert_bias else logits.new_zeros(config.n_routed_experts)
         topk_ids, topk_weights = ops.route(
             logits,
@@ -67,12 +69,14 @@ class Router(TopKRouter):  # type: ignore[misc]
         )
         probs = torch.zeros_like(logits).scatter(1, topk_ids, topk_weights)
         routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, topk_ids, True)
-        mask = None if padding_mask is None else padding_mask.reshape(-1)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             of_aux_loss, scores = compute_routing_scores_for_aux_loss(
                 logits, self.topk, self.score_function, padding_mask=mask
             )
-            probs = self._apply_seq_aux_loss(probs, scores, of_aux_loss, s, b, with_padding_mask=mask is not None)
+            padded = mask is not None
+            probs = self._apply_aux_loss(probs, scores, of_aux_loss, with_padding_mask=padded)
+            probs = self._apply_seq_aux_loss(probs, scores, of_aux_loss, s, b, with_padding_mask=padded)
+            probs = self._apply_global_aux_loss(probs, scores, of_aux_loss, with_padding_mask=padded)
         self._apply_expert_bias(routing_map, None if mask is None else mask.unsqueeze(1))
         return probs, routing_map
 

@@ -1,17 +1,18 @@
 """The model in the hands of Megatron's own training script: `pretrain`, its arguments and its builders.
 
-A script like Megatron's `pretrain_gpt.py` changes in two lines:
+A script like Megatron's `pretrain_gpt.py` changes in three lines, as examples/pretrain_megatron.py shows:
 
     args = parse_and_validate_args(add_arguments)  # adds --hf-config
     model = model_config(args)                     # in place of gpt_config_from_args(args)
+    pretrain(..., get_embedding_ranks=get_embedding_ranks)  # this module's, in place of its own
 
-and goes on with `pretrain(pretrain_cfg_container_from_args(args, model), ...)`, as examples/pretrain_megatron.py does.
 One that hands over a function gives `model_provider`. Like `megatron.training`, this module needs Python 3.12.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -22,36 +23,62 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_first_stage,
     is_vp_last_stage,
 )
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args
-from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import EngineError
-from dsv3_plugin.megatron_backend.config import megatron_arguments
+from dsv3_plugin.megatron_backend import options
+from dsv3_plugin.megatron_backend.config import megatron_arguments, of_model
 from dsv3_plugin.megatron_backend.model import DeepseekV3GPTModel, build_model
-
-
-class DescribeModel(argparse.Action):
-    """Sets every argument of Megatron's that describes the model. What the command line says after it wins."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Raises `ConfigError` for what is no configuration of this model."""
-        for name, value in megatron_arguments(DeepseekV3Config.from_pretrained(values)).items():
-            setattr(namespace, name, value)
-        setattr(namespace, self.dest, values)
+from dsv3_plugin.megatron_backend.pipeline import embedding_ranks
+from dsv3_plugin.profile import profile_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Megatron's `extra_args_provider`."""
+    """Megatron's `extra_args_provider`: `--hf-config` gives the defaults of all arguments that describe the model.
+
+    What is parsed is looked at before Megatron does: an option that is refused, or that says another model than the
+    checkpoint's configuration, raises `EngineError`; what is no configuration of this model raises `ConfigError`.
+    """
     parser.add_argument_group("dsv3-plugin").add_argument(
         "--hf-config",
         type=Path,
         required=True,
-        action=DescribeModel,
         help="a Hugging Face folder or config.json; it stands for all arguments that describe the model",
     )
+    parse = parser.parse_known_args
+
+    def parse_and_check(args: Any = None, namespace: Any = None, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        words = sys.argv[1:] if args is None else list(args)
+        if (folder := _hf_config(words)) is not None:
+            parser.set_defaults(**megatron_arguments(DeepseekV3Config.from_pretrained(folder)))
+        parsed, unknown = parse(words, namespace, **kwargs)
+        _require_supported(parsed)
+        return parsed, unknown
+
+    parser.parse_known_args = parse_and_check  # type: ignore[method-assign,assignment]
     return parser
+
+
+def _hf_config(words: list[str]) -> Path | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--hf-config", type=Path)
+    try:
+        folder: Path | None = parser.parse_known_args(words)[0].hf_config
+    except argparse.ArgumentError:
+        return None  # which the real parser says better
+    return folder
+
+
+def _require_supported(args: argparse.Namespace) -> None:
+    """Raise `EngineError` for arguments that are refused, or that are not the checkpoint's."""
+    if args.spec is not None:
+        refuse_spec()
+    config = DeepseekV3Config.from_pretrained(args.hf_config)
+    options.require_supported(vars(args), of_model(config, profile_for(config)), config)
 
 
 @dataclass(kw_only=True)
@@ -73,22 +100,24 @@ class DeepseekV3ModelBuilder(GPTModelBuilder):  # type: ignore[misc]
         vp_stage: int | None = None,
     ) -> DeepseekV3GPTModel:
         """Raises what `dsv3_plugin.megatron_backend.model.build_model` does."""
+        _require_global_groups(pg_collection)
         config = self._model_config
         stages = config.transformer.virtual_pipeline_model_parallel_size
         if pre_process is None:
             pre_process = is_vp_first_stage(vp_stage, stages) and is_pp_first_stage(pg_collection.pp)
         if post_process is None:
             post_process = is_vp_last_stage(vp_stage, stages) and is_pp_last_stage(pg_collection.pp)
-        return build_model(config.hf_config, config.transformer, pre_process, post_process, vp_stage)
+        model = build_model(config.hf_config, config.transformer, pre_process, post_process, vp_stage)
+        model.documents_share_rows = get_args().reset_position_ids
+        return model
 
 
 def model_config(args: argparse.Namespace) -> DeepseekV3ModelConfig:
     """The model of `--hf-config`, with the command line's parallel sizes, recomputation and other settings.
 
-    Raises `EngineError` beside `--spec`, which would have no effect.
+    Raises `EngineError` for arguments that are refused, or that are not the checkpoint's.
     """
-    if args.spec is not None:
-        refuse_spec()
+    _require_supported(args)
     config: DeepseekV3ModelConfig = gpt_config_from_args(args, model_config_cls=DeepseekV3ModelConfig)
     config.hf_config = DeepseekV3Config.from_pretrained(args.hf_config)
     return config
@@ -102,9 +131,28 @@ def model_provider(
     pg_collection: Any = None,
 ) -> DeepseekV3GPTModel:
     """Megatron's `model_provider`, of the arguments that `get_args()` knows."""
-    model = model_config(get_args())
-    assert model.hf_config is not None
-    return build_model(model.hf_config, config or model.transformer, pre_process, post_process, vp_stage)
+    _require_global_groups(pg_collection)
+    args = get_args()
+    described = model_config(args)
+    assert described.hf_config is not None
+    model = build_model(described.hf_config, config or described.transformer, pre_process, post_process, vp_stage)
+    model.documents_share_rows = args.reset_position_ids
+    return model
+
+
+def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """Megatron's `get_embedding_ranks`, of the arguments that `get_args()` knows: hand it to `pretrain`."""
+    return embedding_ranks(pp_ranks, core_transformer_config_from_args(get_args()))
+
+
+def _require_global_groups(pg_collection: Any) -> None:
+    """Raise `EngineError` for process groups of a model's own: the layers use those of `parallel_state`."""
+    ours = ProcessGroupCollection.use_mpu_process_groups()
+    for name in ("tp", "pp", "ep", "embd"):
+        if pg_collection is not None and getattr(pg_collection, name, None) is not getattr(ours, name):
+            raise EngineError(
+                f"pg_collection.{name} is not parallel_state's, and the layers know no other process groups"
+            )
 
 
 def refuse_spec(*_: Any, **__: Any) -> NoReturn:

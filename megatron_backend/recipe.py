@@ -15,6 +15,8 @@ _TOKENS = 14.8
 LR_DECAY_BEGINS = 10.0 / _TOKENS
 """Share of a run after which the learning rate falls, along a cosine."""
 LR_DECAY_ENDS = 14.3 / _TOKENS
+MTP_LOSS_FACTOR = 0.3
+"""The weight of the MTP loss to begin with."""
 _MTP_LOSS_FALLS = 10.0 / _TOKENS
 _BIAS_STOPS = 14.3 / _TOKENS
 
@@ -27,7 +29,7 @@ def follow(config: Any, progress: float, bias_update_rate: float) -> None:
         progress: the share of the run's samples that are done, 0 to 1.
         bias_update_rate: the rate while the bias moves; the report's is 0.001.
     """
-    config.mtp_loss_scaling_factor = 0.3 if progress < _MTP_LOSS_FALLS else 0.1
+    config.mtp_loss_scaling_factor = MTP_LOSS_FACTOR if progress < _MTP_LOSS_FALLS else 0.1
     config.moe_router_bias_update_rate = bias_update_rate if progress < _BIAS_STOPS else 0.0
 
 

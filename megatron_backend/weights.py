@@ -7,16 +7,18 @@ when they are written; with power-of-two scales neither step changes a number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from safetensors.torch import save_file
 from torch import distributed as dist
 from torch import nn
 
+from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint_of_tensors
 from dsv3_plugin.checkpoint.masters import as_written, numbers
 from dsv3_plugin.checkpoint.names import Part, Target, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import SINGLE_FILE, CheckpointReader
@@ -26,10 +28,22 @@ from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.megatron_backend.moe import LocalExperts
 from dsv3_plugin.megatron_backend.names import module_name
 
+Chunks = nn.Module | Sequence[nn.Module]
+"""This rank's part of a model: one module, or the list of its virtual pipeline stages."""
 
-def local_tensors(model: nn.Module, config: DeepseekV3Config) -> dict[str, torch.Tensor]:
+
+def local_tensors(model: Chunks, config: DeepseekV3Config) -> dict[str, torch.Tensor]:
     """Views of this rank's parameters and router biases, by the checkpoint's names; FP8 weights as master weights."""
+    places: dict[str, torch.Tensor] = {}
+    for chunk in [model] if isinstance(model, nn.Module) else model:
+        places |= _tensors_of_chunk(chunk, config)
+    return places
+
+
+def _tensors_of_chunk(model: nn.Module, config: DeepseekV3Config) -> dict[str, torch.Tensor]:
     while not hasattr(model, "decoder"):  # DDP and Float16Module
+        if isinstance(model, DistributedDataParallel) and model.ddp_config.overlap_param_gather:
+            model.start_param_sync(force_sync=True)  # other ranks' steps may still be on their way
         model = model.module  # type: ignore[assignment]
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     layers: Any = model.decoder.layers  # type: ignore[union-attr]
@@ -61,7 +75,7 @@ def local_tensors(model: nn.Module, config: DeepseekV3Config) -> dict[str, torch
 
 
 @torch.no_grad()
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+def load_checkpoint(model: Chunks, path: str | Path) -> None:
     """Read a Hugging Face checkpoint into this rank's part of a model.
 
     Raises `CheckpointError` for whatever is wrong with the files (`CheckpointReader.validate`).
@@ -83,17 +97,21 @@ def _own_part(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def _whole(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The tensor of `shape` whose parts the tensor-parallel ranks hold; a copy on the CPU."""
+    """The tensor of `shape` whose parts the tensor-parallel ranks hold, on its device."""
     for dim, size in enumerate(shape):
         if size != tensor.shape[dim]:
             parts = [torch.empty_like(tensor) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
             dist.all_gather(parts, tensor.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-            return torch.cat(parts, dim).cpu()
-    return tensor.cpu().clone()
+            return torch.cat(parts, dim)
+    return tensor
 
 
-def _checkpoint_tensors(model: nn.Module, config: DeepseekV3Config) -> Iterator[tuple[str, torch.Tensor]]:
-    """What this rank writes: of several ranks that hold the same tensor, the first."""
+def _checkpoint_tensors(
+    model: Chunks, config: DeepseekV3Config, *, copies: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What this rank writes: of several ranks that hold the same tensor, the first; with `copies`, the embedding of the
+    MTP layer's stage too.
+    """
     writes = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     writes_experts = parallel_state.get_expert_data_parallel_rank() == 0
     is_first = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -102,15 +120,39 @@ def _checkpoint_tensors(model: nn.Module, config: DeepseekV3Config) -> Iterator[
         is_expert = ".mlp.experts." in name
         if not (writes_experts if is_expert else writes):
             continue
-        if name == "model.embed_tokens.weight" and not parallel_state.is_pipeline_first_stage():
-            continue  # the MTP layer's copy
+        if name == "model.embed_tokens.weight" and not copies and not parallel_state.is_pipeline_first_stage():
+            continue
         # Every tensor-parallel rank sends its part.
         whole = _whole(tensor, specs[name].shape)
         if is_expert or is_first:
             yield from as_written(name, whole, config)
 
 
-def save_checkpoint(model: nn.Module, like: str | Path, path: str | Path) -> None:
+@torch.no_grad()
+def fingerprint(model: Chunks, config: DeepseekV3Config) -> Fingerprint:
+    """Of the weights that all ranks hold, as `save_checkpoint` would write them. Every rank makes this call.
+
+    It is equal to the servers' exactly where they hold these weights (`dsv3_plugin.checkpoint.fingerprint`).
+
+    Args:
+        model: this rank's part of the model.
+        config: the configuration of the checkpoint that the weights are for: in FP8 they are quantized on the way.
+
+    Raises `CheckpointError` where the MTP layer's stage has another embedding than the first stage.
+    """
+    tensors: dict[str, str] = {}
+    for name, tensor in _checkpoint_tensors(model, config, copies=True):
+        tensors |= fingerprint_of_tensors({name: tensor}).tensors
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, tensors)
+    found: dict[str, str] = {}
+    for name, digest in (item for part in parts for item in part.items()):
+        if found.setdefault(name, digest) != digest:
+            raise CheckpointError(f"{name}: two pipeline stages hold copies that differ")
+    return Fingerprint(tensors=found)
+
+
+def save_checkpoint(model: Chunks, like: str | Path, path: str | Path) -> None:
     """Write a Hugging Face checkpoint: every rank its tensors, the first one the index and what else `like` holds.
 
     Args:
@@ -127,7 +169,7 @@ def save_checkpoint(model: nn.Module, like: str | Path, path: str | Path) -> Non
         raise CheckpointError(f"{path}: exists already and is not overwritten")
     dist.barrier()
     path.mkdir(parents=True, exist_ok=True)
-    tensors = dict(_checkpoint_tensors(model, config))
+    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in _checkpoint_tensors(model, config)}
     file = SINGLE_FILE if world == 1 else f"model-{rank + 1:05d}-of-{world:05d}.safetensors"
     if tensors:
         save_file(tensors, path / file, {"format": "pt"})

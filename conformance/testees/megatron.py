@@ -63,6 +63,7 @@ class MegatronTestee:
         load_checkpoint(self.model, job.checkpoint)
         self.model.train()
         self.ranks = settings.tensor_model_parallel_size
+        self.device = compat.require_device()
         self.watch = _Watch(self.gpt, self.config.num_hidden_layers)
 
     def versions(self) -> dict[str, str]:
@@ -112,7 +113,7 @@ class MegatronTestee:
 
     def last_logits(self, sequences: list[list[int]], wanted: list[int]) -> tuple[torch.Tensor, ...]:
         """Logits [wanted, vocab_size] of each sequence's last tokens, without the MTP layer and the other logits."""
-        batch = _Packed(sequences, self.ranks)
+        batch = _Packed(sequences, self.ranks, self.device)
         input_ids, positions, packing = batch
         embedded = self.gpt.embedding(input_ids, positions)
         hidden = self.gpt.decoder(embedded, attention_mask=None, packed_seq_params=packing)
@@ -127,7 +128,7 @@ class MegatronTestee:
     @torch.enable_grad()
     def packed(self, sequences: list[tuple[int, list[int]]]) -> None:
         """One pass over all sequences, one after the other. The row of a last token that was never fed is left out."""
-        batch = _Packed([tokens for _, tokens in sequences], self.ranks)
+        batch = _Packed([tokens for _, tokens in sequences], self.ranks, self.device)
         rows: list[_Row] = []
         draft_rows: list[_Row] = []
         for start, (request, tokens) in zip(batch.starts.tolist(), sequences, strict=False):
@@ -141,15 +142,16 @@ class MegatronTestee:
         """One pass over a batch [b, s], padded at the end."""
         longest = max(len(tokens) for _, tokens in sequences)
         longest += -longest % self.ranks
-        input_ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+        input_ids = torch.zeros(len(sequences), longest, dtype=torch.int64, device=self.device)
         rows: list[_Row] = []
         draft_rows: list[_Row] = []
         for b, (request, tokens) in enumerate(sequences):
-            input_ids[b, : len(tokens)] = torch.tensor(tokens)
+            input_ids[b, : len(tokens)] = torch.tensor(tokens, device=self.device)
             keys = _keys(request, tokens)
             rows += [_Row(p, b, key) for p, key in enumerate(keys[:-1])]
             draft_rows += [_Row(p, b, successor) for p, successor in enumerate(keys[1:])]
-        self.forward(input_ids, torch.arange(longest).expand(len(sequences), -1), rows=rows, draft_rows=draft_rows)
+        positions = torch.arange(longest, device=self.device).expand(len(sequences), -1)
+        self.forward(input_ids, positions, rows=rows, draft_rows=draft_rows)
 
     def forward(
         self,
@@ -172,14 +174,14 @@ class _Packed:
     Sequence-parallel ranks share the tokens evenly, so that a sequence of zeros may follow.
     """
 
-    def __init__(self, sequences: list[list[int]], ranks: int) -> None:
+    def __init__(self, sequences: list[list[int]], ranks: int, device: torch.device) -> None:
         padding = -sum(map(len, sequences)) % ranks
         if padding:
             sequences = [*sequences, [0] * padding]
         lengths = [len(tokens) for tokens in sequences]
-        self.starts = torch.tensor([0, *lengths]).cumsum(0)
-        self.input_ids = torch.tensor([token for tokens in sequences for token in tokens])
-        self.positions = torch.cat([torch.arange(n) for n in lengths])
+        self.starts = torch.tensor([0, *lengths], device=device).cumsum(0)
+        self.input_ids = torch.tensor([token for tokens in sequences for token in tokens], device=device)
+        self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])
 
     def __iter__(self) -> Iterator[Any]:
         starts, longest = self.starts.int(), int(self.starts.diff().max())
@@ -267,7 +269,9 @@ class _Watch:
 
 
 def _start(layout: dict[str, int]) -> None:
-    """Megatron's process groups: of torchrun's processes, or of one that is alone."""
+    """Megatron's process groups: of torchrun's processes, each with a GPU of its own, or of one that is alone."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
     parallel_state.initialize_model_parallel(create_gloo_process_groups=True, expert_tensor_parallel_size=1, **layout)
