@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsv3_plugin.conformance.protocol import Case, Request
+from dsv3_plugin.errors import ConformanceError
 
 # The smallest page that vLLM's own CPU attention takes, so that its own model can be compared too.
 BLOCK_SIZE = 32
 CHUNK = 16
+
+
+MIN_LENGTH = 4 * BLOCK_SIZE
+"""The shortest sequence that a model must take at most: a prefix that fills pages, and some tokens more."""
 
 
 class _Text:
@@ -116,3 +121,23 @@ def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:
             )
         )
     return tuple(cases)
+
+
+def fit(cases: Sequence[Case], max_position_embeddings: int) -> tuple[Case, ...]:
+    """The cases with prompts cut so that no sequence is longer than the model takes.
+
+    Raises `ConformanceError` for a model whose sequences are too short for what the cases test.
+    """
+    if max_position_embeddings < MIN_LENGTH:
+        raise ConformanceError(
+            f"the checkpoint's max_position_embeddings is {max_position_embeddings}; the cases need {MIN_LENGTH}"
+        )
+
+    def cut(request: Request) -> Request:
+        prompt = request.prompt_token_ids[: max_position_embeddings - request.max_tokens]
+        return request.model_copy(update={"prompt_token_ids": prompt})
+
+    return tuple(
+        case.model_copy(update={"rounds": tuple(tuple(map(cut, requests)) for requests in case.rounds)})
+        for case in cases
+    )

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.conformance.cases import BLOCK_SIZE, make_cases
+from dsv3_plugin.conformance.cases import BLOCK_SIZE, fit, make_cases
 from dsv3_plugin.conformance.compare import (
     Comparison,
     RowFile,
@@ -28,8 +22,8 @@ from dsv3_plugin.conformance.compare import (
     sampling_problems,
     tokens_differ,
 )
+from dsv3_plugin.conformance.programs import Progress, run_programs, work_folder
 from dsv3_plugin.conformance.protocol import (
-    PROGRESS_PREFIX,
     Case,
     Device,
     Job,
@@ -48,9 +42,6 @@ ENGINES = {"reference": None, "vllm": "vllm", "sglang": "sglang", "megatron": "m
 SPECIFICATION = "specification"
 _REPLAY = "replay"
 _PACKAGE = "dsv3_plugin.conformance.testees"
-
-Progress = Callable[[str, str], None]
-"""Called with a testee's name and what it does now."""
 
 
 @dataclass(frozen=True)
@@ -173,25 +164,23 @@ def run(
     """
     reader = CheckpointReader(checkpoint)
     reader.validate()
-    cases = make_cases(tokenize(real_text(), checkpoint), with_mtp=reader.config.num_nextn_predict_layers > 0)
-    cases = select(cases, only)
+    config = reader.config
+    cases = make_cases(tokenize(real_text(), checkpoint), with_mtp=config.num_nextn_predict_layers == 1)
+    cases = fit(select(cases, only), config.max_position_embeddings)
     names = [testee.name for testee in testees]
     if len(set(names)) != len(names) or SPECIFICATION in names:
         raise ConformanceError(f"testees need different names, and none may be {SPECIFICATION!r}: {', '.join(names)}")
-    work_dir = keep or Path(tempfile.mkdtemp(prefix="dsv3-conformance-"))
-    work_dir.mkdir(parents=True, exist_ok=keep is None)
-    job = Job(checkpoint=str(checkpoint.resolve()), device=device, block_size=BLOCK_SIZE, cases=cases)
-    write_message(job, work_dir)
-    _run_programs(testees, work_dir, progress)
-    results = {name: _read_complete_result(job, work_dir / name) for name in names}
-    _replay(job, results, work_dir, progress)
-    report = Report(str(checkpoint), str(reader.profile()), results)
-    for case in cases:
-        progress("suite", f"comparing {case.name}")
-        report.verdicts.append(_judge(case, results, work_dir, job.device))
-    report.problems += _served_otherwise(results, report.profile)
-    if keep is None:
-        shutil.rmtree(work_dir)
+    with work_folder(keep) as work_dir:
+        job = Job(checkpoint=str(checkpoint.resolve()), device=device, block_size=BLOCK_SIZE, cases=cases)
+        write_message(job, work_dir)
+        run_programs({testee.name: testee.command for testee in testees}, work_dir, progress)
+        results = {name: _read_complete_result(job, work_dir / name) for name in names}
+        _replay(job, results, work_dir, progress)
+        report = Report(str(checkpoint), str(reader.profile()), results)
+        for case in cases:
+            progress("suite", f"comparing {case.name}")
+            report.verdicts.append(_judge(case, results, work_dir, job.device))
+        report.problems += _served_otherwise(results, report.profile)
     return report
 
 
@@ -232,7 +221,7 @@ def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Prog
         replay_dir.mkdir()
         write_message(job.model_copy(update={"cases": tuple(cases)}), replay_dir)
         reference = TesteeCommand(SPECIFICATION, (sys.executable, "-m", f"{_PACKAGE}.reference"))
-        _run_programs([reference], replay_dir, progress)
+        run_programs({reference.name: reference.command}, replay_dir, progress)
 
 
 def _replay_name(case_name: str, testee: str) -> str:
@@ -249,51 +238,6 @@ def _specification(case: Case, names: Sequence[str], work_dir: Path) -> dict[str
     return {
         name: own.get(name) or RowFile(specification_file(replayed, _replay_name(case.name, name))) for name in names
     }
-
-
-def _run_programs(testees: Sequence[TesteeCommand], work_dir: Path, progress: Progress) -> None:
-    """Run all programs at the same time. Raises `ConformanceError` with the last words of one that failed."""
-    failures: list[str] = []
-    threads = [
-        threading.Thread(target=_run_program, args=(testee, work_dir, progress, failures), daemon=True)
-        for testee in testees
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise ConformanceError("; ".join(failures))
-
-
-def _run_program(testee: TesteeCommand, work_dir: Path, progress: Progress, failures: list[str]) -> None:
-    result_dir = work_dir / testee.name
-    result_dir.mkdir()
-    log = result_dir / "log.txt"
-    command = [*testee.command, str(work_dir), str(result_dir)]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    try:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-        )
-    except OSError as error:
-        failures.append(f"testee {testee.name} cannot be started: {shlex.join(testee.command)}: {error.strerror}")
-        return
-    last = ""
-    assert process.stdout is not None
-    with process, log.open("w") as lines:
-        for line in process.stdout:
-            if line.startswith(PROGRESS_PREFIX):
-                progress(testee.name, json.loads(line.removeprefix(PROGRESS_PREFIX))["case"])
-            else:
-                lines.write(line)
-                last = line.strip() or last
-    if process.returncode:
-        code = process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with status {code}"
-        failures.append(f"testee {testee.name} {how}: {last} (its log: {log})")
-    else:
-        progress(testee.name, "done")
 
 
 def _judge(case: Case, results: dict[str, Result], work_dir: Path, device: Device) -> CaseVerdict:
