@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 import typer
 
@@ -35,19 +36,17 @@ class Interrupted(BaseException):
     clears up adds a note that says what is left.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
-
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """The first signal raises `Interrupted`; a second one ends the process at once."""
+def _interruptible() -> Iterator[list[signal.Signals]]:
+    """The first signal raises `Interrupted` and stands in the list; a second one ends the process at once."""
+    received: list[signal.Signals] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in before:
             signal.signal(each, signal.SIG_DFL)
-        raise Interrupted(number)
+        received.append(signal.Signals(number))
+        raise Interrupted
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     # `nohup` and a shell's background jobs have some ignored.
@@ -55,7 +54,7 @@ def _interruptible() -> Iterator[None]:
     for each in before:
         signal.signal(each, interrupt)
     try:
-        yield
+        yield received
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
@@ -65,17 +64,21 @@ def main() -> None:
     """Run the command line. An error that is meant for the user is one line on stderr and exit status 2; a signal's is
     128 and its number, as a shell has it.
     """
-    try:
-        with _interruptible():
+    with _interruptible() as received:
+        try:
             app()
-    except DSV3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as stop:
-        print("; ".join([f"error: {stop}", *getattr(stop, "__notes__", [])]), file=sys.stderr)
-        sys.exit(128 + stop.number)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except BaseException as error:
+            if received:  # whatever a library made of `Interrupted`
+                _fail(
+                    "; ".join([f"stopped by {received[0].name}", *getattr(error, "__notes__", [])]), 128 + received[0]
+                )
+            if isinstance(error, DSV3Error):
+                _fail(str(error), 2)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                _fail(f"{error.filename or 'the output'}: {error.strerror}", 2)
             raise
-        print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+
+
+def _fail(reason: str, status: int) -> NoReturn:
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(status)

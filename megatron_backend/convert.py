@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -35,6 +38,7 @@ from dsv3_plugin.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     Progress,
     copy_side_files,
+    in_bytes,
     new_folder,
     write_weights,
 )
@@ -97,11 +101,12 @@ def to_megatron(
             progress(done, total)
         arguments = Namespace(**megatron_arguments(config))
         (folder / RELEASE).mkdir()
-        dist_checkpointing.save(
-            {"model": state, "args": arguments, "checkpoint_version": 3.0, "iteration": 0},
-            str(folder / RELEASE),
-            content_metadata={"singleton_local_shards": False},
-        )
+        with _writable(destination):
+            dist_checkpointing.save(
+                {"model": state, "args": arguments, "checkpoint_version": 3.0, "iteration": 0},
+                str(folder / RELEASE),
+                content_metadata={"singleton_local_shards": False},
+            )
         copy_side_files(reader.path, folder)
         if config != reader.config:
             settings = read_json_object(reader.path / "config.json")
@@ -314,8 +319,33 @@ def _readable(checkpoint: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _writable(destination: str | Path) -> Iterator[None]:
+    """Turn what Megatron raises where it cannot write into one line; torch's exception is not even an `Exception`."""
+    try:
+        yield
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
+        free = in_bytes(shutil.disk_usage(Path(destination).resolve().parent).free)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise CheckpointError(
+            f"{destination}: cannot be written: {reason} ({free} free); nothing is left of it"
+        ) from None
+
+
+@contextmanager
 def _one_process() -> Iterator[None]:
-    """Megatron's library asks for its rank; alone there is nobody to find."""
+    """Alone: Megatron's library asks for its rank, and for a process that holds a queue, which would outlive a killed
+    converter.
+    """
+    filesystem_async._results_queue, queue = Queue(), filesystem_async._results_queue
+    try:
+        with _process_group():
+            yield
+    finally:
+        filesystem_async._results_queue = queue
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return

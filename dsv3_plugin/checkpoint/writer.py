@@ -39,8 +39,8 @@ def new_folder(directory: str | Path, needed: int) -> Iterator[Path]:
         directory: must not exist, or be empty.
         needed: bytes that will be written.
 
-    Raises `CheckpointError` if the folder is in use, its disk is too small, or writing fails. What ends the process,
-    as a signal does, gets a note of what is left.
+    Raises `CheckpointError` if the folder is in use, its disk is too small, or writing fails. Another exception gets a
+    note of what is left, for the line that a signal prints.
     """
     directory = Path(directory).resolve()
     check_new_folder(directory, needed)
@@ -54,8 +54,7 @@ def new_folder(directory: str | Path, needed: int) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: cannot be written: {error}; nothing is left of it") from None
     except BaseException as error:
-        if not isinstance(error, Exception):
-            error.add_note(f"{directory} was not made, nothing is left of it")
+        error.add_note(f"{directory} was not made, nothing is left of it")
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -104,11 +103,12 @@ def check_new_folder(directory: str | Path, needed: int) -> None:
 
 def in_bytes(size: int) -> str:
     """A size in words: `3.4 MB`."""
+    number = float(size)
     for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.4g} GB"
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.4g} GB"
 
 
 def write_weights(
