@@ -46,9 +46,18 @@ def make(
 
 
 @app.command()
-def check(directory: Annotated[Path, typer.Argument(help="A checkpoint folder.")]) -> None:
-    """Compare every tensor's name, shape and dtype with the configuration, without reading the weights."""
-    _print_summary(CheckpointReader(directory))
+def check(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    values: Annotated[bool, typer.Option("--values", help="Look at every number, too: NaN and infinities.")] = False,
+) -> None:
+    """Compare every tensor's name, shape and dtype with the configuration; of the weights only scales are read."""
+    reader = CheckpointReader(directory)
+    _print_summary(reader)
+    if values:
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task("values")
+            count = reader.check_values(lambda done, total: bar.update(task, completed=done, total=total))
+        typer.echo(f"values      {count:,} numbers, all finite")
 
 
 def _print_summary(reader: CheckpointReader) -> None:
