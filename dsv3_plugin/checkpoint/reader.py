@@ -97,9 +97,9 @@ class CheckpointReader:
         wrong shape or dtype, weights that are quantised where `quantization_config` says otherwise, a router bias that
         is not finite, and scales that are not positive, finite, or what `scale_fmt` says.
         """
-        for name, problem in _CONFUSING.items():
+        for name, reason in _CONFUSING.items():
             if (self.path / name).exists():
-                raise CheckpointError(f"{self.path / name}: {problem}")
+                raise CheckpointError(f"{self.path / name}: {reason}")
         headers = {name: h for name, h in self.headers().items() if not name.endswith(IGNORED_SUFFIX)}
         specs = checkpoint_tensors(self.config)
         self._check_quantization(headers, specs)
