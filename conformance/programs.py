@@ -137,9 +137,10 @@ def _follow(
         progress(name, "done")
 
 
-# The most telling first: an error of ours, which an engine's processes wrap and follow by errors of their own.
+# The most telling first: an error of ours, which an engine's processes wrap and follow by errors of their own. It may
+# stand behind a progress bar, which has no end of line.
 _ERRORS = (
-    re.compile(r"(?:\berror: |\bdsv3_plugin\.errors\.\w+: ).+"),
+    re.compile(r"(?:(?<=\])|^)error: .+|\bdsv3_plugin\.errors\.\w+: .+"),
     re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b: .+"),
 )
 _PROGRESS_BAR = re.compile(r"\d+%|\d+/\d+ \[|[\u2501\u2588]{3}|\bit/s\b|\bs/it\b")
@@ -150,9 +151,9 @@ def reason(lines: Iterable[str]) -> str:
 
     A progress bar, which is written over itself, is never the reason.
     """
-    words = [line.strip() for line in lines if line.strip() and not _PROGRESS_BAR.search(line)]
+    words = [line.strip() for line in lines if line.strip()]
     for error in _ERRORS:
         for line in reversed(words):
             if (found := error.search(line)) is not None:
                 return found[0]
-    return words[-1] if words else "it said nothing"
+    return next((line for line in reversed(words) if not _PROGRESS_BAR.search(line)), "it said nothing")

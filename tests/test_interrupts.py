@@ -199,6 +199,11 @@ BAR = "Loading safetensors checkpoint shards: 100% Completed | 1/1 [00:00<00:00,
             "the last word",
         ),
         ([BAR, "  50%|#####     | 1/2 [00:01<00:01,  1.00s/it]"], "it said nothing"),
+        (
+            ["  0% Completed | 0/1 [00:00<?, ?it/s]error: tensor x has shape [1]", "", BAR],
+            "error: tensor x has shape [1]",
+        ),
+        (["import error: of no consequence", "RuntimeError: the reason", BAR], "RuntimeError: the reason"),
         ([], "it said nothing"),
     ],
 )
