@@ -16,10 +16,6 @@ BLOCK_SIZE = 32
 CHUNK = 16
 
 
-MIN_LENGTH = 4 * BLOCK_SIZE
-"""The shortest sequence that a model must take at most: a prefix that fills pages, and some tokens more."""
-
-
 class _Text:
     """Deals out consecutive, disjoint pieces of a token stream, so that no two prompts share a prefix by accident."""
 
@@ -40,6 +36,30 @@ class _Text:
 def _alone(requests: Sequence[Request]) -> tuple[tuple[Request, ...], ...]:
     """Each request in a round of its own."""
     return tuple((request,) for request in requests)
+
+
+MIN_LENGTH = 4 * BLOCK_SIZE
+"""The shortest sequence that a model must take at most: a prefix that fills pages, and some tokens more."""
+
+
+def fit(cases: Sequence[Case], max_position_embeddings: int) -> tuple[Case, ...]:
+    """The cases with prompts cut so that no sequence is longer than the model takes.
+
+    Raises `ConformanceError` for a model whose sequences are too short for what the cases test.
+    """
+    if max_position_embeddings < MIN_LENGTH:
+        raise ConformanceError(
+            f"the checkpoint's max_position_embeddings is {max_position_embeddings}; the cases need {MIN_LENGTH}"
+        )
+
+    def cut(request: Request) -> Request:
+        prompt = request.prompt_token_ids[: max_position_embeddings - request.max_tokens]
+        return request.model_copy(update={"prompt_token_ids": prompt})
+
+    return tuple(
+        case.model_copy(update={"rounds": tuple(tuple(map(cut, requests)) for requests in case.rounds)})
+        for case in cases
+    )
 
 
 def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:
@@ -121,23 +141,3 @@ def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:
             )
         )
     return tuple(cases)
-
-
-def fit(cases: Sequence[Case], max_position_embeddings: int) -> tuple[Case, ...]:
-    """The cases with prompts cut so that no sequence is longer than the model takes.
-
-    Raises `ConformanceError` for a model whose sequences are too short for what the cases test.
-    """
-    if max_position_embeddings < MIN_LENGTH:
-        raise ConformanceError(
-            f"the checkpoint's max_position_embeddings is {max_position_embeddings}; the cases need {MIN_LENGTH}"
-        )
-
-    def cut(request: Request) -> Request:
-        prompt = request.prompt_token_ids[: max_position_embeddings - request.max_tokens]
-        return request.model_copy(update={"prompt_token_ids": prompt})
-
-    return tuple(
-        case.model_copy(update={"rounds": tuple(tuple(map(cut, requests)) for requests in case.rounds)})
-        for case in cases
-    )
