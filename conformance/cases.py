@@ -39,7 +39,9 @@ def _alone(requests: Sequence[Request]) -> tuple[tuple[Request, ...], ...]:
 
 
 MIN_LENGTH = 4 * BLOCK_SIZE
-"""The shortest sequence that a model must take at most: a prefix that fills pages, and some tokens more."""
+"""The least that a model must take: a prefix that fills pages, and some tokens more."""
+_SPARE = 8
+"""Positions behind a sequence: drafts run ahead of it, and SGLang keeps six of its context."""
 
 
 def fit(cases: Sequence[Case], max_position_embeddings: int) -> tuple[Case, ...]:
@@ -53,7 +55,7 @@ def fit(cases: Sequence[Case], max_position_embeddings: int) -> tuple[Case, ...]
         )
 
     def cut(request: Request) -> Request:
-        prompt = request.prompt_token_ids[: max_position_embeddings - request.max_tokens]
+        prompt = request.prompt_token_ids[: max_position_embeddings - _SPARE - request.max_tokens]
         return request.model_copy(update={"prompt_token_ids": prompt})
 
     return tuple(
