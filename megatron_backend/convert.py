@@ -162,6 +162,7 @@ def to_hugging_face(
             ' set scale_fmt to "ue8m0" in its quantization_config or remove it'
         )
     with _one_process():
+        _check_arguments(checkpoint, config, side_files)
         odd = _stored_odd(checkpoint, config)
         specs = {
             name: spec
@@ -316,6 +317,43 @@ def _stored(checkpoint: Path, config: DeepseekV3Config) -> Mapping[str, ShardedT
             f"{checkpoint}: is of another model: config.json does not know ({len(unknown)}): {some_names(unknown)}"
         )
     return stored
+
+
+# What no tensor's shape tells.
+_TRAINED_WITH = (
+    "layernorm_epsilon",
+    "moe_router_topk",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+    "rope_type",
+    "rotary_base",
+)
+_TRAINED_WITH_YARN = (
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+    "rotary_scaling_factor",
+)
+
+
+def _check_arguments(checkpoint: Path, config: DeepseekV3Config, side_files: Path) -> None:
+    """Raise `CheckpointError` where the arguments that were saved with the weights make another model of them."""
+    with _readable(checkpoint):
+        saved = vars(dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args", Namespace()))
+    if "norm_epsilon" in saved:  # of Megatron's command line
+        saved = saved | {"layernorm_epsilon": saved["norm_epsilon"]}
+    expected = megatron_arguments(config)
+    names = _TRAINED_WITH + (_TRAINED_WITH_YARN if config.rope_scaling else ())
+    other = [name for name in names if saved.get(name) not in (None, expected[name])]
+    if other:
+        said = ", ".join(f"{name} {saved[name]}, not {expected[name]}" for name in other)
+        raise CheckpointError(
+            f"{checkpoint}: was saved with {said} as in {side_files / 'config.json'}; convert it with the configuration"
+            " that it was trained with, and change that of the result"
+        )
 
 
 class _Reader:

@@ -643,6 +643,20 @@ def test_an_index_names_files_that_servers_read(tmp_path: Path) -> None:
     assert refusal(folder) == f"{folder / INDEX_FILE}: a stands twice in one object; keep one"
 
 
+def test_fp32_weights_need_a_dtype(tmp_path: Path, mini: Folders) -> None:
+    """vLLM would serve them in fp32, the reference in bf16."""
+    folder = edited(mini["bf16"], tmp_path / "c", lambda t: t.update({EXPERT: t[EXPERT].float()}))
+    config = json.loads((folder / "config.json").read_text())
+    del config["torch_dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert f"has no torch_dtype, and {EXPERT} is float32" in refusal(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    CheckpointReader(folder).validate()
+    shutil.copy(mini["bf16"] / SINGLE_FILE, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    CheckpointReader(folder).validate()
+
+
 QUANTIZED = EXPERT + "_scale_inv"
 
 

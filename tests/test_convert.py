@@ -417,6 +417,18 @@ def test_another_models_checkpoint_is_refused(converted: dict[str, Path], tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_configuration_that_it_was_not_trained_with_is_refused(
+    converted: dict[str, Path], tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """No shape tells them apart, and the result would be another model."""
+    like = tmp_path / "like"
+    like.mkdir()
+    settings = read_config("tiny") | {"rope_theta": 50000, "num_experts_per_tok": 2}
+    (like / "config.json").write_text(json.dumps(settings))
+    line = refusal("to-hf", converted["bf16"], tmp_path / "out", "--like", like)
+    assert "was saved with moe_router_topk 4, not 2, rotary_base 10000.0, not 50000.0 as in" in line
+
+
 def test_without_megatron_the_command_says_what_to_install(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("dsv3"), "convert", "to-hf", tmp_path, tmp_path / "out"
     done = run(*command)

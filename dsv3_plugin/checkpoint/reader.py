@@ -94,8 +94,9 @@ class CheckpointReader:
         """Compare the files with the configuration; returns the headers.
 
         Raises `CheckpointError` that names the file or tensor for: unreadable files, missing or unknown tensors, a
-        wrong shape or dtype, weights that are quantised where `quantization_config` says otherwise, a router bias that
-        is not finite, and scales that are not positive, finite, or what `scale_fmt` says.
+        wrong shape or dtype, fp32 weights where the configuration has no dtype, weights that are quantised where
+        `quantization_config` says otherwise, a router bias that is not finite, and scales that are not positive,
+        finite, or what `scale_fmt` says.
         """
         for name, reason in _CONFUSING.items():
             if (self.path / name).exists():
@@ -107,6 +108,7 @@ class CheckpointReader:
         for name, header in headers.items():
             if problem := specs[name].mismatch(header.shape, header.dtype):
                 raise CheckpointError(f"{header.file}: {problem}")
+        self._check_dtype(headers)
         for where, name, tensor in self._located(lambda name: name.endswith((BIAS_SUFFIX, SCALE_SUFFIX))):
             if problem := value_problem(name, tensor, self.config):
                 raise CheckpointError(f"{where}: {problem}")
@@ -174,6 +176,17 @@ class CheckpointReader:
                         f"{self.path / 'config.json'}: quantization_config.{field} names {word!r}, but {hit} is always"
                         " fp8 here; remove it if the weights are fp8, else the model is not implemented"
                     )
+
+    def _check_dtype(self, headers: dict[str, Header]) -> None:
+        """Without `torch_dtype` vLLM takes the dtype of most tensors, transformers another, and the core bf16."""
+        if "torch_dtype" in self.config.model_fields_set:
+            return
+        for name, header in headers.items():
+            if header.dtype == torch.float32 and not name.endswith((BIAS_SUFFIX, SCALE_SUFFIX)):
+                raise CheckpointError(
+                    f"{self.path / 'config.json'}: has no torch_dtype, and {name} is float32; readers differ in what"
+                    " they make of it: say bfloat16 or float32"
+                )
 
     def _check_presence(self, headers: dict[str, Header], specs: Mapping[str, TensorSpec]) -> None:
         missing = [name for name, spec in specs.items() if not spec.optional and name not in headers]
