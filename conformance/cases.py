@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsv3_plugin.conformance.protocol import Case, Request
+from dsv3_plugin.errors import ConformanceError
 
 # The smallest page that vLLM's own CPU attention takes, so that its own model can be compared too.
 BLOCK_SIZE = 32
@@ -46,6 +47,32 @@ def _request(prompt: tuple[int, ...], max_tokens: int) -> Request:
 def _alone(requests: Sequence[Request]) -> tuple[tuple[Request, ...], ...]:
     """Each request in a round of its own."""
     return tuple((request,) for request in requests)
+
+
+MIN_LENGTH = 4 * BLOCK_SIZE
+"""The least that a model must take: a prefix that fills pages, and some tokens more."""
+_SPARE = 8
+"""Positions behind a sequence: drafts run ahead of it, and SGLang keeps six of its context."""
+
+
+def fit(cases: Sequence[Case], max_position_embeddings: int) -> tuple[Case, ...]:
+    """The cases with prompts cut so that no sequence is longer than the model takes.
+
+    Raises `ConformanceError` for a model whose sequences are too short for what the cases test.
+    """
+    if max_position_embeddings < MIN_LENGTH:
+        raise ConformanceError(
+            f"the checkpoint's max_position_embeddings is {max_position_embeddings}; the cases need {MIN_LENGTH}"
+        )
+
+    def cut(request: Request) -> Request:
+        prompt = request.prompt_token_ids[: max_position_embeddings - _SPARE - request.max_tokens]
+        return request.model_copy(update={"prompt_token_ids": prompt})
+
+    return tuple(
+        case.model_copy(update={"rounds": tuple(tuple(map(cut, requests)) for requests in case.rounds)})
+        for case in cases
+    )
 
 
 def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dsv3_plugin.conformance import report as reports
 from dsv3_plugin.conformance import runner
+from dsv3_plugin.conformance.programs import Progress
 from dsv3_plugin.conformance.protocol import Device
 from dsv3_plugin.errors import ConformanceError
 
@@ -67,7 +68,7 @@ class _LiveProgress:
         self.state: dict[str, str] = {}
         self.live = Live(console=console, refresh_per_second=4, transient=True)
 
-    def __enter__(self) -> runner.Progress:
+    def __enter__(self) -> Progress:
         if self.console.is_terminal:
             self.live.start()
         return self.update

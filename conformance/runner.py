@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -20,7 +14,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.conformance.cases import BLOCK_SIZE, make_cases
+from dsv3_plugin.conformance.cases import BLOCK_SIZE, fit, make_cases
 from dsv3_plugin.conformance.closeness import Closeness, distance, malformed, merge
 from dsv3_plugin.conformance.compare import (
     Comparison,
@@ -31,8 +25,8 @@ from dsv3_plugin.conformance.compare import (
     tokens_differ,
 )
 from dsv3_plugin.conformance.logprobs import LogprobComparison, judge
+from dsv3_plugin.conformance.programs import Progress, run_programs, work_folder
 from dsv3_plugin.conformance.protocol import (
-    PROGRESS_PREFIX,
     Case,
     CaseResult,
     Device,
@@ -59,9 +53,6 @@ _SPREAD = "spread"
 OWN_ROWS_TOLERANCE = 1e-4
 """Between log-probabilities that a testee of closeness answers and those of its own rows: its softmax is its own."""
 _PACKAGE = "dsv3_plugin.conformance.testees"
-
-Progress = Callable[[str, str], None]
-"""Called with a testee's name and what it does now."""
 
 
 @dataclass(frozen=True)
@@ -216,26 +207,24 @@ def run(
     """
     reader = CheckpointReader(checkpoint)
     reader.validate()
-    cases = make_cases(tokenize(real_text(), checkpoint), with_mtp=reader.config.num_nextn_predict_layers > 0)
-    cases = select(cases, only)
+    config = reader.config
+    cases = make_cases(tokenize(real_text(), checkpoint), with_mtp=config.num_nextn_predict_layers == 1)
+    cases = fit(select(cases, only), config.max_position_embeddings)
     names = [testee.name for testee in testees]
     if len(set(names)) != len(names) or SPECIFICATION in names:
         raise ConformanceError(f"testees need different names, and none may be {SPECIFICATION!r}: {', '.join(names)}")
-    work_dir = keep or Path(tempfile.mkdtemp(prefix="dsv3-conformance-"))
-    work_dir.mkdir(parents=True, exist_ok=keep is None)
-    job = Job(checkpoint=str(checkpoint.resolve()), device=device, block_size=BLOCK_SIZE, cases=cases)
-    write_message(job, work_dir)
-    _run_programs(testees, work_dir, progress)
-    results = {name: _read_complete_result(job, work_dir / name) for name in names}
-    _replay(job, results, work_dir, progress)
-    report = Report(str(checkpoint), str(reader.profile()), results)
-    for case in cases:
-        progress("suite", f"comparing {case.name}")
-        report.verdicts.append(_judge(case, results, work_dir, job.device))
-    report.problems += served_otherwise(results, report.profile)
-    report.problems += [text for closeness in report.closeness for text in closeness.beyond()]
-    if keep is None:
-        shutil.rmtree(work_dir)
+    with work_folder(keep) as work_dir:
+        job = Job(checkpoint=str(checkpoint.resolve()), device=device, block_size=BLOCK_SIZE, cases=cases)
+        write_message(job, work_dir)
+        run_programs({testee.name: testee.command for testee in testees}, work_dir, progress)
+        results = {name: _read_complete_result(job, work_dir / name) for name in names}
+        _replay(job, results, work_dir, progress)
+        report = Report(str(checkpoint), str(reader.profile()), results)
+        for case in cases:
+            progress("suite", f"comparing {case.name}")
+            report.verdicts.append(_judge(case, results, work_dir, job.device))
+        report.problems += served_otherwise(results, report.profile)
+        report.problems += [text for closeness in report.closeness for text in closeness.beyond()]
     return report
 
 
@@ -292,12 +281,12 @@ def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Prog
 
     module = (sys.executable, "-m", f"{_PACKAGE}.reference", "--replays")
     replay_dir = job_of(replayed, work_dir / _REPLAY)
-    _run_programs([TesteeCommand(SPECIFICATION, module)], replay_dir, progress)
+    run_programs({SPECIFICATION: module}, replay_dir, progress)
     close = [(name, case) for name, case in replayed if results[name].claim == "closeness"]
     if close:
         precision = "bf16" if CheckpointReader(job.checkpoint).profile().dtype == torch.float32 else "fp32"
-        command = TesteeCommand(SPECIFICATION, (*module, "--precision", precision))
-        _run_programs([command], job_of(close, work_dir / _SPREAD), progress)
+        command = (*module, "--precision", precision)
+        run_programs({SPECIFICATION: command}, job_of(close, work_dir / _SPREAD), progress)
 
 
 def _is_replayed(case: Case, name: str, results: dict[str, Result]) -> bool:
@@ -332,51 +321,6 @@ def _specification(case: Case, results: dict[str, Result], work_dir: Path) -> di
         return specification_file(work_dir / own, case.name)
 
     return {name: RowFile(file_of(name)) for name in results}
-
-
-def _run_programs(testees: Sequence[TesteeCommand], work_dir: Path, progress: Progress) -> None:
-    """Run all programs at the same time. Raises `ConformanceError` with the last words of one that failed."""
-    failures: list[str] = []
-    threads = [
-        threading.Thread(target=_run_program, args=(testee, work_dir, progress, failures), daemon=True)
-        for testee in testees
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise ConformanceError("; ".join(failures))
-
-
-def _run_program(testee: TesteeCommand, work_dir: Path, progress: Progress, failures: list[str]) -> None:
-    result_dir = work_dir / testee.name
-    result_dir.mkdir()
-    log = result_dir / "log.txt"
-    command = [*testee.command, str(work_dir), str(result_dir)]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    try:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-        )
-    except OSError as error:
-        failures.append(f"testee {testee.name} cannot be started: {shlex.join(testee.command)}: {error.strerror}")
-        return
-    last = ""
-    assert process.stdout is not None
-    with process, log.open("w") as lines:
-        for line in process.stdout:
-            if line.startswith(PROGRESS_PREFIX):
-                progress(testee.name, json.loads(line.removeprefix(PROGRESS_PREFIX))["case"])
-            else:
-                lines.write(line)
-                last = line.strip() or last
-    if process.returncode:
-        code = process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with status {code}"
-        failures.append(f"testee {testee.name} {how}: {last} (its log: {log})")
-    else:
-        progress(testee.name, "done")
 
 
 def _judge(case: Case, results: dict[str, Result], work_dir: Path, device: Device) -> CaseVerdict:

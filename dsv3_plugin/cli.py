@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 import typer
 
@@ -29,10 +35,54 @@ app.add_typer(kernels_app, name="kernels")
 app.command("doctor")(doctor)
 
 
-def main() -> None:
-    """Run the command line. An error that is meant for the user is one line on stderr and exit status 2."""
+class Interrupted(BaseException):
+    """A signal that asks the command to end. No `Exception`, so that nothing but clearing up happens on its way; who
+    clears up adds a note that says what is left.
+    """
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[signal.Signals]]:
+    """The first signal raises `Interrupted` and stands in the list; a second one ends the process at once."""
+    received: list[signal.Signals] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        received.append(signal.Signals(number))
+        raise Interrupted
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # `nohup` and a shell's background jobs have some ignored.
+    before = {each: signal.getsignal(each) for each in signals if signal.getsignal(each) != signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, interrupt)
     try:
-        app()
-    except DSV3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        yield received
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def main() -> None:
+    """Run the command line. An error that is meant for the user is one line on stderr and exit status 2; a signal's is
+    128 and its number, as a shell has it.
+    """
+    with _interruptible() as received:
+        try:
+            app()
+        except BaseException as error:
+            if received:  # whatever a library made of `Interrupted`
+                _fail(
+                    "; ".join([f"stopped by {received[0].name}", *getattr(error, "__notes__", [])]), 128 + received[0]
+                )
+            if isinstance(error, DSV3Error):
+                _fail(str(error), 2)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                _fail(f"{error.filename or 'the output'}: {error.strerror}", 2)
+            raise
+
+
+def _fail(reason: str, status: int) -> NoReturn:
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(status)

@@ -158,7 +158,7 @@ class DeepseekV3Config(BaseModel):
     intermediate_size: int = Field(gt=0)
     moe_intermediate_size: int = Field(gt=0)
     num_hidden_layers: int = Field(gt=0)
-    num_nextn_predict_layers: int = Field(default=0, ge=0, le=1)
+    num_nextn_predict_layers: int = Field(default=0, ge=0)
     num_attention_heads: int = Field(gt=0)
     n_shared_experts: int = Field(ge=1)
     n_routed_experts: int = Field(gt=0)
@@ -204,8 +204,20 @@ class DeepseekV3Config(BaseModel):
 
     @property
     def mtp_layer_idx(self) -> int:
-        """Index of the MTP layer among `model.layers.*`; it follows the last decoder layer."""
+        """Index of the MTP layer among `model.layers.*`; it follows the last decoder layer.
+
+        Raises `ConfigError` where there are several: who asks for the index cannot do without the others.
+        """
+        self.require_one_mtp_layer()
         return self.num_hidden_layers
+
+    def require_one_mtp_layer(self) -> None:
+        """Raise `ConfigError` if the checkpoint has several MTP layers, which only the main model is indifferent to."""
+        if self.num_nextn_predict_layers > 1:
+            raise ConfigError(
+                f"num_nextn_predict_layers is {self.num_nextn_predict_layers}: several MTP layers are not implemented;"
+                " the main model is served, without drafts, and cannot be trained or converted"
+            )
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` has experts; the MTP layer always has."""

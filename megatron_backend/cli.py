@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TimeElapsedColumn
 
 from dsv3_plugin.checkpoint import writer
+from dsv3_plugin.checkpoint.cli import note_leftovers
 from dsv3_plugin.megatron_backend import compat
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ def to_megatron(
     ] = False,
 ) -> None:
     """Write Megatron's distributed checkpoint, for --load and any parallel layout."""
+    note_leftovers(destination)
     with _running() as (convert, progress):
         remarks = convert.to_megatron(source, destination, dequantize=dequantize, progress=progress)
     for remark in remarks:
@@ -51,6 +53,7 @@ def to_hf(
     max_shard_size: Annotated[float, typer.Option(help="The largest file, in GB.")] = writer.DEFAULT_SHARD_BYTES / 1e9,
 ) -> None:
     """Write a Hugging Face checkpoint, in the dtype that config.json says; the optimizer's state is left out."""
+    note_leftovers(destination)
     with _running() as (convert, progress):
         reader = convert.to_hugging_face(
             source, destination, like=like, max_shard_bytes=int(max_shard_size * 1e9), progress=progress

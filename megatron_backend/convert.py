@@ -4,37 +4,42 @@ Each tensor of a Hugging Face checkpoint is one regular piece of a tensor in Meg
 upper or lower half of gate and up. `ShardedTensor` says which, and Megatron's own library cuts and joins; so both ways
 are one table, and any tensor, expert or pipeline parallel layout can load the result.
 
-What is exact: bf16 and fp32 come back with equal bytes. FP8 weights are kept as the bf16 numbers that they stand for,
-and quantised again on the way back. With power-of-two scales every number comes back; every byte does, too, if each
-block's scale was the smallest that fits its largest value, as quantisers choose it. With fp32 scales neither holds,
-and only `dequantize` takes them: to a bf16 model, each number rounded once.
+What is exact: bf16 and fp32 come back with equal bytes, each tensor in the dtype that it had (but for fp32 tensors of
+a bf16 model, which Megatron trains in bf16: a remark says so). FP8 weights are kept as the bf16 numbers that they stand
+for, and quantised again on the way back. With power-of-two scales every number comes back; every byte does, too, if
+each block's scale was the smallest that fits its largest value, as quantisers choose it. With fp32 scales neither
+holds, and only `dequantize` takes them: to a bf16 model, each number rounded once.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3_plugin.checkpoint.masters import as_written, numbers
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, Target, TensorSpec, checkpoint_tensors
-from dsv3_plugin.checkpoint.reader import CheckpointReader, some_names
+from dsv3_plugin.checkpoint.reader import IGNORED_SUFFIX, CheckpointReader, Header, some_names
 from dsv3_plugin.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     Progress,
     copy_side_files,
+    in_bytes,
     new_folder,
     write_weights,
 )
@@ -48,6 +53,9 @@ from dsv3_plugin.profile import profile_for
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """Megatron's word for weights without an optimizer's state, in `TRACKER` and as the folder's name."""
+
+_ODD = "hugging_face"
+"""Key beside the weights in a release: what of the Hugging Face files a configuration does not tell, see `_odd`."""
 
 _MODEL_KEYS = ("embedding.", "decoder.", "mtp.", "output_layer.")
 
@@ -75,6 +83,7 @@ def to_megatron(
     reader = CheckpointReader(source)
     headers = reader.validate()
     config = reader.config
+    config.require_one_mtp_layer()
     if config.quantization_config and dequantize:
         config = config.model_copy(update={"quantization_config": None})
     if profile_for(config).scale_format == "float32":
@@ -84,24 +93,30 @@ def to_megatron(
         )
     specs = _pieces(config)
     total = sum(_bytes(spec, config) for spec in specs.values())
+    odd = _odd(headers, config)
     remarks = _copies_that_differ(reader, headers.keys())
+    if buffers := [name for name in reader.headers() if name.endswith(IGNORED_SUFFIX)]:
+        remarks.append(f"{len(buffers)} buffers {IGNORED_SUFFIX} are dropped: they follow from config.json")
     rounded = 0
     with new_folder(destination, total) as folder, _one_process():
         done = 0
         state: dict[str, Any] = {}
         for name, tensor in numbers(reader, specs.__contains__):
             data = tensor.to(_dtype(name, config))
+            if config.quantization_config and not torch.equal(data.to(tensor.dtype), tensor):
+                raise CheckpointError(f"{reader.path}: {name} has numbers beyond bf16's, which do not survive")
             rounded += tensor.dtype.itemsize > data.dtype.itemsize and not reader.config.quantization_config
             state[name] = _piece(specs[name], config, data)
             done += data.nbytes
             progress(done, total)
         arguments = Namespace(**megatron_arguments(config))
         (folder / RELEASE).mkdir()
-        dist_checkpointing.save(
-            {"model": state, "args": arguments, "checkpoint_version": 3.0, "iteration": 0},
-            str(folder / RELEASE),
-            content_metadata={"singleton_local_shards": False},
-        )
+        with _writable(destination):
+            dist_checkpointing.save(
+                {"model": state, "args": arguments, "checkpoint_version": 3.0, "iteration": 0, _ODD: odd},
+                str(folder / RELEASE),
+                content_metadata={"singleton_local_shards": False},
+            )
         copy_side_files(reader.path, folder)
         if config != reader.config:
             settings = read_json_object(reader.path / "config.json")
@@ -140,15 +155,22 @@ def to_hugging_face(
             f"{side_files}: has no config.json; name a Hugging Face folder of the same model with --like"
         )
     config = DeepseekV3Config.from_pretrained(side_files)
+    config.require_one_mtp_layer()
     if profile_for(config).scale_format == "float32":
         raise CheckpointError(
             f"{side_files / 'config.json'}: asks for fp8 with fp32 scales, which are not written;"
             ' set scale_fmt to "ue8m0" in its quantization_config or remove it'
         )
-    specs = {name: spec for name, spec in checkpoint_tensors(config).items() if not name.endswith(SCALE_SUFFIX)}
     with _one_process():
-        reader = _Reader(checkpoint, config, specs)
-        sizes = {name: _written_bytes(spec, config) for name, spec in specs.items()}
+        _check_arguments(checkpoint, config, side_files)
+        odd = _stored_odd(checkpoint, config)
+        specs = {
+            name: spec
+            for name, spec in checkpoint_tensors(config).items()
+            if not name.endswith(SCALE_SUFFIX) and odd.get(name) != _ABSENT
+        }
+        reader = _Reader(checkpoint, config, specs, odd)
+        sizes = {name: _written_bytes(spec, config, odd.get(name)) for name, spec in specs.items()}
         with new_folder(destination, sum(sizes.values())) as folder:
             write_weights(folder, sizes, reader.read, max_shard_bytes, progress)
             copy_side_files(side_files, folder)
@@ -190,12 +212,42 @@ def _bytes(spec: TensorSpec, config: DeepseekV3Config) -> int:
     return math.prod(spec.shape) * _dtype(spec.name, config).itemsize
 
 
-def _written_bytes(spec: TensorSpec, config: DeepseekV3Config) -> int:
-    """Bytes in a Hugging Face file, those of the scales included."""
+def _written_bytes(spec: TensorSpec, config: DeepseekV3Config, dtype: str | None) -> int:
+    """Bytes in a Hugging Face file, those of the scales included; `dtype` is an odd one."""
+    if dtype is not None:
+        return math.prod(spec.shape) * _ODD_DTYPES[dtype].itemsize
     scale = checkpoint_tensors(config).get(spec.name + SCALE_SUFFIX)
     if scale is None:
         return _bytes(spec, config)
     return math.prod(spec.shape) + math.prod(scale.shape) * torch.float32.itemsize
+
+
+_ABSENT = "absent"
+_ODD_DTYPES = {"bfloat16": torch.bfloat16}
+
+
+def _odd(headers: Mapping[str, Header], config: DeepseekV3Config) -> dict[str, str]:
+    """What the way back must know to write the same bytes: bf16 tensors that are fp32 in Megatron, which is exact, and
+    MTP copies that the files do not have. Training or saving again loses this, and then all is written as usual.
+    """
+    narrow = {
+        name: "bfloat16"
+        for name, header in headers.items()
+        if header.dtype == torch.bfloat16 and _dtype(name, config) == torch.float32
+    }
+    return narrow | {name: _ABSENT for name in checkpoint_tensors(config) if name not in headers}
+
+
+def _stored_odd(checkpoint: Path, config: DeepseekV3Config) -> dict[str, str]:
+    """What `_odd` stored, as far as it goes with the configuration that is written now."""
+    with _readable(checkpoint):
+        odd: dict[str, str] = dist_checkpointing.load_common_state_dict(str(checkpoint)).get(_ODD, {})
+    specs = checkpoint_tensors(config)
+    return {
+        name: word
+        for name, word in odd.items()
+        if name in specs and (specs[name].optional if word == _ABSENT else _ODD_DTYPES[word] in specs[name].dtypes)
+    }
 
 
 def _copied_from(name: str) -> str:
@@ -267,12 +319,52 @@ def _stored(checkpoint: Path, config: DeepseekV3Config) -> Mapping[str, ShardedT
     return stored
 
 
+# What no tensor's shape tells.
+_TRAINED_WITH = (
+    "layernorm_epsilon",
+    "moe_router_topk",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+    "rope_type",
+    "rotary_base",
+)
+_TRAINED_WITH_YARN = (
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+    "rotary_scaling_factor",
+)
+
+
+def _check_arguments(checkpoint: Path, config: DeepseekV3Config, side_files: Path) -> None:
+    """Raise `CheckpointError` where the arguments that were saved with the weights make another model of them."""
+    with _readable(checkpoint):
+        saved = vars(dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args", Namespace()))
+    if "norm_epsilon" in saved:  # of Megatron's command line
+        saved = saved | {"layernorm_epsilon": saved["norm_epsilon"]}
+    expected = megatron_arguments(config)
+    names = _TRAINED_WITH + (_TRAINED_WITH_YARN if config.rope_scaling else ())
+    other = [name for name in names if saved.get(name) not in (None, expected[name])]
+    if other:
+        said = ", ".join(f"{name} {saved[name]}, not {expected[name]}" for name in other)
+        raise CheckpointError(
+            f"{checkpoint}: was saved with {said} as in {side_files / 'config.json'}; convert it with the configuration"
+            " that it was trained with, and change that of the result"
+        )
+
+
 class _Reader:
     """Hugging Face tensors out of Megatron's, which are kept from the first piece that is wanted to the last."""
 
-    def __init__(self, checkpoint: Path, config: DeepseekV3Config, names: Iterable[str]) -> None:
+    def __init__(
+        self, checkpoint: Path, config: DeepseekV3Config, names: Iterable[str], odd: Mapping[str, str]
+    ) -> None:
         self.checkpoint = checkpoint
         self.config = config
+        self.odd = odd
         self.pieces = _pieces(config)
         self.stored = _stored(checkpoint, config)
         self.wanted = Counter(map(self.key, names))
@@ -297,7 +389,11 @@ class _Reader:
                 self.tensors |= dist_checkpointing.load(request, str(self.checkpoint))
         for name in names:
             key = self.key(name)
-            yield from as_written(name, self.tensors[key][_target(self.spec(name)).index].clone(), self.config)
+            tensor = self.tensors[key][_target(self.spec(name)).index].clone()
+            if name in self.odd:
+                yield name, tensor.to(_ODD_DTYPES[self.odd[name]])
+            else:
+                yield from as_written(name, tensor, self.config)
             self.wanted[key] -= 1
             if not self.wanted[key]:
                 del self.tensors[key]
@@ -314,8 +410,33 @@ def _readable(checkpoint: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _writable(destination: str | Path) -> Iterator[None]:
+    """Turn what Megatron raises where it cannot write into one line; torch's exception is not even an `Exception`."""
+    try:
+        yield
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
+        free = in_bytes(shutil.disk_usage(Path(destination).resolve().parent).free)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise CheckpointError(
+            f"{destination}: cannot be written: {reason} ({free} free); nothing is left of it"
+        ) from None
+
+
+@contextmanager
 def _one_process() -> Iterator[None]:
-    """Megatron's library asks for its rank; alone there is nobody to find."""
+    """Alone: Megatron's library asks for its rank, and for a process that holds a queue, which would outlive a killed
+    converter.
+    """
+    filesystem_async._results_queue, queue = Queue(), filesystem_async._results_queue
+    try:
+        with _process_group():
+            yield
+    finally:
+        filesystem_async._results_queue = queue
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return

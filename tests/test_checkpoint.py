@@ -22,7 +22,7 @@ from dsv3_plugin.checkpoint.loader import WeightLoader, load_model, load_mtp, lo
 from dsv3_plugin.checkpoint.make import CheckpointDtype, _stride, make_checkpoint
 from dsv3_plugin.checkpoint.names import Part, checkpoint_tensors
 from dsv3_plugin.checkpoint.presets import PRESETS, read_config
-from dsv3_plugin.checkpoint.reader import INDEX_FILE, SINGLE_FILE, CheckpointReader
+from dsv3_plugin.checkpoint.reader import INDEX_FILE, SINGLE_FILE, CheckpointReader, value_problem
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError, ConfigError
 from dsv3_plugin.layers.decoder import DecoderLayer
@@ -414,7 +414,7 @@ def test_other_free_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         make_checkpoint(MINI, tmp_path / "a", 1, max_shard_bytes=0)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 1000))
-    with pytest.raises(CheckpointError, match=r"a: needs 0\.0 GB, .* has 0\.0 GB free"):
+    with pytest.raises(CheckpointError, match=r"a: needs 2\.04 MB, .* has 1 kB free"):
         make_checkpoint(MINI, tmp_path / "a", 1)
     with pytest.raises(ConfigError, match=r"tny: neither a preset \(tiny, small\) nor a file"):
         read_config("tny")
@@ -590,6 +590,177 @@ def test_wrong_indices_are_named(tmp_path: Path) -> None:
     assert refused(good) == f"{reader.path / home}: holds lm_head.weight, which {INDEX_FILE} does not place there"
 
 
+# One reading: files that another reader would take, and numbers that no model computes with
+
+
+def test_files_that_readers_would_take_differently_are_refused(tmp_path: Path, mini: Folders) -> None:
+    folder = shutil.copytree(mini["bf16"], tmp_path / "single")
+    CheckpointReader(folder).validate()
+    for name in ("extra.safetensors", "consolidated.safetensors", "adapter_model.safetensors"):
+        shutil.copy(folder / SINGLE_FILE, folder / name)
+        assert f"holds {name} beside {SINGLE_FILE}, which no index names" in refusal(folder)
+        (folder / name).unlink()
+    for name in ("hf_quant_config.json", "adapter_config.json"):
+        (folder / name).write_text("{}")
+        assert refusal(folder).startswith(f"{folder / name}: ")
+        (folder / name).unlink()
+    # What nobody reads where there are safetensors.
+    for name in ("training_args.bin", "optimizer.pt", ".hidden.safetensors"):
+        (folder / name).write_bytes(b"")
+    (folder / "more").mkdir()
+    shutil.copy(folder / SINGLE_FILE, folder / "more")
+    CheckpointReader(folder).validate()
+
+
+def test_a_stale_file_beside_an_index_is_refused(tmp_path: Path, mini: Folders) -> None:
+    folder = make_checkpoint(MINI, tmp_path / "a", 1, max_shard_bytes=500_000).path
+    shutil.copy(mini["bf16"] / SINGLE_FILE, folder)
+    assert f"holds {SINGLE_FILE} beside model-00001-of-" in refusal(folder)
+    assert f"which {INDEX_FILE} names; readers differ" in refusal(folder)
+    # An index may name the single file: then it is read by it, and nothing else may be there.
+    for shard in folder.glob("model-*"):
+        shard.unlink()
+    weight_map = dict.fromkeys(load_file(folder / SINGLE_FILE), SINGLE_FILE)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    CheckpointReader(folder).validate()
+    del weight_map["lm_head.weight"]
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    assert f"holds lm_head.weight, which {INDEX_FILE} does not place there" in refusal(folder)
+
+
+def test_an_index_names_files_that_servers_read(tmp_path: Path) -> None:
+    folder = make_checkpoint(MINI, tmp_path / "a", 1, max_shard_bytes=500_000).path
+    index = (folder / INDEX_FILE).read_text()
+    first = "model-00001-of-"
+    shard = next(folder.glob(f"{first}*"))
+    for name in ("shards/one.safetensors", ".one.safetensors", "one.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shard.rename(folder / name)
+        (folder / INDEX_FILE).write_text(index.replace(shard.name, name))
+        assert refusal(folder).startswith(f"{folder / INDEX_FILE}: names {name}; servers read only *.safetensors")
+        (folder / name).rename(shard)
+    (folder / INDEX_FILE).write_text('{"weight_map": {"a": "x", "a": "y"}}')
+    assert refusal(folder) == f"{folder / INDEX_FILE}: a stands twice in one object; keep one"
+
+
+def test_fp32_weights_need_a_dtype(tmp_path: Path, mini: Folders) -> None:
+    """vLLM would serve them in fp32, the reference in bf16."""
+    folder = edited(mini["bf16"], tmp_path / "c", lambda t: t.update({EXPERT: t[EXPERT].float()}))
+    config = json.loads((folder / "config.json").read_text())
+    del config["torch_dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert f"has no torch_dtype, and {EXPERT} is float32" in refusal(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    CheckpointReader(folder).validate()
+    shutil.copy(mini["bf16"] / SINGLE_FILE, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    CheckpointReader(folder).validate()
+
+
+QUANTIZED = EXPERT + "_scale_inv"
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        (0.0, "a scale must be positive and finite"),
+        (-1.0, "a scale must be positive and finite"),
+        (float("nan"), "a scale must be positive and finite"),
+        (float("inf"), "a scale must be positive and finite"),
+        (0.75, "scale_fmt ue8m0 in config.json says that scales are powers of two"),
+    ],
+)
+def test_scales_are_looked_at_before_weights_are_read(tmp_path: Path, mini: Folders, value: float, rule: str) -> None:
+    folder = edited(mini["fp8"], tmp_path / "bad", lambda t: t[QUANTIZED].__setitem__((0, 0), value))
+    assert f"{SINGLE_FILE}: tensor {QUANTIZED} is {value} at [0, 0]; {rule}" in refusal(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["scale_fmt"]
+    (folder / "config.json").write_text(json.dumps(config))
+    if value == 0.75:
+        assert CheckpointReader(folder).validate() and CheckpointReader(folder).profile().scale_format == "float32"
+    else:
+        assert rule in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "hit"),
+    [
+        (["model.layers.1.mlp.experts.2.up_proj"], "model.layers.1.mlp.experts.2.up_proj"),
+        (["self_attn"], "model.layers.0.self_attn"),
+        (["re:.*gate"], ""),
+        (["gate"], "gate_proj"),
+    ],
+)
+@pytest.mark.parametrize("field", ["modules_to_not_convert", "ignored_layers"])
+def test_modules_that_are_not_to_be_quantized(
+    tmp_path: Path, mini: Folders, field: str, words: list[str], hit: str
+) -> None:
+    folder = shutil.copytree(mini["fp8"], tmp_path / "c")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"][field] = ["lm_head", "model.layers.1.mlp.gate", "model.layers.2.eh_proj"]
+    (folder / "config.json").write_text(json.dumps(config))
+    CheckpointReader(folder).validate()
+    config["quantization_config"][field] += words
+    (folder / "config.json").write_text(json.dumps(config))
+    found = refusal(folder)
+    assert f"quantization_config.{field} names {words[0]!r}, but " in found and hit in found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "place", "value", "message"),
+    [
+        ("bf16", EXPERT, (3, 5), float("nan"), "is nan at [3, 5]; it must be finite"),
+        ("bf16", "model.norm.weight", (7,), float("-inf"), "is -inf at [7]; it must be finite"),
+        ("fp8", EXPERT, (1, 2), 0x7F, "is nan at [1, 2]; it must be finite"),
+        ("fp8", EXPERT, (9, 0), 0xFF, "is nan at [9, 0]; it must be finite"),
+    ],
+)
+def test_values_are_looked_at_where_asked(
+    tmp_path: Path, mini: Folders, dtype: str, name: str, place: tuple[int, ...], value: float, message: str
+) -> None:
+    def change(tensors: Tensors) -> None:
+        tensor = tensors[name]
+        (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor)[place] = value
+
+    reader = CheckpointReader(edited(mini[dtype], tmp_path / "bad", change))
+    reader.validate()
+    with pytest.raises(CheckpointError) as error:
+        reader.check_values()
+    assert str(error.value) == f"{reader.path / SINGLE_FILE}: tensor {name} {message}"
+
+
+def test_values_of_a_good_checkpoint(mini: Folders, tiny: Folders) -> None:
+    for folder in (*mini.values(), tiny["fp8"]):
+        reader = CheckpointReader(folder)
+        seen: list[tuple[int, int]] = []
+        total = reader.check_values(lambda done, total: seen.append((done, total)))  # noqa: B023
+        assert total == sum(tensor.numel() for _, tensor in reader.tensors()) and seen[-1] == (total, total)
+
+
+def test_every_bad_number_is_counted_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsv3_plugin.checkpoint.reader._CHUNK", 7)
+    tensor = torch.zeros(5, 10, dtype=torch.bfloat16)
+    tensor[2, 3] = tensor[4, 9] = torch.inf
+    config = DeepseekV3Config.from_dict(MINI)
+    assert value_problem("w", tensor, config) == "tensor w is inf at [2, 3] (2 such numbers); it must be finite"
+    tensor[2, 3] = tensor[4, 9] = 3e38
+    assert value_problem("w", tensor, config) is None
+
+
+def test_several_mtp_layers(tmp_path: Path, mini: Folders) -> None:
+    """The main model is the same, and is loaded; drafts have one layer, and are refused before any weight is read."""
+    several = make_checkpoint(MINI | {"num_nextn_predict_layers": 3}, tmp_path / "a", 1)
+    headers, one = several.validate(), CheckpointReader(mini["bf16"])
+    assert len([name for name in headers if name.startswith(("model.layers.2.", "model.layers.4."))]) == 2 * len(
+        [name for name in one.headers() if name.startswith("model.layers.2.")]
+    )
+    assert several.check_values() > one.check_values()
+    model, same = load_model(several, ops_for(several)), load_model(one, ops_for(one))
+    assert all(same_bits(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    with pytest.raises(ConfigError, match="num_nextn_predict_layers is 3: several MTP layers are not implemented"):
+        load_mtp(several, ops_for(several))
+
+
 # The loader
 
 
@@ -733,6 +904,8 @@ def test_the_command_makes_and_checks(
     specs = checkpoint_tensors(CheckpointReader(tmp_path / "out").config)
     parameters = sum(torch.Size(s.shape).numel() for n, s in specs.items() if not n.endswith("_scale_inv"))
     assert f"parameters  {parameters:,} in {len(specs):,} tensors" in capsys.readouterr().out
+    assert run_cli(monkeypatch, "checkpoint", "check", "--values", tmp_path / "out") == 0
+    assert "numbers, all finite" in capsys.readouterr().out
     assert run_cli(monkeypatch, *make) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error == f"error: {tmp_path / 'out'}: is not empty; nothing is overwritten, name another folder"

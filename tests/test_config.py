@@ -192,7 +192,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": 0}, r"hidden_size: .*greater than 0"),
     ({"vocab_size": "many"}, r"vocab_size: "),
     ({"num_hidden_layers": -1}, r"num_hidden_layers: "),
-    ({"num_nextn_predict_layers": 2}, r"num_nextn_predict_layers: .*less than or equal to 1"),
+    ({"num_nextn_predict_layers": -1}, r"num_nextn_predict_layers: .*greater than or equal to 0"),
     ({"n_shared_experts": 0}, r"n_shared_experts: "),
     ({"moe_layer_freq": 2}, r"moe_layer_freq: .*should be 1"),
     ({"scoring_func": "softmax"}, r"scoring_func: .*'sigmoid'"),

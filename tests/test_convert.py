@@ -307,6 +307,36 @@ def test_fp32_scales_are_refused_and_dequantized(tmp_path: Path) -> None:
         assert torch.equal(after[name], numbers.bfloat16())
 
 
+def test_scales_that_contradict_the_configuration_are_refused(tmp_path: Path) -> None:
+    """fp32 scales under scale_fmt ue8m0: quantising again would change every weight."""
+    settings = read_config("tiny")
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    settings["quantization_config"] = quantization
+    make_checkpoint(settings, tmp_path / "in", 1)
+    settings["quantization_config"] = quantization | {"scale_fmt": "ue8m0"}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(settings))
+    line = refusal("to-megatron", tmp_path / "in", tmp_path / "megatron")
+    assert "_scale_inv is 0.0" in line and "scale_fmt ue8m0 in config.json says that scales are powers of two" in line
+
+
+def test_every_tensor_comes_back_in_its_dtype(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """bf16 biases and a bf16 norm in an fp32 model, MTP without copies; Megatron holds all of it wider."""
+    before = weights(tiny_checkpoint("fp32"))
+    biases = [name for name in before if name.endswith("e_score_correction_bias")]
+    copies = ("model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight")
+    odd = {name: before[name].bfloat16() for name in (*biases, "model.norm.weight", EXPERT)}
+    source = with_tensors(tiny_checkpoint("fp32"), tmp_path / "in", odd | dict.fromkeys(copies))
+    convert("to-megatron", source, tmp_path / "megatron")
+    convert("to-hf", tmp_path / "megatron", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_several_mtp_layers_are_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    make_checkpoint(read_config("tiny") | {"num_nextn_predict_layers": 2, "vocab_size": 64}, tmp_path / "in", 1)
+    line = refusal("to-megatron", tmp_path / "in", tmp_path / "out")
+    assert "num_nextn_predict_layers is 2: several MTP layers are not implemented" in line
+
+
 # Remarks
 
 
@@ -385,6 +415,18 @@ def test_another_models_checkpoint_is_refused(converted: dict[str, Path], tmp_pa
         line = refusal("to-hf", converted["bf16"], tmp_path / "out", "--like", tmp_path / name)
         assert "is of another model" in line and expected in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_that_it_was_not_trained_with_is_refused(
+    converted: dict[str, Path], tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """No shape tells them apart, and the result would be another model."""
+    like = tmp_path / "like"
+    like.mkdir()
+    settings = read_config("tiny") | {"rope_theta": 50000, "num_experts_per_tok": 2}
+    (like / "config.json").write_text(json.dumps(settings))
+    line = refusal("to-hf", converted["bf16"], tmp_path / "out", "--like", like)
+    assert "was saved with moe_router_topk 4, not 2, rotary_base 10000.0, not 50000.0 as in" in line
 
 
 def test_without_megatron_the_command_says_what_to_install(tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def server_arguments(checkpoint: str, device: str, num_speculative_tokens: int, 
 
     from dsv3_plugin.sglang_backend import attention
 
+    config = DeepseekV3Config.from_pretrained(checkpoint)
     ours = attention.NAME in ATTENTION_BACKENDS
     speculative = {
         "speculative_algorithm": "EAGLE",
@@ -150,13 +151,13 @@ def server_arguments(checkpoint: str, device: str, num_speculative_tokens: int, 
     return ServerArgs(
         model_path=checkpoint,
         # Said outright: SGLang runs a float32 checkpoint in another dtype by default.
-        dtype=DeepseekV3Config.from_pretrained(checkpoint).torch_dtype,
+        dtype=config.torch_dtype,
         device=device,
         attention_backend=attention.NAME if ours else "triton",
         # Honours seeds. With its own attention SGLang would cut chunks to multiples of 4096 tokens.
         enable_deterministic_inference=ours,
         skip_tokenizer_init=True,
-        context_length=512,
+        context_length=min(512, config.max_position_embeddings),
         max_total_tokens=4096,
         max_running_requests=8,
         chunked_prefill_size=MAX_BATCHED_TOKENS,

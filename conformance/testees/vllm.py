@@ -130,12 +130,13 @@ class VllmTestee:
 
         self.stop_engine()
         speculative = {"method": "mtp", "num_speculative_tokens": num_speculative_tokens}
+        model = DeepseekV3Config.from_pretrained(self.job.checkpoint)
         self.llm = LLM(
             model=self.job.checkpoint,
             # Said outright: on a CPU vLLM turns a float32 checkpoint into bfloat16 by default.
-            dtype=DeepseekV3Config.from_pretrained(self.job.checkpoint).torch_dtype,
+            dtype=model.torch_dtype,
             enforce_eager=True,
-            max_model_len=512,
+            max_model_len=min(512, model.max_position_embeddings),
             max_num_seqs=8,
             max_num_batched_tokens=2048,
             block_size=self.job.block_size,

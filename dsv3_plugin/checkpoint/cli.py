@@ -15,7 +15,7 @@ from dsv3_plugin.checkpoint.names import SCALE_SUFFIX
 from dsv3_plugin.checkpoint.presets import PRESETS, read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.tokenizer import tokenizer_name
-from dsv3_plugin.checkpoint.writer import DEFAULT_SHARD_BYTES
+from dsv3_plugin.checkpoint.writer import DEFAULT_SHARD_BYTES, in_bytes, leftovers
 
 app = typer.Typer(help="Make test checkpoints and check any checkpoint.", no_args_is_help=True)
 
@@ -29,6 +29,7 @@ def make(
     max_shard_size: Annotated[float, typer.Option(help="The largest file, in GB.")] = DEFAULT_SHARD_BYTES / 1e9,
 ) -> None:
     """Write a checkpoint of random weights whose MTP layer guesses well."""
+    note_leftovers(directory)
     settings = read_config(config)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("weights")
@@ -45,9 +46,18 @@ def make(
 
 
 @app.command()
-def check(directory: Annotated[Path, typer.Argument(help="A checkpoint folder.")]) -> None:
-    """Compare every tensor's name, shape and dtype with the configuration, without reading the weights."""
-    _print_summary(CheckpointReader(directory))
+def check(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    values: Annotated[bool, typer.Option("--values", help="Look at every number, too: NaN and infinities.")] = False,
+) -> None:
+    """Compare every tensor's name, shape and dtype with the configuration; of the weights only scales are read."""
+    reader = CheckpointReader(directory)
+    _print_summary(reader)
+    if values:
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task("values")
+            count = reader.check_values(lambda done, total: bar.update(task, completed=done, total=total))
+        typer.echo(f"values      {count:,} numbers, all finite")
 
 
 def _print_summary(reader: CheckpointReader) -> None:
@@ -59,4 +69,10 @@ def _print_summary(reader: CheckpointReader) -> None:
     weights = [header.shape for name, header in headers.items() if not name.endswith(SCALE_SUFFIX)]
     typer.echo(f"parameters  {sum(map(math.prod, weights)):,} in {len(headers):,} tensors")
     typer.echo(f"profile     {profile.name}{scales}")
-    typer.echo(f"files       {len(files)}, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")
+    typer.echo(f"files       {len(files)}, {in_bytes(sum(file.stat().st_size for file in files))}")
+
+
+def note_leftovers(directory: Path) -> None:
+    """Name what killed writers of a folder left beside it."""
+    for folder in leftovers(directory):
+        typer.echo(f"note: {folder} is left of a run that was killed; nothing needs it, delete it", err=True)

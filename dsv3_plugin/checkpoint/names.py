@@ -74,13 +74,15 @@ def checkpoint_tensors(config: DeepseekV3Config) -> Mapping[str, TensorSpec]:
     for layer_idx in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer_idx}"
         table.layer(_Place("main", prefix, prefix), layer_idx)
-    if config.num_nextn_predict_layers:
-        place = _Place("mtp", f"model.layers.{config.mtp_layer_idx}", "layer")
+    mtp_layers = config.num_nextn_predict_layers
+    for layer_idx in range(config.num_hidden_layers, config.num_hidden_layers + mtp_layers):
+        # Of several none has a place: drafts are made by one (`DeepseekV3Config.mtp_layer_idx`).
+        place = _Place("mtp" if mtp_layers == 1 else None, f"model.layers.{layer_idx}", "layer")
         table.add(f"{place.name}.embed_tokens.weight", (vocab, hidden), {}, optional=True)
         for norm in ("enorm", "hnorm"):
             table.norm(place / norm, hidden)
         table.linear(place / "eh_proj", hidden, 2 * hidden, quantized=False)
-        table.layer(place, config.mtp_layer_idx)
+        table.layer(place, layer_idx)
         table.norm(place / "shared_head" / "norm", hidden)
         table.add(f"{place.name}.shared_head.head.weight", (vocab, hidden), {}, optional=True)
     table.norm(_Place("main", "model.norm", "model.norm"), hidden)
@@ -91,11 +93,15 @@ def checkpoint_tensors(config: DeepseekV3Config) -> Mapping[str, TensorSpec]:
 
 @dataclass(frozen=True)
 class _Place:
-    """A module: its name in the checkpoint, and in which part and under which name it is ours."""
+    """A module: its name in the checkpoint, and in which part, if any, and under which name it is ours."""
 
-    part: Part
+    part: Part | None
     name: str
     module: str
+
+    def target(self, parameter: str, index: tuple[int | slice, ...] = ()) -> dict[Part, Target]:
+        """Where a tensor goes, if the module is in one of our parts."""
+        return {} if self.part is None else {self.part: Target(parameter, index)}
 
     def __truediv__(self, child: str) -> _Place:
         return _Place(self.part, f"{self.name}.{child}", f"{self.module}.{child}")
@@ -120,7 +126,7 @@ class _Table:
         self.specs[name] = TensorSpec(name, shape, dtypes, targets, optional)
 
     def norm(self, place: _Place, size: int) -> None:
-        self.add(f"{place.name}.weight", (size,), {place.part: Target(f"{place.module}.weight")})
+        self.add(f"{place.name}.weight", (size,), place.target(f"{place.module}.weight"))
 
     def linear(
         self,
@@ -140,7 +146,7 @@ class _Table:
             index: tuple[int | slice, ...] = () if expert is None else (expert,)
             if first_row is not None:
                 index += (slice(first_row, first_row + rows),)
-            return {place.part: Target(f"{module}.{parameter}", index)}
+            return place.target(f"{module}.{parameter}", index)
 
         weight = f"{place.name}.weight"
         if not (quantized and self.config.quantization_config):
@@ -191,7 +197,7 @@ class _Table:
             self.add(
                 gate.name + BIAS_SUFFIX,
                 (config.n_routed_experts,),
-                {place.part: Target(gate.module + BIAS_SUFFIX)},
+                place.target(gate.module + BIAS_SUFFIX),
                 dtypes=(torch.float32, torch.bfloat16),
             )
             for expert in range(config.n_routed_experts):

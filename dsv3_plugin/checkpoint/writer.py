@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +20,7 @@ from dsv3_plugin.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from dsv3_plugin.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 500_000_000
+_PARTIAL = ".partial"
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and to be done."""
@@ -29,25 +33,59 @@ _SIDE_FILES = (".json", ".jinja", ".md", ".model", ".py")
 def new_folder(directory: str | Path, needed: int) -> Iterator[Path]:
     """A folder to fill, which becomes `directory` when the block ends without an error, else disappears.
 
+    It is filled beside `directory`, as `NAME.LETTERS.partial`. Only a process that is killed leaves it.
+
     Args:
         directory: must not exist, or be empty.
         needed: bytes that will be written.
 
-    Raises `CheckpointError` if the folder is in use, its disk is too small, or writing fails.
+    Raises `CheckpointError` if the folder is in use, its disk is too small, or writing fails. Another exception gets a
+    note of what is left, for the line that a signal prints.
     """
     directory = Path(directory).resolve()
     check_new_folder(directory, needed)
     # A sibling, so that the last step is a rename inside one file system.
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    partial = directory.with_name(f"{directory.name}.{uuid4().hex[:8]}{_PARTIAL}")
     try:
         partial.mkdir(parents=True)
-        try:
+        with _locked(partial):
             yield partial
             partial.rename(directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory}: cannot be written: {error}") from None
+        raise CheckpointError(f"{directory}: cannot be written: {error}; nothing is left of it") from None
+    except BaseException as error:
+        error.add_note(f"{directory} was not made, nothing is left of it")
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process: by it `leftovers` knows a dead writer's folder from a living one's."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def leftovers(directory: str | Path) -> list[Path]:
+    """The folders that killed writers of `directory` left beside it; nothing is in the way, and they may be deleted."""
+    directory = Path(directory).resolve()
+    found = []
+    for folder in sorted(directory.parent.glob(f"{glob.escape(directory.name)}.????????{_PARTIAL}")):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found.append(folder)
+        except OSError:
+            pass  # its writer lives, or cannot be asked
+        finally:
+            os.close(descriptor)
+    return found
 
 
 def check_new_folder(directory: str | Path, needed: int) -> None:
@@ -60,7 +98,17 @@ def check_new_folder(directory: str | Path, needed: int) -> None:
     parent = next(parent for parent in directory.parents if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise CheckpointError(f"{directory}: needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free")
+        raise CheckpointError(f"{directory}: needs {in_bytes(needed)}, {parent} has {in_bytes(free)} free")
+
+
+def in_bytes(size: int) -> str:
+    """A size in words: `3.4 MB`."""
+    number = float(size)
+    for unit in ("bytes", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.4g} GB"
 
 
 def write_weights(
@@ -101,10 +149,18 @@ def write_weights(
             shard[name] = tensor
             done += tensor.nbytes
             progress(done, total)
-        save_file(shard, folder / file, {"format": "pt"})
+        _save(shard, folder / file)
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         write_index(folder, weight_map, total)
+
+
+def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Write a safetensors file with the permissions of any other; safetensors makes it the owner's alone."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(dict(tensors), file, {"format": "pt"})
+    file.chmod(mode)
 
 
 def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:

@@ -1,0 +1,159 @@
+"""Running testees as programs: their folder, their output, and their end, which comes with ours at the latest."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dsv3_plugin.conformance import keeper
+from dsv3_plugin.conformance.protocol import PROGRESS_PREFIX
+from dsv3_plugin.errors import ConformanceError
+
+Progress = Callable[[str, str], None]
+"""Called with a testee's name and what it does now."""
+
+_LAST_LINES = 10_000
+
+
+@contextmanager
+def work_folder(keep: Path | None) -> Iterator[Path]:
+    """A folder for job, results and logs.
+
+    Without `keep`, the name of a new folder, it is temporary: it stays only where an error names a log in it.
+    Raises `ConformanceError` where the disk is full.
+    """
+    if keep is not None:
+        keep.mkdir(parents=True)
+    folder = keep or Path(tempfile.mkdtemp(prefix="dsv3-conformance-"))
+    clearing = _start_keeper("delete", str(folder))
+    assert clearing.stdin is not None
+    stays = keep is not None
+    try:
+        yield folder
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = "" if stays else "; it is deleted"
+            raise ConformanceError(f"{folder}: cannot be written: {error.strerror}{where}") from None
+        stays = True
+        raise
+    except BaseException as error:
+        error.add_note(f"the testees are ended, {folder} is {'left as it is' if stays else 'deleted'}")
+        raise
+    finally:
+        if stays:
+            clearing.stdin.write(keeper.NO_LONGER_WANTED.decode())
+        _end(clearing)
+
+
+def run_programs(commands: Mapping[str, Sequence[str]], folder: Path, progress: Progress) -> None:
+    """Run all programs at the same time, each with `folder` and a new folder of its own name in it.
+
+    However this process ends, they end with it, by `keeper`. Raises `ConformanceError` with the last words of those
+    that failed.
+    """
+    failures: list[str] = []
+    processes: dict[str, subprocess.Popen[str]] = {}
+    try:
+        for name, command in commands.items():
+            if shutil.which(command[0]) is None:
+                raise ConformanceError(
+                    f"testee {name} cannot be started: {command[0]}: No such file, or not executable"
+                )
+            (folder / name).mkdir()
+            words = (*command, str(folder), str(folder / name))
+            processes[name] = _start_keeper("run", *words, output=subprocess.PIPE)
+        threads = [
+            threading.Thread(target=_follow, args=(name, process, folder / name, progress, failures), daemon=True)
+            for name, process in processes.items()
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        for process in processes.values():
+            _end(process)
+    if failures:
+        raise ConformanceError("; ".join(failures))
+
+
+def _start_keeper(*words: str, output: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+    """In a session of its own: a terminal's Ctrl-C reaches this process, which ends the others."""
+    return subprocess.Popen(
+        [sys.executable, keeper.__file__, *words],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End what a keeper keeps; returns when it is gone."""
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+
+
+def _follow(
+    name: str, process: subprocess.Popen[str], result_dir: Path, progress: Progress, failures: list[str]
+) -> None:
+    """Write a program's output to its log until it ends; adds to `failures` if it failed."""
+    log = result_dir / "log.txt"
+    said: deque[str] = deque(maxlen=_LAST_LINES)
+    assert process.stdout is not None
+    try:
+        with log.open("w") as lines, process.stdout:
+            for line in process.stdout:
+                if line.startswith(PROGRESS_PREFIX):
+                    progress(name, json.loads(line.removeprefix(PROGRESS_PREFIX))["case"])
+                else:
+                    lines.write(line)
+                    said.append(line)
+    except OSError as error:
+        _end(process)
+        failures.append(f"testee {name} was ended: {log} cannot be written: {error.strerror}")
+        return
+    code = process.wait()
+    if code:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with status {code}"
+        failures.append(f"testee {name} {how}: {reason(said)} (its log: {log})")
+    else:
+        progress(name, "done")
+
+
+# The most telling first: an error of ours, which an engine's processes wrap and follow by errors of their own. It may
+# stand behind a progress bar, which has no end of line.
+_ERRORS = (
+    re.compile(r"(?:(?<=\])|^)error: .+|\bdsv3_plugin\.errors\.\w+: .+"),
+    re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b: .+"),
+)
+_PROGRESS_BAR = re.compile(r"\d+%|\d+/\d+ \[|[\u2501\u2588]{3}|\bit/s\b|\bs/it\b")
+
+
+def reason(lines: Iterable[str]) -> str:
+    """The line of a failed program's output that says why: its last error, else its last words.
+
+    A progress bar, which is written over itself, is never the reason.
+    """
+    words = [line.strip() for line in lines if line.strip()]
+    for error in _ERRORS:
+        for line in reversed(words):
+            if (found := error.search(line)) is not None:
+                return found[0]
+    return next((line for line in reversed(words) if not _PROGRESS_BAR.search(line)), "it said nothing")
