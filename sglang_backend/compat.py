@@ -7,6 +7,7 @@ warning is logged.
 from __future__ import annotations
 
 import logging
+import pkgutil
 from importlib import metadata
 from typing import Any
 
@@ -18,6 +19,8 @@ from dsv3_plugin.errors import EngineError
 logger = logging.getLogger("sglang.dsv3_plugin")
 
 TESTED = ("0.5.17", "0.5.23")
+SESSIONS = ("begin_weight_update", "end_weight_update")
+"""By which SGLang 0.5.23 says where an update of the weights begins and ends."""
 
 
 def sglang_version() -> str:
@@ -92,3 +95,84 @@ def load_format() -> str:
     from sglang.srt import runtime_context
 
     return str(runtime_context.get_model().load_format)
+
+
+def draft_model(draft_worker: Any) -> Any:
+    """The model of a speculative worker, None without one."""
+    return None if draft_worker is None else draft_runner(draft_worker).model
+
+
+def draft_runner(draft_worker: Any) -> Any:
+    """What runs a speculative worker's model."""
+    return draft_worker.draft_worker.draft_runner
+
+
+def has(name: str) -> bool:
+    """Whether this SGLang has a class's method of this name; those that only some versions have are `SESSIONS`."""
+    owner, _, method = name.rpartition(".")
+    return method not in SESSIONS or hasattr(pkgutil.resolve_name(owner), method)
+
+
+def placed_hooks() -> set[str]:
+    """What hooks of any plugin stand around."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return HookRegistry._patched
+
+
+def has_sessions(manager: Any) -> bool:
+    """Whether SGLang says where an update of the weights begins and ends."""
+    return hasattr(manager, "begin_weight_update")
+
+
+def answer(output_class: str, success: bool, message: str) -> Any:
+    """SGLang's answer to one of its requests."""
+    from sglang.srt.managers import io_struct
+
+    return getattr(io_struct, output_class)(success=success, message=message)
+
+
+def record_update(manager: Any, weight_version: str | None) -> None:
+    """Tokens from here on are of this version; SGLang 0.5.17 notes that elsewhere."""
+    if hasattr(manager, "record_weight_version_after_update"):
+        manager.record_weight_version_after_update(weight_version)
+
+
+def record_folder(manager: Any, path: str) -> None:
+    """Note where the weights came from, as SGLang does after an update from a folder."""
+    from sglang.srt.configs.load_config import LoadConfig
+
+    runners = [manager.tp_worker.model_runner]
+    if manager.draft_worker is not None:
+        runners.append(draft_runner(manager.draft_worker))
+    for runner in runners:
+        runner.model_config.model_path = path
+        runner.update_model_fields(
+            runner.model, model_path=path, load_format="auto", load_config=LoadConfig(load_format="auto")
+        )
+
+
+def retract(scheduler: Any) -> None:
+    """Pause, and send every request that runs back to the queue: what it computed is computed again."""
+    from sglang.srt.managers.io_struct import PauseGenerationReqInput
+
+    scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+
+
+def asks_for_weights(request: Any) -> bool:
+    """Whether a request to release or resume memory is about that of the weights."""
+    from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
+
+    return not request.tags or GPU_MEMORY_TYPE_WEIGHTS in request.tags
+
+
+def keeps_weights(manager: Any) -> dict[str, bool]:
+    """Whether target and draft still have their weights after their memory was released and came back."""
+    from sglang.srt import runtime_context
+
+    arguments = runtime_context.get_server_args()
+    nothing_released = not manager.memory_saver_adapter.enabled
+    return {
+        "target": nothing_released or arguments.enable_weights_cpu_backup,
+        "draft": nothing_released or arguments.enable_draft_weights_cpu_backup,
+    }

@@ -19,8 +19,9 @@ from dsv3_plugin.layers.embedding import Head
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
-from dsv3_plugin.sglang_backend import compat
+from dsv3_plugin.sglang_backend import compat, plugin
 from dsv3_plugin.sglang_backend.attention import LatentAttend
+from dsv3_plugin.sglang_backend.updates import Bucket, Updates
 
 logger = logging.getLogger("sglang.dsv3_plugin")
 
@@ -43,6 +44,7 @@ def prepare(hf_config: Any, served: str) -> tuple[Ops, DeepseekV3Config]:
 
     SGLang builds a model under the default dtype and device that it shall have.
     """
+    plugin.require_hooks()
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     compat.require_supported(device, dtype)
     path = compat.model_path()
@@ -67,7 +69,10 @@ class DeepseekV3ForCausalLM(nn.Module):
         self.lm_head = deepseek.lm_head
         self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
         self.logits_processor = LogitsProcessor(config)
-        self.weight_loader = WeightLoader(self, self.config, "main")
+        dummy = compat.load_format() == "dummy"
+        self.weight_loader = WeightLoader(self, self.config, "main", holds_weights=dummy)
+        self.received: Bucket | None = None
+        self.updates: Updates | None = None
 
     def forward(
         self,
@@ -77,6 +82,7 @@ class DeepseekV3ForCausalLM(nn.Module):
         input_embeds: torch.Tensor | None = None,
     ) -> Any:
         """Flattened tokens [T] to SGLang's logits output; hidden states in it are the normalised ones."""
+        self.weight_loader.require_whole()
         if input_embeds is None:
             input_embeds = self.model.embed_tokens(input_ids)
         attend = LatentAttend(self.ops, self.config, 0, positions, forward_batch)
@@ -88,8 +94,17 @@ class DeepseekV3ForCausalLM(nn.Module):
         return self.model.embed_tokens.weight, self.lm_head.weight
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load a checkpoint's tensors; the first call must bring all of them, later ones may bring some."""
+        """Load a checkpoint, all of it; the parts of an update are left for `updates` to take."""
+        if self.received is not None:
+            self.received += weights
+            return
         self.weight_loader.load(weights)
+        self.weight_loader.finish()
+
+    def get_weights_by_name(self, name: str, truncate_size: int = 100, tp_size: int = 1) -> list[Any]:
+        """The first rows of a tensor by its name in the checkpoint; SGLang asks the target for a draft's too."""
+        assert self.updates is not None
+        return self.updates.tensor(name)[:truncate_size].float().tolist()
 
 
 EntryClass: Any = [] if switched_off() else DeepseekV3ForCausalLM
