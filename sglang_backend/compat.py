@@ -19,8 +19,10 @@ from dsv3_plugin.errors import EngineError
 logger = logging.getLogger("sglang.dsv3_plugin")
 
 TESTED = ("0.5.17", "0.5.23")
-SESSIONS = ("begin_weight_update", "end_weight_update")
-"""By which SGLang 0.5.23 says where an update of the weights begins and ends."""
+SOME_VERSIONS = ("begin_weight_update", "end_weight_update", "compute_spec_logprobs", "compute_spec_v2_logprobs")
+"""Functions of SGLang that not all tested versions have. It says where an update of the weights begins and ends from
+0.5.23 on; the log-probabilities of verified tokens have one of two names.
+"""
 
 
 def sglang_version() -> str:
@@ -108,9 +110,9 @@ def draft_runner(draft_worker: Any) -> Any:
 
 
 def has(name: str) -> bool:
-    """Whether this SGLang has a class's method of this name; those that only some versions have are `SESSIONS`."""
-    owner, _, method = name.rpartition(".")
-    return method not in SESSIONS or hasattr(pkgutil.resolve_name(owner), method)
+    """Whether this SGLang should have a function of this name: only those of `SOME_VERSIONS` may be missing."""
+    owner, _, function = name.rpartition(".")
+    return function not in SOME_VERSIONS or hasattr(pkgutil.resolve_name(owner), function)
 
 
 def placed_hooks() -> set[str]:

@@ -12,18 +12,20 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import pickle
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing import reductions
 
 GROUP = "trainer"
 NAMES_A_BUCKET = 40
@@ -75,10 +77,16 @@ class Trainer:
         return self.manager.update_weights_from_disk(self.io.UpdateWeightFromDiskReqInput(model_path=folder))
 
     def bucket(self, tensors: Any, load_format: str | None = None, **options: Any) -> Any:
-        # Not SGLang's own serializer: it cannot serialize on a CPU once it has read something.
+        from sglang.srt.utils import MultiprocessingSerializer
+
+        # What SGLang puts in its place to read from a GPU serializes nothing on a CPU.
+        reduce = getattr(reductions, "_reduce_tensor_original", reductions.reduce_tensor)
+        ForkingPickler.register(torch.Tensor, reduce)
         return self.manager.update_weights_from_tensor(
             self.io.UpdateWeightsFromTensorReqInput(
-                serialized_named_tensors=[pickle.dumps(tensors)], load_format=load_format, **options
+                serialized_named_tensors=[MultiprocessingSerializer.serialize(tensors)],
+                load_format=load_format,
+                **options,
             )
         )
 
@@ -196,6 +204,7 @@ PROMPT = [(7 * i * i + 13 * i + 5) % 700 + 300 for i in range(24)]
 
 def run_updates(scheduler: Any, other: str, right: str, updates: int) -> dict[str, Any]:
     """Starts with the weights of `other`, and ends with those of `right`."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
     trainer, client = Trainer(scheduler), Client(scheduler)
     io = trainer.io
     target, draft = scheduler.tp_worker.model_runner.model, scheduler.draft_worker.draft_worker.draft_runner.model
@@ -301,7 +310,7 @@ def run_updates(scheduler: Any, other: str, right: str, updates: int) -> dict[st
     refusal("folder of another model", lambda: [trainer.from_disk(folder_with(tensors, routed_scaling_factor=2.0))])
     refusal("no such folder", lambda: [trainer.from_disk("/nowhere")])
     refusal("wrong first tensor", lambda: in_session(wrong))
-    refusal("unknown format", lambda: [trainer.bucket(half, "made_up")])
+    refusal("unknown format", lambda: [trainer.in_session(lambda: trainer.bucket(half, "made_up"))])
     refusal("half", lambda: in_session(half))
     refusal("wrong in the middle", lambda: in_session(half, wrong, rest))
     refusal("twice", lambda: in_session(half, half[:3]))

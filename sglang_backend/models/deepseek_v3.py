@@ -21,6 +21,7 @@ from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.sglang_backend import compat, plugin
 from dsv3_plugin.sglang_backend.attention import LatentAttend
+from dsv3_plugin.sglang_backend.sampling import PromptLogprobs
 from dsv3_plugin.sglang_backend.updates import Bucket, Updates
 
 logger = logging.getLogger("sglang.dsv3_plugin")
@@ -69,6 +70,7 @@ class DeepseekV3ForCausalLM(nn.Module):
         self.lm_head = deepseek.lm_head
         self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
         self.logits_processor = LogitsProcessor(config)
+        self.prompt_logprobs = PromptLogprobs(self.logits_processor)
         dummy = compat.load_format() == "dummy"
         self.weight_loader = WeightLoader(self, self.config, "main", holds_weights=dummy)
         self.received: Bucket | None = None
@@ -87,6 +89,8 @@ class DeepseekV3ForCausalLM(nn.Module):
             input_embeds = self.model.embed_tokens(input_ids)
         attend = LatentAttend(self.ops, self.config, 0, positions, forward_batch)
         hidden = self.model(input_embeds, positions, attend)
+        if forward_batch.sampling_info is not None:
+            self.prompt_logprobs.temperatures = forward_batch.sampling_info.temperatures
         return self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
 
     def get_embed_and_head(self) -> tuple[nn.Parameter, nn.Parameter]:
