@@ -13,6 +13,8 @@ from dsv3_plugin.conformance.protocol import Case, Request
 # The smallest page that vLLM's own CPU attention takes, so that its own model can be compared too.
 BLOCK_SIZE = 32
 CHUNK = 16
+TOP_LOGPROBS = 32
+"""Most likely tokens that are answered beside each: many values of one row at the cost of one."""
 
 
 class _Text:
@@ -29,7 +31,16 @@ class _Text:
         return tuple(self.token_ids[self.used - count : self.used])
 
     def requests(self, lengths: Sequence[int], max_tokens: int) -> tuple[Request, ...]:
-        return tuple(Request(prompt_token_ids=self.take(n), max_tokens=max_tokens) for n in lengths)
+        return tuple(_request(self.take(n), max_tokens) for n in lengths)
+
+    def scored(self, lengths: Sequence[int], max_tokens: int) -> tuple[Request, ...]:
+        """Requests whose prompts' log-probabilities are wanted too."""
+        requests = self.requests(lengths, max_tokens)
+        return tuple(request.model_copy(update={"prompt_logprobs": True}) for request in requests)
+
+
+def _request(prompt: tuple[int, ...], max_tokens: int) -> Request:
+    return Request(prompt_token_ids=prompt, max_tokens=max_tokens, top_logprobs=TOP_LOGPROBS)
 
 
 def _alone(requests: Sequence[Request]) -> tuple[tuple[Request, ...], ...]:
@@ -45,26 +56,26 @@ def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:
     shared = text.take(3 * BLOCK_SIZE)
 
     def with_prefix(lengths: Sequence[int], max_tokens: int) -> tuple[Request, ...]:
-        return tuple(Request(prompt_token_ids=shared + text.take(n), max_tokens=max_tokens) for n in lengths)
+        return tuple(_request(shared + text.take(n), max_tokens) for n in lengths)
 
     cases = [
         Case(
             name="prefill",
             title="prompts of 1 to 300 tokens, one at a time",
-            rounds=_alone(text.requests((1, 2, 17, 32, 33, 64, 65, 300), 2)),
+            rounds=_alone(text.scored((1, 2, 17, 32, 33, 64, 65, 300), 2)),
             prompt_logits=True,
         ),
         Case(name="decode", title="decode, one request at a time", rounds=_alone(text.requests((5, 60), 12))),
         Case(
             name="batch",
             title="8 requests at once",
-            rounds=(text.requests((1, 2, 3, 5, 8, 13, 21, 34), 8),),
+            rounds=(text.scored((1, 2, 3, 5, 8, 13, 21, 34), 8),),
             prompt_logits=True,
         ),
         Case(
             name="chunked_prefill",
             title=f"prefill in chunks of {CHUNK}, mixed with decode",
-            rounds=(text.requests((5, 17, 40, 70), 4),),
+            rounds=(text.scored((5, 17, 40, 70), 4),),
             max_num_batched_tokens=CHUNK,
             prompt_logits=True,
         ),
@@ -93,17 +104,19 @@ def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:
             rounds=(tuple(drawn), *_alone(drawn)),
         )
     )
+    cases.append(_sampler(text, num_speculative_tokens=0))
     if with_mtp:
-        cases += [
-            Case(
-                name=f"mtp_{k}",
-                title=f"MTP verification, k = {k}",
-                rounds=(text.requests((5, 17, 40), 16), *_alone(text.requests((3,), 12))),
-                num_speculative_tokens=k,
-                min_accepted_tokens=1,
-            )
-            for k in (1, 2)
-        ]
+        for k in (1, 2):
+            cases += [
+                Case(
+                    name=f"mtp_{k}",
+                    title=f"MTP verification, k = {k}",
+                    rounds=(text.requests((5, 17, 40), 16), *_alone(text.requests((3,), 12))),
+                    num_speculative_tokens=k,
+                    min_accepted_tokens=1,
+                ),
+                _sampler(text, num_speculative_tokens=k),
+            ]
         cases.append(
             Case(
                 name="mtp_prefix_cache",
@@ -116,3 +129,32 @@ def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:
             )
         )
     return tuple(cases)
+
+
+def _sampler(text: _Text, *, num_speculative_tokens: int) -> Case:
+    """Every setting of a sampler beside others, then some of the same requests in other company."""
+    settings: tuple[dict[str, object], ...] = (
+        {},
+        {"temperature": 0.7, "prompt_logprobs": True},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 0.75, "top_k": 1},
+        {"temperature": 1.0, "top_p": 0.75},
+        {"temperature": 0.9, "min_p": 0.25},
+        {"repetition_penalty": 2.0},
+        {"frequency_penalty": 0.5},
+        {"temperature": 0.3, "presence_penalty": 0.5},
+        {"temperature": 0.7, "logit_bias": tuple((token, 8.0) for token in text.token_ids[:3])},
+        {"temperature": 1.0, "n": 3},
+    )
+    requests = [
+        request.model_copy(update={"seed": 100 * seed} | setting)
+        for seed, (request, setting) in enumerate(zip(text.requests([4] * len(settings), 8), settings, strict=True))
+    ]
+    drafts = f", k = {num_speculative_tokens}" if num_speculative_tokens else ""
+    return Case(
+        name=f"sampler_mtp_{num_speculative_tokens}" if num_speculative_tokens else "sampler",
+        title=f"greedy beside sampled requests, every setting of a sampler{drafts}",
+        rounds=(tuple(requests), (*requests[3:5], requests[0]), (requests[1],)),
+        num_speculative_tokens=num_speculative_tokens,
+        min_accepted_tokens=1 if num_speculative_tokens else 0,
+    )

@@ -8,17 +8,16 @@ comes after it follows from it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from dsv3_plugin.conformance.protocol import Case, Device, Request, RequestResult, prefix_digest
+from dsv3_plugin.conformance.protocol import Case, RequestResult, prefix_digest
 from dsv3_plugin.conformance.rows import layer_streams
-from dsv3_plugin.conformance.sampling import processed_logprobs
+from dsv3_plugin.errors import ConformanceError
 
 Key = tuple[int, int]
 
@@ -70,12 +69,25 @@ class Comparison:
 
 
 class RowFile:
-    """A testee's tensor file, read stream by stream."""
+    """A testee's tensor file, read stream by stream.
+
+    Raises `ConformanceError` where it does not follow the protocol.
+    """
 
     def __init__(self, file: Path) -> None:
-        self._file: Any = safe_open(file, framework="pt")
-        names = self._file.keys()
-        self.streams = sorted(name for name in names if f"{name}.prefix" in names)
+        try:
+            self._file: Any = safe_open(file, framework="pt")
+            names = set(self._file.keys())
+            self.streams = sorted(name for name in names if f"{name}.prefix" in names)
+            for stream in self.streams:
+                rows, *_ = self._file.get_slice(stream).get_shape()
+                of_rows = [f"{stream}.{what}" for what in ("request", "position", "prefix")]
+                if any(self._file.get_slice(name).get_shape() != [rows] for name in of_rows):
+                    raise ConformanceError(
+                        f"{file}: {', '.join(of_rows)} must have {rows} numbers, as {stream} has rows"
+                    )
+        except (SafetensorError, OSError) as error:
+            raise ConformanceError(f"{file}: does not follow the protocol: {error}") from None
 
     def keys(self, stream: str) -> list[Key]:
         """(request, prefix digest) of each row."""
@@ -182,58 +194,25 @@ def tokens_differ(left: RequestResult, right: RequestResult) -> int | None:
     return None if len(left.token_ids) == len(right.token_ids) else min(len(left.token_ids), len(right.token_ids))
 
 
-def sampling_problems(
-    case: Case, requests: Sequence[RequestResult], specification: RowFile, device: Device
-) -> list[str]:
-    """What is wrong with the tokens that a testee drew, beside the bits of its rows.
-
-    The log-probability of each must be the specification's, computed where the testees ran: the log-softmax of another
-    device rounds otherwise. The same request must draw the same tokens every time.
-    """
-    problems = []
-    rows = dict(zip(specification.keys("logits"), specification.values("logits"), strict=True))
-    drawn: dict[Request, int] = {}
-    for index, (request, result) in enumerate(zip(case.requests, requests, strict=True)):
-        if request.temperature == 0:
-            continue
-        prompt = len(request.prompt_token_ids)
-        keys = [(index, prefix_digest(result.token_ids[:end])) for end in range(prompt, len(result.token_ids))]
-        if unknown := [prompt + i for i, key in enumerate(keys) if key not in rows]:
-            problems.append(f"request {index} answers tokens before position {unknown[0]} that it did not compute with")
-            continue
-        expected = [
-            float(processed_logprobs(rows[key].to(device), request.temperature)[token])
-            for key, token in zip(keys, result.token_ids[prompt:], strict=True)
-        ]
-        found = list(result.logprobs)
-        if found != expected:
-            wrong = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
-            problems.append(
-                f"request {index} has log-probabilities {found[wrong : wrong + 1]} at position {prompt + wrong},"
-                f" log-softmax of logits / temperature is {expected[wrong : wrong + 1]}"
-            )
-        first = drawn.setdefault(request, index)
-        if (position := tokens_differ(requests[first], result)) is not None:
-            problems.append(f"requests {first} and {index} are the same and drew other tokens at position {position}")
-    return problems
-
-
 def missing_rows(case: Case, requests: tuple[RequestResult, ...], rows: RowFile) -> str | None:
     """Why a tensor file does not hold the logits that its case promises, else None.
 
-    Promised: the row that each generated token was chosen from, and every row of the prompt where the case asks for
-    them.
+    Promised: the row that each generated token was chosen from, and every row of the prompt where the case or the
+    request's log-probabilities ask for them; of requests that the testee can do.
     """
     if "logits" not in rows.streams:
         return "no logits at all"
-    keys = zip(rows.keys("logits"), rows.positions("logits").tolist(), strict=True)
-    found = {(request, position) for (request, _), position in keys}
+    found = set(rows.keys("logits"))
     for index, (request, result) in enumerate(zip(case.requests, requests, strict=True)):
+        if result.unsupported is not None:
+            continue
         prompt = len(request.prompt_token_ids)
+        if result.token_ids[:prompt] != request.prompt_token_ids:
+            return f"request {index} has another prompt than it was given"
         if len(result.token_ids) != prompt + request.max_tokens:
             return f"request {index} has {len(result.token_ids) - prompt} tokens, {request.max_tokens} were asked for"
-        first = 0 if case.prompt_logits else prompt - 1
+        first = 0 if case.prompt_logits or request.prompt_logprobs else prompt - 1
         for position in range(first, len(result.token_ids) - 1):
-            if (index, position) not in found:
+            if (index, prefix_digest(result.token_ids[: position + 1])) not in found:
                 return f"request {index} has no logits at position {position}"
     return None

@@ -33,12 +33,14 @@ from dsv3_plugin.errors import ConformanceError
 PROGRESS_PREFIX = "DSV3-PROGRESS "
 
 Device = Literal["cpu", "cuda"]
+Claim = Literal["equality", "closeness"]
 
 _T = TypeVar("_T", bound=BaseModel)
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # NaN and infinities are written as such: to be judged, not refused.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class Request(_Message):
@@ -50,6 +52,31 @@ class Request(_Message):
     """0: greedy."""
     seed: int = 0
     """Of the random numbers at a temperature above 0: the same request draws the same tokens in every batch."""
+    n: int = 1
+    """Sequences to draw. They count as n requests one after the other, with the seeds seed, seed + 1, ..."""
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Of every token of the prompt and of those generated: a positive logit is divided by it, another multiplied."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit as often as the token was generated."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token that was generated."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit)."""
+    top_logprobs: int = 0
+    """How many of the most likely tokens are answered beside each token whose log-probability is."""
+    prompt_logprobs: bool = False
+    """Whether log-probabilities of the prompt's tokens are wanted; such a request reads no prefix cache."""
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the request asks of a sampler beyond its defaults: what a testee may decline by `unsupported`."""
+        plain = ("prompt_token_ids", "max_tokens", "seed", "top_logprobs", "prompt_logprobs")
+        return {
+            name: value for name, value in self if name not in plain and value != type(self).model_fields[name].default
+        }
 
 
 class Case(_Message):
@@ -73,9 +100,21 @@ class Case(_Message):
     """Draft tokens that must be accepted in all."""
 
     @property
+    def single_rounds(self) -> tuple[tuple[Request, ...], ...]:
+        """The rounds with each request of n sequences as n requests of one."""
+        return tuple(
+            tuple(
+                request.model_copy(update={"n": 1, "seed": request.seed + i})
+                for request in requests
+                for i in range(request.n)
+            )
+            for requests in self.rounds
+        )
+
+    @property
     def requests(self) -> tuple[Request, ...]:
-        """All requests in order; a row's request index counts through the rounds."""
-        return tuple(request for requests in self.rounds for request in requests)
+        """All requests of one sequence in order; a row's request index counts through the rounds."""
+        return tuple(request for requests in self.single_rounds for request in requests)
 
     @property
     def samples(self) -> bool:
@@ -94,14 +133,28 @@ class Job(_Message):
     cases: tuple[Case, ...]
 
 
+TopLogprobs = tuple[tuple[int, float], ...]
+"""(token, log-probability) of the most likely tokens, in any order."""
+
+
 class RequestResult(_Message):
-    """What became of a request."""
+    """What became of a request of one sequence. What its log-probabilities are, `sampling` defines."""
 
     token_ids: tuple[int, ...]
     """Prompt and generated tokens."""
     num_cached_tokens: int
     logprobs: tuple[float, ...] = ()
-    """Of the generated tokens, where the request has a temperature: see `sampling.processed_logprobs`."""
+    """Of each generated token, greedy ones too."""
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    """For each generated token the request's number of most likely ones."""
+    prompt_logprobs: tuple[float, ...] = ()
+    """Of each token of the prompt but the first, where the request asks for them."""
+    prompt_top_logprobs: tuple[TopLogprobs, ...] = ()
+    """For each of these the request's number of most likely ones."""
+    unsupported: str | None = None
+    """Why this engine cannot do exactly what the request's `settings` ask. Nothing else is then read; the report
+    counts it and names the reason.
+    """
 
 
 class CaseResult(_Message):
@@ -132,6 +185,8 @@ class Result(_Message):
     versions: dict[str, str]
     served: Served
     cases: tuple[CaseResult, ...]
+    claim: Claim = "equality"
+    """What the testee is judged by: `equality`, every bit; `closeness`, a distance that the report measures."""
     schedule_not_followed: str | None = None
     """Why this testee computed the cases' sequences and not their schedules: a trainer has no cache. Its rows are
     compared; of caches and drafts nothing is claimed.

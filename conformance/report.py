@@ -35,6 +35,9 @@ def print_report(report: Report, console: Console) -> None:
             f"    profile {result.served.profile}, kernels: {', '.join(kernels) or 'unknown'}", highlight=False
         )
     console.print(_table(report))
+    for closeness in report.closeness:
+        for line in closeness.describe():
+            console.print(line, highlight=False)
     for verdict in report.verdicts:
         _print_problems(verdict, console)
     for problem in report.problems:
@@ -45,11 +48,25 @@ def print_report(report: Report, console: Console) -> None:
 
 def headline(report: Report) -> str:
     """The run in one sentence."""
-    equal = sum(c.equal_rows for v in report.verdicts for c in v.comparisons)
-    different = sum(c.different_rows for v in report.verdicts for c in v.comparisons)
-    if report.passed:
-        return f"All {equal:,} rows equal, bit for bit ({report.profile})."
-    return f"FAILED: {different:,} of {equal + different:,} rows differ ({report.profile})."
+    comparisons = [c for v in report.verdicts for c in v.comparisons]
+    equal, different = sum(c.equal_rows for c in comparisons), sum(c.different_rows for c in comparisons)
+    logprobs = [c for v in report.verdicts for c in v.logprobs if report.results[c.testee].claim == "equality"]
+    equal_logprobs, different_logprobs = sum(c.equal for c in logprobs), sum(c.different for c in logprobs)
+    if report.passed and comparisons:
+        text = f"All {equal:,} rows and {equal_logprobs:,} log-probabilities equal, bit for bit ({report.profile})"
+    elif report.passed:
+        text = f"Nothing claims equality ({report.profile})"
+    else:
+        text = f"FAILED: {different:,} of {equal + different:,} rows differ ({report.profile})"
+        if not comparisons:
+            text = f"FAILED ({report.profile}): what claims closeness is far"
+        if different_logprobs:
+            text += f", and {different_logprobs:,} of {equal_logprobs + different_logprobs:,} log-probabilities"
+    for closeness in report.closeness if report.passed else ():
+        text += f"; {closeness.testee} is close in {closeness.distance.rows:,} rows"
+    if declined := sum(len(of_testee) for v in report.verdicts for of_testee in v.unsupported.values()):
+        text += f"; {declined} requests were declined as unsupported, of which nothing is known"
+    return text + "."
 
 
 def to_html(report: Report) -> str:
@@ -77,11 +94,30 @@ def to_junit(report: Report) -> str:
         for comparison in verdict.comparisons:
             name = f"{comparison.left} = {comparison.right}, {comparison.equal_rows:,} rows"
             add(verdict.case.name, name, None if comparison.equal else comparison.describe())
+        for logprobs in verdict.logprobs:
+            name = f"{logprobs.testee}, {logprobs.equal:,} log-probabilities"
+            add(verdict.case.name, name, logprobs.describe() if logprobs.different else None)
+        for name, requests in verdict.unsupported.items():
+            for index, reason in requests.items():
+                test = ElementTree.SubElement(
+                    suite, "testcase", classname=f"conformance.{verdict.case.name}", name=f"{name}, request {index}"
+                )
+                ElementTree.SubElement(test, "skipped", message=reason)
         add(verdict.case.name, "the case was run as it says", "; ".join(verdict.problems) or None)
+    for closeness in report.closeness:
+        name = f"{closeness.testee} is close, {closeness.distance.rows:,} rows"
+        add("closeness", name, "; ".join(closeness.beyond()) or None)
     add("served", "every testee served what it should", "; ".join(report.problems) or None)
     suite.set("tests", str(len(suite)))
     suite.set("failures", str(failures))
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+
+
+def _by_reason(requests: dict[int, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for index, reason in requests.items():
+        reasons.setdefault(reason, []).append(str(index))
+    return reasons
 
 
 def _table(report: Report) -> Table:
@@ -100,7 +136,17 @@ def _cell(name: str, verdict: CaseVerdict, report: Report) -> str:
     comparisons = [c for c in verdict.comparisons if name in (c.left, c.right)]
     different = sum(c.different_rows for c in comparisons)
     total = different + sum(c.equal_rows for c in comparisons)
-    lines = [f"[red]{different:,} of {total:,} differ[/]" if different else f"[green]{total:,} equal[/]"]
+    if report.results[name].claim == "closeness":
+        lines = [
+            f"{c.distance.rows:,} rows, KL {c.distance.kl_mean:.1e}" for c in verdict.closeness if c.testee == name
+        ]
+    else:
+        lines = [f"[red]{different:,} of {total:,} differ[/]" if different else f"[green]{total:,} equal[/]"]
+    for c in verdict.logprobs:
+        if c.testee == name and c.different:
+            lines.append(f"[red]{c.different:,} of {c.equal + c.different:,} log-probabilities differ[/]")
+    if verdict.unsupported[name]:
+        lines.append(f"[yellow]{len(verdict.unsupported[name])} requests unsupported[/]")
     if verdict.rows_alone[name]:
         lines.append(f"[yellow]{verdict.rows_alone[name]:,} without counterpart[/]")
     outcome = report.results[name].outcome_of(verdict.case)
@@ -116,6 +162,15 @@ def _cell(name: str, verdict: CaseVerdict, report: Report) -> str:
 def _print_problems(verdict: CaseVerdict, console: Console) -> None:
     for problem in verdict.problems:
         console.print(f"[red]{verdict.case.name}[/]: {problem}", highlight=False)
+    for logprobs in verdict.logprobs:
+        if logprobs.different:
+            console.print(f"[red]{verdict.case.name}, {logprobs.testee}[/]: {logprobs.describe()}", highlight=False)
+    for name, requests in verdict.unsupported.items():
+        for reason, indices in _by_reason(requests).items():
+            console.print(
+                f"[yellow]{verdict.case.name}, {name}[/]: requests {', '.join(indices)} unsupported: {reason}",
+                highlight=False,
+            )
     for comparison in verdict.comparisons:
         if not comparison.equal:
             pair = f"{verdict.case.name}, {comparison.left} and {comparison.right}"

@@ -80,9 +80,10 @@ def layer_streams(num_hidden_layers: int) -> list[str]:
 
 
 class LayerRecorder:
-    """Records the modules of `DeepseekV3Model` by forward hooks, in whatever engine it runs.
+    """Records the modules of a model that names them as `DeepseekV3Model` does, by forward hooks, in whatever engine.
 
-    `keys` is set before each pass to the rows of its batch; while it is None (an engine's warm-up) nothing is recorded.
+    A module may answer [rows, width] or [1, rows, width], alone or first in a tuple. `keys` is set before each pass to
+    the rows of its batch; while it is None (an engine's warm-up) nothing is recorded.
     """
 
     def __init__(self, model: nn.Module, num_hidden_layers: int) -> None:
@@ -92,9 +93,10 @@ class LayerRecorder:
             model.get_submodule(stream).register_forward_hook(self._hook(stream))
 
     def _hook(self, stream: str):  # type: ignore[no-untyped-def]
-        def record(module: nn.Module, args: object, output: torch.Tensor) -> None:
+        def record(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
             if self.keys is not None:
-                self.recorder.add(stream, self.keys, output[: len(self.keys)])
+                rows = output[0] if isinstance(output, tuple) else output
+                self.recorder.add(stream, self.keys, rows.flatten(0, -2)[: len(self.keys)])
 
         return record
 

@@ -17,23 +17,28 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.cases import BLOCK_SIZE, make_cases
+from dsv3_plugin.conformance.closeness import Closeness, distance, malformed, merge
 from dsv3_plugin.conformance.compare import (
     Comparison,
     RowFile,
     compare_case,
     missing_rows,
     rows_alone,
-    sampling_problems,
     tokens_differ,
 )
+from dsv3_plugin.conformance.logprobs import LogprobComparison, judge
 from dsv3_plugin.conformance.protocol import (
     PROGRESS_PREFIX,
     Case,
+    CaseResult,
     Device,
     Job,
     Request,
+    RequestResult,
     Result,
     read_result,
     specification_file,
@@ -44,9 +49,15 @@ from dsv3_plugin.conformance.texts import real_text, tokenize
 from dsv3_plugin.errors import ConformanceError
 
 ENGINES = {"reference": None, "vllm": "vllm", "sglang": "sglang", "megatron": "megatron"}
-"""Testees that ship with the suite, and the module that their environment must have."""
+"""Testees that ship with the suite, and the module that their environment must have. They name themselves so in their
+results, and must serve dsv3-plugin's model.
+"""
+REFERENCE = "reference"
 SPECIFICATION = "specification"
 _REPLAY = "replay"
+_SPREAD = "spread"
+OWN_ROWS_TOLERANCE = 1e-4
+"""Between log-probabilities that a testee of closeness answers and those of its own rows: its softmax is its own."""
 _PACKAGE = "dsv3_plugin.conformance.testees"
 
 Progress = Callable[[str, str], None]
@@ -99,14 +110,25 @@ class CaseVerdict:
 
     case: Case
     comparisons: tuple[Comparison, ...]
+    """Of all testees that claim equality, with the specification and with each other."""
+    closeness: tuple[Closeness, ...]
+    """Of those that claim closeness, with the specification."""
+    logprobs: tuple[LogprobComparison, ...]
     problems: tuple[str, ...]
     rows_alone: dict[str, int]
     """Rows of each testee that no other side computed; nothing is claimed of them."""
+    unsupported: dict[str, dict[int, str]]
+    """Of each testee, the requests that it cannot do and why; nothing is claimed of them."""
 
     @property
     def passed(self) -> bool:
         """Whether everything that the case claims holds."""
-        return not self.problems and all(comparison.equal for comparison in self.comparisons)
+        return (
+            not self.problems
+            and bool(self.comparisons or self.closeness)
+            and all(comparison.equal for comparison in self.comparisons)
+            and not any(comparison.different for comparison in self.logprobs)
+        )
 
     def between(self, left: str, right: str) -> Comparison | None:
         """How two sides compare, if they were compared."""
@@ -129,6 +151,23 @@ class Report:
         return not self.problems and all(verdict.passed for verdict in self.verdicts)
 
     @property
+    def closeness(self) -> list[Closeness]:
+        """Of each testee that claims closeness, over all cases."""
+        of_testee: dict[str, list[Closeness]] = {}
+        for verdict in self.verdicts:
+            for closeness in verdict.closeness:
+                of_testee.setdefault(closeness.testee, []).append(closeness)
+        return [
+            Closeness(
+                name,
+                merge(c.distance for c in cases),
+                merge(c.spread for c in cases),
+                next((c.first_difference for c in cases if c.first_difference is not None), None),
+            )
+            for name, cases in of_testee.items()
+        ]
+
+    @property
     def pairs(self) -> list[tuple[str, str]]:
         """All sides that some case compares."""
         return list(dict.fromkeys((c.left, c.right) for verdict in self.verdicts for c in verdict.comparisons))
@@ -140,6 +179,7 @@ class Report:
             "checkpoint": self.checkpoint,
             "profile": self.profile,
             "problems": self.problems,
+            "closeness": [asdict(closeness) for closeness in self.closeness],
             "testees": {name: result.model_dump() for name, result in self.results.items()},
             "cases": [
                 {
@@ -148,6 +188,9 @@ class Report:
                     "passed": verdict.passed,
                     "problems": verdict.problems,
                     "rows_alone": verdict.rows_alone,
+                    "unsupported": verdict.unsupported,
+                    "closeness": [asdict(c) for c in verdict.closeness],
+                    "logprobs": [asdict(c) for c in verdict.logprobs],
                     "comparisons": [asdict(c) | {"equal": c.equal} for c in verdict.comparisons],
                 }
                 for verdict in self.verdicts
@@ -189,7 +232,8 @@ def run(
     for case in cases:
         progress("suite", f"comparing {case.name}")
         report.verdicts.append(_judge(case, results, work_dir, job.device))
-    report.problems += _served_otherwise(results, report.profile)
+    report.problems += served_otherwise(results, report.profile)
+    report.problems += [text for closeness in report.closeness for text in closeness.beyond()]
     if keep is None:
         shutil.rmtree(work_dir)
     return report
@@ -209,46 +253,85 @@ def _read_complete_result(job: Job, result_dir: Path) -> Result:
     asked, answered = [case.name for case in job.cases], [case.name for case in result.cases]
     if asked != answered:
         raise ConformanceError(f"{result_dir}: cases {', '.join(asked)} were asked for, {', '.join(answered)} came")
+    for case, outcome in zip(job.cases, result.cases, strict=True):
+        if len(outcome.requests) != len(case.requests):
+            raise ConformanceError(
+                f"{result_dir}: case {case.name} has {len(case.requests)} requests (one of n sequences counts n times),"
+                f" {len(outcome.requests)} were answered"
+            )
+        if not tensor_file(result_dir, case.name).is_file():
+            raise ConformanceError(f"{tensor_file(result_dir, case.name)}: missing; each case has a file of its rows")
     return result
 
 
 def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Progress) -> None:
-    """Let the reference compute the sequences that each testee drew; they are its specification.
-
-    Greedy testees choose the same tokens as the reference, whose own run holds the specification.
+    """Let the reference compute the sequences that testees answered, where its own run does not hold them; they are
+    their specification. Those of a testee that claims closeness it computes in another precision too.
     """
-    replay_dir = work_dir / _REPLAY
-    cases = [
-        Case(
-            name=_replay_name(case.name, name),
-            title=f"{case.title}: the tokens of {name}",
-            rounds=tuple((Request(prompt_token_ids=r.token_ids[:-1], max_tokens=1),) for r in outcome.requests),
-        )
-        for name, result in results.items()
-        for case, outcome in zip(job.cases, result.cases, strict=True)
-        if case.samples and not specification_file(work_dir / name, case.name).exists()
+    replayed = [
+        (name, case) for name, result in results.items() for case in job.cases if _is_replayed(case, name, results)
     ]
-    if cases:
-        replay_dir.mkdir()
-        write_message(job.model_copy(update={"cases": tuple(cases)}), replay_dir)
-        reference = TesteeCommand(SPECIFICATION, (sys.executable, "-m", f"{_PACKAGE}.reference"))
-        _run_programs([reference], replay_dir, progress)
+    if not replayed:
+        return
+
+    def job_of(pairs: list[tuple[str, Case]], folder: Path) -> Path:
+        cases = tuple(
+            Case(
+                name=_replay_name(case.name, name),
+                title=f"{case.title}: the tokens of {name}",
+                rounds=tuple(
+                    (_whole(request, result),)
+                    for request, result in zip(case.requests, results[name].outcome_of(case).requests, strict=True)
+                ),
+            )
+            for name, case in pairs
+        )
+        folder.mkdir()
+        write_message(job.model_copy(update={"cases": cases}), folder)
+        return folder
+
+    module = (sys.executable, "-m", f"{_PACKAGE}.reference", "--replays")
+    replay_dir = job_of(replayed, work_dir / _REPLAY)
+    _run_programs([TesteeCommand(SPECIFICATION, module)], replay_dir, progress)
+    close = [(name, case) for name, case in replayed if results[name].claim == "closeness"]
+    if close:
+        precision = "bf16" if CheckpointReader(job.checkpoint).profile().dtype == torch.float32 else "fp32"
+        command = TesteeCommand(SPECIFICATION, (*module, "--precision", precision))
+        _run_programs([command], job_of(close, work_dir / _SPREAD), progress)
+
+
+def _is_replayed(case: Case, name: str, results: dict[str, Result]) -> bool:
+    """Whether a testee's sequences are not those of the reference's own run: drawn, close ones, or there is no run."""
+    if results[name].claim == "closeness":
+        return True
+    return results[name].testee != REFERENCE and (case.samples or _reference(results) is None)
+
+
+def _reference(results: dict[str, Result]) -> str | None:
+    """The testee whose own passes over whole sequences are the specification; nobody else's would be."""
+    return next((name for name, result in results.items() if result.testee == REFERENCE), None)
+
+
+def _whole(request: Request, result: RequestResult) -> Request:
+    """A finished sequence as a prompt; of one that the testee cannot do, the prompt that it was given."""
+    return Request(prompt_token_ids=result.token_ids or request.prompt_token_ids, max_tokens=0)
 
 
 def _replay_name(case_name: str, testee: str) -> str:
     return f"{case_name}.{testee}"
 
 
-def _specification(case: Case, names: Sequence[str], work_dir: Path) -> dict[str, RowFile]:
-    """For each testee the rows of its sequences computed in one pass each, where there are any."""
-    files = {name: specification_file(work_dir / name, case.name) for name in names}
-    own = {name: RowFile(file) for name, file in files.items() if file.exists()}
-    if not case.samples:
-        return dict.fromkeys(names, next(iter(own.values()))) if own else {}
-    replayed = work_dir / _REPLAY / SPECIFICATION
-    return {
-        name: own.get(name) or RowFile(specification_file(replayed, _replay_name(case.name, name))) for name in names
-    }
+def _specification(case: Case, results: dict[str, Result], work_dir: Path) -> dict[str, RowFile]:
+    """For each testee the rows of its sequences computed in one pass each."""
+
+    def file_of(name: str) -> Path:
+        if _is_replayed(case, name, results):
+            return specification_file(work_dir / _REPLAY / SPECIFICATION, _replay_name(case.name, name))
+        own = name if results[name].testee == REFERENCE else _reference(results)
+        assert own is not None, "else it is replayed"
+        return specification_file(work_dir / own, case.name)
+
+    return {name: RowFile(file_of(name)) for name in results}
 
 
 def _run_programs(testees: Sequence[TesteeCommand], work_dir: Path, progress: Progress) -> None:
@@ -297,46 +380,92 @@ def _run_program(testee: TesteeCommand, work_dir: Path, progress: Progress, fail
 
 
 def _judge(case: Case, results: dict[str, Result], work_dir: Path, device: Device) -> CaseVerdict:
-    """Compare all pairs on one case."""
+    """Compare all testees on one case."""
     problems: list[str] = []
     rows = {name: RowFile(tensor_file(work_dir / name, case.name)) for name in results}
-    specification = _specification(case, list(results), work_dir)
+    specification = _specification(case, results, work_dir)
     outcomes = {name: result.outcome_of(case) for name, result in results.items()}
+    equal = [name for name, result in results.items() if result.claim == "equality"]
+    close = [name for name in results if name not in equal]
+    logprobs: list[LogprobComparison] = []
     for name, outcome in outcomes.items():
+        problems += [f"{name}: {text}" for text in undue(case, outcome.requests)]
         missing = missing_rows(case, outcome.requests, rows[name])
         if missing is not None:
             problems.append(f"{name}: {missing}")
-        elif case.samples:
-            found = sampling_problems(case, outcome.requests, specification[name], device)
-            problems += [f"{name}: {text}" for text in found]
-        if results[name].schedule_not_followed:
-            continue
-        cached = min(r.num_cached_tokens for r in outcome.requests[-len(case.rounds[-1]) :])
-        if cached < case.min_cached_tokens:
-            problems.append(f"{name}: {cached} tokens came from the prefix cache, {case.min_cached_tokens} should have")
-        if outcome.num_accepted_tokens < case.min_accepted_tokens:
-            problems.append(
-                f"{name}: {outcome.num_accepted_tokens} of {outcome.num_draft_tokens} draft tokens were accepted,"
-                f" at least {case.min_accepted_tokens} should have been"
-            )
-    for left, right in () if case.samples else combinations(outcomes, 2):
+        else:
+            # Another arithmetic's log-probabilities are those of its own rows.
+            of, tolerance = (specification, 0.0) if name in equal else (rows, OWN_ROWS_TOLERANCE)
+            logits = dict(zip(of[name].keys("logits"), of[name].values("logits"), strict=True))
+            logprobs.append(judge(name, case, outcome.requests, logits, device, tolerance))
+            problems += [f"{name}: {text}" for text in logprobs[-1].problems]
+        problems += [f"{name}: {text}" for text in _schedule_problems(case, results[name], outcome)]
+    for left, right in () if case.samples else combinations(equal, 2):
         for index, (a, b) in enumerate(zip(outcomes[left].requests, outcomes[right].requests, strict=True)):
             position = tokens_differ(a, b)
             if position is not None:
                 problems.append(f"{left} and {right} chose different tokens in request {index} at position {position}")
-    comparisons = [compare_case(case.name, (SPECIFICATION, specification[n]), (n, rows[n])) for n in specification]
-    comparisons += [compare_case(case.name, (a, rows[a]), (b, rows[b])) for a, b in combinations(rows, 2)]
-    alone = {
-        name: rows_alone(name, rows | ({SPECIFICATION: specification[name]} if specification else {}))
-        for name in outcomes
+    comparisons = [compare_case(case.name, (SPECIFICATION, specification[n]), (n, rows[n])) for n in equal]
+    comparisons += [compare_case(case.name, (a, rows[a]), (b, rows[b])) for a, b in combinations(equal, 2)]
+    closeness = []
+    for name in close:
+        if (problem := malformed(specification[name], rows[name])) is not None:
+            problems.append(f"{name}: {problem}")
+        else:
+            closeness.append(_closeness(case, name, specification[name], rows[name], work_dir))
+    alone = {name: rows_alone(name, rows | {SPECIFICATION: specification[name]}) for name in outcomes}
+    unsupported = {
+        name: {i: result.unsupported for i, result in enumerate(outcome.requests) if result.unsupported is not None}
+        for name, outcome in outcomes.items()
     }
-    return CaseVerdict(case, tuple(comparisons), tuple(problems), alone)
+    return CaseVerdict(case, tuple(comparisons), tuple(closeness), tuple(logprobs), tuple(problems), alone, unsupported)
 
 
-def _served_otherwise(results: dict[str, Result], profile: str) -> list[str]:
-    """A testee that served another model or another arithmetic than asked must not pass by accident."""
+def _schedule_problems(case: Case, result: Result, outcome: CaseResult) -> list[str]:
+    """Why a case did not test what it says of caches and drafts."""
+    if result.schedule_not_followed:
+        return []
+    problems = []
+    last_round = outcome.requests[-len(case.single_rounds[-1]) :]
+    cached = min((r.num_cached_tokens for r in last_round if r.unsupported is None), default=0)
+    if cached < case.min_cached_tokens:
+        problems.append(f"{cached} tokens came from the prefix cache, {case.min_cached_tokens} should have")
+    if outcome.num_accepted_tokens < case.min_accepted_tokens:
+        problems.append(
+            f"{outcome.num_accepted_tokens} of {outcome.num_draft_tokens} draft tokens were accepted,"
+            f" at least {case.min_accepted_tokens} should have been"
+        )
+    return problems
+
+
+def _closeness(case: Case, name: str, specification: RowFile, rows: RowFile, work_dir: Path) -> Closeness:
+    spread = RowFile(specification_file(work_dir / _SPREAD / SPECIFICATION, _replay_name(case.name, name)))
+    return Closeness(
+        name,
+        distance(case.name, specification, rows),
+        distance(case.name, specification, spread),
+        compare_case(case.name, (SPECIFICATION, specification), (name, rows)).first_difference,
+    )
+
+
+def undue(case: Case, results: Sequence[RequestResult]) -> list[str]:
+    """Requests that no testee may decline: those that ask nothing of a sampler."""
+    return [
+        f"request {index} is declared unsupported ({result.unsupported}), and asks for the most likely tokens only"
+        for index, (request, result) in enumerate(zip(case.requests, results, strict=True))
+        if result.unsupported is not None and not request.settings
+    ]
+
+
+def served_otherwise(results: dict[str, Result], profile: str) -> list[str]:
+    """A testee of the suite that served another model or another arithmetic than asked must not pass by accident.
+
+    Any other testee is judged by what it claims, whatever serves in it.
+    """
     problems = []
     for name, result in results.items():
+        if result.testee not in ENGINES:
+            continue
         if not result.served.model_class.startswith("dsv3_plugin."):
             problems.append(f"{name} served {result.served.model_class}, which is not dsv3-plugin's model")
         elif result.served.profile != profile:

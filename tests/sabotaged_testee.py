@@ -3,7 +3,8 @@
 `ulp:MODULE` moves one output of a module of `DeepseekV3Model` by one ulp; `tile:ROWS` runs the CPU's products on other
 tiles; `page` replaces the newest cached token by the oldest; `tokens:N` answers another N-th token from the end (1);
 `silent` leaves a row out; `log_of_softmax` answers log-probabilities that are rounded otherwise; `seed` draws by other
-random numbers each time; `crash` raises.
+random numbers each time; `foreign` is right, and serves another company's model; `far` claims closeness and scales its
+logits by ARGUMENT; `crash` raises.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.conformance import sampling
-from dsv3_plugin.conformance.protocol import Case, Job
+from dsv3_plugin.conformance.protocol import Case, Job, Served
 from dsv3_plugin.conformance.testees import program, reference
 from dsv3_plugin.conformance.testees.reference import ReferenceTestee
 from dsv3_plugin.ops import tile
@@ -43,11 +44,14 @@ class SabotagedTestee(ReferenceTestee):
         if SABOTAGE == "seed":
             seeds = itertools.count()
 
-            def draw(logits: torch.Tensor, request: Any, position: int) -> Any:
-                return sampling.next_token(logits, request.model_copy(update={"seed": next(seeds)}), position)
+            def draw(logits: torch.Tensor, request: Any, token_ids: Any) -> Any:
+                return sampling.next_token(logits, request.model_copy(update={"seed": next(seeds)}), token_ids)
 
             reference.next_token = draw
         super().__init__(job)
+        if SABOTAGE == "far":
+            self.claim = "closeness"
+            self.model.lm_head.register_forward_hook(lambda module, args, logits: logits * float(ARGUMENT))
         if SABOTAGE == "ulp":
             self.model.model.get_submodule(ARGUMENT).register_forward_hook(bump, prepend=True)
         if SABOTAGE == "page":
@@ -60,6 +64,12 @@ class SabotagedTestee(ReferenceTestee):
                 return attention(q, pages, block_table, seq_lens, *args, **kwargs)
 
             object.__setattr__(self.ops, "mla_attention", off_by_one)
+
+    def served(self) -> Served:
+        served = super().served()
+        if SABOTAGE != "foreign":
+            return served
+        return served.model_copy(update={"model_class": "acme.models.Model", "profile": "acme", "kernels": {}})
 
     def run(self, case: Case) -> program.Outcome:
         outcome = super().run(case)

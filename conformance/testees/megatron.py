@@ -37,7 +37,7 @@ from torch import distributed as dist
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.protocol import Case, Job, RequestResult, Served, prefix_digest
 from dsv3_plugin.conformance.rows import RowKey, RowRecorder, layer_streams
-from dsv3_plugin.conformance.sampling import next_token
+from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.megatron_backend import compat
 from dsv3_plugin.megatron_backend.config import transformer_config
@@ -90,7 +90,7 @@ class MegatronTestee:
         sequences = [(index, list(request.token_ids)) for index, request in enumerate(outcome.requests)]
         self.packed(sequences)
         of_rounds = iter(sequences)
-        for requests in case.rounds:
+        for requests in case.single_rounds:
             self.padded([next(of_rounds) for _ in requests])
         return outcome
 
@@ -98,32 +98,31 @@ class MegatronTestee:
     def generate(self, case: Case) -> list[RequestResult]:
         """All requests at once: rounds are for caches."""
         tokens = [list(request.prompt_token_ids) for request in case.requests]
-        logprobs: list[list[float]] = [[] for _ in tokens]
+        of_prompt: list[list[Answer]] = [[] for _ in tokens]
+        generated: list[list[Answer]] = [[] for _ in tokens]
         for step in range(max(request.max_tokens for request in case.requests)):
-            going = [i for i, request in enumerate(case.requests) if step < request.max_tokens]
-            logits = self.next_logits([tokens[i] for i in going])
-            for i, of_token in zip(going, logits, strict=True):
-                token, logprob = next_token(of_token, case.requests[i], len(tokens[i]))
-                tokens[i].append(token)
-                if logprob is not None:
-                    logprobs[i].append(logprob)
-        return [
-            RequestResult(token_ids=tuple(of_request), num_cached_tokens=0, logprobs=tuple(logprobs[i]))
-            for i, of_request in enumerate(tokens)
-        ]
+            going = [(i, request) for i, request in enumerate(case.requests) if step < request.max_tokens]
+            wanted = [len(tokens[i]) if step == 0 and request.prompt_logprobs else 1 for i, request in going]
+            logits = self.last_logits([tokens[i] for i, _ in going], wanted)
+            for (i, request), rows in zip(going, logits, strict=True):
+                of_prompt[i] += [prompt_answer(row, request, position) for position, row in enumerate(rows[:-1], 1)]
+                generated[i].append(next_token(rows[-1], request, tokens[i]))
+                tokens[i].append(generated[i][-1].token)
+        return [program.request_result(*of_request) for of_request in zip(tokens, generated, of_prompt, strict=True)]
 
-    def next_logits(self, sequences: list[list[int]]) -> torch.Tensor:
-        """Logits [len(sequences), vocab_size] of each sequence's end, without the MTP layer and the other logits."""
+    def last_logits(self, sequences: list[list[int]], wanted: list[int]) -> tuple[torch.Tensor, ...]:
+        """Logits [wanted, vocab_size] of each sequence's last tokens, without the MTP layer and the other logits."""
         batch = _Packed(sequences, self.ranks)
         input_ids, positions, packing = batch
         embedded = self.gpt.embedding(input_ids, positions)
         hidden = self.gpt.decoder(embedded, attention_mask=None, packed_seq_params=packing)
-        ends = batch.starts[1 : len(sequences) + 1] - 1
+        ends = batch.starts[1:].tolist()
+        rows = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, wanted, strict=False)])
         if self.ranks == 1:
-            return self.gpt.output_layer(hidden[ends])[0][:, 0]
+            return self.gpt.output_layer(hidden[rows])[0][:, 0].split(wanted)
         # The head of a sequence-parallel rank gathers all tokens itself.
         logits = gather_from_tensor_model_parallel_region(self.gpt.output_layer(hidden)[0])
-        return logits[ends, 0]
+        return logits[rows, 0].split(wanted)
 
     @torch.enable_grad()
     def packed(self, sequences: list[tuple[int, list[int]]]) -> None:

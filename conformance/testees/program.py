@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from dsv3_plugin.conformance.protocol import (
     write_message,
 )
 from dsv3_plugin.conformance.rows import RowRecorder
+from dsv3_plugin.conformance.sampling import Answer
 from dsv3_plugin.errors import ConformanceError, DSV3Error
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.version import __version__
@@ -50,7 +51,7 @@ class Outcome:
 
 
 class Testee(Protocol):
-    """An engine under test."""
+    """An engine under test. One that claims closeness has `claim = "closeness"`, see `Result.claim`."""
 
     name: str
 
@@ -111,9 +112,28 @@ def run_job(make_testee: Callable[[Job], Testee], job: Job, result_dir: Path) ->
         versions=versions | testee.versions(),
         served=testee.served(),
         cases=tuple(cases),
+        claim=getattr(testee, "claim", "equality"),
         schedule_not_followed=testee.schedule_not_followed,
     )
     write_message(result, result_dir)
+
+
+def request_result(
+    token_ids: Sequence[int],
+    generated: Sequence[Answer],
+    prompt: Sequence[Answer] = (),
+    *,
+    num_cached_tokens: int = 0,
+) -> RequestResult:
+    """What became of a request, from what was said of its generated tokens and, where it asks, of its prompt's."""
+    return RequestResult(
+        token_ids=tuple(token_ids),
+        num_cached_tokens=num_cached_tokens,
+        logprobs=tuple(answer.logprob for answer in generated),
+        top_logprobs=tuple(answer.top for answer in generated),
+        prompt_logprobs=tuple(answer.logprob for answer in prompt),
+        prompt_top_logprobs=tuple(answer.top for answer in prompt),
+    )
 
 
 def class_name(module: object) -> str:

@@ -3,26 +3,36 @@
 It is the executable specification of what an engine may do to a model: cut prompts into chunks, batch requests, page
 the cache, reuse the pages of a common prefix, and verify drafts. None of that may change a bit. `whole_sequence` is
 the specification of the numbers themselves: one pass over a finished sequence, nothing cached, nothing batched.
+With `--replays` a job's prompts are finished sequences, which other testees answered, and only that is computed.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from dsv3_plugin.checkpoint.loader import load_model, load_mtp
+from dsv3_plugin.checkpoint.loader import load_model, load_mtp, load_weights
+from dsv3_plugin.checkpoint.masters import numbers
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, prefix_digest
+from dsv3_plugin.conformance.protocol import Case, Job, Request, Served, prefix_digest
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
-from dsv3_plugin.conformance.sampling import next_token
+from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.testees import program
-from dsv3_plugin.layers.model import bind_ops
+from dsv3_plugin.layers.model import DeepseekV3, bind_ops
+from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.ops.rope import softmax_scale
+from dsv3_plugin.profile import BF16, FP32
 from dsv3_plugin.registry import Ops
+
+PRECISIONS = {"fp32": FP32, "bf16": BF16}
+"""Other arithmetics than the checkpoint's own, for its main model: how far they are is the reference's own spread."""
 
 
 class PagedCache:
@@ -93,7 +103,8 @@ class Sequence:
     num_computed: int
     num_cached: int
     drafts: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    prompt_answers: list[Answer] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -102,10 +113,14 @@ class Sequence:
 
     def choose(self, logits: torch.Tensor) -> None:
         """Append the token that logits [vocab_size] yield."""
-        token, logprob = next_token(logits, self.request, len(self.token_ids))
-        self.token_ids.append(token)
-        if logprob is not None:
-            self.logprobs.append(logprob)
+        answer = next_token(logits, self.request, self.token_ids)
+        self.token_ids.append(answer.token)
+        self.answers.append(answer)
+
+    def answer_prompt(self, position: int, logits: torch.Tensor) -> None:
+        """Say what is asked of the prompt's token after `position`, from logits [vocab_size]."""
+        if self.request.prompt_logprobs and position + 1 < len(self.request.prompt_token_ids):
+            self.prompt_answers.append(prompt_answer(logits, self.request, position + 1))
 
 
 class Piece(NamedTuple):
@@ -117,20 +132,31 @@ class Piece(NamedTuple):
 
 
 class ReferenceTestee:
-    """Serves a job's checkpoint with the core alone."""
+    """Serves a job's checkpoint with the core alone; or, where `replays`, only computes given sequences whole, in the
+    checkpoint's profile or in another precision.
+    """
 
     name = "reference"
     schedule_not_followed = None
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, replays: bool = False, precision: str | None = None) -> None:
+        self.replays = replays
         reader = CheckpointReader(Path(job.checkpoint))
         reader.validate()
         self.config = reader.config
         torch.set_default_device(job.device)
-        self.ops = bind_ops(self.config, reader.profile(), torch.device(job.device))
-        self.model = load_model(reader, self.ops)
-        drafts = any(case.num_speculative_tokens for case in job.cases)
-        self.mtp = load_mtp(reader, self.ops) if drafts else None
+        profile = reader.profile() if precision is None else PRECISIONS[precision]
+        self.ops = bind_ops(self.config, profile, torch.device(job.device))
+        self.mtp: DeepseekV3MTP | None = None
+        if precision is None:
+            self.model = load_model(reader, self.ops)
+            if any(case.num_speculative_tokens for case in job.cases):
+                self.mtp = load_mtp(reader, self.ops)
+        else:
+            # Its FP8 weights as the numbers that they stand for.
+            self.config = self.config.model_copy(update={"quantization_config": None})
+            self.model = DeepseekV3(self.ops, self.config)
+            load_weights(self.model, self.config, numbers(reader, lambda name: True), part="main")
         self.block_size = job.block_size
         self.layers = LayerRecorder(self.model.model, self.config.num_hidden_layers)
 
@@ -149,7 +175,11 @@ class ReferenceTestee:
 
     def run(self, case: Case) -> program.Outcome:
         """Run the case's schedule, then each finished sequence in one pass."""
-        outcome = Engine(self, case).run()
+        if self.replays:
+            requests = [program.request_result(request.prompt_token_ids, ()) for request in case.requests]
+            outcome = program.Outcome(requests=requests)
+        else:
+            outcome = Engine(self, case).run()
         specification = outcome.specification = self.layers.recorder = RowRecorder()
         for index, request in enumerate(outcome.requests):
             self.whole_sequence(index, list(request.token_ids), specification)
@@ -203,17 +233,15 @@ class Engine:
     def run(self) -> program.Outcome:
         """Run all rounds."""
         index = 0
-        for requests in self.case.rounds:
+        for requests in self.case.single_rounds:
             sequences = [self.admit(index + i, request) for i, request in enumerate(requests)]
             index += len(requests)
             while any(not sequence.finished for sequence in sequences):
                 self.step([sequence for sequence in sequences if not sequence.finished])
-            for s in sequences:
-                self.outcome.requests.append(
-                    RequestResult(
-                        token_ids=tuple(s.token_ids), num_cached_tokens=s.num_cached, logprobs=tuple(s.logprobs)
-                    )
-                )
+            self.outcome.requests += [
+                program.request_result(s.token_ids, s.answers, s.prompt_answers, num_cached_tokens=s.num_cached)
+                for s in sequences
+            ]
         return self.outcome
 
     def admit(self, index: int, request: Request) -> Sequence:
@@ -223,7 +251,7 @@ class Engine:
         for its last token depends on the token after it, which another request chose.
         """
         prompt = list(request.prompt_token_ids)
-        blocks = self.cache.cached_blocks(prompt[:-1])
+        blocks = [] if request.prompt_logprobs else self.cache.cached_blocks(prompt[:-1])
         if self.case.num_speculative_tokens:
             blocks = blocks[:-1]
         cached = len(blocks) * self.cache.block_size
@@ -246,6 +274,10 @@ class Engine:
         logits = self.testee.model.lm_head(hidden[wanted])
         self.recorder.add("logits", pick(flat_keys, wanted), logits)
         logits_of = dict(zip(wanted, logits, strict=True))
+        sequence_of = {piece.sequence.index: piece.sequence for piece in pieces}
+        for row, of_row in logits_of.items():
+            key = flat_keys[row]
+            sequence_of[key.request].answer_prompt(key.position, of_row)
 
         kept: list[Piece] = []
         kept_rows: list[int] = []
@@ -301,7 +333,8 @@ class Engine:
         """Rows that are sampled from: the last known token and the drafts; and the prompt's, if the case asks."""
         sequence = next(p.sequence for p in pieces if p.sequence.index == key.request)
         in_prompt = key.position < len(sequence.request.prompt_token_ids)
-        return key.position >= len(sequence.token_ids) - 1 or (in_prompt and self.case.prompt_logits)
+        asked = self.case.prompt_logits or sequence.request.prompt_logprobs
+        return key.position >= len(sequence.token_ids) - 1 or (in_prompt and asked)
 
     def accept(self, piece: Piece, logits: dict[int, torch.Tensor]) -> int:
         """Append the tokens that a piece's rows yield: drafts as long as they are what the model chooses, then its
@@ -353,5 +386,14 @@ class Engine:
             ]
 
 
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--replays", action="store_true")
+    parser.add_argument("--precision", choices=PRECISIONS)
+    options, sys.argv[1:] = parser.parse_known_args()
+    program.main(partial(ReferenceTestee, **vars(options)))
+
+
 if __name__ == "__main__":
-    program.main(ReferenceTestee)
+    main()

@@ -22,6 +22,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import gc
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -29,10 +30,11 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served
+from dsv3_plugin.conformance.cases import TOP_LOGPROBS
+from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
-from dsv3_plugin.errors import ConformanceError
+from dsv3_plugin.errors import ConformanceError, DSV3Error
 from dsv3_plugin.vllm_backend import compat
 
 
@@ -80,7 +82,7 @@ class VllmTestee:
         index = 0
         for requests in case.rounds:
             outcome.requests += self.run_round(index, requests, case.prompt_logits)
-            index += len(requests)
+            index += sum(request.n for request in requests)
         drafted_after, accepted_after = self.draft_counters()
         outcome.num_draft_tokens, outcome.num_accepted_tokens = drafted_after - drafted, accepted_after - accepted
         return outcome
@@ -93,40 +95,33 @@ class VllmTestee:
         return drafted, accepted
 
     def run_round(self, first: int, requests: tuple[Request, ...], prompt_logits: bool) -> list[RequestResult]:
-        """Submit requests together and generate."""
-        from vllm import SamplingParams
-
+        """Submit requests together and generate; `first` is the index of the first one's first sequence."""
         assert self.observer is not None
         engine = self.llm.llm_engine
-        for index, request in enumerate(requests, first):
-            self.observer.start_request(index, request)
-            params = SamplingParams(
-                temperature=request.temperature,
-                seed=request.seed,
-                logprobs=0 if request.temperature else None,
-                max_tokens=request.max_tokens,
-                ignore_eos=True,
-                detokenize=False,
-                # Makes the engine compute logits for the prompt; such a request skips the prefix cache.
-                prompt_logprobs=0 if prompt_logits else None,
-            )
-            engine.add_request(str(index), {"prompt_token_ids": list(request.prompt_token_ids)}, params)
+        index = first
+        declined: dict[int, str] = {}
+        for request in requests:
+            for i in range(request.n):
+                self.observer.start_request(index + i, request)
+            try:
+                params = sampling_params(request, prompt_logits)
+                engine.add_request(str(index), {"prompt_token_ids": list(request.prompt_token_ids)}, params)
+            except refusals() as error:
+                declined[index] = str(error)
+            index += request.n
         finished = {}
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
                     finished[int(output.request_id)] = output
         results = []
-        for index, request in enumerate(requests, first):
-            generated = finished[index].outputs[0]
-            chosen = zip(generated.token_ids, generated.logprobs or (), strict=False)
-            results.append(
-                RequestResult(
-                    token_ids=request.prompt_token_ids + tuple(generated.token_ids),
-                    num_cached_tokens=finished[index].num_cached_tokens or 0,
-                    logprobs=tuple(of_token[token].logprob for token, of_token in chosen),
-                )
-            )
+        for request in requests:
+            index = first + len(results)
+            if index in declined:
+                nothing = RequestResult(token_ids=(), num_cached_tokens=0, unsupported=declined[index])
+                results += [nothing] * request.n
+            else:
+                results += [answered(request, finished[index], i) for i in range(request.n)]
         return results
 
     def start_engine(self, num_speculative_tokens: int) -> None:
@@ -151,6 +146,7 @@ class VllmTestee:
             enable_chunked_prefill=True,
             disable_log_stats=False,
             logprobs_mode="processed_logprobs",
+            max_logprobs=TOP_LOGPROBS,
             seed=0,
             speculative_config=speculative if num_speculative_tokens else None,
         )
@@ -173,6 +169,69 @@ class VllmTestee:
         self.llm = self.observer = None
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def sampling_params(request: Request, prompt_logits: bool) -> Any:
+    """A request in vLLM's words."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        temperature=request.temperature,
+        seed=request.seed,
+        n=request.n,
+        top_k=request.top_k or 0,
+        top_p=request.top_p,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        frequency_penalty=request.frequency_penalty,
+        presence_penalty=request.presence_penalty,
+        logit_bias=dict(request.logit_bias) or None,
+        logprobs=request.top_logprobs,
+        max_tokens=request.max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        # Makes the engine compute logits for the prompt; such a request skips the prefix cache.
+        prompt_logprobs=request.top_logprobs if request.prompt_logprobs else 0 if prompt_logits else None,
+    )
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What a request raises that asks what vLLM or the adapter cannot do: older versions have no class for it."""
+    try:
+        from vllm.exceptions import VLLMValidationError
+    except ImportError:
+        return ValueError, DSV3Error
+    return VLLMValidationError, ValueError, DSV3Error
+
+
+def answered(request: Request, output: Any, i: int) -> RequestResult:
+    """What vLLM answered for sequence i of a request."""
+    generated = output.outputs[i]
+    logprobs, top = _logprobs(generated.token_ids, generated.logprobs or (), request.top_logprobs)
+    of_prompt, of_prompt_top = (), ()
+    if request.prompt_logprobs:
+        of_prompt, of_prompt_top = _logprobs(
+            request.prompt_token_ids[1:], output.prompt_logprobs[1:], request.top_logprobs
+        )
+    return RequestResult(
+        token_ids=request.prompt_token_ids + tuple(generated.token_ids),
+        num_cached_tokens=output.num_cached_tokens or 0,
+        logprobs=logprobs,
+        top_logprobs=top,
+        prompt_logprobs=of_prompt,
+        prompt_top_logprobs=of_prompt_top,
+    )
+
+
+def _logprobs(
+    token_ids: Sequence[int], answers: Sequence[Any], count: int
+) -> tuple[tuple[float, ...], tuple[TopLogprobs, ...]]:
+    """vLLM answers for each position token to `Logprob`, the position's own token and the likeliest ones in one."""
+    chosen = tuple(of_token[token].logprob for token, of_token in zip(token_ids, answers, strict=False))
+    top = (sorted(((t, a.logprob) for t, a in of_token.items()), key=lambda pair: -pair[1]) for of_token in answers)
+    return chosen, tuple(tuple(pairs[:count]) for pairs in top)
 
 
 class Observer:
@@ -233,8 +292,7 @@ class Observer:
         return layers
 
     def _step_begins(self, counts: list[int], sampled_rows: list[int]) -> None:
-        # vLLM appends a random suffix to the id that the request was submitted with.
-        requests = [int(req_id.split("-")[0]) for req_id in self.runner.input_batch.req_ids]
+        requests = [_sequence(req_id) for req_id in self.runner.input_batch.req_ids]
         self.segments = list(zip(requests, counts, strict=True))
         self.sampled_rows = sampled_rows
 
@@ -303,6 +361,14 @@ class Observer:
             self.outcome.recorder.add(f"mtp.{self.draft_step}", keys, logits.float())
             self.draft_step += 1
         return logits
+
+
+def _sequence(req_id: str) -> int:
+    """The sequence that vLLM's id stands for: it appends a random suffix to the id that a request was submitted with,
+    and puts the number of one of n sequences before it.
+    """
+    i, _, index = req_id.split("-")[0].rpartition("_")
+    return int(i or 0) + int(index)
 
 
 def _observe(
