@@ -4,7 +4,8 @@
 it gets, by all calls in turn, while requests run. What it sees goes to `RECORD` as one JSON object.
 
 `python tests/sglang_updates.py send PORT FOLDER ...` is a trainer that sends checkpoints through a process group: as
-one flat tensor a bucket where a name ends with `+`; where one ends with `!`, it kills itself in the middle.
+one flat tensor a bucket where a name ends with `+`; where one ends with `!`, it kills itself in the middle. gloo takes
+no fp8 tensors but flat ones.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def send(port: str, *folders: str) -> None:
     for folder in folders:
         for number, bucket in enumerate(buckets_of(folder.rstrip("!+"))):
             tensors = list(bucket.values())
-            if folder.endswith("+"):
+            if "+" in folder:
                 tensors = [torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors])]
             for sent, tensor in enumerate(tensors):
                 if folder.endswith("!") and number and sent == len(tensors) // 2:
@@ -238,9 +239,10 @@ def run_updates(scheduler: Any, other: str, right: str, updates: int) -> dict[st
         client.submit(PROMPT[3:], max_new_tokens=400, temperature=0.8),
     ]
     spans: list[list[int]] = [[], []]
-    trainer.join(right, other + "+")
+    plain = (None, "") if draft.ops.setting.profile.name != "fp8" else ("flattened_bucket", "+")
+    trainer.join(right + plain[1], other + "+")
     ways = [
-        ("distributed", trainer.from_distributed),
+        ("distributed", lambda folder: trainer.from_distributed(folder, plain[0])),
         ("distributed flattened", lambda folder: trainer.from_distributed(folder, "flattened_bucket")),
         ("disk", trainer.from_disk),
         ("tensor", trainer.from_tensor),
@@ -316,8 +318,8 @@ def run_updates(scheduler: Any, other: str, right: str, updates: int) -> dict[st
     refusal("twice", lambda: in_session(half, half[:3]))
 
     def killed() -> list[Any]:
-        trainer.join(other + "!")
-        done = trainer.from_distributed(other)
+        trainer.join(other + plain[1] + "!")
+        done = trainer.from_distributed(other, plain[0])
         trainer.leave()
         return [done]
 
