@@ -1,4 +1,4 @@
-"""What differs between SGLang versions, and what this adapter cannot do.
+"""What differs between SGLang versions, and its CUDA graphs.
 
 Differences are found by looking for the feature, not by comparing versions. The tested range only decides whether a
 warning is logged.
@@ -6,6 +6,8 @@ warning is logged.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import pkgutil
 from importlib import metadata
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dsv3_plugin.engines import KILL_SWITCH, untested_version_warning
+from dsv3_plugin.engines import untested_version_warning
 from dsv3_plugin.errors import EngineError
 
 logger = logging.getLogger("sglang.dsv3_plugin")
@@ -38,33 +40,29 @@ def version_warning() -> str | None:
     return untested_version_warning("SGLang", sglang_version(), TESTED)
 
 
-def require_supported(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise `EngineError` for an engine configuration that this adapter cannot serve exactly; switch off what it can
-    do without, CUDA graphs of prefill.
+def server_options() -> dict[str, Any]:
+    """Every option of this SGLang, as it came out of SGLang's own resolution."""
+    from sglang.srt import runtime_context
 
-    The model runs on `device` in `dtype`.
+    arguments = runtime_context.get_server_args()
+    if hasattr(arguments, "resolved_dict"):
+        return dict(arguments.resolved_dict())
+    return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
+
+
+def config_overrides() -> dict[str, Any]:
+    """`--json-model-override-args`."""
+    return dict(json.loads(server_options()["json_model_override_args"] or "{}"))
+
+
+def settle_graphs(device: torch.device) -> None:
+    """Raise `EngineError` for CUDA graphs on another attention backend than ours, and switch off what this adapter can
+    do without: those of prefill.
     """
     from sglang.srt import runtime_context
 
-    # Not `get_parallel()`: in some versions that asks process groups which do not exist.
-    arguments = runtime_context.get_server_args()
-    for name in ("tp_size", "pp_size", "attn_cp_size", "dcp_size"):
-        size = getattr(arguments, name, 1)
-        if size != 1:
-            raise EngineError(
-                f"dsv3-plugin serves on one rank, but {name}={size};"
-                f" set it to 1, or {KILL_SWITCH}=off for SGLang's own model"
-            )
-    cache_dtype = runtime_context.get_model().kv_cache_dtype
-    if cache_dtype not in ("auto", str(dtype).removeprefix("torch.")):
-        raise EngineError(f"kv_cache_dtype={cache_dtype} was asked for, but the latent cache has the model's dtype")
-    if runtime_context.get_lora().enable_lora:
-        raise EngineError("dsv3-plugin does not serve LoRA adapters")
-    topk = getattr(runtime_context.get_spec(), "speculative_eagle_topk", None)
-    if topk not in (None, 1):
-        raise EngineError(f"speculative_eagle_topk={topk}; MTP drafts a chain of tokens, so set it to 1")
     if device.type != "cpu":
-        _settle_graphs(arguments, runtime_context.get_exec().graph.cuda_graph_config)
+        _settle_graphs(runtime_context.get_server_args(), runtime_context.get_exec().graph.cuda_graph_config)
 
 
 def _settle_graphs(arguments: Any, graphs: Any) -> None:
@@ -85,18 +83,16 @@ def _settle_graphs(arguments: Any, graphs: Any) -> None:
         )
 
 
-def model_path() -> str:
-    """The checkpoint's path, as the user gave it."""
-    from sglang.srt import runtime_context
+def checkpoint() -> tuple[str, str]:
+    """The target's checkpoint as the user named it, and how SGLang fills the weights; `dummy` reads none."""
+    values = server_options()
+    return values["model_path"], str(values["load_format"])
 
-    return runtime_context.get_model().model_path
 
-
-def load_format() -> str:
-    """How the engine fills the weights; `dummy` reads no checkpoint."""
-    from sglang.srt import runtime_context
-
-    return str(runtime_context.get_model().load_format)
+def draft_checkpoint() -> tuple[str, str]:
+    """The draft's; by default the target's."""
+    values, (path, load_format) = server_options(), checkpoint()
+    return values["speculative_draft_model_path"] or path, values["speculative_draft_load_format"] or load_format
 
 
 def draft_model(draft_worker: Any) -> Any:

@@ -27,6 +27,7 @@ from torch import nn
 from dsv3_plugin.checkpoint.fingerprint import fingerprint
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import is_ours
 from dsv3_plugin.errors import CheckpointError, DSV3Error
 from dsv3_plugin.layers.model import weights_changed
@@ -136,9 +137,9 @@ class Updates:
         """All weights of a checkpoint. Raises `DSV3Error`; before anything is written where the folder is at fault."""
         reader = CheckpointReader(path)
         served = self.models["target"].config
-        # An engine's dtype rules, not the file's.
-        dtype = {"torch_dtype": served.torch_dtype}
-        if (found := reader.config.model_copy(update=dtype)) != served:
+        found = DeepseekV3Config.from_pretrained(path, compat.config_overrides())
+        # The dtype is that of the server.
+        if (found := found.model_copy(update={"torch_dtype": served.torch_dtype})) != served:
             differ = [name for name, value in served if getattr(found, name) != value]
             raise CheckpointError(f"{path}: its configuration is not the served one in {', '.join(differ)}")
         reader.validate()

@@ -25,13 +25,13 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__()
-        self.ops, self.config = prepare(config, "DeepseekV3ForCausalLMNextN")
+        path, load_format = compat.draft_checkpoint()
+        self.ops, self.config = prepare(config, "DeepseekV3ForCausalLMNextN", path, load_format)
         self.model = DeepseekV3MTP(self.ops, self.config)
         self.lm_head = self.model.lm_head
         self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
         self.logits_processor = LogitsProcessor(config)
-        dummy = compat.load_format() == "dummy"
-        self.weight_loader = WeightLoader(self.model, self.config, "mtp", holds_weights=dummy)
+        self.weight_loader = WeightLoader(self.model, self.config, "mtp", holds_weights=load_format == "dummy")
         self.received: Bucket | None = None
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:

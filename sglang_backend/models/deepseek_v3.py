@@ -12,6 +12,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from torch import nn
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
+from dsv3_plugin.checkpoint.names import dtype_name
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import switched_off
@@ -19,7 +20,7 @@ from dsv3_plugin.layers.embedding import Head
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
-from dsv3_plugin.sglang_backend import compat, plugin
+from dsv3_plugin.sglang_backend import compat, options, plugin
 from dsv3_plugin.sglang_backend.attention import LatentAttend
 from dsv3_plugin.sglang_backend.sampling import PromptLogprobs
 from dsv3_plugin.sglang_backend.updates import Bucket, Updates
@@ -40,18 +41,25 @@ class CoreHead:
         return layer(x.contiguous())
 
 
-def prepare(hf_config: Any, served: str) -> tuple[Ops, DeepseekV3Config]:
+def prepare(hf_config: Any, served: str, path: str, load_format: str) -> tuple[Ops, DeepseekV3Config]:
     """Check what SGLang asks for, bind the kernels, and say in the log what will run.
 
     SGLang builds a model under the default dtype and device that it shall have.
     """
     plugin.require_hooks()
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    compat.require_supported(device, dtype)
-    path = compat.model_path()
-    if Path(path).is_dir() and compat.load_format() != "dummy":
-        CheckpointReader(path).validate()
-    config = DeepseekV3Config.from_dict(hf_config.to_dict(), where=f"{path}/config.json")
+    overrides = compat.config_overrides()
+    if Path(path).is_dir():
+        # SGLang changes some sizes in its own copy on a CPU.
+        config = DeepseekV3Config.from_pretrained(path, overrides)
+        if load_format != "dummy":
+            CheckpointReader(path).validate()
+    else:
+        config = DeepseekV3Config.from_dict(hf_config.to_dict(), where=path)
+    options.require_environment()
+    table = options.options(dtype_name(dtype), fp8=config.quantization_config is not None)
+    table.require_supported(compat.server_options())
+    compat.settle_graphs(device)
     profile = profile_for(config, dtype)
     ops = bind_ops(config, profile, device)
     logger.info(ops.announcement(served))
@@ -63,7 +71,8 @@ class DeepseekV3ForCausalLM(nn.Module):
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__()
-        self.ops, self.config = prepare(config, "DeepseekV3ForCausalLM")
+        path, load_format = compat.checkpoint()
+        self.ops, self.config = prepare(config, "DeepseekV3ForCausalLM", path, load_format)
         deepseek = DeepseekV3(self.ops, self.config)
         # By the checkpoint's names.
         self.model = deepseek.model
@@ -71,8 +80,7 @@ class DeepseekV3ForCausalLM(nn.Module):
         self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
         self.logits_processor = LogitsProcessor(config)
         self.prompt_logprobs = PromptLogprobs(self.logits_processor)
-        dummy = compat.load_format() == "dummy"
-        self.weight_loader = WeightLoader(self, self.config, "main", holds_weights=dummy)
+        self.weight_loader = WeightLoader(self, self.config, "main", holds_weights=load_format == "dummy")
         self.received: Bucket | None = None
         self.updates: Updates | None = None
 
