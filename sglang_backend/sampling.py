@@ -102,12 +102,11 @@ class Serving:
 SERVING = Serving()
 
 
-def load_model(original: Original, runner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around `ModelRunner.load_model`: SGLang has built a sampler before it."""
-    result = original(runner, *args, **kwargs)
-    if is_ours(runner.model) and not runner.is_draft_worker:
+def sample(original: Original, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `ModelRunner.sample`, which precedes any verification: a prompt's first token is sampled so."""
+    if is_ours(runner.model) and not runner.is_draft_worker and runner.sampler is not SERVING.sampler:
         runner.sampler = SERVING.sampler = ExactSampler()
-    return result
+    return original(runner, *args, **kwargs)
 
 
 def eagle_sample(
@@ -233,7 +232,7 @@ def unsupported(scheduler: Any, request: Any) -> str | None:
     for name in ("frequency_penalty", "presence_penalty", "min_new_tokens"):
         if late and getattr(params, name):
             return f"SGLang counts tokens too late for {name}, except with --disable-overlap-schedule and no drafts"
-    if params.sampling_seed is not None and not SERVING.sampler.enable_deterministic:  # type: ignore[union-attr]
+    if params.sampling_seed is not None and not scheduler.tp_worker.model_runner.sampler.enable_deterministic:
         return "SGLang honours sampling_seed with --enable-deterministic-inference only"
     return None
 
@@ -241,7 +240,7 @@ def unsupported(scheduler: Any, request: Any) -> str | None:
 _EAGLE = "sglang.srt.speculative.eagle_utils"
 
 HOOKS: dict[str, Original] = {
-    "sglang.srt.model_executor.model_runner.ModelRunner.load_model": load_model,
+    "sglang.srt.model_executor.model_runner.ModelRunner.sample": sample,
     f"{_EAGLE}.eagle_sample": eagle_sample,
     f"{_EAGLE}.verify_tree_greedy_func": verify_tree_greedy,
     # Its name in SGLang 0.5.17, and from 0.5.20 on.

@@ -200,6 +200,41 @@ def answer(request: Any) -> dict[str, Any]:
     }
 
 
+class MemorySaver:
+    """Stands in for the library that gives a card's memory away: what comes back holds anything."""
+
+    enabled = True
+
+    def __init__(self, *models: Any) -> None:
+        self.models = models
+
+    @torch.no_grad()
+    def pause(self, tag: str) -> None:
+        if tag == "weights":
+            for model in self.models:
+                for tensor in (*model.parameters(), *model.buffers()):
+                    tensor.copy_(torch.full_like(tensor, 100.0))
+
+    def resume(self, tag: str) -> None:
+        pass
+
+
+def buffers(*models: Any) -> list[torch.Tensor]:
+    return [buffer.clone() for model in models for buffer in model.buffers()]
+
+
+def release(trainer: Trainer, *models: Any) -> list[torch.Tensor]:
+    """Give the memory of everything away; returns what the buffers held."""
+    held = buffers(*models)
+    trainer.manager.memory_saver_adapter = MemorySaver(*models)
+    trainer.manager.release_memory_occupation(trainer.io.ReleaseMemoryOccupationReqInput())
+    return held
+
+
+def resume(trainer: Trainer) -> None:
+    trainer.manager.resume_memory_occupation(trainer.io.ResumeMemoryOccupationReqInput())
+
+
 PROMPT = [(7 * i * i + 13 * i + 5) % 700 + 300 for i in range(24)]
 
 
@@ -324,6 +359,15 @@ def run_updates(scheduler: Any, other: str, right: str, updates: int) -> dict[st
         return [done]
 
     refusal("killed sender", killed)
+    held = release(trainer, target, draft)
+    record["released"] = [state()["problem"]]
+    request = client.submit(PROMPT, max_new_tokens=5)
+    record["released"].append(client.finish(request)["error"])
+    resume(trainer)
+    record["released"].append(state()["problem"])
+    assert trainer.from_tensor(record["updates"][-1]["folder"]).success
+    record["resumed"] = {"buffers": all(map(torch.equal, held, buffers(target, draft)))} | probe()
+
     scheduler.weight_updater.check_weights(io.CheckWeightsReqInput(action="reset_tensors"))
     record["reset"] = state()["problem"]
     record["last"] = {"success": trainer.from_disk(right).success, "fingerprint": digests()}

@@ -65,10 +65,10 @@ def is_answer_of(answer: dict[str, Any], prompt: int, checkpoints: list[Path], t
 @pytest.mark.parametrize(
     ("environment", "dtype", "updates", "cases"),
     [
-        ("sglang", "bf16", 20, ("mtp_2",)),
+        ("sglang", "bf16", 20, ("mtp_2", "sampler_mtp_2")),
         ("sglang", "fp8", 20, ("batch", "chunked_prefill", "prefix_cache_chunked", "mtp_2")),
-        ("sglang-0.5.17", "bf16", 8, ("batch", "chunked_prefill", "prefix_cache_chunked", "sampled", "mtp_2")),
-        ("sglang-0.5.23", "bf16", 8, ("batch", "chunked_prefill", "prefix_cache_chunked", "sampled", "mtp_2")),
+        ("sglang-0.5.17", "bf16", 8, ("batch", "chunked_prefill", "prefix_cache_chunked", "sampler", "sampler_mtp_2")),
+        ("sglang-0.5.23", "bf16", 8, ("batch", "chunked_prefill", "prefix_cache_chunked", "sampler", "sampler_mtp_2")),
     ],
 )
 def test_updates_under_running_requests(
@@ -146,6 +146,10 @@ def test_updates_under_running_requests(
         assert refusal["probe"]["logprobs"] == []
     assert all(refusal["after"] == refusal["before"] for refusal in seen.values())
 
+    assert "the memory of its weights is released" in record["released"][0]
+    assert record["released"][0] in record["released"][1]
+    assert "its weights were released, and no new ones have come" in record["released"][2]
+    assert record["resumed"]["buffers"] and is_answer_of(record["resumed"], prompt, [folders[-1]] * 5)
     assert "/weights_checker reset its weights" in record["reset"]
     assert record["last"] == {"success": True, "fingerprint": expected[str(right)]}
     held = load_file(right / "model.safetensors")["model.layers.1.mlp.gate.weight"]
