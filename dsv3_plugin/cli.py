@@ -9,6 +9,7 @@ import typer
 from dsv3_plugin.bench import app as bench_app
 from dsv3_plugin.checkpoint.cli import app as checkpoint_app
 from dsv3_plugin.conformance.cli import app as conformance_app
+from dsv3_plugin.doctor import main as doctor
 from dsv3_plugin.errors import DSV3Error
 from dsv3_plugin.kernels.cli import app as kernels_app
 from dsv3_plugin.megatron_backend.cli import app as convert_app
@@ -23,6 +24,7 @@ app.add_typer(conformance_app, name="conformance")
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 app.add_typer(kernels_app, name="kernels")
+app.command("doctor")(doctor)
 
 
 def main() -> None:

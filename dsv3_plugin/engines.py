@@ -1,10 +1,26 @@
-"""What the adapters have in common: the kill switch, whose a model is, and the warning for an untested engine."""
+"""What the adapters have in common: the kill switch, whose a model is, the warning for an untested engine, and how a
+variable that changes an engine's numbers is described.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from typing import Literal
 
 KILL_SWITCH = "DSV3_PLUGIN"
+
+Level = Literal["fine", "note", "problem"]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable that changes numbers."""
+
+    effect: str
+    harmless: tuple[str, ...] = ()
+    """Its values that change nothing, in any case of letters."""
+    level: Level = "problem"
 
 
 def switched_off() -> bool:

@@ -27,9 +27,9 @@ TinyCheckpoint = type[Path]
 REFERENCE = runner.TesteeCommand("reference", (sys.executable, "-m", "dsv3_plugin.conformance.testees.reference"))
 
 
-def sabotaged(sabotage: str) -> runner.TesteeCommand:
+def sabotaged(sabotage: str, name: str = "sabotaged") -> runner.TesteeCommand:
     program = str(Path(__file__).with_name("sabotaged_testee.py"))
-    return runner.TesteeCommand("sabotaged", (sys.executable, program, sabotage))
+    return runner.TesteeCommand(name, (sys.executable, program, sabotage))
 
 
 def run(testees, checkpoint: Path, work_dir: Path, *cases: str) -> runner.Report:
@@ -54,83 +54,67 @@ def test_every_schedule_of_the_reference_is_the_specification(tiny_checkpoint, t
     assert 0 < cases["mtp_2"].num_accepted_tokens < cases["mtp_2"].num_draft_tokens
 
 
-@pytest.mark.parametrize(
-    ("module", "named"),
-    [
-        ("layers.2.self_attn.o_proj", "layers.2.self_attn"),
-        ("layers.1.mlp", "layers.1.mlp"),
-        ("layers.0.mlp.gate_up_proj", "layers.0.mlp"),
-        ("layers.3.input_layernorm", "layers.3.self_attn"),
-        ("embed_tokens", "embed_tokens"),
-        ("norm", "norm"),
-    ],
-)
-def test_one_ulp_in_one_module_is_caught_and_the_layer_named(
-    tiny_checkpoint, tmp_path: Path, module: str, named: str
-) -> None:
-    report = run([REFERENCE, sabotaged(f"ulp:{module}")], tiny_checkpoint("fp32"), tmp_path, "batch")
+MODULES = {
+    "layers.2.self_attn.o_proj": "layers.2.self_attn",
+    "layers.1.mlp": "layers.1.mlp",
+    "layers.0.mlp.gate_up_proj": "layers.0.mlp",
+    "layers.3.input_layernorm": "layers.3.self_attn",
+    "embed_tokens": "embed_tokens",
+    "norm": "norm",
+}
+"""Of a module whose output is changed, the module of the report in which that shows first."""
+
+
+def test_one_ulp_in_one_module_is_caught_and_the_layer_named(tiny_checkpoint, tmp_path: Path) -> None:
+    testees = [sabotaged(f"ulp:{module}", name=module) for module in MODULES]
+    report = run([REFERENCE, *testees], tiny_checkpoint("fp32"), tmp_path, "batch")
     assert not report.passed
     (verdict,) = report.verdicts
-    pair = next(c for c in verdict.comparisons if (c.left, c.right) == ("reference", "sabotaged"))
-    assert pair.different_rows > 0
-    assert pair.first_difference is not None
-    assert pair.first_difference.stream == named
-    # The bump may vanish in the first pass's rounding and show in a later one; what the layer multiplies, grows.
-    assert pair.first_difference.ulps <= 16
+    for module, named in MODULES.items():
+        pair = verdict.between("reference", module)
+        assert pair is not None
+        assert pair.different_rows > 0
+        assert pair.first_difference is not None
+        assert pair.first_difference.stream == named
+        # The bump may vanish in the first pass's rounding and show in a later one; what the layer multiplies, grows.
+        assert pair.first_difference.ulps <= 16
 
 
-@pytest.mark.parametrize(("sabotage", "named"), [("tile:32", "layers.0."), ("page", "layers.0.self_attn")])
-def test_another_tile_or_a_wrong_page_is_caught(
-    wide_checkpoint: Path, tmp_path: Path, sabotage: str, named: str
-) -> None:
+def test_another_tile_or_a_wrong_page_is_caught(wide_checkpoint: Path, tmp_path: Path) -> None:
     """Other tiles turn last places in fp32, which may vanish where a module of the layer rounds to bf16."""
-    report = run([REFERENCE, sabotaged(sabotage)], wide_checkpoint, tmp_path, "decode")
-    pair = next(c for c in report.verdicts[0].comparisons if (c.left, c.right) == ("reference", "sabotaged"))
+    testees = [sabotaged("tile:32", name="tile"), sabotaged("page", name="page")]
+    report = run([REFERENCE, *testees], wide_checkpoint, tmp_path, "decode")
     assert not report.passed
-    assert pair.first_difference is not None
-    assert pair.first_difference.stream.startswith(named)
+    for name, named in ("tile", "layers.0."), ("page", "layers.0.self_attn"):
+        pair = report.verdicts[0].between("reference", name)
+        assert pair is not None and pair.first_difference is not None
+        assert pair.first_difference.stream.startswith(named)
 
 
-@pytest.mark.parametrize(
-    ("sabotage", "problem"),
-    [
-        ("tokens", r"reference and sabotaged chose different tokens in request 0 at position 16"),
-        ("silent", r"sabotaged: request 1 has no logits at position 70"),
-    ],
-)
-def test_wrong_tokens_and_missing_rows_fail(tiny_checkpoint, tmp_path: Path, sabotage: str, problem: str) -> None:
-    report = run([REFERENCE, sabotaged(sabotage)], tiny_checkpoint("bf16"), tmp_path, "decode")
+def test_wrong_tokens_and_missing_rows_fail(tiny_checkpoint, tmp_path: Path) -> None:
+    testees = [sabotaged("tokens", name="tokens"), sabotaged("silent", name="silent")]
+    report = run([REFERENCE, *testees], tiny_checkpoint("bf16"), tmp_path, "decode")
     assert not report.passed
-    assert any(re.search(problem, text) for text in report.verdicts[0].problems), report.verdicts[0].problems
-
-
-@pytest.mark.parametrize(
-    ("sabotage", "problem"),
-    [
-        ("tokens:2", r"sabotaged: request 0 has no logits at position 12"),
-        ("seed", r"sabotaged: requests \d and \d are the same and drew other tokens at position \d+"),
-    ],
-)
-def test_tokens_that_were_not_fed_and_a_lost_seed_fail(
-    tiny_checkpoint, tmp_path: Path, sabotage: str, problem: str
-) -> None:
-    report = run([sabotaged(sabotage)], tiny_checkpoint("bf16"), tmp_path, "sampled")
-    assert all(comparison.equal for comparison in report.verdicts[0].comparisons)
     problems = report.verdicts[0].problems
-    assert problems
-    assert all(re.search(problem, text) for text in problems), problems
+    assert "reference and tokens chose different tokens in request 0 at position 16" in problems
+    assert "silent: request 1 has no logits at position 70" in problems
 
 
-def test_another_form_of_logprobs_fails(tiny_checkpoint, tmp_path: Path) -> None:
-    report = run([sabotaged("log_of_softmax")], tiny_checkpoint("bf16"), tmp_path, "sampled")
+def test_what_is_wrong_with_sampled_requests_is_named(tiny_checkpoint, tmp_path: Path) -> None:
+    """A token that was not fed, a lost seed, another form of log-probabilities; all rows are right."""
+    testees = [sabotaged(what, name=what.partition(":")[0]) for what in ("tokens:2", "seed", "log_of_softmax")]
+    report = run(testees, tiny_checkpoint("bf16"), tmp_path, "sampled")
     assert not report.passed
     (verdict,) = report.verdicts
-    assert verdict.comparisons[0].equal and not verdict.problems
-    (logprobs,) = verdict.logprobs
-    assert logprobs.different > 100
-    assert re.match(
-        r"request 0, position 4 \(generated, temperature 0.7\), .* by the definition it is -", logprobs.first_difference
-    )
+    assert all(comparison.equal for comparison in verdict.comparisons)
+    assert "tokens: request 0 has no logits at position 12" in verdict.problems
+    lost = r"seed: requests \d and \d are the same and drew other tokens at position \d+"
+    others = [text for text in verdict.problems if not text.startswith("tokens: ")]
+    assert others and all(re.fullmatch(lost, text) for text in others), others
+    different = {logprobs.testee: logprobs for logprobs in verdict.logprobs if logprobs.different}
+    assert list(different) == ["log_of_softmax"]
+    assert different["log_of_softmax"].different > 100
+    assert " (generated, temperature 0.7), " in different["log_of_softmax"].first_difference
 
 
 def test_a_case_that_did_not_test_what_it_says_fails(tiny_checkpoint, tmp_path: Path, monkeypatch) -> None:
@@ -143,78 +127,63 @@ def test_a_case_that_did_not_test_what_it_says_fails(tiny_checkpoint, tmp_path: 
     assert report.verdicts[0].problems == ("reference: 96 tokens came from the prefix cache, 10000 should have",)
 
 
-@pytest.fixture(scope="module")
-def close_run(tiny_checkpoint, tmp_path_factory) -> tuple[runner.Report, Path]:
-    """Transformers' DeepSeek-V3, and a reference that claims closeness and is far; nothing else runs beside them."""
-    work_dir = tmp_path_factory.mktemp("close")
+def test_a_testee_that_claims_closeness(tiny_checkpoint, tmp_path: Path) -> None:
+    """Transformers' DeepSeek-V3 is close, a reference whose logits are stretched is not; nothing runs beside them."""
     program = str(Path(__file__).parent.parent / "examples" / "testee_transformers.py")
     transformers = runner.TesteeCommand("hf", (sys.executable, program))
-    report = run([transformers, sabotaged("far:1.3")], tiny_checkpoint("bf16"), work_dir, "decode", "sampler")
-    return report, work_dir / "kept"
+    report = run([transformers, sabotaged("far:1.3")], tiny_checkpoint("bf16"), tmp_path, "decode", "sampler")
+    assert not report.passed
+
+    close, far = report.closeness
+    found, spread = close.distance, close.spread
+    print(found, spread, sep="\n")
+    assert close.beyond() == []
+    assert found.rows == spread.rows == 274
+    # Rounded to bf16 elsewhere, by as much as bf16 is away from fp32: not equal, and not far.
+    assert 0.3 * spread.kl_mean < found.kl_mean < 3 * spread.kl_mean
+    assert found.kl_max == found.furthest.kl > 10 * found.kl_mean
+    assert 0.9 < found.top1_agreement < 1
+    assert found.max_difference > 0.1
+    assert close.first_difference.stream == "layers.0.self_attn"
+    assert (close.first_difference.request, close.first_difference.position) == (0, 0)
+    served = report.results["hf"].served
+    assert served.model_class == "transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3ForCausalLM"
+    assert not [text for verdict in report.verdicts for text in verdict.problems]
+    assert all(c.equal > 700 and not c.different for v in report.verdicts for c in v.logprobs)
+
+    assert far.first_difference.stream == "logits"
+    assert report.problems == far.beyond()
+    assert report.problems[0].startswith("sabotaged is not close: mean KL divergence")
+
+    console = Console(record=True, width=200)
+    reports.print_report(report, console)
+    printed, page = console.export_text(), reports.to_html(report)
+    for text in (
+        "hf from the reference: 274 rows: KL mean",
+        "first different bits in layers.0.self_attn, request 0",
+        "sabotaged is not close: mean KL divergence",
+        "FAILED (bf16): what claims closeness is far.",
+    ):
+        assert text in printed and text in page
+    junit = ElementTree.fromstring(reports.to_junit(report))
+    assert [test.get("name") for test in junit.iter("testcase") if test.find("failure") is not None] == [
+        f"sabotaged is close, {far.distance.rows} rows",
+        "every testee served what it should",
+    ]
+    _nothing_without_a_distance_is_close(tmp_path / "kept", tmp_path / "rows.safetensors")
 
 
-class TestCloseness:
-    """Testees of other arithmetics: how far they are, and where first."""
-
-    def test_the_report_says_how_far_and_where_first(self, close_run) -> None:
-        report, _ = close_run
-        close = next(c for c in report.closeness if c.testee == "hf")
-        found, spread = close.distance, close.spread
-        print(found, spread, sep="\n")
-        assert close.beyond() == []
-        assert found.rows == spread.rows == 274
-        # Rounded to bf16 elsewhere, by as much as bf16 is away from fp32: not equal, and not far.
-        assert 0.3 * spread.kl_mean < found.kl_mean < 3 * spread.kl_mean
-        assert found.kl_max == found.furthest.kl > 10 * found.kl_mean
-        assert 0.9 < found.top1_agreement < 1
-        assert found.max_difference > 0.1
-        assert close.first_difference.stream == "layers.0.self_attn"
-        assert (close.first_difference.request, close.first_difference.position) == (0, 0)
-        served = report.results["hf"].served
-        assert served.model_class == "transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3ForCausalLM"
-        assert not [text for verdict in report.verdicts for text in verdict.problems if text.startswith("hf")]
-        assert all(c.equal > 700 and not c.different for v in report.verdicts for c in v.logprobs)
-
-    def test_a_far_one_is_no_pass(self, close_run) -> None:
-        report, _ = close_run
-        assert not report.passed
-        far = [text for text in report.problems if text.startswith("sabotaged is not close: mean KL divergence")]
-        assert len(far) == 1
-        assert not any(text.startswith("hf") for text in report.problems)
-
-    def test_every_report_says_it(self, close_run) -> None:
-        report, _ = close_run
-        console = Console(record=True, width=200)
-        reports.print_report(report, console)
-        printed, page = console.export_text(), reports.to_html(report)
-        for text in (
-            "hf from the reference: 274 rows: KL mean",
-            "first different bits in layers.0.self_attn, request 0",
-        ):
-            assert text in printed and text in page
-        assert "FAILED: 0 of 0 rows differ" not in printed
-        assert "sabotaged is not close" in printed and "sabotaged is not close" in page
-        junit = ElementTree.fromstring(reports.to_junit(report))
-        assert [test.get("name") for test in junit.iter("testcase") if test.find("failure") is not None] == [
-            "sabotaged is close, 274 rows",
-            "every testee served what it should",
-        ]
-
-    @pytest.mark.parametrize(
-        ("harm", "problem"),
-        [
-            (lambda logits: logits[:, :-1], r"its logits have the shape \[87, 1023\], the vocabulary has 1024 tokens"),
-            (lambda logits: logits.log(), r"request 0 has logits at position 0 that are no numbers"),
-        ],
-    )
-    def test_what_has_no_distance(self, close_run, tmp_path: Path, harm, problem: str) -> None:
-        _, kept = close_run
-        tensors = load_file(kept / "hf" / "decode.safetensors")
-        save_file(tensors | {"logits": harm(tensors["logits"]).contiguous()}, tmp_path / "rows.safetensors")
-        replayed = kept / "replay" / "specification" / "decode.hf.specification.safetensors"
-        specification = compare.RowFile(replayed)
-        assert closeness.malformed(specification, compare.RowFile(kept / "hf" / "decode.safetensors")) is None
-        assert re.match(problem, closeness.malformed(specification, compare.RowFile(tmp_path / "rows.safetensors")))
+def _nothing_without_a_distance_is_close(kept: Path, file: Path) -> None:
+    specification = compare.RowFile(kept / "replay" / "specification" / "decode.hf.specification.safetensors")
+    tensors = load_file(kept / "hf" / "decode.safetensors")
+    logits = tensors["logits"]
+    for harmed, problem in (
+        (logits, None),
+        (logits[:, :-1], "its logits have the shape [87, 1023], the vocabulary has 1024 tokens"),
+        (logits.log(), "request 0 has logits at position 0 that are no numbers (NaN or infinite)"),
+    ):
+        save_file(tensors | {"logits": harmed.contiguous()}, file)
+        assert closeness.malformed(specification, compare.RowFile(file)) == problem
 
 
 def test_a_foreign_model_that_is_equal_passes(tiny_checkpoint, tmp_path: Path) -> None:
@@ -243,7 +212,7 @@ class TestCommandLine:
         checkpoint = tiny_checkpoint("bf16")
         done = self.dsv3("--testee", "reference", "--checkpoint", checkpoint, "--case", "decode", "--json", file)
         assert done.returncode == 0, done.stderr
-        assert "rows equal, bit for bit" in done.stdout
+        assert "All 1,242 rows and 792 log-probabilities equal, bit for bit (bf16)." in done.stdout
         report = json.loads(file.read_text())
         assert report["passed"] is True
         assert report["profile"] == "bf16"
@@ -267,12 +236,15 @@ class TestCommandLine:
         page, suite = html.read_text(), ElementTree.parse(junit).getroot()
         names = [test.get("name") for test in suite.iter("testcase")]
         failures = [failure.get("message") for failure in suite.iter("failure")]
-        assert re.search(r"<title>(All [\d,]+ rows equal|FAILED: [\d,]+ of [\d,]+ rows differ)", page)
-        assert int(suite.get("tests")) == len(names) == (3 if equal else 5)
-        assert int(suite.get("failures")) == len(failures) == (0 if equal else 2)
+        passed, failed = r"All [\d,]+ rows and [\d,]+ log-probabilities equal", r"FAILED: [\d,]+ of [\d,]+ rows differ"
+        assert re.search(f"<title>{passed if equal else failed}", page)
+        assert int(suite.get("tests")) == len(names) == (4 if equal else 7)
+        assert int(suite.get("failures")) == len(failures) == (0 if equal else 3)
         assert any(name.startswith("specification = reference") for name in names)
         for message in failures:
-            assert message.startswith("first difference in layers.1.mlp, request 0, position 0, column 0")
+            assert message.startswith("first difference in layers.1.mlp, request 0, position 0, column 0") or re.match(
+                r"[\d,]+ of 792 log-probabilities differ, the first in request 0, position ", message
+            )
             assert message in page
 
     @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ class VllmTestee:
             for output in engine.step():
                 if output.finished:
                     finished[int(output.request_id)] = output
-        results = []
+        results: list[RequestResult] = []
         for request in requests:
             index = first + len(results)
             if index in declined:
@@ -210,11 +210,8 @@ def answered(request: Request, output: Any, i: int) -> RequestResult:
     """What vLLM answered for sequence i of a request."""
     generated = output.outputs[i]
     logprobs, top = _logprobs(generated.token_ids, generated.logprobs or (), request.top_logprobs)
-    of_prompt, of_prompt_top = (), ()
-    if request.prompt_logprobs:
-        of_prompt, of_prompt_top = _logprobs(
-            request.prompt_token_ids[1:], output.prompt_logprobs[1:], request.top_logprobs
-        )
+    scored = output.prompt_logprobs[1:] if request.prompt_logprobs else ()
+    of_prompt, of_prompt_top = _logprobs(request.prompt_token_ids[1:], scored, request.top_logprobs)
     return RequestResult(
         token_ids=request.prompt_token_ids + tuple(generated.token_ids),
         num_cached_tokens=output.num_cached_tokens or 0,
