@@ -8,6 +8,7 @@ import typer
 
 from dsv3_plugin.bench import app as bench_app
 from dsv3_plugin.checkpoint.cli import app as checkpoint_app
+from dsv3_plugin.checkpoint.fingerprint_cli import main as fingerprint
 from dsv3_plugin.conformance.cli import app as conformance_app
 from dsv3_plugin.doctor import main as doctor
 from dsv3_plugin.errors import DSV3Error
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(checkpoint_app, name="checkpoint")
+app.command("fingerprint")(fingerprint)
 app.add_typer(conformance_app, name="conformance")
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")

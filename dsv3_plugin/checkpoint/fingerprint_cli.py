@@ -1,0 +1,102 @@
+"""`dsv3 fingerprint`: which weights do checkpoints and running servers hold, and are they the same?"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from pydantic import ValidationError
+
+from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint_of_checkpoint
+from dsv3_plugin.checkpoint.reader import CheckpointReader, some_names
+from dsv3_plugin.errors import EngineError
+
+_TIMEOUT_S = 600.0
+"""A server answers between two steps, and first sums all its weights."""
+
+
+class Held(StrEnum):
+    """The dtype in which an engine holds the weights that are not fp8 (`--dtype`)."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+def main(
+    sources: Annotated[list[str], typer.Argument(help="Checkpoint folders, and addresses of servers (http://...).")],
+    dtype: Annotated[
+        Held | None, typer.Option(help="Folders' weights as an engine holds them that was started with this --dtype.")
+    ] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Print the digest of every tensor.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the fingerprint of the weights of each source. Of several: exit with status 1 unless all are equal.
+
+    A server answers what it holds now, whatever it was started with. vLLM has to be in its development mode
+    (VLLM_SERVER_DEV_MODE=1), which opens more: on a trusted network only.
+    """
+    found = {source: _fingerprint(source, dtype) for source in sources}
+    if as_json:
+        print(json.dumps({source: value.model_dump() for source, value in found.items()}, indent=1))
+    else:
+        for source, value in found.items():
+            print(f"{value.digest}  {source} ({len(value.tensors):,} tensors)")
+            for name, digest in sorted(value.tensors.items()) if tensors else ():
+                print(f"  {digest}  {name}")
+    first = sources[0]
+    different = {source: names for source, value in found.items() if (names := found[first].difference(value))}
+    for source, names in different.items():
+        typer.echo(f"{source}: {len(names):,} tensors are not those of {first}: {some_names(names)}", err=True)
+    raise typer.Exit(1 if different else 0)
+
+
+def _fingerprint(source: str, dtype: Held | None) -> Fingerprint:
+    if source.startswith(("http://", "https://")):
+        return _of_server(source.rstrip("/"))
+    reader = CheckpointReader(Path(source))
+    return fingerprint_of_checkpoint(reader, reader.profile(getattr(torch, dtype.value) if dtype else None))
+
+
+def _of_server(address: str) -> Fingerprint:
+    """What a server answers: SGLang in its internal state, vLLM to a call of its worker's method.
+
+    Raises `EngineError` where it does not answer, serves another model, or may not answer now.
+    """
+    try:
+        state = _ask(f"{address}/server_info")
+        if state is not None:
+            answers = [part.get("dsv3") for part in state.get("internal_states", [])]
+        else:
+            state = _ask(f"{address}/collective_rpc", {"method": "dsv3_fingerprint"})
+            answers = [{"fingerprint": answer} for answer in state["results"]] if state is not None else [None]
+        if not answers or None in answers:
+            raise EngineError(
+                f"{address}: no fingerprint: it is no server of dsv3-plugin, or a vLLM without VLLM_SERVER_DEV_MODE=1"
+            )
+        if problem := answers[0].get("problem"):
+            raise EngineError(f"{address}: its weights may not answer: {problem}")
+        return Fingerprint.model_validate({"tensors": answers[0]["fingerprint"]["tensors"]})
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise EngineError(f"{address}: answered something else than a fingerprint: {error!r}") from None
+
+
+def _ask(url: str, body: Any = None) -> Any:
+    """The JSON that a server answers, None where it does not know the address. Raises `EngineError`."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        if error.code in (404, 405):
+            return None
+        said = error.read().decode(errors="replace").strip()
+        raise EngineError(f"{url}: status {error.code}: {said[:500]}") from None
+    except OSError as error:
+        raise EngineError(f"{url}: no answer: {getattr(error, 'reason', error)}") from None
