@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dsv3_plugin.checkpoint.fingerprint import fingerprint
+from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
@@ -173,25 +173,22 @@ class Updates:
 
         * `version` of this package, `profile`, `mode`, and `kernels`: operation to the kernel's provider and version;
         * `problem`: why nothing may answer, or None;
-        * `fingerprint`: by role, the digest of all and of each tensor that the model holds; None with a problem.
+        * `fingerprint`: `Fingerprint` of what target and draft hold; None with a problem.
         """
         ops = self.models["target"].ops
-        problem, held = self.problem, None
-        if problem is None:
-            try:
-                held = {
-                    role: fingerprint(loader.model, self.models[role].config, loader.part).model_dump()
-                    for role, loader in self.loaders().items()
-                }
-            except CheckpointError as error:
-                problem = str(error)
+        problem, held = self.problem, Fingerprint(tensors={})
+        try:
+            for role, loader in self.loaders().items() if problem is None else ():
+                held |= fingerprint(loader.model, self.models[role].config, loader.part)
+        except CheckpointError as error:
+            problem = str(error)
         return {
             "version": __version__,
             "profile": str(ops.setting.profile),
             "mode": ops.mode,
             "kernels": {choice.op: f"{choice.provider} {choice.version}" for choice in ops.provenance},
             "problem": problem,
-            "fingerprint": held,
+            "fingerprint": held.model_dump() if problem is None else None,
         }
 
 

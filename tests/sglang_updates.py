@@ -258,14 +258,14 @@ def run_updates(scheduler: Any, other: str, right: str, updates: int) -> dict[st
     def state() -> dict[str, Any]:
         return scheduler.get_internal_state(io.GetInternalStateReq()).internal_state["dsv3"]
 
-    def digests() -> dict[str, str] | None:
+    def digest() -> str | None:
         held = state()["fingerprint"]
-        return held and {role: part["digest"] for role, part in held.items()}
+        return held and held["digest"]
 
     def probe() -> dict[str, Any]:
         return client.finish(client.submit(PROMPT, max_new_tokens=5))
 
-    started = probe() | {"fingerprint": digests()}
+    started = probe() | {"fingerprint": digest()}
     record["start"] = started
     before = addresses()
     # Requests that run through all updates, and which update each of their tokens comes after.
@@ -300,7 +300,7 @@ def run_updates(scheduler: Any, other: str, right: str, updates: int) -> dict[st
         if number % 3 == 2:
             scheduler.continue_generation(io.ContinueGenerationReqInput(torch_empty_cache=False))
         served = {"way": way, "folder": folder, "success": done.success, "message": done.message}
-        record["updates"].append(served | {"fingerprint": digests()} | probe())
+        record["updates"].append(served | {"fingerprint": digest()} | probe())
     record["running"] = [answer(request) | {"spans": span} for request, span in zip(running, spans, strict=True)]
     record["in_place"] = addresses() == before
     scheduler.abort_request(io.AbortReq(abort_all=True))
@@ -312,13 +312,13 @@ def run_updates(scheduler: Any, other: str, right: str, updates: int) -> dict[st
         request = client.submit(PROMPT, max_new_tokens=40)
         client.turns(2)
         answers = [item.message for item in attempt() if not item.success]
-        seen = {"name": name, "messages": answers, "problem": state()["problem"], "fingerprint": digests()}
+        seen = {"name": name, "messages": answers, "problem": state()["problem"], "fingerprint": digest()}
         seen |= {"running": client.finish(request), "probe": probe(), "before": last["fingerprint"]}
         scheduler.pause_generation(io.PauseGenerationReqInput(mode="retract"))
         done = trainer.from_tensor(last["folder"])
         scheduler.continue_generation(io.ContinueGenerationReqInput(torch_empty_cache=False))
         assert done.success, done.message
-        seen["after"] = digests()
+        seen["after"] = digest()
         record["refusals"].append(seen)
 
     tensors = load_file(f"{other}/model.safetensors")
@@ -370,7 +370,7 @@ def run_updates(scheduler: Any, other: str, right: str, updates: int) -> dict[st
 
     scheduler.weight_updater.check_weights(io.CheckWeightsReqInput(action="reset_tensors"))
     record["reset"] = state()["problem"]
-    record["last"] = {"success": trainer.from_disk(right).success, "fingerprint": digests()}
+    record["last"] = {"success": trainer.from_disk(right).success, "fingerprint": digest()}
     ask = io.GetWeightsByNameReqInput(name="model.layers.1.mlp.gate.weight", truncate_size=2)
     record["by_name"] = scheduler.weight_updater.get_weights_by_name(ask).parameter
     return record
