@@ -27,7 +27,7 @@ from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, Tok
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.engines import is_ours
 from dsv3_plugin.errors import ConformanceError
-from dsv3_plugin.sglang_backend import compat, sampling
+from dsv3_plugin.sglang_backend import compat
 
 MAX_BATCHED_TOKENS = 2048
 
@@ -80,6 +80,8 @@ class SglangTestee:
         self, outcome: program.Outcome, first: int, requests: tuple[Request, ...], prompt_logits: bool
     ) -> None:
         """Submit requests together and generate."""
+        from dsv3_plugin.sglang_backend import sampling
+
         assert self.observer is not None
         for index, request in enumerate(requests, first):
             self.observer.start_request(index, request)

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from sglang.srt.layers.logits_processor import LogitsProcessor
 from torch import nn
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
@@ -14,7 +13,7 @@ from dsv3_plugin.engines import switched_off
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.sglang_backend import compat
 from dsv3_plugin.sglang_backend.attention import LatentAttend
-from dsv3_plugin.sglang_backend.models.deepseek_v3 import CoreHead, prepare
+from dsv3_plugin.sglang_backend.models.deepseek_v3 import CoreHead, plain_logits_processor, prepare
 from dsv3_plugin.sglang_backend.updates import Bucket
 
 
@@ -30,7 +29,7 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
         self.model = DeepseekV3MTP(self.ops, self.config)
         self.lm_head = self.model.lm_head
         self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
-        self.logits_processor = LogitsProcessor(config)
+        self.logits_processor = plain_logits_processor(config)
         self.weight_loader = WeightLoader(self.model, self.config, "mtp", holds_weights=load_format == "dummy")
         self.received: Bucket | None = None
 

@@ -41,6 +41,13 @@ class CoreHead:
         return layer(x.contiguous())
 
 
+def plain_logits_processor(hf_config: Any) -> LogitsProcessor:
+    """SGLang's, for logits as the head gives them: a cap that config.json may name is of other models."""
+    processor = LogitsProcessor(hf_config)
+    processor.final_logit_softcapping = None
+    return processor
+
+
 def prepare(hf_config: Any, served: str, path: str, load_format: str) -> tuple[Ops, DeepseekV3Config]:
     """Check what SGLang asks for, bind the kernels, and say in the log what will run.
 
@@ -78,7 +85,7 @@ class DeepseekV3ForCausalLM(nn.Module):
         self.model = deepseek.model
         self.lm_head = deepseek.lm_head
         self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
-        self.logits_processor = LogitsProcessor(config)
+        self.logits_processor = plain_logits_processor(config)
         self.prompt_logprobs = PromptLogprobs(self.logits_processor)
         self.weight_loader = WeightLoader(self, self.config, "main", holds_weights=load_format == "dummy")
         self.received: Bucket | None = None
