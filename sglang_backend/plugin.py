@@ -69,13 +69,39 @@ def _register_attention_and_hooks() -> None:
         add_radix_supported_deterministic_attention_backend_choices,
     ):
         add_choices([attention.NAME])
+    for target, hook in hooks().items():
+        HookRegistry.register(target, hook, HookType.AROUND)
+
+
+def hooks() -> dict[str, Callable[..., Any]]:
+    """What stands around which of SGLang's functions: each is called with the original, then with its arguments."""
+    from dsv3_plugin.sglang_backend import attention, sampling, updates
+
     factory = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
-    for hook in (attention.create_decode_backend, attention.create_draft_extend_backend):
-        HookRegistry.register(f"{factory}.{hook.__name__}", hook, HookType.AROUND)
-    runner = "sglang.srt.model_executor.model_runner.ModelRunner"
-    HookRegistry.register(f"{runner}.maybe_enable_batch_invariant_mode", _leave_operators, HookType.AROUND)
-    resolve = "sglang.srt.models.registry._ModelRegistry.resolve_model_cls"
-    HookRegistry.register(resolve, _name_other_owner, HookType.AFTER)
+    around = {
+        f"{factory}.create_decode_backend": attention.create_decode_backend,
+        f"{factory}.create_draft_extend_backend": attention.create_draft_extend_backend,
+        "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode": _leave_operators,
+        "sglang.srt.models.registry._ModelRegistry.resolve_model_cls": _name_other_owner,
+        **updates.HOOKS,
+        **sampling.HOOKS,
+    }
+    return {target: hook for target, hook in around.items() if compat.has(target)}
+
+
+def require_hooks() -> None:
+    """Raise `EngineError` unless SGLang calls our hooks. It only logs one that it cannot place, and a process that
+    found our models by `SGLANG_EXTERNAL_MODEL_PACKAGE` alone has placed none so far.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    _register_attention_and_hooks()
+    HookRegistry.apply_hooks()
+    if missing := sorted(hooks().keys() - compat.placed_hooks()):
+        raise EngineError(
+            f"this SGLang has no {missing[0]}, around which dsv3-plugin must stand: use SGLang"
+            f" {compat.TESTED[0]} to {compat.TESTED[1]}, or {KILL_SWITCH}=off for its own model"
+        )
 
 
 def _leave_operators(replace: Callable[[Any], None], runner: Any) -> None:
@@ -87,9 +113,9 @@ def _leave_operators(replace: Callable[[Any], None], runner: Any) -> None:
         replace(runner)
 
 
-def _name_other_owner(resolved: tuple[Any, str], *args: Any) -> None:
-    """After SGLang chose a class: say so where a plugin that came later took our place."""
-    model, architecture = resolved
+def _name_other_owner(resolve: Callable[..., tuple[Any, str]], *args: Any) -> tuple[Any, str]:
+    """Around `_ModelRegistry.resolve_model_cls`: say so where a plugin that came later took our place."""
+    model, architecture = resolve(*args)
     if architecture in ARCHITECTURES and (owner := _other_owner(model)) is not None:
         logger.warning(
             "dsv3-plugin does not serve %s: another plugin registered %s after it;"
@@ -97,6 +123,7 @@ def _name_other_owner(resolved: tuple[Any, str], *args: Any) -> None:
             architecture,
             owner,
         )
+    return model, architecture
 
 
 def _other_owner(model: Any) -> str | None:

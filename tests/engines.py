@@ -121,3 +121,8 @@ def post(address: str, path: str, body: dict[str, object]) -> dict[str, object]:
     request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:
         return json.load(answer)
+
+
+def get(address: str, path: str) -> dict[str, object]:
+    with urllib.request.urlopen(address + path, timeout=120) as answer:
+        return json.load(answer)

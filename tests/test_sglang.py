@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
+import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ from engines import (
     REFERENCE,
     cut_short,
     free_port,
+    get,
     own_model_served_when_switched_off,
     post,
     predict_logits,
@@ -24,6 +28,10 @@ from engines import (
     shipped_testee,
 )
 
+from dsv3_plugin.checkpoint.fingerprint import fingerprint_of_checkpoint
+from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
+from dsv3_plugin.checkpoint.presets import read_config
+from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.sampling import processed_logprobs
 from dsv3_plugin.sglang_backend import plugin
 
@@ -37,7 +45,6 @@ WITHOUT_PLUGIN = {"SGLANG_PLUGINS": "sglang_cpu"}
     [
         ("bf16", ("vllm", "sglang"), ()),
         ("fp32", ("sglang",), ("batch", "chunked_prefill", "prefix_cache_chunked", "mtp_2")),
-        ("fp8", ("sglang",), ("batch", "chunked_prefill", "prefix_cache_chunked", "mtp_2")),
     ],
 )
 def test_sglang_prints_the_bits_of_the_others(
@@ -62,19 +69,6 @@ def test_sglang_prints_the_bits_of_the_others(
     assert re.search(r"^MIXED of [2-8] requests$", log, re.M), "no chunk was computed together with a decode"
     for name in ("DeepseekV3ForCausalLM", "DeepseekV3ForCausalLMNextN"):
         assert re.search(rf"dsv3-plugin \S+ serves {name}: profile {dtype}, strict mode, kernels: reference", log)
-
-
-@pytest.mark.parametrize("version", ["0.5.17", "0.5.23"])
-def test_the_ends_of_the_version_range(tiny_checkpoint, tmp_path: Path, version: str) -> None:
-    testee = shipped_testee(f"sglang-{version}")
-    cases = ("batch", "chunked_prefill", "prefix_cache_chunked", "sampled", "mtp_2")
-    report = run([REFERENCE, testee], tiny_checkpoint("bf16"), tmp_path, *cases)
-    assert report.passed, (report.problems, [(v.problems, v.comparisons) for v in report.verdicts if not v.passed])
-    result = report.results["sglang"]
-    assert result.versions["sglang"] == version
-    assert result.served.model_class == f"{MODELS}.deepseek_v3.DeepseekV3ForCausalLM"
-    assert result.served.draft_class == f"{MODELS}.deepseek_nextn.DeepseekV3ForCausalLMNextN"
-    assert "is tested with" not in (tmp_path / "kept" / "sglang" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("environment", ["sglang", "sglang-0.5.17", "sglang-0.5.23"])
@@ -119,15 +113,12 @@ def test_sglang_s_own_model_is_caught_and_named(
 
 
 def sglang_serve(checkpoint: Path, log: Path, *arguments: str) -> AbstractContextManager[str]:
-    """`python -m sglang.launch_server --model-path CHECKPOINT`."""
+    """`python -m sglang.launch_server --model-path CHECKPOINT`, without deterministic inference."""
     port = free_port()
     command = [python_of("sglang"), "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--port", str(port)]
     command += ["--device", "cpu", "--dtype", "bfloat16", "--attention-backend", "dsv3", "--disable-cuda-graph"]
     command += ["--context-length", "256", "--max-total-tokens", "2048", "--max-running-requests", "8"]
-    # Otherwise SGLang rounds a prompt's logprobs (logits - logsumexp) and a sampled token's (log of softmax) in its own
-    # ways, and does not look at a request's seed.
-    command += ["--enable-deterministic-inference", *arguments]
-    return serving(command, port, log, {})
+    return serving([*command, *arguments], port, log, {})
 
 
 def test_sglang_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: Path) -> None:
@@ -137,13 +128,30 @@ def test_sglang_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: 
     greedy = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
     sampled = {"temperature": 0.75, "sampling_seed": 7, "max_new_tokens": 24, "ignore_eos": True}
     logprobs = {"return_logprob": True, "top_logprobs_num": 3}
-    with sglang_serve(checkpoint, log) as address:
+    broken, other = cut_short(checkpoint, tmp_path / "broken"), tmp_path / "other"
+    make_checkpoint(read_config("tiny"), other, 2, dtype=CheckpointDtype("bf16"))
+    with sglang_serve(checkpoint, log, "--enable-deterministic-inference") as address:
         body = {"input_ids": prompt, "sampling_params": greedy, "logprob_start_len": 0}
         generated = post(address, "/generate", body | logprobs)
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 3}
         completed = post(address, "/v1/completions", body | {"ignore_eos": True})
-        drawn = post(address, "/generate", {"input_ids": prompt, "sampling_params": sampled} | logprobs)
+        body = {"input_ids": prompt, "sampling_params": sampled, "logprob_start_len": 0}
+        drawn = post(address, "/generate", body | logprobs)
         again = post(address, "/generate", {"input_ids": prompt, "sampling_params": sampled})
+        declined = refusal(address, "/generate", {"input_ids": prompt, "sampling_params": {"repetition_penalty": 1.5}})
+        refused = refusal(address, "/update_weights_from_disk", {"model_path": str(broken)})
+        post(address, "/update_weights_from_disk", {"model_path": str(checkpoint)})
+        state = get(address, "/server_info")["internal_states"][0]["dsv3"]
+        # Paused in place, SGLang would go on with what the request computed with the weights before.
+        long = {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}
+        body = {"input_ids": prompt, "sampling_params": long, "return_logprob": True}
+        with ThreadPoolExecutor() as threads:
+            running = threads.submit(post, address, "/generate", body)
+            time.sleep(2)
+            post(address, "/pause_generation", {"mode": "in_place"})
+            post(address, "/update_weights_from_disk", {"model_path": str(other)})
+            post(address, "/continue_generation", {})
+            updated = running.result()
 
     tokens = generated["output_ids"]
     predicted = torch.log_softmax(predict_logits(checkpoint, prompt + tokens), dim=-1)
@@ -163,11 +171,30 @@ def test_sglang_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: 
     # At a temperature: those of the distribution that it drew from.
     assert drawn["output_ids"] == again["output_ids"]
     tokens = drawn["output_ids"]
-    logits = predict_logits(checkpoint, prompt + tokens)[len(prompt) - 1 : -1]
-    rows = processed_logprobs(logits, sampled["temperature"])
+    predicted = processed_logprobs(predict_logits(checkpoint, prompt + tokens), sampled["temperature"])
+    of_prompt = [tuple(item[:2]) for item in drawn["meta_info"]["input_token_logprobs"][1:]]
+    assert of_prompt == [(predicted[i, token].item(), token) for i, token in enumerate(prompt[1:])]
+    rows = predicted[len(prompt) - 1 : -1]
     of_output = [tuple(item[:2]) for item in drawn["meta_info"]["output_token_logprobs"]]
     assert of_output == [(row[token].item(), token) for row, token in zip(rows, tokens, strict=True)]
     assert rows.argmax(-1).tolist() != tokens
+
+    assert "dsv3-plugin does not serve this request: SGLang's repetition_penalty leaves the prompt out" in declined
+    assert "truncated or not a safetensors file" in refused
+    assert state["problem"] is None
+    held = fingerprint_of_checkpoint(CheckpointReader(checkpoint)).tensors
+    assert state["fingerprint"]["tensors"].items() < held.items()
+    assert state["kernels"]["mla_attention"].startswith("reference ")
+
+    tokens = updated["output_ids"]
+    of_output = [item[0] for item in updated["meta_info"]["output_token_logprobs"]]
+    before, after = (
+        torch.log_softmax(predict_logits(path, prompt + tokens), dim=-1)[range(39, 189), tokens].tolist()
+        for path in (checkpoint, other)
+    )
+    switch = next(i for i in range(150) if of_output[i] != before[i])
+    assert 0 < switch < 149
+    assert of_output[switch:] == after[switch:]
     assert re.search(r"dsv3-plugin \S+ serves DeepseekV3ForCausalLM: profile bf16, strict mode", log.read_text())
 
 
@@ -176,16 +203,35 @@ def test_sglang_serve_drafts(tiny_checkpoint, tmp_path: Path) -> None:
     prompt = list(range(300, 340))
     log = tmp_path / "serve.log"
     draft = ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", "2", "--speculative-eagle-topk", "1"]
-    with sglang_serve(checkpoint, log, *draft, "--speculative-num-draft-tokens", "3") as address:
+    draft += ["--speculative-num-draft-tokens", "3"]
+    # As RL frameworks do: started without weights, which come later.
+    with sglang_serve(checkpoint, log, *draft, "--load-format", "dummy") as address:
+        post(address, "/update_weights_from_disk", {"model_path": str(checkpoint)})
         params = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
         answer = post(address, "/generate", {"input_ids": prompt, "sampling_params": params, "return_logprob": True})
+        params |= {"temperature": 0.75, "min_p": 0.05}
+        drawn = post(address, "/generate", {"input_ids": prompt, "sampling_params": params, "return_logprob": True})
+        seeded = refusal(address, "/generate", {"input_ids": prompt, "sampling_params": {"sampling_seed": 1}})
     tokens, meta = answer["output_ids"], answer["meta_info"]
     rows = torch.log_softmax(predict_logits(checkpoint, prompt + tokens)[len(prompt) - 1 : -1], dim=-1)
     of_output = [tuple(item[:2]) for item in meta["output_token_logprobs"]]
     assert of_output == [(row.max().item(), int(row.argmax())) for row in rows]
     assert meta["spec_verify_ct"] < len(tokens) == 12
+    tokens = drawn["output_ids"]
+    rows = processed_logprobs(predict_logits(checkpoint, prompt + tokens)[len(prompt) - 1 : -1], 0.75)
+    of_output = [tuple(item[:2]) for item in drawn["meta_info"]["output_token_logprobs"]]
+    assert of_output == [(row[token].item(), token) for row, token in zip(rows, tokens, strict=True)]
+    assert "SGLang honours sampling_seed with --enable-deterministic-inference only" in seeded
     for name in ("DeepseekV3ForCausalLM", "DeepseekV3ForCausalLMNextN"):
         assert re.search(rf"dsv3-plugin \S+ serves {name}: profile bf16, strict mode", log.read_text())
+
+
+def refusal(address: str, path: str, body: dict[str, object]) -> str:
+    """What a server answers to a request that it refuses."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(address, path, body)
+    assert caught.value.code == 400
+    return caught.value.read().decode()
 
 
 PLUGIN_PROGRAM = """
@@ -288,65 +334,3 @@ class TestBadInput:
         status, output = self.start(tiny_checkpoint("bf16"), "--dtype", "float16")
         assert status != 0
         assert "ConfigError: dtype=torch.float16 has no numerics profile; use float32 or bfloat16" in output
-
-    def test_engine_settings_that_cannot_be_exact(self, tiny_checkpoint) -> None:
-        command = [python_of("sglang"), "-u", "-c", SETTINGS_PROGRAM, str(tiny_checkpoint("bf16"))]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert done.returncode == 0, done.stdout
-        answers = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("EngineError: ")]
-        assert answers == [
-            "dsv3-plugin serves on one rank, but tp_size=2; set it to 1, or DSV3_PLUGIN=off for SGLang's own model",
-            "dsv3-plugin serves on one rank, but pp_size=2; set it to 1, or DSV3_PLUGIN=off for SGLang's own model",
-            "kv_cache_dtype=fp8_e4m3 was asked for, but the latent cache has the model's dtype",
-            "speculative_eagle_topk=2; MTP drafts a chain of tokens, so set it to 1",
-            "dsv3-plugin does not serve LoRA adapters",
-            "dsv3-plugin runs in CUDA graphs with its own attention backend only: pass --attention-backend dsv3,"
-            " or --disable-cuda-graph",
-            "SGLang has replaced operators of torch, and its log-softmax rounds otherwise than a trainer's:"
-            " leave --enable-deterministic-inference out, or use a version of SGLang that dsv3-plugin is tested with",
-        ]
-        assert done.stdout.count("no objection to") == 3
-        assert done.stdout.count("prefill runs without CUDA graphs") == 1
-
-
-SETTINGS_PROGRAM = """
-import logging, sys
-logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-import torch
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from sglang.srt.runtime_context import get_exec, publish
-from sglang.srt.server_args import ServerArgs
-from dsv3_plugin.errors import EngineError
-from dsv3_plugin.sglang_backend import compat
-
-speculative = {"speculative_algorithm": "EAGLE", "speculative_num_steps": 2, "speculative_eagle_topk": 2}
-for device, graphs, settings in (
-    ("cpu", False, {"tp_size": 2}),
-    ("cpu", False, {"pp_size": 2}),
-    ("cpu", False, {"kv_cache_dtype": "fp8_e4m3"}),
-    ("cpu", False, speculative | {"speculative_num_draft_tokens": 4}),
-    ("cpu", False, {"enable_lora": True, "lora_target_modules": ["all"], "max_lora_rank": 8}),
-    ("cuda", True, {"attention_backend": "triton"}),
-    ("cuda", False, {"attention_backend": "triton"}),
-    ("cuda", True, {}),
-    ("cpu", True, {}),
-):
-    common = {"model_path": sys.argv[1], "device": "cpu", "attention_backend": "dsv3", "dtype": "bfloat16"}
-    publish(ServerArgs(**common | {"disable_cuda_graph": not graphs} | settings), role="scheduler")
-    if graphs and device == "cuda":  # as on a GPU
-        get_exec().graph.cuda_graph_config.prefill.backend = "breakable"
-    try:
-        compat.require_supported(torch.device(device), torch.bfloat16)
-        print("no objection to", device, settings)
-    except EngineError as error:
-        print(f"EngineError: {error}")
-
-from unittest.mock import patch
-from dsv3_plugin.sglang_backend import attention
-with patch.object(attention, "is_batch_invariant_mode_enabled", lambda: True):
-    try:
-        attention.LatentBackend(None)
-    except EngineError as error:
-        print(f"EngineError: {error}")
-"""

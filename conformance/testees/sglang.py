@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served
+from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.engines import is_ours
@@ -71,7 +71,7 @@ class SglangTestee:
         outcome = program.Outcome()
         self.observer.start_case(outcome)
         index = 0
-        for requests in case.rounds:
+        for requests in case.single_rounds:
             self.run_round(outcome, index, requests, case.prompt_logits)
             index += len(requests)
         return outcome
@@ -80,6 +80,8 @@ class SglangTestee:
         self, outcome: program.Outcome, first: int, requests: tuple[Request, ...], prompt_logits: bool
     ) -> None:
         """Submit requests together and generate."""
+        from dsv3_plugin.sglang_backend import sampling
+
         assert self.observer is not None
         for index, request in enumerate(requests, first):
             self.observer.start_request(index, request)
@@ -90,16 +92,14 @@ class SglangTestee:
             # For the log: the schedule that the engine chose.
             print(f"{batch.forward_mode.name} of {len(batch.reqs)} requests", flush=True)
         for index, request in enumerate(requests, first):
-            req = live[index]
+            req = live.get(index)
+            if req is None:
+                reason = sampling.unsupported(self.scheduler, inputs[index - first])
+                outcome.requests.append(RequestResult(token_ids=(), num_cached_tokens=0, unsupported=reason))
+                continue
             if not req.finished():
                 raise ConformanceError(f"SGLang stopped before request {index} was finished")
-            outcome.requests.append(
-                RequestResult(
-                    token_ids=request.prompt_token_ids + tuple(req.output_ids_through_stop),
-                    num_cached_tokens=req.cached_tokens,
-                    logprobs=tuple(req.logprob.output_token_logprobs_val) if request.temperature else (),
-                )
-            )
+            outcome.requests.append(answered(request, req))
             outcome.num_draft_tokens += req.spec_verify_ct * (self.num_speculative_tokens or 0)
             outcome.num_accepted_tokens += req.spec_num_correct_drafts
 
@@ -187,15 +187,16 @@ def build_scheduler(arguments: Any) -> Any:
 
 def steps(scheduler: Any) -> Iterator[Any]:
     """Turns of the scheduler's own loop until it has nothing to do; yields each batch before it runs."""
-    while True:
+    idle = 0
+    # Where all requests of a batch have finished, it takes a turn to see that others wait.
+    while idle < 2:
         plan = scheduler.get_next_batch_to_run(running_batch=scheduler.running_batch, last_batch=scheduler.last_batch)
         scheduler.running_batch, batch = plan.running_batch, plan.batch_to_run
+        idle = 0 if batch else idle + 1
         if batch:
             yield batch
             scheduler.process_batch_result(batch, scheduler.run_batch(batch))
         scheduler.last_batch = batch
-        if not batch:
-            return
 
 
 def tokenized_request(index: int, request: Request, prompt_logits: bool) -> Any:
@@ -206,6 +207,13 @@ def tokenized_request(index: int, request: Request, prompt_logits: bool) -> Any:
     params = SamplingParams(
         temperature=request.temperature,
         sampling_seed=request.seed,
+        top_k=request.top_k or -1,
+        top_p=request.top_p,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        frequency_penalty=request.frequency_penalty,
+        presence_penalty=request.presence_penalty,
+        logit_bias={str(token): bias for token, bias in request.logit_bias} or None,
         max_new_tokens=request.max_tokens,
         ignore_eos=True,
     )
@@ -218,13 +226,39 @@ def tokenized_request(index: int, request: Request, prompt_logits: bool) -> Any:
         mm_inputs=None,
         token_type_ids=None,
         sampling_params=params,
-        # Makes the engine compute logits for the prompt.
-        return_logprob=prompt_logits or request.temperature > 0,
-        logprob_start_len=0 if prompt_logits else -1,
-        top_logprobs_num=0,
+        return_logprob=True,
+        # From the first on: makes the engine compute logits for the prompt.
+        logprob_start_len=0 if prompt_logits or request.prompt_logprobs else -1,
+        top_logprobs_num=request.top_logprobs,
         token_ids_logprob=None,
         stream=False,
     )
+
+
+def answered(request: Request, req: Any) -> RequestResult:
+    """What SGLang answered; it verifies a step to its end, also beyond the last token that a request asked for."""
+    said, tokens = req.logprob, tuple(req.output_ids_through_stop)
+    of_prompt: dict[str, Any] = {}
+    if request.prompt_logprobs:
+        # The prompt's first token has none.
+        of_prompt = {
+            "prompt_logprobs": tuple(said.input_token_logprobs_val[1:]),
+            "prompt_top_logprobs": _pairs(request, said.input_top_logprobs_idx[1:], said.input_top_logprobs_val[1:]),
+        }
+    return RequestResult(
+        token_ids=request.prompt_token_ids + tokens,
+        num_cached_tokens=req.cached_tokens,
+        logprobs=tuple(said.output_token_logprobs_val[: len(tokens)]),
+        top_logprobs=_pairs(request, said.output_top_logprobs_idx, said.output_top_logprobs_val)[: len(tokens)],
+        **of_prompt,
+    )
+
+
+def _pairs(request: Request, token_ids: Any, logprobs: Any) -> tuple[TopLogprobs, ...]:
+    """SGLang keeps tokens and values of each position apart, and nothing where none were asked for."""
+    if not request.top_logprobs:
+        return ()
+    return tuple(tuple(zip(*pairs, strict=True)) for pairs in zip(token_ids, logprobs, strict=True))
 
 
 class Observer:

@@ -74,6 +74,14 @@ class WeightLoader:
             return f"an update of its weights is under way, {self._lacking()}"
         return self._refused
 
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """What the model holds of a checkpoint's tensor, a view; None for one of another part."""
+        spec = self.specs.get(name)
+        if spec is None or self.part not in spec.targets:
+            return None
+        target = spec.targets[self.part]
+        return dict(self.model.named_parameters())[target.parameter][target.index]
+
     def share(self, names: Iterable[str]) -> None:
         """Another model holds and updates these tensors: they are not waited for here, and passed over."""
         self.wanted -= set(names)

@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from sglang.srt.layers.logits_processor import LogitsProcessor
 from torch import nn
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.engines import switched_off
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
+from dsv3_plugin.sglang_backend import compat
 from dsv3_plugin.sglang_backend.attention import LatentAttend
-from dsv3_plugin.sglang_backend.models.deepseek_v3 import CoreHead, prepare
+from dsv3_plugin.sglang_backend.models.deepseek_v3 import CoreHead, plain_logits_processor, prepare
+from dsv3_plugin.sglang_backend.updates import Bucket
 
 
 class DeepseekV3ForCausalLMNextN(nn.Module):
@@ -23,15 +24,18 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__()
-        self.ops, self.config = prepare(config, "DeepseekV3ForCausalLMNextN")
+        path, load_format = compat.draft_checkpoint()
+        self.ops, self.config = prepare(config, "DeepseekV3ForCausalLMNextN", path, load_format)
         self.model = DeepseekV3MTP(self.ops, self.config)
         self.lm_head = self.model.lm_head
         self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
-        self.logits_processor = LogitsProcessor(config)
-        self.weight_loader = WeightLoader(self.model, self.config, "mtp")
+        self.logits_processor = plain_logits_processor(config)
+        self.weight_loader = WeightLoader(self.model, self.config, "mtp", holds_weights=load_format == "dummy")
+        self.received: Bucket | None = None
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
         """Next tokens' ids [T] to SGLang's logits output; the hidden states in it feed a further draft step."""
+        self.weight_loader.require_whole()
         attend = LatentAttend(self.ops, self.config, self.config.mtp_layer_idx, positions, forward_batch)
         hidden = self.model(input_ids, positions, forward_batch.spec_info.hidden_states, attend)
         return self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
@@ -40,10 +44,15 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
         """Take the target's, and free the copies."""
         self.model.embed_tokens.weight = embed
         self.lm_head.weight = head
+        self.weight_loader.share(("model.embed_tokens.weight", "lm_head.weight"))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load the MTP layer; embedding and head are the target's."""
+        """Load the MTP layer of a checkpoint; the parts of an update are left for `updates` to take."""
+        if self.received is not None:
+            self.received += weights
+            return
         self.weight_loader.load(weights)
+        self.weight_loader.finish()
 
 
 EntryClass: Any = [] if switched_off() else DeepseekV3ForCausalLMNextN

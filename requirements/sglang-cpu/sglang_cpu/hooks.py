@@ -26,8 +26,8 @@ def leave_threads(**kwargs: Any) -> None:
 def use_triton_for_drafts() -> None:
     """SGLang finds a draft's slots and builds and verifies draft trees by sgl_kernel, or on Intel GPUs by Triton
     kernels, which an interpreter can run. The choice is a flag of each module, read when the function is called; on
-    an unknown platform neither is chosen and the results are left undefined. As on Intel GPUs, drafts are then verified
-    greedily at every temperature.
+    an unknown platform neither is chosen and the results are left undefined. As on Intel GPUs, SGLang's own models then
+    verify drafts greedily at every temperature; dsv3-plugin's draw at each.
     """
     for name in (
         "sglang.kernels.ops.speculative.cache_locs",

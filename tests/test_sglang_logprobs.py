@@ -1,0 +1,95 @@
+"""What SGLang draws under our models. Log-probabilities are compared in engines: the suite's cases, and
+`test_sglang.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+from engines import python_of
+
+PROGRAM = """
+import json
+from types import SimpleNamespace
+import torch
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.layers import sampler
+from sglang.srt.sampling.sampling_params import TOP_K_ALL
+from dsv3_plugin.conformance.protocol import Request
+from dsv3_plugin.conformance.sampling import admitted
+from dsv3_plugin.sglang_backend import sampling
+
+torch.manual_seed(0)
+vocab = 1000
+logits = torch.randn(48, vocab) * 3
+settings = [{}, {"top_k": 1}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 50, "top_p": 0.9, "min_p": 0.02}]
+rows = [settings[i % len(settings)] for i in range(len(logits))]
+
+def info(rows):
+    top_ks = torch.tensor([row.get("top_k", TOP_K_ALL) for row in rows])
+    top_ps = torch.tensor([row.get("top_p", 1.0) for row in rows])
+    min_ps = torch.tensor([row.get("min_p", 0.0) for row in rows])
+    return SimpleNamespace(
+        top_ks=top_ks, top_ps=top_ps, min_ps=min_ps, need_top_k_sampling=bool((top_ks < vocab).any()),
+        need_top_p_sampling=bool((top_ps < 1).any()), need_min_p_sampling=bool((min_ps > 0).any()),
+    )
+
+def draw(logits, rows, seeds, positions):
+    probs = sampling.allowed_probs(torch.softmax(logits, -1), info(rows))
+    return sampler.multinomial_with_seed(probs.double().log(), seeds, positions).view(-1)
+
+def theirs(logits, rows, seeds, positions):
+    about = info(rows)
+    if not (about.need_top_k_sampling or about.need_top_p_sampling or about.need_min_p_sampling):
+        return sampler.sampling_from_probs_torch(torch.softmax(logits, -1), seeds, positions).view(-1)
+    cuts = about.top_ks, about.top_ps, about.min_ps, False
+    return sampler.top_k_top_p_min_p_sampling_from_probs_torch(
+        torch.softmax(logits, -1), *cuts, seeds, positions
+    ).view(-1)
+
+allowed = sampling.allowed_probs(torch.softmax(logits, -1), info(rows)) > 0
+logprobs = torch.log_softmax(logits, -1)
+request = lambda row: Request(prompt_token_ids=(1,), max_tokens=1, temperature=1.0, **row)
+right = torch.stack([admitted(logprobs[i], request(row)) for i, row in enumerate(rows)])
+seeds, positions = torch.arange(48), torch.arange(48) * 7
+plain = [i for i, row in enumerate(rows) if not row]
+together = draw(logits, rows, seeds, positions)
+alone = torch.cat([draw(logits[i, None], [rows[i]], seeds[i, None], positions[i, None]) for i in range(48)])
+their_together = theirs(logits, rows, seeds, positions)[plain]
+their_alone = theirs(logits[plain], [{}] * len(plain), seeds[plain], positions[plain])
+
+few, draws = 8, 2000
+weights = torch.tensor([[3.0, 1.0, 0.5, 2.0, 0.0, -1.0, 1.5, -2.0]])
+cut = {"top_k": 6, "min_p": 0.05}
+drawn = draw(weights.expand(draws, few), [cut] * draws, torch.arange(draws), torch.full((draws,), 11))
+expected = sampling.allowed_probs(torch.softmax(weights, -1), info([cut]))[0].double()
+expected /= expected.sum()
+counts = torch.bincount(drawn, minlength=few)
+kept = expected > 0
+chi_squared = ((counts[kept] - draws * expected[kept]) ** 2 / (draws * expected[kept])).sum()
+print(json.dumps({
+    "allowed": int((allowed != right).sum()),
+    "company": bool(torch.equal(together, alone)),
+    "their company": bool(torch.equal(their_together.long(), their_alone.long())),
+    "chi squared": float(chi_squared), "free": int(kept.sum()) - 1, "cut off": int(counts[~kept].sum()),
+    "max": int((torch.bincount(drawn) == counts.max()).nonzero()[0]),
+}))
+"""
+
+
+@pytest.mark.parametrize("environment", ["sglang", "sglang-0.5.17", "sglang-0.5.23"])
+def test_a_seed_draws_the_same_in_any_company(environment: str) -> None:
+    done = subprocess.run([python_of(environment), "-c", PROGRAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    # Of 48,000 tokens; sums of probabilities round, here at none.
+    assert answers["allowed"] == 0
+    assert answers["company"]
+    # The twin: SGLang's own draw, whose random numbers belong to ranks where another request has top_k.
+    assert not answers["their company"]
+    # 99.9 % of 4 degrees of freedom are below 18.5.
+    assert answers["free"] == 4 and answers["chi squared"] < 18.5, answers
+    assert answers["cut off"] == 0 and answers["max"] == 0
