@@ -137,6 +137,8 @@ class _Module:
         self.defined: dict[str, ast.stmt] = {}
         self.others: list[ast.stmt] = []
         self.imported: dict[str, str] = {}
+        self._uses: dict[ast.stmt, list[str]] = {}
+        self._strings: dict[ast.stmt, list[str]] = {}
         for statement in tree.body:
             if isinstance(statement, _DEFINITIONS):
                 self.defined[statement.name] = statement
@@ -174,6 +176,11 @@ class _Module:
 
     def uses(self, statement: ast.stmt) -> list[str]:
         """References to all that the statement names, types of arguments too: their methods are called."""
+        if statement not in self._uses:
+            self._uses[statement] = self._find_uses(statement)
+        return self._uses[statement]
+
+    def _find_uses(self, statement: ast.stmt) -> list[str]:
         imported = self.imported | self._imports(statement)
         used: list[str] = []
         waiting: list[ast.AST] = [statement]
@@ -191,8 +198,10 @@ class _Module:
 
     def files(self, statement: ast.stmt) -> list[Path]:
         """Files beside the module that a string of the statement names, and what they include."""
-        names = [node.value for node in ast.walk(statement) if isinstance(node, ast.Constant)]
-        waiting = [name for name in names if isinstance(name, str) and re.fullmatch(r"[\w-]+\.\w+", name)]
+        if statement not in self._strings:
+            values = [node.value for node in ast.walk(statement) if isinstance(node, ast.Constant)]
+            self._strings[statement] = [x for x in values if isinstance(x, str) and re.fullmatch(r"[\w-]+\.\w+", x)]
+        waiting = list(self._strings[statement])
         files: dict[str, Path] = {}
         while waiting:
             name = waiting.pop()
