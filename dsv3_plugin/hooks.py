@@ -52,7 +52,9 @@ class Setting:
     capability: tuple[int, int] | None = None
     """CUDA compute capability, (9, 0) for Hopper; None on a CPU."""
     dims: dict[str, int] = field(default_factory=dict)
-    """Sizes of the model by their configuration names, e.g. `kv_lora_rank`."""
+    """Sizes of the model by their configuration names, e.g. `kv_lora_rank`. Not all may be there: `dsv3 kernels check`
+    and `list` ask with a latent's two sizes.
+    """
 
 
 def always(setting: Setting) -> str | None:

@@ -248,10 +248,8 @@ def test_implementations_get_cases_that_they_take_and_few_that_they_are_compiled
     monkeypatch.setattr(deep_gemm, "missing", lambda: None)
     own = {kernel.op: kernel for kernel in map(provider.own_kernel, check.CONTRACTS)}
     assert sizes(provider.v3_attention()).latents == sizes(flash_mla.kernels()[0]).latents == ((512, 64),)
-    assert sizes(own["mla_attention"]).latents == ((128, 32), (64, 16)) and sizes(own["mla_attention"]).requests == (
-        1,
-        3,
-    )
+    of_any_latent = sizes(own["mla_attention"])
+    assert of_any_latent.latents == ((128, 32), (64, 16)) and of_any_latent.requests == (1, 3)
     assert sizes(own["linear"]) == cases.LARGE
     few = sizes(next(kernel for kernel in deep_gemm.kernels() if kernel.op == "linear"))._replace(rows=(7, 99))
     weights = {cases.linear_case(random.Random(number), few).args[1].shape for number in range(100)}
