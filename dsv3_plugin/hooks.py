@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -134,10 +135,16 @@ class Kernel:
 
     @property
     def parts(self) -> tuple[Implementation, ...]:
-        """`implementations`, or `run` as the only one."""
-        name = getattr(self.run, "__name__", type(self.run).__name__)
-        entry = f"{getattr(self.run, '__module__', '')}:{name}"
-        return self.implementations or (Implementation(name, self.run, entry),)
+        """`implementations`, or `run` as the only one: a function, a method of a class, or a partial of one."""
+        if self.implementations:
+            return self.implementations
+        run, settings = self.run, ""
+        if isinstance(run, partial):
+            run, settings = run.func, repr((run.args, run.keywords))
+        named = run if hasattr(run, "__qualname__") else type(run)
+        name = named.__qualname__
+        entry = f"{named.__module__}:{name.partition('.')[0]}"
+        return (Implementation(name, self.run, entry, settings=lambda: settings),)
 
 
 @hookspec

@@ -13,12 +13,15 @@ import functools
 import hashlib
 import importlib.util
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dsv3_plugin.errors import KernelError
 
 _CORE = __package__ or "dsv3_plugin"
+# What a library wraps a kernel in says nothing of the kernel.
+_LIBRARIES = sys.stdlib_module_names | {"torch", "triton"}
 _INCLUDE = re.compile(r'^\s*#include "(.+)"', re.MULTILINE)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
@@ -46,8 +49,8 @@ def collect(entries: Iterable[str], *, without: Iterable[str] = (), constants_on
     left_out = set(without)
     for entry in waiting:
         module, _, name = entry.partition(":")
-        if not (_exists(module) and _find(module, name, packages)):
-            raise KernelError(f"the source of {entry} is not to be found")
+        if module.partition(".")[0] in _LIBRARIES or not _find(module, name, packages):
+            raise KernelError(f"the source of {entry} is not to be found: name the kernel's implementations")
     found: dict[str, str] = {}
     seen: set[str] = set()
     while waiting:

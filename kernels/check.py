@@ -475,7 +475,7 @@ def main(
             raise KernelError(f"a certificate is given for {FEWEST_CASES} cases or more, not for {cases}")
         certificates.read(certify)  # a file of something else is refused now, not after the run
     where = where_of(device, model_device)
-    targets = [target for target in chosen(op, provider_names, where) if _may_run(target, where)]
+    targets = _that_run(chosen(op, provider_names, where), where)
     if not targets:
         raise KernelError(_nothing_to_check(device))
     ops = list(dict.fromkeys(target.kernel.op for target in targets))
@@ -502,14 +502,16 @@ def where_of(device: DeviceName, model_device: Device = Device.cuda) -> Where:
     return Where("cpu", "cpu", 0, "cpu" if device is DeviceName.cpu else "sm90")
 
 
-def _may_run(target: Target, where: Where) -> bool:
-    """Whether its kernel serves here; told if it does not."""
-    if target.settings(where):
-        return True
-    reason = target.kernel.refuses(where.settings(**V3_LATENT)[0])
-    who = _who(target.kernel.op, target.kernel.provider, target.part.name)
-    print(f"{target.kernel.op:20} {who:22} not checked: {reason}", flush=True)
-    return False
+def _that_run(targets: list[Target], where: Where) -> list[Target]:
+    """Those whose kernels serve here; of others it is told why not."""
+    not_checked: dict[tuple[str, str], list[str]] = {}
+    for target in targets:
+        if not target.settings(where):
+            reason = str(target.kernel.refuses(where.settings(**V3_LATENT)[0]))
+            not_checked.setdefault((target.kernel.provider, reason), []).append(target.kernel.op)
+    for (provider_name, reason), ops in not_checked.items():
+        print(f"{provider_name}: not checked ({reason}): {', '.join(dict.fromkeys(ops))}", flush=True)
+    return [target for target in targets if target.settings(where)]
 
 
 def _nothing_to_check(device: DeviceName) -> str:
@@ -563,7 +565,7 @@ def _certified(file: Path, targets: list[Target], certified: list[Certificate]) 
     """What was written and what was not."""
     have = {(found.subject.operation, found.subject.implementation) for found in certified}
     lack = [f"{target.kernel.op} ({target.part.name})" for target in targets if _named(target) not in have]
-    text = f"wrote {len(certified)} certificates to {file}"
+    text = f"wrote {len(certified)} certificate{'s' * (len(certified) != 1)} to {file}"
     text += f"; none for {', '.join(lack)}" if lack else ""
     read = certificates.user_file()
     if file.resolve() != read.resolve():
@@ -696,8 +698,8 @@ def verdict(findings: list[Finding]) -> tuple[str, bool]:
     kernels = [result for result in exact if not result.is_of_model]
     cases, outputs = sum(result.cases for result in kernels), sum(result.outputs for result in kernels)
     text = f"{cases} cases, {outputs:,} outputs: {'bits differ' if failed else 'equal in every bit'}"
-    if not (kernels or failed):
-        text = "no kernel that is meant to be equal was checked"
+    if not (cases or failed):
+        text = "no kernel that is meant to be equal was compared"
     if on_cpu := sum(result.cases for result in exact if result.is_of_model):
         text += f"; {on_cpu} of the expectations were computed on the CPU too"
     return text + (f"; {broken} kernels broke" if broken else ""), not (failed or broken)

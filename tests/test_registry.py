@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -213,9 +215,34 @@ def test_a_file_of_something_else_is_named(users_file: Path) -> None:
 
 
 def test_a_kernel_whose_source_is_not_to_be_found_has_no_certificate(users_file: Path) -> None:
-    built_in = replace(kernel(), run=print)
-    (refused,) = choice(bind(CPU_BF16, "strict", [built_in, *REFERENCE])).refused
-    assert refused.endswith("the source of builtins:print is not to be found")
+    for run, name in ((print, "builtins:print"), (torch.nn.Linear(1, 1), "torch.nn.modules.linear:Linear")):
+        (refused,) = choice(bind(CPU_BF16, "strict", [replace(kernel(), run=run), *REFERENCE])).refused
+        assert refused.endswith(f"the source of {name} is not to be found: name the kernel's implementations")
+
+
+class Scaled:
+    """A kernel that is an object."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self.run(x, weight)
+
+    def run(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return linear(x, weight) * self.scale
+
+
+def test_the_source_of_a_partial_an_object_and_a_method_is_found() -> None:
+    def digest(run: Callable[..., object]) -> str:
+        (part,) = replace(kernel(), run=run).parts
+        return certificates.subject_of(part, LINEAR, registry.reference_of("linear"), CPU_BF16).digest
+
+    plain, scaled = digest(other_linear), digest(Scaled(2))
+    assert plain != scaled == digest(Scaled(2).run)
+    with_dtype = digest(partial(other_linear, out_dtype=torch.float32))
+    assert plain != with_dtype == digest(partial(other_linear, out_dtype=torch.float32))
+    assert with_dtype != digest(partial(other_linear, out_dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("mode", ["strict", "fast"])

@@ -64,7 +64,7 @@ def test_a_provider_is_checked_certified_and_bound_and_a_change_ends_it(site):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "100 cases" in done.stdout and f"wrote 1 certificates to {certificates.user_file()}" in done.stdout
+    assert "100 cases" in done.stdout and f"wrote 1 certificate to {certificates.user_file()}" in done.stdout
     for rope in serving():
         (part,) = rope.parts
         assert (rope.provider, part.implementation) == ("rope-on-cpu", "rope")
