@@ -11,15 +11,23 @@ call sits in the hot path.
     # my_package/provider.py
     @dsv3_plugin.hooks.hookimpl
     def dsv3_kernels() -> list[Kernel]: ...
+
+Strict mode takes a kernel once each of its implementations has a certificate for the machine (`certificates`), which
+`dsv3 kernels check --provider NAME --certify FILE` writes; a provider may ship such a file (`Kernel.certificates`).
+`examples/kernel_provider` is a whole provider.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 import pluggy
+import torch
 
 from dsv3_plugin.profile import Profile
 
@@ -45,7 +53,9 @@ class Setting:
     capability: tuple[int, int] | None = None
     """CUDA compute capability, (9, 0) for Hopper; None on a CPU."""
     dims: dict[str, int] = field(default_factory=dict)
-    """Sizes of the model by their configuration names, e.g. `kv_lora_rank`."""
+    """Sizes of the model by their configuration names, e.g. `kv_lora_rank`. Not all may be there: `dsv3 kernels check`
+    and `list` ask with a latent's two sizes.
+    """
 
 
 def always(setting: Setting) -> str | None:
@@ -59,14 +69,52 @@ def whole_sums_only(setting: Setting) -> str | None:
     return None if slices == 1 else f"keeps no fp32 sums of slices, {slices} reduction slices were asked for"
 
 
+def versions_of(*distributions: str) -> Callable[[], dict[str, str]]:
+    """What asks for the installed versions of torch and `distributions`, `absent` where one is not there."""
+
+    def versions() -> dict[str, str]:
+        found = {"torch": str(torch.__version__)}
+        for name in distributions:
+            try:
+                found[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                found[name] = "absent"
+        return found
+
+    return versions
+
+
+_torch_alone = versions_of()
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One piece of code that computes an operation: what a certificate is of.
+
+    Its digest is of `entry`, `module:function`, and of all that this function is made of (`sources`), but for the
+    functions `without`, which belong to other implementations or decide between them. `settings` is what else is
+    compiled in; `versions` are those of compilers and libraries that make its bits.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    """It and no other, with the operation's arguments. Raises `InputError` for a shape that it does not take."""
+    entry: str
+    without: tuple[str, ...] = ()
+    settings: Callable[[], str] = str
+    versions: Callable[[], dict[str, str]] = _torch_alone
+    shapes: str = "every shape"
+    """Which shapes its kernel gives it, in words."""
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of one operation.
+    """What a provider offers for one operation.
 
     `run` takes the arguments of the operation's reference in `dsv3_plugin.ops`. `refuses` returns why the kernel
-    cannot serve a setting, or None if it can. `certificate` names the evidence that it meets the contract bit for
-    bit; a kernel without one is used in fast mode only, and `uncertified` may say why it has none: what was measured.
-    Among kernels that may serve, the highest `priority` wins.
+    cannot serve a setting, or None if it can: also that something is not installed, and what to install, so that a
+    model is refused when it is built and not in its first request. Among kernels that may serve, the highest `priority`
+    wins.
     """
 
     op: str
@@ -75,9 +123,28 @@ class Kernel:
     version: str
     run: Callable[..., Any]
     refuses: Callable[[Setting], str | None] = always
-    certificate: str | None = None
+    implementations: tuple[Implementation, ...] = ()
+    """All that `run` may hand to on this machine. If none is named, `run` is the one, made by torch."""
+    certificates: Path | None = None
+    """The file of certificates that the provider ships."""
     uncertified: str | None = None
+    """Why strict mode never takes it: what was measured."""
+    served: Callable[[], dict[str, str]] = dict
+    """Of a kernel that chooses by shape: the shapes so far, each with the implementation that it was given."""
     priority: int = 0
+
+    @property
+    def parts(self) -> tuple[Implementation, ...]:
+        """`implementations`, or `run` as the only one: a function, a method of a class, or a partial of one."""
+        if self.implementations:
+            return self.implementations
+        run, settings = self.run, ""
+        if isinstance(run, partial):
+            run, settings = run.func, repr((run.args, run.keywords))
+        named = run if hasattr(run, "__qualname__") else type(run)
+        name = named.__qualname__
+        entry = f"{named.__module__}:{name.partition('.')[0]}"
+        return (Implementation(name, self.run, entry, settings=lambda: settings),)
 
 
 @hookspec

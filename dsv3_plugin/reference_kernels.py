@@ -48,7 +48,6 @@ def _kernel(contract: Contract, run: object) -> Kernel:
         version=__version__,
         run=run,  # type: ignore[arg-type]
         refuses=only_cpu,
-        certificate="it is the contract",
     )
 
 

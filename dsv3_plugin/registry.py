@@ -1,8 +1,9 @@
 """Choosing the kernel of every operation, once, when a model is built.
 
-`strict` (the default) admits only kernels with a certificate that match the contract's version; where none is left
-for an operation the error names the operation and what each candidate lacked. `fast` admits anything that supports
-the setting. Either way the choice is recorded: `Ops.provenance` says what really runs, and why the others do not.
+`strict` (the default) admits the contracts' own definitions, and kernels all of whose implementations have a
+certificate for exactly what is here (`certificates`); where none is left for an operation the error names the
+operation, what each candidate lacked, and how to certify it. `fast` admits anything that supports the setting. Either
+way the choice is recorded: `Ops.provenance` says what really runs, and why the others do not.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any, Literal, cast, get_args
 
 import pluggy
 
-from dsv3_plugin import hooks, reference_kernels
+from dsv3_plugin import certificates, hooks, reference_kernels
+from dsv3_plugin.certificates import Certificate
 from dsv3_plugin.errors import KernelError
-from dsv3_plugin.hooks import Kernel, Setting
+from dsv3_plugin.hooks import Arithmetic, Kernel, Setting
 from dsv3_plugin.ops import combine, fp8, fused, linear, mla_attention, rms_norm, rope, router, silu_and_mul
 from dsv3_plugin.ops.contract import Contract
 from dsv3_plugin.ops.slices import Slices
@@ -53,6 +55,17 @@ _FP8_OPS = {contract.op for contract in CONTRACTS if "fp8" in contract.op}
 
 
 @dataclass(frozen=True)
+class Part:
+    """One implementation that a bound kernel runs."""
+
+    implementation: str
+    shapes: str
+    """Which shapes it is given, in words."""
+    certificate: Certificate | None
+    """None of the contract's own definition, and in fast mode."""
+
+
+@dataclass(frozen=True)
 class Choice:
     """What serves one operation, and what else was offered."""
 
@@ -60,9 +73,44 @@ class Choice:
     contract_version: int
     provider: str
     version: str
-    certificate: str | None
+    parts: tuple[Part, ...]
     refused: tuple[str, ...]
     """The other kernels, each `provider version: why it does not serve`."""
+    is_the_contract: bool = False
+    """Whether it is the definition that others are compared with."""
+    served: Callable[[], dict[str, str]] = dict
+    """Of a kernel that chooses by shape: the shapes so far, each with its implementation."""
+
+    @property
+    def implementations(self) -> str:
+        """Their names, where they say more than the operation's."""
+        names = [part.implementation for part in self.parts]
+        return "" if self.is_the_contract or names == [self.op] else " or ".join(names)
+
+    def __str__(self) -> str:
+        """Provider, version and implementations."""
+        implementations = f" ({self.implementations})" if self.implementations else ""
+        return f"{self.provider} {self.version}{implementations}"
+
+    def record(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {
+            "operation": self.op,
+            "contract_version": self.contract_version,
+            "provider": self.provider,
+            "version": self.version,
+            "is_the_contract": self.is_the_contract,
+            "implementations": [
+                {
+                    "name": part.implementation,
+                    "shapes": part.shapes,
+                    "certificate": part.certificate and part.certificate.model_dump(mode="json"),
+                }
+                for part in self.parts
+            ],
+            "served_so_far": self.served(),
+            "refused": list(self.refused),
+        }
 
 
 @dataclass(frozen=True)
@@ -126,11 +174,26 @@ class Ops:
         return f"dsv3-plugin {__version__} serves {served}: {arithmetic}, kernels: {self.describe()}"
 
     def describe(self) -> str:
-        """One line for a log: each provider with the operations that it serves."""
+        """One line for a log: each provider with the operations that it serves, and what implements them."""
         served: dict[str, list[str]] = {}
         for choice in self.provenance:
-            served.setdefault(f"{choice.provider} {choice.version}", []).append(choice.op)
+            by = f" by {choice.implementations}" if choice.implementations else ""
+            served.setdefault(f"{choice.provider} {choice.version}", []).append(f"{choice.op}{by}")
         return "; ".join(f"{provider}: {', '.join(ops)}" for provider, ops in served.items())
+
+    def record(self) -> dict[str, Any]:
+        """What really runs, as plain data for JSON: an adapter answers it where its engine is asked.
+
+        `served_so_far` names, of kernels that choose by shape, the implementation of each shape that was met.
+        """
+        return {
+            "version": __version__,
+            "mode": self.mode,
+            "profile": str(self.setting.profile),
+            "device_type": self.setting.device_type,
+            "arithmetic": self.setting.arithmetic,
+            "operations": [choice.record() for choice in self.provenance],
+        }
 
 
 def mode_from_environment() -> Mode:
@@ -166,65 +229,178 @@ def offered_kernels(manager: pluggy.PluginManager | None = None) -> list[Kernel]
     return [kernel for offer in manager.hook.dsv3_kernels() for kernel in offer]
 
 
+def definitions(arithmetic: Arithmetic) -> dict[str, Kernel]:
+    """The kernels that define an arithmetic, by operation: what others are compared with. They need no certificate."""
+    if arithmetic == "cpu":
+        return {kernel.op: kernel for kernel in reference_kernels.dsv3_kernels()}
+    # Kernels know this module, which knows of theirs only the model that defines Hopper's sums.
+    from dsv3_plugin.kernels import sm90_model
+
+    return {kernel.op: kernel for kernel in sm90_model.kernels()}
+
+
+def is_a_definition(kernel: Kernel) -> bool:
+    """Whether a kernel is the definition of its operation in one of the arithmetics."""
+    arithmetics: tuple[Arithmetic, ...] = get_args(Arithmetic)
+    found = (definitions(arithmetic).get(kernel.op) for arithmetic in arithmetics)
+    return any(definition is not None and kernel.run is definition.run for definition in found)
+
+
+def reference_of(op: str) -> str:
+    """An operation's reference in `dsv3_plugin.ops`, whose constants are its contract's, as `module:name`."""
+    run = definitions("cpu")[op].run
+    return f"{run.__module__}:{run.__name__}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel that was offered for an operation, and whether it may serve."""
+
+    kernel: Kernel
+    refusal: str | None
+    """Why it may not."""
+    found: tuple[Certificate | str, ...]
+    """For each of the kernel's parts its certificate, or why it has none. Empty where no certificate is asked for."""
+    is_the_contract: bool
+
+    @property
+    def can_be_certified(self) -> bool:
+        """Whether it lacks a certificate only, which a check on this machine may give it."""
+        return self.refusal is not None and any(isinstance(found, str) for found in self.found)
+
+
+def judge(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) -> Candidate:
+    """Whether a kernel may serve a setting; it is asked for certificates in strict mode, and only if all else fits."""
+    is_the_contract = kernel.run is definitions(setting.arithmetic)[contract.op].run
+    found: tuple[Certificate | str, ...] = ()
+    refusal_: str | None
+    if kernel.contract_version != contract.version:
+        refusal_ = f"meets contract version {kernel.contract_version}, version {contract.version} is needed"
+    else:
+        refusal_ = kernel.refuses(setting)
+    if refusal_ is None and mode == "strict" and not is_the_contract:
+        if kernel.uncertified is not None:
+            refusal_ = f"has no certificate, which strict mode needs: {kernel.uncertified}"
+        else:
+            found = certificates_of(kernel, contract, setting)
+            if lacking := _lacking(kernel, found):
+                refusal_ = f"has no certificate, which strict mode needs: {lacking}"
+    return Candidate(kernel, refusal_, found, is_the_contract)
+
+
+def _lacking(kernel: Kernel, found: tuple[Certificate | str, ...]) -> str:
+    """Why a kernel's parts have no certificates; which of them, where it is not all for one reason."""
+    of_part = {part.name: why for part, why in zip(kernel.parts, found, strict=True) if isinstance(why, str)}
+    if len(set(of_part.values())) == 1 and len(of_part) == len(kernel.parts):
+        return next(iter(of_part.values()))
+    return "; ".join(f"{name}: {why}" for name, why in of_part.items())
+
+
+def certificates_of(kernel: Kernel, contract: Contract, setting: Setting) -> tuple[Certificate | str, ...]:
+    """For each implementation that a kernel may hand to its certificate for this machine, or why there is none."""
+
+    def find(part: hooks.Implementation) -> Certificate | str:
+        try:
+            subject = certificates.subject_of(part, contract, reference_of(contract.op), setting)
+        except KernelError as error:
+            return str(error)
+        return certificates.find(subject, setting.profile.dtype, kernel.certificates)
+
+    return tuple(find(part) for part in kernel.parts)
+
+
+def refusal(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) -> str | None:
+    """Why a kernel may not serve a setting, or None if it may."""
+    return judge(kernel, contract, setting, mode).refusal
+
+
+def candidates(
+    contract: Contract, setting: Setting, mode: Mode, kernels: Iterable[Kernel]
+) -> tuple[Candidate | None, list[Candidate]]:
+    """The kernel that serves an operation, if one may, and all that were offered for it."""
+    judged = [judge(kernel, contract, setting, mode) for kernel in kernels if kernel.op == contract.op]
+    admitted = [candidate for candidate in judged if candidate.refusal is None]
+    return max(admitted, key=lambda candidate: candidate.kernel.priority, default=None), judged
+
+
 def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] | None = None) -> Ops:
     """Choose a kernel for every operation that the setting's profile uses.
 
-    Raises `KernelError` that names each operation for which none may serve, and what each candidate lacked.
+    Raises `KernelError` that names each operation for which none may serve, what each candidate lacked, and what to
+    type to certify those that lack a certificate for this machine.
     """
     mode = mode or mode_from_environment()
     kernels = list(offered_kernels() if kernels is None else kernels)
     bound: dict[str, Callable[..., Any]] = {}
     provenance: list[Choice] = []
-    missing: dict[Contract, str] = {}
+    missing: dict[Contract, list[Candidate]] = {}
     for contract in CONTRACTS:
         if contract.op in _FP8_OPS and not setting.profile.is_fp8:
             bound[contract.op] = partial(_not_bound, contract.op, setting.profile.name)
             continue
-        best, refused = _choose(contract, setting, mode, kernels)
+        best, offered = candidates(contract, setting, mode, kernels)
         if best is None:
-            missing[contract] = f"{contract.op} ({'; '.join(refused) or 'nothing offered'})"
+            missing[contract] = offered
             continue
-        bound[contract.op] = best.run
-        provenance.append(Choice(contract.op, contract.version, best.provider, best.version, best.certificate, refused))
+        bound[contract.op] = best.kernel.run
+        provenance.append(_choice(contract, best, offered))
     if missing:
-        fast_helps = any(_choose(contract, setting, "fast", kernels)[0] for contract in missing)
-        advice = f". {MODE_VARIABLE}=fast takes kernels without certificate" if fast_helps else ""
-        which = "; ".join(missing.values())
-        raise KernelError(f"no kernel may serve in {mode} mode on {setting.device_type}: {which}{advice}")
+        raise KernelError(_nothing_serves(missing, setting, mode, kernels))
     slices = Slices(setting.profile.reduction_slices)
     return Ops(setting=setting, mode=mode, provenance=tuple(provenance), slices=slices, master_weights=None, **bound)
 
 
-def _choose(
-    contract: Contract, setting: Setting, mode: Mode, kernels: list[Kernel]
-) -> tuple[Kernel | None, tuple[str, ...]]:
-    """The best admissible kernel of an operation, and why each other one does not serve."""
-    refused: list[str] = []
-    admitted: list[Kernel] = []
-    for kernel in kernels:
-        if kernel.op != contract.op:
-            continue
-        reason = refusal(kernel, contract, setting, mode)
-        if reason is None:
-            admitted.append(kernel)
-        else:
-            refused.append(f"{kernel.provider} {kernel.version}: {reason}")
-    if not admitted:
-        return None, tuple(refused)
-    best = max(admitted, key=lambda kernel: kernel.priority)
-    lower = (f"{k.provider} {k.version}: lower priority than {best.provider}" for k in admitted if k is not best)
-    return best, (*refused, *lower)
+def _choice(contract: Contract, best: Candidate, offered: list[Candidate]) -> Choice:
+    kernel = best.kernel
+    parts = tuple(
+        Part(part.name, part.shapes, found if isinstance(found, Certificate) else None)
+        for part, found in zip(kernel.parts, best.found or [None] * len(kernel.parts), strict=True)
+    )
+    lower = (
+        f"{_named(candidate)}: lower priority than {kernel.provider}"
+        for candidate in offered
+        if candidate.refusal is None and candidate is not best
+    )
+    return Choice(
+        op=contract.op,
+        contract_version=contract.version,
+        provider=kernel.provider,
+        version=kernel.version,
+        parts=parts,
+        refused=(*_refusals(offered), *lower),
+        is_the_contract=best.is_the_contract,
+        served=kernel.served,
+    )
 
 
-def refusal(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) -> str | None:
-    """Why a kernel may not serve a setting, or None if it may."""
-    if kernel.contract_version != contract.version:
-        return f"meets contract version {kernel.contract_version}, version {contract.version} is needed"
-    reason = kernel.refuses(setting)
-    if reason is None and mode == "strict" and kernel.certificate is None:
-        why = f": {kernel.uncertified}" if kernel.uncertified else ""
-        return f"has no certificate, which strict mode needs{why}"
-    return reason
+def _nothing_serves(
+    missing: dict[Contract, list[Candidate]], setting: Setting, mode: Mode, kernels: list[Kernel]
+) -> str:
+    """What a user reads where operations are left without a kernel, and what to do."""
+    alike: dict[str, list[str]] = {}
+    for contract, offered in missing.items():
+        alike.setdefault("; ".join(_refusals(offered)) or "nothing offered", []).append(contract.op)
+    which = "; ".join(f"{', '.join(ops)} ({why})" for why, ops in alike.items())
+    text = f"no kernel may serve in {mode} mode on {setting.device_type}: {which}"
+    if command := certify_command(candidate for offered in missing.values() for candidate in offered):
+        text += f". To certify them on this machine: {command}"
+    if any(candidates(contract, setting, "fast", kernels)[0] for contract in missing):
+        text += f". {MODE_VARIABLE}=fast takes kernels without certificate"
+    return text
+
+
+def certify_command(judged: Iterable[Candidate]) -> str | None:
+    """What to type to certify the candidates that lack only a certificate for this machine; None if none does."""
+    providers = dict.fromkeys(candidate.kernel.provider for candidate in judged if candidate.can_be_certified)
+    return certificates.command(providers) if providers else None
+
+
+def _refusals(offered: list[Candidate]) -> tuple[str, ...]:
+    return tuple(f"{_named(candidate)}: {candidate.refusal}" for candidate in offered if candidate.refusal is not None)
+
+
+def _named(candidate: Candidate) -> str:
+    return f"{candidate.kernel.provider} {candidate.kernel.version}"
 
 
 def _not_bound(op: str, profile: str, *args: Any, **kwargs: Any) -> Any:

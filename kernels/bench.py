@@ -33,7 +33,7 @@ from dsv3_plugin.kernels import (
     combine,
     cublas,
     fp8_linear,
-    mla,
+    mla_hopper,
     permute,
     provider,
     quantize,
@@ -342,7 +342,7 @@ def attention_cases() -> Iterator[Case]:
                 return call
 
             return Contenders(
-                lambda: mla.mla_attention(q, cache, table, lengths, starts, kv_lora_rank=512, scale=scale),
+                lambda: mla_hopper.mla_attention(q, cache, table, lengths, starts, kv_lora_rank=512, scale=scale),
                 {"FlashMLA": peer(flash_mla)},
                 {"vLLM (Triton, one split)": peer(one_split)},
             )
@@ -361,7 +361,7 @@ def _attention_rows(heads: int) -> Rows:
     lengths = torch.randint(chunk, pages * 64, (requests,), device=_DEVICE, dtype=torch.int32)
     seen = (lengths[:, None] - torch.arange(chunk - 1, -1, -1, device=_DEVICE, dtype=torch.int32)).flatten()
     request = torch.arange(_MOST_ROWS, device=_DEVICE) // chunk
-    attend = partial(mla.mla_attention, kv_lora_rank=512, scale=192**-0.5)
+    attend = partial(mla_hopper.mla_attention, kv_lora_rank=512, scale=192**-0.5)
 
     def decode(rows: torch.Tensor) -> torch.Tensor:
         starts = torch.arange(len(rows) + 1, device=_DEVICE, dtype=torch.int32)

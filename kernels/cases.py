@@ -47,6 +47,8 @@ LARGE = Sizes(
     requests=(1, 2, 3, 4, 5),
     keys=5000,
 )
+# The reference takes its time on a CPU.
+ON_CPU = LARGE._replace(rows=LARGE.rows[:12], heads=(1, 4, 16), keys=500)
 # A few kilobytes a case, for files that live in a repository.
 SMALL = Sizes((1, 3, 5), (128, 256), (16,), (1, 4), (32,), (1, 3), ((64, 16),), (1, 2), 70)
 
@@ -56,6 +58,13 @@ class Case(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+def in_fp32(case: Case) -> Case:
+    """The same case with fp32 numbers in place of bf16 ones, with all bits of their fractions in use."""
+    is_bf16 = [isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in case.args]
+    args = (x.float() / 3 if wide else x for x, wide in zip(case.args, is_bf16, strict=True))
+    return case._replace(args=tuple(args))
 
 
 def generator(rng: random.Random) -> torch.Generator:
@@ -251,7 +260,7 @@ def combine_case(rng: random.Random, at: Sizes) -> Case:
 def mla_attention_case(rng: random.Random, at: Sizes) -> Case:
     """Requests of prefill, verify and decode together, shuffled pages, unwritten memory behind each."""
     heads, (rank, rotary) = rng.choice(at.heads), rng.choice(at.latents)
-    block_size = rng.choice((16, 64))
+    block_size = rng.choice((1, 16, 32, 64))
     lengths, queries = [], []
     budget = _BUDGET // (heads * (2 * rank + rotary))
     for _ in range(rng.choice(at.requests)):

@@ -1,17 +1,19 @@
-"""Do the GPU kernels print the contract's bits? Random cases of every operation against the model of Hopper.
+"""Do kernels print the contract's bits? Random cases of every operation against the definition of its arithmetic.
 
-    dsv3 kernels check [--cases 40] [--op fp8_linear] [--provider cublas] [--seed 0] [--model-device cuda]
-                       [--record golden.safetensors] [--certify certificates.json]
+    dsv3 kernels check [--cases 40] [--op fp8_linear] [--provider cublas] [--device hopper] [--seed 0]
+                       [--model-device cuda] [--record golden.safetensors] [--certify certificates.json]
 
-Expected values come from `sm90_model` on the card; every 16th case is computed on the CPU as well, which must print the
-same bits. Memory that a kernel allocates is filled with NaN first, so that an output nobody wrote is seen. The kernels
-are this package's, or those of the providers that are named. Exits with status 1 if a bit differs of a kernel of this
-package, of another's with a certificate, or of the model on its two devices. Of another's kernel without certificate
-(it serves in fast mode only) the share of differing outputs and the largest difference are told. Processes share the
-cases; one in which a kernel broke is replaced, because it may have broken the card's state for its process.
+Checked are the kernels of every provider that is installed, each of their implementations by itself, as far as they
+serve here; without `--provider` those that are meant to be exact. On a Hopper card expected values come from
+`sm90_model` on the card, and every 16th case is computed on the CPU as well, which must print the same bits; on a CPU
+they come from the reference. Memory that a kernel allocates is filled with NaN first, so that an output nobody wrote is
+seen. Exits with status 1 if a bit differs of a kernel that is meant to be exact, or of the model on its two devices. Of
+one that is not (it serves in fast mode only) the share of differing outputs and the largest difference are told.
+Processes share the cases; one in which a kernel broke is replaced, because it may have broken the card's state for its
+process.
 
 `--record` writes small cases and what the GPU printed to a file, for tests on machines without one. `--certify` writes
-`certificates` of this package's kernels.
+certificates (`dsv3_plugin.certificates`).
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from itertools import groupby
@@ -39,14 +40,15 @@ import typer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from dsv3_plugin import certificates
+from dsv3_plugin.certificates import FEWEST_CASES, Certificate
 from dsv3_plugin.errors import InputError, KernelError
-from dsv3_plugin.hooks import Kernel, Setting
-from dsv3_plugin.kernels import certificates, deep_gemm, provider, sm90_model, third_party
-from dsv3_plugin.kernels.cases import CASES, LARGE, SMALL, Case, Sizes
-from dsv3_plugin.kernels.certificates import Certificate
+from dsv3_plugin.hooks import Arithmetic, Implementation, Kernel, Setting
+from dsv3_plugin.kernels import provider
+from dsv3_plugin.kernels.cases import CASES, LARGE, ON_CPU, SMALL, Case, Sizes, in_fp32
 from dsv3_plugin.kernels.hopper import V3_LATENT
-from dsv3_plugin.profile import FP8_UE8M0
-from dsv3_plugin.registry import CONTRACTS
+from dsv3_plugin.profile import FP8_UE8M0, FP32
+from dsv3_plugin.registry import CONTRACTS, definitions, is_a_definition, offered_kernels, reference_of
 
 # One case of so many is computed on the CPU too where the model runs on the card.
 _ON_CPU_TOO = 16
@@ -54,6 +56,67 @@ _ON_CPU_TOO = 16
 _SHARE = 32
 # Each process holds a context on the card.
 _MOST_PROCESSES = 16
+_CASES, _CASES_OF_CERTIFICATE = 40, 1000
+# What is compiled for every shape or number of requests gets few.
+_FEW: dict[str, dict[str, Any]] = {
+    "mla": {"requests": (1, 3)},
+    "deep_gemm.fp8_gemm_nt": {"depths": (512, 7168), "columns": (64, 192)},
+    "deep_gemm.bf16_gemm_nt": {"depths": (512, 7168), "columns": (64, 192)},
+    "deep_gemm.m_grouped_fp8_gemm_nt_contiguous": {"depths": (512, 7168), "columns": (64, 192)},
+}
+
+
+class Where(NamedTuple):
+    """Which arithmetic is checked, and on which devices."""
+
+    kernels: str = "cuda"
+    model: str = "cuda"
+    cpu_every: int = _ON_CPU_TOO
+    """One case of so many has the model run on the CPU too; none if 0."""
+    arithmetic: Arithmetic = "sm90"
+
+    def settings(self, **dims: int) -> list[Setting]:
+        """In bf16, with fp8 weights, and on a CPU in fp32 too."""
+        capability = (9, 0) if self.kernels == "cuda" else None
+        profiles = (FP8_UE8M0, FP32) if self.arithmetic == "cpu" else (FP8_UE8M0,)
+        return [Setting(self.kernels, self.arithmetic, profile, capability, dims) for profile in profiles]
+
+
+class Target(NamedTuple):
+    """An implementation to check, and the kernel that hands to it."""
+
+    kernel: Kernel
+    part: Implementation
+
+    @property
+    def is_meant_exact(self) -> bool:
+        """Whether a bit that differs is a fault."""
+        return self.kernel.uncertified is None
+
+    @property
+    def must_take_all(self) -> bool:
+        """Whether it is the whole of one of this package's kernels, which refuse no case."""
+        return self.kernel.provider in (provider.PROVIDER, provider.CUDA_PROVIDER) and len(self.kernel.parts) == 1
+
+    def settings(self, where: Where) -> list[Setting]:
+        """Those that its kernel serves; attention's with each latent of the cases."""
+        latents = [V3_LATENT]
+        if self.kernel.op == "mla_attention":
+            latents = [dict(zip(V3_LATENT, latent, strict=True)) for latent in LARGE.latents]
+        settings = [setting for latent in latents for setting in where.settings(**latent)]
+        return [setting for setting in settings if self.kernel.refuses(setting) is None]
+
+    def sizes(self, where: Where) -> Sizes:
+        """What its cases are drawn from."""
+        sizes = (ON_CPU if where.kernels == "cpu" else LARGE)._replace(**_FEW.get(self.part.name, {}))
+        if self.kernel.op == "mla_attention":
+            served = [tuple(setting.dims[name] for name in V3_LATENT) for setting in self.settings(where)]
+            return sizes._replace(latents=tuple(latent for latent in LARGE.latents if latent in served))
+        return sizes
+
+    def dtypes(self, where: Where) -> tuple[torch.dtype, ...]:
+        """The profiles' dtypes that it serves; its cases are drawn in each by turns."""
+        return tuple(dict.fromkeys(setting.profile.dtype for setting in self.settings(where)))
 
 
 class Device(StrEnum):
@@ -61,6 +124,20 @@ class Device(StrEnum):
 
     cuda = "cuda"
     cpu = "cpu"
+
+
+class DeviceName(StrEnum):
+    """Where operations run: `hopper` and its model on a CPU print the same bits, `cpu` others."""
+
+    cpu = "cpu"
+    hopper = "hopper"
+    hopper_model = "hopper-model"
+
+
+def this_machine() -> DeviceName:
+    """`hopper` where there is such a card."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return DeviceName.hopper if hopper else DeviceName.cpu
 
 
 def bits_differ(expected: Any, actual: Any) -> int:
@@ -98,6 +175,7 @@ class Result(NamedTuple):
 
     op: str
     provider: str
+    implementation: str = ""
     cases: int = 0
     outputs: int = 0
     wrong_cases: int = 0
@@ -111,6 +189,10 @@ class Result(NamedTuple):
     """Cases whose shapes the kernel does not take."""
     largest_difference: float = 0.0
     """Of an output from the expected one, by the largest expected one of its case."""
+    dtypes: frozenset[str] = frozenset()
+    """Profiles' dtypes of its cases."""
+    page_sizes: frozenset[int] = frozenset()
+    """Keys of a page in its cases."""
     full_card: bool = False
     """Whether the cases are requests of `check_full_card`."""
 
@@ -122,7 +204,7 @@ class Result(NamedTuple):
     @property
     def is_of_model(self) -> bool:
         """Whether the model on the CPU was compared with the model on the card."""
-        return self.provider == sm90_model.PROVIDER
+        return self.implementation == _MODEL_ON_CPU
 
     def and_then(self, other: Result) -> Result:
         """Of both results' cases."""
@@ -135,6 +217,8 @@ class Result(NamedTuple):
             seconds=self.seconds + other.seconds,
             refused_cases=self.refused_cases + other.refused_cases,
             largest_difference=max(self.largest_difference, other.largest_difference),
+            dtypes=self.dtypes | other.dtypes,
+            page_sizes=self.page_sizes | other.page_sizes,
         )
 
     def __str__(self) -> str:
@@ -149,9 +233,9 @@ class Result(NamedTuple):
                 f" differ, by {self.largest_difference:.1e} of a case's largest at the most; {self.first_wrong}"
             )
         refused = f", {self.refused_cases} refused" if self.refused_cases else ""
-        who = "model on the CPU" if self.is_of_model else self.provider + ", full" * self.full_card
+        who = _who(self.op, self.provider, self.implementation) + ", full" * self.full_card
         count = f"{self.cases:5} cases{refused} {self.outputs:14,} outputs"
-        return f"{self.op:20} {who:18} {count} {self.seconds:6.1f} s  {verdict}"
+        return f"{self.op:20} {who:22} {count} {self.seconds:6.1f} s  {verdict}"
 
 
 class Broken(NamedTuple):
@@ -159,51 +243,39 @@ class Broken(NamedTuple):
 
     op: str
     provider: str
+    implementation: str
     why: str
 
     def __str__(self) -> str:
         """One line for a terminal."""
-        return f"{self.op:20} {self.provider:12} broke: {self.why}"
+        return f"{self.op:20} {_who(self.op, self.provider, self.implementation):22} broke: {self.why}"
 
 
 Finding = Result | Broken
 
 
-def _broken(kernel: Kernel, error: Exception) -> Broken:
-    return Broken(kernel.op, kernel.provider, f"{type(error).__name__}: {error}")
+_MODEL_ON_CPU = "model on the CPU"
+_ALL = "all"
 
 
-def is_meant_exact(kernel: Kernel) -> bool:
-    """Whether a bit that differs is a fault: in all of this package's kernels, and in others with a certificate."""
-    return kernel.uncertified is None or kernel.provider not in OTHERS
+def _who(op: str, provider_name: str, implementation: str) -> str:
+    if implementation in (_MODEL_ON_CPU, _ALL):
+        return implementation
+    return provider_name if implementation in (op, "") else f"{provider_name} {implementation}"
 
 
-def model_of(op: str) -> Kernel:
-    """The model of an operation."""
-    return next(kernel for kernel in sm90_model.kernels() if kernel.op == op)
+def _broken(target: Target, error: Exception) -> Broken:
+    return Broken(target.kernel.op, target.kernel.provider, target.part.name, f"{type(error).__name__}: {error}")
 
 
-def sizes_of(kernel: Kernel) -> Sizes:
-    """What a kernel's cases are drawn from: V3's latent has attention kernels of its own, which get no other, and what
-    is compiled for every shape or number of requests gets few.
-    """
-    if kernel.provider == deep_gemm.PROVIDER:
-        return LARGE._replace(depths=(512, 7168), columns=(64, 192))
-    if kernel.op != "mla_attention":
-        return LARGE
-    if kernel.provider == provider.PROVIDER:
-        return LARGE._replace(latents=LARGE.latents[1:], requests=(1, 3))
-    return LARGE._replace(latents=LARGE.latents[:1])
-
-
-def check_case(kernel: Kernel, number: int, case: Case, expected: Any, device: str) -> Result:
-    """Run a kernel on `device`; a case whose bits differ is described by shapes and its number."""
+def check_case(target: Target, number: int, case: Case, expected: Any, device: str) -> Result:
+    """Run an implementation on `device`; a case whose bits differ is described by shapes and its number."""
     began = time.perf_counter()
-    result = Result(kernel.op, kernel.provider, exact=is_meant_exact(kernel))
+    result = Result(target.kernel.op, target.kernel.provider, target.part.name, exact=target.is_meant_exact)
     try:
-        actual = kernel.run(*(copied(x, device) for x in case.args), **case.kwargs)
+        actual = target.part.run(*(copied(x, device) for x in case.args), **case.kwargs)
     except InputError:
-        if kernel.provider not in OTHERS:
+        if target.must_take_all:
             raise
         return result._replace(refused_cases=1)
     wrong = bits_differ(expected, actual)
@@ -211,6 +283,7 @@ def check_case(kernel: Kernel, number: int, case: Case, expected: Any, device: s
         cases=1,
         outputs=sum(x.numel() for x in (expected if isinstance(expected, tuple) else (expected,))),
         seconds=time.perf_counter() - began,
+        page_sizes=frozenset({case.args[1].shape[1]} if target.kernel.op == "mla_attention" else ()),
     )
     if not wrong:
         return result
@@ -223,54 +296,62 @@ def check_case(kernel: Kernel, number: int, case: Case, expected: Any, device: s
     )
 
 
-class Where(NamedTuple):
-    """On which devices a check runs."""
-
-    kernels: str = "cuda"
-    model: str = "cuda"
-    cpu_every: int = _ON_CPU_TOO
-    """One case of so many has the model run on the CPU too; none if 0."""
-
-
-def check_alike(kernels: list[Kernel], numbers: Iterable[int], seed: int, where: Where) -> list[Finding]:
-    """Check kernels of one operation on the random cases `numbers`, each drawn from `sizes_of` the kernel."""
+def check_alike(targets: list[Target], numbers: Iterable[int], seed: int, where: Where) -> list[Finding]:
+    """Check implementations of one operation on the random cases `numbers`, drawn from the sizes of each."""
     findings: list[Finding] = []
-    for at, group in groupby(sorted(kernels, key=sizes_of), sizes_of):
-        findings += _check_group(list(group), at, numbers, seed, where)
+
+    def drawn_from(target: Target) -> tuple[Sizes, tuple[str, ...]]:
+        return target.sizes(where), tuple(map(str, target.dtypes(where)))
+
+    for (at, _), group in groupby(sorted(targets, key=drawn_from), drawn_from):
+        alike = list(group)
+        findings += _check_group(alike, at, alike[0].dtypes(where), numbers, seed, where)
     return findings
 
 
-def _check_group(kernels: list[Kernel], at: Sizes, numbers: Iterable[int], seed: int, where: Where) -> list[Finding]:
-    model = model_of(kernels[0].op)
+def _check_group(
+    targets: list[Target],
+    at: Sizes,
+    dtypes: tuple[torch.dtype, ...],
+    numbers: Iterable[int],
+    seed: int,
+    where: Where,
+) -> list[Finding]:
+    model = definitions(where.arithmetic)[targets[0].kernel.op]
+    model_on_cpu = Target(model, Implementation(_MODEL_ON_CPU, model.run, ""))
     found: dict[int, Finding] = {}
 
-    def add(index: int, kernel: Kernel, on: str) -> None:
-        """A kernel that broke is not asked again."""
+    def add(index: int, target: Target, on: str) -> None:
+        """An implementation that broke is not asked again."""
         before = found.get(index)
         if isinstance(before, Broken):
             return
         try:
-            result = check_case(kernel, number, case, expected, on)
+            result = check_case(target, number, case, expected, on)
         except Exception as error:  # the others are checked, and the answer says that one was not
-            found[index] = _broken(kernel, error)
+            found[index] = _broken(target, error)
         else:
+            if result.cases:
+                result = result._replace(dtypes=frozenset({certificates.dtype_name(dtype)}))
             found[index] = before.and_then(result) if before else result
 
     for number in numbers:
+        dtype = dtypes[number % len(dtypes)]
         try:
             with torch.device(where.model):
                 case = CASES[model.op](random.Random(f"{model.op}/{seed}/{number}"), at)
+            case = in_fp32(case) if dtype == torch.float32 else case
             expected = model.run(*case.args, **case.kwargs)
         except Exception as error:  # a kernel may have broken the card's state
-            return [*found.values(), _broken(model, error)]
-        for index, kernel in enumerate(kernels):
-            add(index, kernel, where.kernels)
+            return [*found.values(), _broken(model_on_cpu, error)]
+        for index, target in enumerate(targets):
+            add(index, target, where.kernels)
         if where.cpu_every and number % where.cpu_every == 0:
-            add(len(kernels), model, "cpu")
+            add(len(targets), model_on_cpu, "cpu")
     return list(found.values())
 
 
-def check_full_card(kernel: Kernel, seed: int, device: str = "cuda") -> Result:
+def check_full_card(target: Target, seed: int, device: str = "cuda") -> Result:
     """Attention of a batch that fills the card, where a tile's splits are walked in order, against each request alone,
     whose splits are apart. The model is too slow for such sizes; it has seen single requests.
     """
@@ -284,9 +365,9 @@ def check_full_card(kernel: Kernel, seed: int, device: str = "cuda") -> Result:
     q = torch.randn(requests, heads, 576, generator=generator, device=device, dtype=torch.bfloat16)
     starts = torch.arange(requests + 1, device=device, dtype=torch.int32)
     sizes = {"kv_lora_rank": 512, "scale": 576**-0.5}
-    together = kernel.run(q, cache, table, lengths, starts, **sizes)
+    together = target.part.run(q, cache, table, lengths, starts, **sizes)
     alone = [
-        kernel.run(q[i : i + 1], cache, table[i : i + 1], lengths[i : i + 1], starts[:2], **sizes)
+        target.part.run(q[i : i + 1], cache, table[i : i + 1], lengths[i : i + 1], starts[:2], **sizes)
         for i in range(requests)
     ]
     wrong = [bits_differ(out, together[i : i + 1]) for i, out in enumerate(alone)]
@@ -294,15 +375,16 @@ def check_full_card(kernel: Kernel, seed: int, device: str = "cuda") -> Result:
     seconds = time.perf_counter() - began
     wrong_cases = sum(n > 0 for n in wrong)
     return Result(
-        op=kernel.op,
-        provider=kernel.provider,
+        op=target.kernel.op,
+        provider=target.kernel.provider,
+        implementation=target.part.name,
         cases=requests,
         outputs=together.numel(),
         wrong_cases=wrong_cases,
         wrong_outputs=sum(wrong),
         first_wrong=first_wrong,
         seconds=seconds,
-        exact=is_meant_exact(kernel),
+        exact=target.is_meant_exact,
         largest_difference=largest_difference(torch.cat(alone), together),
         full_card=True,
     )
@@ -313,9 +395,7 @@ def record(path: Path, *, per_op: int = 2, device: str = "cuda") -> None:
     tensors: dict[str, torch.Tensor] = {}
     versions = {contract.op: contract.version for contract in CONTRACTS}
     plain: dict[str, str] = {"card": torch.cuda.get_device_name(), "contracts": json.dumps(versions)}
-    for kernel in gpu_kernels():
-        if kernel.provider != provider.PROVIDER:
-            continue
+    for kernel in map(provider.own_kernel, CONTRACTS):
         for number in range(per_op):
             name = f"{kernel.op}/{number}"
             case = CASES[kernel.op](random.Random(f"golden/{name}"), SMALL)
@@ -348,132 +428,172 @@ def recorded(path: Path) -> dict[str, tuple[Case, tuple[torch.Tensor, ...]]]:
     return cases
 
 
-# What other people's kernels are asked for before they are checked: a Hopper card and the latent of V3.
-_HERE = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), V3_LATENT)
-# They need not take every shape.
-OTHERS = {module.PROVIDER for module in provider.OTHERS}
-
-
-def gpu_kernels() -> list[Kernel]:
-    """What this package offers for a GPU."""
-    return [kernel for kernel in provider.dsv3_kernels() if kernel.provider != sm90_model.PROVIDER]
-
-
-def with_each_maker(kernels: list[Kernel]) -> list[Kernel]:
-    """The fp8 products choose among makers by shape; here each maker is a kernel of its own, at every shape."""
-    from dsv3_plugin.kernels import fp8_linear, selection
-    from dsv3_plugin.kernels.selection import Choice
-
-    def made_by(maker: str, kernel: Kernel) -> Callable[..., torch.Tensor]:
-        grouped = kernel.op == "grouped_fp8_linear"
-
-        def run(*args: torch.Tensor) -> torch.Tensor:
-            weight = args[3 if grouped else 2]
-            if maker not in fp8_linear.makers(weight.shape[-2], grouped):
-                return kernel.run(*args)
-            draw = random.Random(str([tuple(x.shape) for x in args]))
-            shape = draw.choice(selection.cuts_to_check(grouped))
-            cut = shape._replace(groups=len(weight) if grouped else 1).filled()
-            choice = Choice(maker, cut if maker == "stream" else None)
-            serve = fp8_linear.grouped_fp8_linear if grouped else fp8_linear.fp8_linear
-            return serve(*args, choice=choice)  # type: ignore[operator]
-
-        return run
-
-    expanded = []
-    for kernel in kernels:
-        if kernel.op == "fp8_linear" and kernel.provider == deep_gemm.PROVIDER:
-            expanded.append(replace(kernel, run=deep_gemm.product))
-        elif kernel.op not in ("fp8_linear", "grouped_fp8_linear") or kernel.provider != provider.PROVIDER:
-            expanded.append(kernel)
-        else:
-            expanded += [replace(kernel, provider=m, run=made_by(m, kernel)) for m in fp8_linear.OWN_MAKERS]
-    return expanded
-
-
 def main(
-    cases: Annotated[int, typer.Option(min=1, help="Random cases of each kernel.")] = 40,
+    cases: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Random cases of each; {_CASES} if not given, {_CASES_OF_CERTIFICATE} to certify."),
+    ] = None,
     op: Annotated[list[str] | None, typer.Option(help="Only this operation. Repeat it.")] = None,
     provider_names: Annotated[
         list[str] | None,
-        typer.Option("--provider", help="Kernels of this provider, not this package's. Repeat it."),
+        typer.Option("--provider", help="Only this provider's kernels, exact or not. Repeat it."),
+    ] = None,
+    device: Annotated[
+        DeviceName | None, typer.Option(help="Whose kernels: for Hopper or a CPU; this machine's if not given.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Another seed makes other cases.")] = 0,
     model_device: Annotated[
-        Device, typer.Option(help="Where expected bits are computed; on cuda every 16th case is on the CPU as well.")
+        Device, typer.Option(help="Where Hopper's bits are computed; on cuda every 16th case is on the CPU as well.")
     ] = Device.cuda,
     record_to: Annotated[
         Path | None, typer.Option("--record", help="Write small cases and this card's results to a file instead.")
     ] = None,
     certify: Annotated[
-        Path | None, typer.Option(help="Write certificates of what was equal to a file; others in it stay.")
+        Path | None,
+        typer.Option(
+            help="Write certificates of what was equal to a file, in place of those of the same code on this machine;"
+            f" strict mode reads {certificates.FILE_VARIABLE}, by default {certificates.user_file()}."
+        ),
     ] = None,
 ) -> None:
-    """Compare this package's kernels, or a provider's, with the model of Hopper, bit for bit, in random cases."""
+    """Compare the kernels of all providers, or of some, with their contracts, bit for bit, in random cases."""
     unknown = sorted(set(op or ()) - set(CASES))
     if unknown:
         raise KernelError(f"there is no operation {', '.join(unknown)}; the operations are {', '.join(CASES)}")
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    device = device or this_machine()
+    if device is DeviceName.hopper and this_machine() is not DeviceName.hopper:
         raise KernelError("the kernels to check run on a Hopper GPU, and this machine has none")
-    if certify is not None and provider_names:
-        raise KernelError("--certify is of whole operations, by all their makers: leave --provider out")
     if record_to is not None:
+        if device is not DeviceName.hopper:
+            raise KernelError("what is recorded is what a Hopper GPU prints, and this machine has none")
         record(record_to)
         return
-    ops = []
-    for kernel in chosen(op, provider_names):
-        if reason := kernel.refuses(_HERE):
-            print(f"{kernel.op:20} {kernel.provider:12} not checked: {reason}", flush=True)
-        elif kernel.op not in ops:
-            ops.append(kernel.op)
-    if not ops:
-        raise KernelError("there is no kernel to check: none of those asked for serves on this machine")
+    if cases is None:
+        cases = _CASES_OF_CERTIFICATE if certify else _CASES
+    if certify is not None:
+        if cases < FEWEST_CASES:
+            raise KernelError(f"a certificate is given for {FEWEST_CASES} cases or more, not for {cases}")
+        certificates.read(certify)  # a file of something else is refused now, not after the run
+    where = where_of(device, model_device)
+    targets = _that_run(chosen(op, provider_names, where), where)
+    if not targets:
+        raise KernelError(_nothing_to_check(device))
+    ops = list(dict.fromkeys(target.kernel.op for target in targets))
     began = time.perf_counter()
-    where = Where() if model_device is Device.cuda else Where(model="cpu", cpu_every=0)
     work = partial(check_share, provider_names=provider_names, seed=seed, where=where)
     findings: list[Finding] = []
     for of_op in by_operation(in_processes(work, shares(ops, cases)), -(-cases // _SHARE)):
         print("\n".join(map(str, of_op)), flush=True)
         findings += of_op
         if certify is not None:  # now, so that a run that ends early leaves what it has
-            certificates.write(certify, earned(of_op))
+            certificates.write(certify, earned(targets, of_op, seed, where))
     text, passed = verdict(findings)
     print(f"{text}; {time.perf_counter() - began:.0f} s")
     if certify is not None:
-        print(f"wrote {certify}; the certificates in use are in {certificates.TABLE}")
+        print(_certified(certify, targets, earned(targets, findings, seed, where)))
     if not passed:
         raise typer.Exit(1)
 
 
-def earned(findings: list[Finding]) -> dict[str, Certificate]:
-    """Certificates of the operations whose own kernels are all equal to the model, and the model to itself on a CPU."""
-    earned_ = {}
-    for contract in CONTRACTS:
-        of_op = [finding for finding in findings if finding.op == contract.op and finding.provider not in OTHERS]
-        equal = [finding for finding in of_op if isinstance(finding, Result) and not finding.wrong_cases]
-        own = [result.cases for result in equal if not result.full_card and not result.is_of_model]
-        if own and len(equal) == len(of_op):
-            on_cpu = [result.cases for result in equal if result.is_of_model]
-            earned_[contract.op] = Certificate(
-                contract_version=contract.version,
-                sources=certificates.digest(provider.OWN_MODULES[contract.op]),
-                cases=min(own),
-                cases_on_cpu=min([*on_cpu, *own]),
-                card=torch.cuda.get_device_name(),
-                torch=str(torch.__version__),
-                triton=third_party.version_of("triton") or "absent",
-            )
-    return earned_
+def where_of(device: DeviceName, model_device: Device = Device.cuda) -> Where:
+    """On which devices a check for `device` runs."""
+    if device is DeviceName.hopper:
+        return Where() if model_device is Device.cuda else Where(model="cpu", cpu_every=0)
+    return Where("cpu", "cpu", 0, "cpu" if device is DeviceName.cpu else "sm90")
 
 
-def chosen(ops: list[str] | None, provider_names: list[str] | None) -> list[Kernel]:
-    """The kernels of these operations, all where None, and these providers, this package where None."""
+def _that_run(targets: list[Target], where: Where) -> list[Target]:
+    """Those whose kernels serve here; of others it is told why not."""
+    not_checked: dict[tuple[str, str], list[str]] = {}
+    for target in targets:
+        if not target.settings(where):
+            reason = str(target.kernel.refuses(where.settings(**V3_LATENT)[0]))
+            not_checked.setdefault((target.kernel.provider, reason), []).append(target.kernel.op)
+    for (provider_name, reason), ops in not_checked.items():
+        print(f"{provider_name}: not checked ({reason}): {', '.join(dict.fromkeys(ops))}", flush=True)
+    return [target for target in targets if target.settings(where)]
 
-    def is_meant(kernel: Kernel) -> bool:
-        by = kernel.provider in provider_names if provider_names else kernel.provider not in OTHERS
-        return by and (not ops or kernel.op in ops)
 
-    return [kernel for kernel in with_each_maker(gpu_kernels()) if is_meant(kernel)]
+def _nothing_to_check(device: DeviceName) -> str:
+    if device is DeviceName.hopper:
+        return "there is no kernel to check: none of those asked for serves on this machine"
+    return (
+        f"there is no kernel to check: none of those asked for serves the {device.value}, whose bits the reference"
+        " defines; kernels for a Hopper GPU run on one, and this machine has none"
+    )
+
+
+def earned(targets: list[Target], findings: list[Finding], seed: int, where: Where) -> list[Certificate]:
+    """Certificates of the implementations that were equal in enough cases, with an equal model on a CPU."""
+    contracts = {contract.op: contract for contract in CONTRACTS}
+    certified = []
+    for target in targets:
+        if not target.is_meant_exact:
+            continue
+        own = [found for found in findings if _concerns(found, target)]
+        equal = [found for found in own if isinstance(found, Result) and not found.wrong_cases]
+        random_cases = [found for found in equal if not (found.full_card or found.is_of_model)]
+        if not random_cases or len(equal) < len(own):
+            continue
+        result = random_cases[0]
+        on_cpu = [found.cases for found in equal if found.is_of_model]
+        setting = target.settings(where)[0]
+        contract = contracts[target.kernel.op]
+        certificate = Certificate(
+            subject=certificates.subject_of(target.part, contract, reference_of(contract.op), setting),
+            seed=seed,
+            cases=result.cases,
+            refused_cases=result.refused_cases,
+            cases_on_cpu=min([*on_cpu, result.cases]),
+            dtypes=tuple(sorted(result.dtypes)),
+            page_sizes=tuple(sorted(result.page_sizes)),
+        )
+        if not any(certificate.shortcomings(dtype) for dtype in target.dtypes(where)):
+            certified.append(certificate)
+    return certified
+
+
+def _concerns(found: Finding, target: Target) -> bool:
+    """Whether it is the target's own finding, or one that all implementations of its operation depend on."""
+    if found.op != target.kernel.op:
+        return False
+    of_all = found.implementation in (_MODEL_ON_CPU, _ALL)
+    return of_all or (found.provider, found.implementation) == (target.kernel.provider, target.part.name)
+
+
+def _certified(file: Path, targets: list[Target], certified: list[Certificate]) -> str:
+    """What was written and what was not."""
+    have = {(found.subject.operation, found.subject.implementation) for found in certified}
+    lack = [f"{target.kernel.op} ({target.part.name})" for target in targets if _named(target) not in have]
+    text = f"wrote {len(certified)} certificate{'s' * (len(certified) != 1)} to {file}"
+    text += f"; none for {', '.join(lack)}" if lack else ""
+    read = certificates.user_file()
+    if file.resolve() != read.resolve():
+        text += f"; strict mode reads {read}, or the file that {certificates.FILE_VARIABLE} names"
+    return text
+
+
+def _named(target: Target) -> tuple[str, str]:
+    return target.kernel.op, target.part.name
+
+
+def chosen(ops: list[str] | None, provider_names: list[str] | None, where: Where) -> list[Target]:
+    """The implementations of these operations, all where None, by these providers, those meant to be exact where None.
+
+    Raises `KernelError` that names a provider that there is not.
+    """
+    kernels = [kernel for kernel in offered_kernels() if kernel.op in CASES and not is_a_definition(kernel)]
+    providers = sorted({kernel.provider for kernel in kernels})
+    if unknown := sorted(set(provider_names or ()) - set(providers)):
+        raise KernelError(f"there is no provider {', '.join(unknown)}; the providers are {', '.join(providers)}")
+    targets: dict[tuple[str, str, str], Target] = {}
+    for kernel in kernels:
+        is_meant = kernel.provider in provider_names if provider_names else kernel.uncertified is None
+        if is_meant and (not ops or kernel.op in ops):
+            for part in kernel.parts:
+                # Kernels that hand to the same implementation share its certificate.
+                targets.setdefault((kernel.op, part.name, part.entry), Target(kernel, part))
+    return list(targets.values())
 
 
 class Share(NamedTuple):
@@ -496,7 +616,8 @@ def in_processes(
     compiles what the others find compiled. A process that dies is a finding, and where a kernel broke the next share
     gets a new process.
     """
-    idle: queue.SimpleQueue[ProcessPoolExecutor | None] = queue.SimpleQueue()
+    # Last in, first out: a process that is there is taken before another is started.
+    idle: queue.LifoQueue[ProcessPoolExecutor | None] = queue.LifoQueue()
     count = min(_MOST_PROCESSES, os.cpu_count() or 1)
     for _ in range(count):
         idle.put(None)
@@ -506,7 +627,7 @@ def in_processes(
         try:
             found = process.submit(work, share).result()
         except BrokenProcessPool:
-            found = [Broken(share.op, "all", "the process died")]
+            found = [Broken(share.op, _ALL, _ALL, "the process died")]
         if any(isinstance(finding, Broken) for finding in found):
             process.shutdown()
             idle.put(None)
@@ -542,43 +663,43 @@ def by_operation(found: Iterable[tuple[Share, list[Finding]]], shares: int) -> I
 
 def together(findings: list[Finding]) -> list[Finding]:
     """One result a kernel, and what broke, once."""
-    results: dict[tuple[str, bool], Result] = {}
+    results: dict[tuple[str, str, bool], Result] = {}
     broken: list[Finding] = []
     for finding in findings:
         if isinstance(finding, Broken):
             broken.append(finding)
             continue
-        key = finding.provider, finding.full_card
+        key = finding.provider, finding.implementation, finding.full_card
         results[key] = results[key].and_then(finding) if key in results else finding
     return [*results.values(), *dict.fromkeys(broken)]
 
 
 def check_share(share: Share, *, provider_names: list[str] | None, seed: int, where: Where) -> list[Finding]:
-    """Check the kernels of one operation that serve a Hopper card, on this machine's."""
+    """Check the implementations of one operation that serve here."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
     warnings.filterwarnings("ignore", message=".*deterministic")
     torch.set_num_threads(1)
-    kernels = [kernel for kernel in chosen([share.op], provider_names) if not kernel.refuses(_HERE)]
-    findings = check_alike(kernels, share.numbers, seed, where)
-    if share.op == "mla_attention" and share.numbers.start == 0:
-        for kernel in (kernel for kernel in kernels if LARGE.latents[0] in sizes_of(kernel).latents):
+    targets = [target for target in chosen([share.op], provider_names, where) if target.settings(where)]
+    findings = check_alike(targets, share.numbers, seed, where)
+    if (share.op, where.kernels, share.numbers.start) == ("mla_attention", "cuda", 0):
+        for target in (target for target in targets if LARGE.latents[0] in target.sizes(where).latents):
             try:
-                findings.append(check_full_card(kernel, seed))
+                findings.append(check_full_card(target, seed))
             except Exception as error:
-                findings.append(_broken(kernel, error))
+                findings.append(_broken(target, error))
     return findings
 
 
 def verdict(findings: list[Finding]) -> tuple[str, bool]:
-    """The last words, and whether all kernels with a certificate are equal and none broke."""
+    """The last words, and whether all kernels that are meant to be exact are equal and none broke."""
     exact = [finding for finding in findings if isinstance(finding, Result) and finding.exact]
     broken = sum(isinstance(finding, Broken) for finding in findings)
     failed = any(result.failed for result in exact)
     kernels = [result for result in exact if not result.is_of_model]
     cases, outputs = sum(result.cases for result in kernels), sum(result.outputs for result in kernels)
     text = f"{cases} cases, {outputs:,} outputs: {'bits differ' if failed else 'equal in every bit'}"
-    if not (kernels or failed):
-        text = "no kernel that is meant to be equal was checked"
+    if not (cases or failed):
+        text = "no kernel that is meant to be equal was compared"
     if on_cpu := sum(result.cases for result in exact if result.is_of_model):
         text += f"; {on_cpu} of the expectations were computed on the CPU too"
     return text + (f"; {broken} kernels broke" if broken else ""), not (failed or broken)

@@ -14,8 +14,18 @@ from rich.table import Table
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Setting
 from dsv3_plugin.kernels import check, cuda, selection
+from dsv3_plugin.kernels.check import DeviceName, this_machine
+from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, FP32
-from dsv3_plugin.registry import CONTRACTS, mode_from_environment, offered_kernels, refusal
+from dsv3_plugin.registry import (
+    CONTRACTS,
+    Candidate,
+    candidates,
+    certify_command,
+    is_a_definition,
+    mode_from_environment,
+    offered_kernels,
+)
 
 app = typer.Typer(help="Kernels: what is offered, whether it is exact, what is fast.", no_args_is_help=True)
 app.command("check")(check.main)
@@ -32,54 +42,56 @@ class ProfileName(StrEnum):
     fp8_float32 = "fp8-float32"
 
 
-class DeviceName(StrEnum):
-    """Where operations run: `hopper` and its model on a CPU print the same bits, `cpu` others."""
-
-    cpu = "cpu"
-    hopper = "hopper"
-    hopper_model = "hopper-model"
-
-
-def _device() -> DeviceName:
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    return DeviceName.hopper if hopper else DeviceName.cpu
-
-
 @app.command("list")
 def list_kernels(
     profile: Annotated[ProfileName, typer.Option(help="The numerics profile.")] = ProfileName.bf16,
     device: Annotated[DeviceName | None, typer.Option(help="Where; this machine if not given.")] = None,
 ) -> None:
-    """Every kernel of every provider: its certificate, whether it serves, or why it does not."""
-    where = device or _device()
+    """Every kernel of every provider, for a model of V3's sizes: its implementations' certificates, whether it serves,
+    or why it does not.
+    """
+    where = device or this_machine()
     setting = Setting(
         "cuda" if where is DeviceName.hopper else "cpu",
         "cpu" if where is DeviceName.cpu else "sm90",
         _PROFILES[profile.value],
         (9, 0) if where is DeviceName.hopper else None,
+        V3_LATENT,
     )
     mode = mode_from_environment()
     kernels = offered_kernels()
     table = Table(title=f"{where.value}, profile {profile.value}, {mode} mode", show_lines=True)
-    for column in ("operation", "provider", "serves", "certificate"):
+    for column in ("operation", "provider", "serves", "certificates"):
         table.add_column(column, overflow="fold")
+    judged: list[Candidate] = []
     for contract in CONTRACTS:
-        offers = [kernel for kernel in kernels if kernel.op == contract.op]
-        reasons = [refusal(kernel, contract, setting, mode) for kernel in offers]
-        able = [kernel for kernel, reason in zip(offers, reasons, strict=True) if reason is None]
-        best = max(able, key=lambda kernel: kernel.priority, default=None)
-        for kernel, reason in zip(offers, reasons, strict=True):
-            serves = "yes" if kernel is best else f"no: {reason or 'another has priority'}"
-            certificate = kernel.certificate or f"none: {kernel.uncertified or 'not compared'}"
+        best, offered = candidates(contract, setting, mode, kernels)
+        judged += offered
+        for candidate in offered:
+            serves = "yes" if candidate is best else f"no: {candidate.refusal or 'another has priority'}"
+            kernel = candidate.kernel
             table.add_row(
-                f"{contract.op} {contract.version}", f"{kernel.provider} {kernel.version}", serves, certificate
+                f"{contract.op} {contract.version}",
+                f"{kernel.provider} {kernel.version}",
+                serves,
+                _certificates(candidate),
             )
     console = Console()
     console.print(table)
-    if where is DeviceName.hopper and not cuda.available():
-        console.print(
-            "The fp8 products are made without fp8_stream.cu: NVRTC is not found. Install the package cuda-bindings."
-        )
+    if command := certify_command(judged):
+        console.print(f"Kernels that lack certificates for this machine get them from: {command}", soft_wrap=True)
+    if where is DeviceName.hopper and (lacking := cuda.missing()):
+        console.print(f"No kernel in CUDA C++ serves: {lacking}", soft_wrap=True)
+
+
+def _certificates(candidate: Candidate) -> str:
+    """One line an implementation; nothing where a kernel was not asked for certificates."""
+    if is_a_definition(candidate.kernel):
+        return "it is the contract"
+    if candidate.kernel.uncertified is not None:
+        return f"none: {candidate.kernel.uncertified}"
+    lines = zip(candidate.kernel.parts, candidate.found, strict=False)
+    return "\n".join(f"{part.name}: {'none: ' if isinstance(found, str) else ''}{found}" for part, found in lines)
 
 
 @app.command("tune")

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dsv3_plugin.errors import KernelError
+from dsv3_plugin.hooks import versions_of
+from dsv3_plugin.kernels.third_party import version_of
 
 _FOLDER = Path(__file__).parent
 _ARCHITECTURE = "sm_90a"
@@ -51,9 +53,29 @@ def wgmma(width: int) -> str:
 
 
 @functools.cache
+def missing() -> str | None:
+    """What CUDA C++ kernels lack on this machine, and what to install; None if nothing. Imports the bindings."""
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "the package cuda-bindings is not installed: pip install cuda-bindings"
+    try:
+        _nvrtc_version()
+    except Exception as error:  # the bindings raise what the loader of the system raises
+        return f"NVRTC, the compiler of CUDA C++, does not load ({error}): pip install nvidia-cuda-nvrtc"
+    return None
+
+
 def available() -> bool:
-    """Whether NVRTC and the driver can be called from Python: torch's CUDA builds bring the package cuda-bindings."""
-    return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+    """Whether nothing is `missing`."""
+    return missing() is None
+
+
+def versions() -> dict[str, str]:
+    """Of what makes machine code of CUDA C++."""
+    found = versions_of("cuda-bindings")()
+    if available():
+        names = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
+        found["nvrtc"] = version_of(*names) or ".".join(map(str, _nvrtc_version()))
+    return found
 
 
 def _nvrtc() -> Any:
@@ -62,6 +84,11 @@ def _nvrtc() -> Any:
     except ImportError as error:
         raise KernelError(f"CUDA C++ kernels need the package cuda-bindings: {error}") from error
     return nvrtc
+
+
+def _nvrtc_version() -> tuple[int, int]:
+    _, major, minor = _nvrtc().nvrtcVersion()
+    return major, minor
 
 
 def _checked(result: tuple[Any, ...], what: str) -> Any:

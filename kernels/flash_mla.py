@@ -65,10 +65,11 @@ def _attend(
     )[0]
 
 
-def installed() -> bool:
-    """Whether vLLM is, with FlashMLA in it; vLLM is not imported."""
+def missing() -> str | None:
+    """What is, if it is not vLLM with FlashMLA in it; vLLM is not imported."""
     vllm = importlib.util.find_spec("vllm")
-    return vllm is not None and PathFinder.find_spec("_flashmla_C", vllm.submodule_search_locations) is not None
+    found = vllm is not None and PathFinder.find_spec("_flashmla_C", vllm.submodule_search_locations) is not None
+    return None if found else "vLLM with FlashMLA is not installed"
 
 
 def kernels() -> list[Kernel]:
@@ -78,5 +79,5 @@ def kernels() -> list[Kernel]:
         mla_attention,
         uncertified="cuts the keys by the batch: of 150 requests together 147 answer otherwise alone",
     )
-    refuses = for_v3_latent(on_hopper_with("vLLM with FlashMLA", installed))
+    refuses = for_v3_latent(on_hopper_with(missing))
     return kernels_of(PROVIDER, version_of("vllm"), refuses, attention)

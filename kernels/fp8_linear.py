@@ -9,6 +9,7 @@ bits do not depend on which operand is which.
 
 from __future__ import annotations
 
+import random
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from dsv3_plugin.kernels import fp8_gluon, fp8_stream, selection
 from dsv3_plugin.kernels.selection import Choice
 from dsv3_plugin.kernels.tiles import find_group
 from dsv3_plugin.ops.contract import require, require_matrix
-from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.ops.fp8 import E4M3, FP8_LINEAR, GROUPED_FP8_LINEAR
 
 
 class Tile(NamedTuple):
@@ -305,6 +306,21 @@ def grouped_fp8_linear(
         else:
             _launch_grouped(x, x_scale, expert_counts, weight, weight_scale, out)
     return out
+
+
+def made_by(maker: str, grouped: bool, *args: torch.Tensor) -> torch.Tensor:
+    """`fp8_linear` or `grouped_fp8_linear` by one of `OWN_MAKERS`, whichever is the fastest; fp8_stream.cu is cut in
+    one of the ways that serve, drawn by the shapes. Raises `InputError` for a shape that the maker does not take.
+    """
+    weight = args[-2]
+    op = GROUPED_FP8_LINEAR.op if grouped else FP8_LINEAR.op
+    able = maker in makers(weight.shape[-2], grouped)
+    require(able, op, f"{selection.IMPLEMENTATIONS[maker]} does not take {weight.shape[-2]} columns")
+    draw = random.Random(str([tuple(x.shape) for x in args]))
+    cut = draw.choice(selection.cuts_to_check(grouped))._replace(groups=len(weight) if grouped else 1).filled()
+    choice = Choice(maker, cut if maker == "stream" else None)
+    serve = grouped_fp8_linear if grouped else fp8_linear
+    return serve(*args, choice=choice)  # type: ignore[operator]
 
 
 def _launch_grouped(

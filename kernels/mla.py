@@ -1,5 +1,4 @@
-"""Absorbed attention over the paged latent cache. V3's latent has a kernel of its own, `mla_hopper`; here is the one
-for any other.
+"""Absorbed attention over the paged latent cache, of any latent. V3's has a kernel of its own: `mla_hopper`.
 
 A program takes 64 rows (token, head) of one request, one head-major tile after the other, and walks its keys in blocks
 of 64 and splits of 1024 at absolute positions, in order. A split's output stays in the second product's accumulator.
@@ -12,12 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv3_plugin.kernels import mla_hopper
+from dsv3_plugin.kernels import mla_inputs
 from dsv3_plugin.kernels.triton_math import EXACT, divide, exp2_of_nonpositive, fold_sum
-from dsv3_plugin.ops.contract import require
 from dsv3_plugin.ops.elementary import LOG2_E
-from dsv3_plugin.ops.mla_attention import KEY_BLOCK, MAXIMUM_STEP, MLA_ATTENTION, SPLIT_KEYS
-from dsv3_plugin.ops.paged_batch import require_paged_batch
+from dsv3_plugin.ops.mla_attention import KEY_BLOCK, MAXIMUM_STEP, SPLIT_KEYS
 
 _ROWS = 64
 
@@ -137,22 +134,13 @@ def mla_attention(
     [num_reqs, max_blocks], seq_lens [num_reqs] and query_start_loc [num_reqs + 1] int32 or int64;
     to bf16 [T, H, kv_lora_rank].
 
-    Raises `InputError`, of page numbers and lengths too: see `paged_batch`.
+    Raises `InputError`.
     """
-    op = MLA_ATTENTION.op
-    require_paged_batch(op, q, latent_cache, block_table, seq_lens, query_start_loc, scale)
-    require(q.dtype == torch.bfloat16, op, f"q is {q.dtype}, expected torch.bfloat16")
-    require(q.is_contiguous(), op, f"q of shape {tuple(q.shape)} is not contiguous")
-    require(q.shape[2] > kv_lora_rank, op, f"q has dim {q.shape[2]}, kv_lora_rank is {kv_lora_rank}")
-    require(latent_cache.stride(2) == 1, op, f"latent_cache has stride {latent_cache.stride(2)} in its last dimension")
-    for name, x in (("block_table", block_table), ("seq_lens", seq_lens), ("query_start_loc", query_start_loc)):
-        require(x.stride(-1) == 1, op, f"{name} has stride {x.stride(-1)} in its last dimension")
+    mla_inputs.check(q, latent_cache, block_table, seq_lens, query_start_loc, kv_lora_rank, scale)
     requests = len(seq_lens)
     tokens, heads, dim = q.shape
     out = q.new_empty(tokens, heads, kv_lora_rank)
-    if out.numel() and mla_hopper.serves(latent_cache, kv_lora_rank):
-        mla_hopper.mla_attention(q, latent_cache, block_table, seq_lens, query_start_loc, out, scale)
-    elif out.numel():
+    if out.numel():
         # Not more tiles than this: each request adds at most one that is not full.
         grid = (tokens * heads // _ROWS + min(requests, tokens),)
         _mla_attention[grid](

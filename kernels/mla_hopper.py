@@ -10,9 +10,10 @@ import functools
 
 import torch
 
-from dsv3_plugin.kernels import cuda
+from dsv3_plugin.kernels import cuda, mla_inputs
+from dsv3_plugin.ops.contract import require
 from dsv3_plugin.ops.elementary import EXP2_POLYNOMIAL, LOG2_E
-from dsv3_plugin.ops.mla_attention import MAXIMUM_STEP, SPLIT_KEYS
+from dsv3_plugin.ops.mla_attention import MAXIMUM_STEP, MLA_ATTENTION, SPLIT_KEYS
 
 RANK = 512
 DIM = 576
@@ -78,18 +79,36 @@ def _processors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def serves(latent_cache: torch.Tensor, kv_lora_rank: int) -> bool:
-    """Whether the kernel can read this cache: V3's latent, keys at multiples of 16 bytes."""
-    return (
-        kv_lora_rank == RANK
-        and latent_cache.shape[2] == DIM
-        and latent_cache.data_ptr() % 16 == 0
-        and latent_cache.stride(0) % 8 == 0
-        and latent_cache.stride(1) % 8 == 0
-    )
-
-
 def mla_attention(
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    *,
+    kv_lora_rank: int,
+    scale: float,
+) -> torch.Tensor:
+    """q bf16 [T, H, 576], latent_cache bf16 [num_blocks, block_size, 576] whose keys lie at multiples of 16 bytes,
+    block_table [num_reqs, max_blocks], seq_lens [num_reqs] and query_start_loc [num_reqs + 1] int32 or int64; to bf16
+    [T, H, 512].
+
+    Raises `InputError`.
+    """
+    op = MLA_ATTENTION.op
+    mla_inputs.check(q, latent_cache, block_table, seq_lens, query_start_loc, kv_lora_rank, scale)
+    is_v3 = kv_lora_rank == RANK and q.shape[2] == DIM
+    require(is_v3, op, f"this kernel attends with a latent of {RANK} + 64, not {kv_lora_rank} of {q.shape[2]}")
+    strides = latent_cache.stride()[:2]
+    aligned = latent_cache.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
+    require(aligned, op, f"latent_cache with strides {strides} has keys that begin at no multiple of 16 bytes")
+    out = q.new_empty(*q.shape[:2], kv_lora_rank)
+    if out.numel():
+        launch(q, latent_cache, block_table, seq_lens, query_start_loc, out, scale)
+    return out
+
+
+def launch(
     q: torch.Tensor,
     latent_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -98,7 +117,7 @@ def mla_attention(
     out: torch.Tensor,
     scale: float,
 ) -> None:
-    """Attend q bf16 [T, H, 576] to a cache that `serves` accepts and write out bf16 [T, H, 512]; inputs are checked."""
+    """The same of checked arguments, to out."""
     tokens, heads, _ = q.shape
     pages, block_size, _ = latent_cache.shape
     requests = len(seq_lens)

@@ -2,81 +2,57 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
-from dsv3_plugin.hooks import Kernel, hookimpl
-from dsv3_plugin.kernels import certificates, cublas, deep_gemm, flash_mla, sm90_model, transformer_engine
-from dsv3_plugin.kernels.hopper import Refusal, for_v3_latent, on_hopper_with
+from dsv3_plugin.hooks import Implementation, Kernel, hookimpl
+from dsv3_plugin.kernels import cublas, cuda, deep_gemm, flash_mla, own, selection, sm90_model, transformer_engine
+from dsv3_plugin.kernels.hopper import CERTIFICATES, Refusal, for_other_latents, for_v3_latent, on_hopper_with
 from dsv3_plugin.ops.contract import Contract
+from dsv3_plugin.ops.fp8 import FP8_LINEAR, GROUPED_FP8_LINEAR
 from dsv3_plugin.ops.mla_attention import MLA_ATTENTION
 from dsv3_plugin.registry import CONTRACTS
 from dsv3_plugin.version import __version__
 
 PROVIDER = "triton"
+CUDA_PROVIDER = "cuda"
 OTHERS = (deep_gemm, cublas, transformer_engine, flash_mla)
 """The modules that offer other people's kernels."""
 
-# Operation to the module that serves it; the function has the operation's name.
-OWN_MODULES = {
-    "linear": "bf16_linear",
-    "head_linear": "bf16_linear",
-    "grouped_linear": "bf16_linear",
-    "quantize_fp8": "quantize",
-    "fp8_linear": "fp8_linear",
-    "grouped_fp8_linear": "fp8_linear",
-    "rms_norm": "rms_norm",
-    "rope": "rope",
-    "silu_and_mul": "silu_and_mul",
-    "router_linear": "router",
-    "route": "router",
-    "moe_router": "router",
-    "combine": "combine",
-    "mla_attention": "mla",
-    "add_rms_norm": "rms_norm",
-    "rms_norm_fp8": "rms_norm",
-    "add_rms_norm_fp8": "rms_norm",
-    "silu_and_mul_fp8": "silu_and_mul",
-    "permute": "permute",
-    "permute_fp8": "permute",
-}
+refuses = on_hopper_with(own.missing)
 
 
-def on_first_call(module: str, function: str) -> Callable[..., Any]:
-    """`function` of a module of this package that is imported when it is first called."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(f"dsv3_plugin.kernels.{module}"), function)(*args, **kwargs)
-
-    return call
-
-
-refuses = on_hopper_with("Triton", lambda: importlib.util.find_spec("triton") is not None)
+def own_kernel(contract: Contract) -> Kernel:
+    """A kernel of this package in Triton; fp8 products choose CUDA C++ where it can be compiled and is faster."""
+    refusal = for_other_latents(refuses) if contract is MLA_ATTENTION else refuses
+    kernel = _kernel(contract, PROVIDER, own.MODULES[contract.op], refusal, own.parts(contract.op))
+    if contract in (FP8_LINEAR, GROUPED_FP8_LINEAR):
+        return replace(kernel, served=partial(selection.served, contract is GROUPED_FP8_LINEAR))
+    return kernel
 
 
-def own_kernel(contract: Contract, name: str, refusal: Refusal, *, priority: int = 0) -> Kernel:
-    """A kernel of this package, under the provider `name`."""
-    module = OWN_MODULES[contract.op]
-    certificate, uncertified = certificates.certified(contract, module)
+def v3_attention() -> Kernel:
+    """Attention with V3's latent, in CUDA C++."""
+    refusal = for_v3_latent(on_hopper_with(cuda.missing))
+    return _kernel(MLA_ATTENTION, CUDA_PROVIDER, "mla_hopper", refusal, (own.mla_hopper(),))
+
+
+def _kernel(contract: Contract, name: str, module: str, refusal: Refusal, parts: tuple[Implementation, ...]) -> Kernel:
     return Kernel(
         op=contract.op,
         contract_version=contract.version,
         provider=name,
         version=__version__,
-        run=on_first_call(module, contract.op),
+        run=own.on_first_call(module, contract.op),
         refuses=refusal,
-        certificate=certificate,
-        uncertified=uncertified,
-        priority=priority,
+        implementations=parts,
+        certificates=CERTIFICATES,
     )
 
 
 @hookimpl
 def dsv3_kernels() -> list[Kernel]:
     """The model of Hopper on a CPU, and the kernels for Hopper itself."""
-    own = [own_kernel(contract, PROVIDER, refuses) for contract in CONTRACTS]
-    v3_attention = own_kernel(MLA_ATTENTION, "cuda", for_v3_latent(refuses), priority=1)
+    own_kernels = [own_kernel(contract) for contract in CONTRACTS]
     others = [kernel for module in OTHERS for kernel in module.kernels()]
-    return [*sm90_model.kernels(), v3_attention, *own, *others]
+    return [*sm90_model.kernels(), v3_attention(), *own_kernels, *others]

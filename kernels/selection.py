@@ -19,6 +19,13 @@ from dsv3_plugin.kernels.fp8_stream import DENSE_SAMPLE, GROUPED_SAMPLE, Shape
 TABLE = Path(__file__).with_name("selection.json")
 _PEER = "deep-gemm"
 _MAKERS = ("stream", "gluon", "triton", _PEER)
+IMPLEMENTATIONS = {
+    "stream": "fp8_stream",
+    "gluon": "fp8_gluon",
+    "triton": "fp8_triton",
+    _PEER: "deep_gemm.fp8_gemm_nt",
+}
+"""What certificates call the makers."""
 
 
 class Row(BaseModel):
@@ -144,4 +151,19 @@ def choose(groups: int, columns: int, depth: int, rows: int, makers: tuple[str, 
     exact = nearest == (groups, columns, depth)
     able = [maker for maker in makers if maker != "stream" or (exact and row.stream)]
     maker = min(able, key=lambda maker: row.microseconds.get(maker, math.inf))
+    fewest, most = _chosen.get((groups, columns, depth, maker), (rows, rows))
+    _chosen[groups, columns, depth, maker] = min(fewest, rows), max(most, rows)
     return Choice(maker, row.shape() if maker == "stream" else None)
+
+
+# Experts, columns, depth and maker, with the fewest and the most rows for which it was chosen.
+_chosen: dict[tuple[int, int, int, str], tuple[int, int]] = {}
+
+
+def served(grouped: bool) -> dict[str, str]:
+    """The products that were asked for so far, each with the implementation that `choose` found."""
+    return {
+        f"{groups} experts x " * grouped + f"{fewest} to {most} rows x {columns} x {depth}": IMPLEMENTATIONS[maker]
+        for (groups, columns, depth, maker), (fewest, most) in sorted(_chosen.items())
+        if (groups > 0) == grouped
+    }

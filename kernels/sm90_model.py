@@ -149,7 +149,6 @@ def kernels() -> list[Kernel]:
             version=__version__,
             run=run,
             refuses=refuses,
-            certificate="it is the contract",
         )
         for contract, run in _OPERATIONS
     ]

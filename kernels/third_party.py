@@ -6,8 +6,8 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dsv3_plugin.hooks import Kernel
-from dsv3_plugin.kernels.hopper import Refusal
+from dsv3_plugin.hooks import Implementation, Kernel
+from dsv3_plugin.kernels.hopper import CERTIFICATES, Refusal
 from dsv3_plugin.ops.contract import Contract
 
 
@@ -22,12 +22,13 @@ def version_of(*distributions: str) -> str | None:
 
 
 class Offer(NamedTuple):
-    """One operation of a provider; the last three as in `Kernel`."""
+    """One operation of a provider; the fields as in `Kernel`."""
 
     contract: Contract
     run: Callable[..., Any]
-    certificate: str | None = None
+    implementations: tuple[Implementation, ...] = ()
     uncertified: str | None = None
+    served: Callable[[], dict[str, str]] = dict
     priority: int = 0
 
 
@@ -41,8 +42,10 @@ def kernels_of(provider: str, version: str | None, refuses: Refusal, *offers: Of
             version=version or "absent",
             run=offer.run,
             refuses=refuses,
-            certificate=offer.certificate,
+            implementations=offer.implementations,
+            certificates=CERTIFICATES,
             uncertified=offer.uncertified,
+            served=offer.served,
             priority=offer.priority,
         )
         for offer in offers

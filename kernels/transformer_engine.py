@@ -82,7 +82,7 @@ def kernels() -> list[Kernel]:
     return kernels_of(
         PROVIDER,
         version,
-        on_hopper_with("TransformerEngine for torch", lambda: version is not None),
+        on_hopper_with(lambda: None if version else "TransformerEngine for torch is not installed"),
         Offer(QUANTIZE_FP8, quantize_fp8, uncertified="differs with fp32 scales, and far from 1", priority=-1),
         Offer(FP8_LINEAR, fp8_linear, uncertified="is cuBLASLt's product, which differs at few rows", priority=-2),
     )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from dsv3_plugin import reference_kernels, registry
+from dsv3_plugin import certificates, reference_kernels, registry
+from dsv3_plugin.certificates import Certificate
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Kernel, Setting
 from dsv3_plugin.layers.model import bind_ops
-from dsv3_plugin.ops.linear import linear
+from dsv3_plugin.ops.linear import LINEAR, linear
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32
 from dsv3_plugin.registry import CONTRACTS, MODE_VARIABLE, Choice, Ops, bind, mode_from_environment
 from dsv3_plugin.version import __version__
@@ -38,7 +43,6 @@ def kernel(
     *,
     op: str = "linear",
     contract_version: int = 1,
-    certificate: str | None = None,
     priority: int = 10,
     refusal: str | None = None,
 ) -> Kernel:
@@ -50,9 +54,32 @@ def kernel(
         version="3.2",
         run=other_linear,
         refuses=lambda setting: refusal,
-        certificate=certificate,
         priority=priority,
     )
+
+
+def certificate(setting: Setting = CPU_BF16, **changes: object) -> Certificate:
+    """That of `other_linear` on this machine, as a check with enough equal cases would write it."""
+    (part,) = kernel().parts
+    subject = certificates.subject_of(part, LINEAR, registry.reference_of("linear"), setting)
+    plain = Certificate(
+        subject=subject,
+        seed=0,
+        cases=100,
+        refused_cases=0,
+        cases_on_cpu=100,
+        dtypes=("bfloat16",),
+        page_sizes=(),
+    )
+    return plain.model_copy(update=changes)
+
+
+@pytest.fixture
+def users_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where strict mode looks for certificates; there is no file yet."""
+    file = tmp_path / "certificates" / "mine.json"
+    monkeypatch.setenv(certificates.FILE_VARIABLE, str(file))
+    return file
 
 
 def choice(ops: Ops, op: str = "linear") -> Choice:
@@ -68,7 +95,7 @@ def test_the_reference_serves_every_operation_on_a_cpu() -> None:
     ops = bind(CPU_FP8, "strict", REFERENCE)
     assert ops.mode == "strict" and ops.setting == CPU_FP8
     assert [c.op for c in ops.provenance] == [contract.op for contract in CONTRACTS]
-    assert {(c.provider, c.certificate) for c in ops.provenance} == {("reference", "it is the contract")}
+    assert {(c.provider, c.is_the_contract) for c in ops.provenance} == {("reference", True)}
     assert all(c.refused == () for c in ops.provenance)
     assert ops.linear is linear
     assert ops.describe().startswith(f"{OURS}: linear, head_linear, ")
@@ -89,18 +116,22 @@ def test_strict_mode_says_what_was_measured_of_a_kernel_without_certificate() ->
     assert choice(bind(CPU_BF16, "fast", [measured, *REFERENCE])).provider == "fast_lab"
 
 
-def test_strict_mode_passes_over_what_has_no_certificate() -> None:
+UNKNOWN = "has no certificate, which strict mode needs: it was compared with the contract nowhere"
+
+
+def test_strict_mode_passes_over_what_has_no_certificate(users_file: Path) -> None:
     ops = bind(CPU_BF16, "strict", [kernel(), *REFERENCE])
     assert ops.linear is linear
     assert choice(ops).provider == "reference"
-    assert choice(ops).refused == ("fast_lab 3.2: has no certificate, which strict mode needs",)
+    assert choice(ops).refused == (f"fast_lab 3.2: {UNKNOWN}",)
 
 
-def test_strict_mode_names_the_operation_and_what_the_kernel_lacks() -> None:
+def test_strict_mode_names_the_operation_and_what_the_kernel_lacks(users_file: Path) -> None:
     with pytest.raises(KernelError) as error:
         bind(CPU_BF16, "strict", [kernel(), *without("linear")])
     assert str(error.value) == (
-        "no kernel may serve in strict mode on cpu: linear (fast_lab 3.2: has no certificate, which strict mode needs)."
+        f"no kernel may serve in strict mode on cpu: linear (fast_lab 3.2: {UNKNOWN})."
+        f" To certify them on this machine: dsv3 kernels check --provider fast_lab --certify {users_file}."
         " DSV3_PLUGIN_MODE=fast takes kernels without certificate"
     )
 
@@ -110,23 +141,113 @@ def test_fast_mode_admits_by_priority() -> None:
     for kernels in (offers, offers[::-1]):
         ops = bind(CPU_BF16, "fast", kernels)
         assert ops.linear is other_linear
-        assert choice(ops).provider == "fast_lab" and choice(ops).version == "3.2" and choice(ops).certificate is None
+        assert choice(ops).provider == "fast_lab" and choice(ops).version == "3.2"
+        assert [part.certificate for part in choice(ops).parts] == [None]
         refused = {"slow_lab 3.2: lower priority than fast_lab", f"{OURS}: lower priority than fast_lab"}
         assert set(choice(ops).refused) == refused
         assert choice(ops, "rope").provider == "reference"
     assert bind(CPU_BF16, "fast", [kernel(priority=-1), *REFERENCE]).linear is linear
-    assert f"fast_lab 3.2: linear; {OURS}: head_linear" in bind(CPU_BF16, "fast", offers).describe()
+    assert f"fast_lab 3.2: linear by other_linear; {OURS}: head_linear" in bind(CPU_BF16, "fast", offers).describe()
 
 
-def test_a_certified_kernel_serves_in_strict_mode() -> None:
-    ops = bind(CPU_BF16, "strict", [kernel(certificate="report 17"), *REFERENCE])
+def test_a_certified_kernel_serves_in_strict_mode(users_file: Path) -> None:
+    certificates.write(users_file, [certificate()])
+    ops = bind(CPU_BF16, "strict", [kernel(), *REFERENCE])
     assert ops.linear is other_linear
-    assert choice(ops).certificate == "report 17"
+    (part,) = choice(ops).parts
+    assert (part.implementation, part.certificate) == ("other_linear", certificate())
+    assert str(choice(ops)) == "fast_lab 3.2 (other_linear)"
+
+
+def test_a_provider_ships_certificates_of_its_own(users_file: Path, tmp_path: Path) -> None:
+    shipped = tmp_path / "shipped.json"
+    offer = replace(kernel(), certificates=shipped)
+    assert bind(CPU_BF16, "strict", [offer, *REFERENCE]).linear is linear
+    certificates.write(shipped, [certificate()])
+    assert bind(CPU_BF16, "strict", [offer, *REFERENCE]).linear is other_linear
+
+
+SUBJECT = certificate().subject
+OTHERS = {
+    "its sources or its contract's constants have changed": {
+        "subject": SUBJECT.model_copy(update={"digest": "0" * 16})
+    },
+    "torch is .*, with 2.0 it was compared": {"subject": SUBJECT.model_copy(update={"versions": {"torch": "2.0"}})},
+    "triton is absent, with 3.6.0": {
+        "subject": SUBJECT.model_copy(update={"versions": SUBJECT.versions | {"triton": "3.6.0"}})
+    },
+    "this is .*, on an abacus .* it was compared": {"subject": SUBJECT.model_copy(update={"card": "an abacus"})},
+    "version 7 of its contract was compared": {"subject": SUBJECT.model_copy(update={"contract_version": 7})},
+    "99 cases were compared, 100 are needed": {"cases": 99},
+    "it was not compared in bfloat16": {"dtypes": ("float32",)},
+}
+
+
+@pytest.mark.parametrize("why", OTHERS)
+def test_a_certificate_of_something_else_is_none(users_file: Path, why: str) -> None:
+    certificates.write(users_file, [certificate(**OTHERS[why])])
+    ops = bind(CPU_BF16, "strict", [kernel(), *REFERENCE])
+    assert ops.linear is linear
+    (refused,) = choice(ops).refused
+    assert re.match(f"fast_lab 3.2: has no certificate, which strict mode needs: {why}", refused)
+    # The twin: beside the one that holds it does no harm.
+    certificates.write(users_file, [certificate()])
+    assert bind(CPU_BF16, "strict", [kernel(), *REFERENCE]).linear is other_linear
+
+
+def test_what_an_adapter_answers_is_plain_data(users_file: Path) -> None:
+    certificates.write(users_file, [certificate()])
+    picks = replace(kernel(), served=lambda: {"1 x 2": "other_linear"})
+    record = json.loads(json.dumps(bind(CPU_BF16, "strict", [picks, *REFERENCE]).record()))
+    assert (record["mode"], record["profile"], record["device_type"]) == ("strict", "bf16", "cpu")
+    of_linear, of_head = record["operations"][:2]
+    assert of_linear["provider"] == "fast_lab" and of_linear["served_so_far"] == {"1 x 2": "other_linear"}
+    (implementation,) = of_linear["implementations"]
+    assert implementation["certificate"]["subject"]["card"] == SUBJECT.card
+    assert of_head["is_the_contract"] and of_head["implementations"][0]["certificate"] is None
+
+
+def test_a_file_of_something_else_is_named(users_file: Path) -> None:
+    users_file.parent.mkdir()
+    users_file.write_text('{"linear": "report 17"}')
+    with pytest.raises(KernelError, match=r"mine\.json holds no certificates"):
+        bind(CPU_BF16, "strict", [kernel(), *REFERENCE])
+
+
+def test_a_kernel_whose_source_is_not_to_be_found_has_no_certificate(users_file: Path) -> None:
+    for run, name in ((print, "builtins:print"), (torch.nn.Linear(1, 1), "torch.nn.modules.linear:Linear")):
+        (refused,) = choice(bind(CPU_BF16, "strict", [replace(kernel(), run=run), *REFERENCE])).refused
+        assert refused.endswith(f"the source of {name} is not to be found: name the kernel's implementations")
+
+
+class Scaled:
+    """A kernel that is an object."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self.run(x, weight)
+
+    def run(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return linear(x, weight) * self.scale
+
+
+def test_the_source_of_a_partial_an_object_and_a_method_is_found() -> None:
+    def digest(run: Callable[..., object]) -> str:
+        (part,) = replace(kernel(), run=run).parts
+        return certificates.subject_of(part, LINEAR, registry.reference_of("linear"), CPU_BF16).digest
+
+    plain, scaled = digest(other_linear), digest(Scaled(2))
+    assert plain != scaled == digest(Scaled(2).run)
+    with_dtype = digest(partial(other_linear, out_dtype=torch.float32))
+    assert plain != with_dtype == digest(partial(other_linear, out_dtype=torch.float32))
+    assert with_dtype != digest(partial(other_linear, out_dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("mode", ["strict", "fast"])
 def test_another_version_of_the_contract_is_refused(mode: registry.Mode) -> None:
-    newer = kernel(contract_version=2, certificate="report 17")
+    newer = kernel(contract_version=2)
     reason = "meets contract version 2, version 1 is needed"
     assert choice(bind(CPU_BF16, mode, [newer, *REFERENCE])).refused == (f"fast_lab 3.2: {reason}",)
     with pytest.raises(KernelError, match=rf"linear \(fast_lab 3\.2: {reason}\)"):
@@ -135,7 +256,7 @@ def test_another_version_of_the_contract_is_refused(mode: registry.Mode) -> None
 
 @pytest.mark.parametrize("mode", ["strict", "fast"])
 def test_a_kernel_may_refuse_the_setting(mode: registry.Mode) -> None:
-    picky = kernel(certificate="report 17", refusal="needs kv_lora_rank 512")
+    picky = kernel(refusal="needs kv_lora_rank 512")
     ops = bind(CPU_BF16, mode, [picky, *REFERENCE])
     assert choice(ops).provider == "reference"
     assert choice(ops).refused == ("fast_lab 3.2: needs kv_lora_rank 512",)
@@ -156,9 +277,11 @@ def test_cuda_without_kernels_lists_every_operation() -> None:
     with pytest.raises(KernelError) as error:
         bind(HOPPER, "strict", REFERENCE)
     message = str(error.value)
-    assert message.startswith(f"no kernel may serve in strict mode on cuda: linear ({OURS}: defines the CPU arithmetic")
-    assert all(f"{contract.op} ({OURS}: " in message for contract in CONTRACTS)
-    with pytest.raises(KernelError, match=r"linear \(nothing offered\); head_linear \(nothing offered\)"):
+    every = ", ".join(contract.op for contract in CONTRACTS)
+    assert message == (
+        f"no kernel may serve in strict mode on cuda: {every} ({OURS}: defines the CPU arithmetic, not sm90 on cuda)"
+    )
+    with pytest.raises(KernelError, match=rf"{every} \(nothing offered\)$"):
         bind(HOPPER, "fast", [])
     with pytest.raises(KernelError) as without_fp8:
         bind(Setting("cuda", "sm90", BF16, (9, 0)), "strict", REFERENCE)
@@ -189,7 +312,7 @@ from dsv3_plugin.hooks import Kernel, hookimpl
 
 @hookimpl
 def dsv3_kernels():
-    return [Kernel("linear", 1, "lab", "1.0", print, certificate="report 17", priority=5)]
+    return [Kernel("linear", 1, "lab", "1.0", print, priority=5)]
 """
 
 
@@ -205,7 +328,7 @@ def install(monkeypatch: pytest.MonkeyPatch, root: Path, name: str, source: str)
 
 def test_an_installed_provider_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, tmp_path, "good_lab", PROVIDER)
-    ops = bind(CPU_BF16, "strict")
+    ops = bind(CPU_BF16, "fast")
     assert ops.linear is print
     assert choice(ops).provider == "lab" and f"{OURS}: lower priority than lab" in choice(ops).refused
 

@@ -142,8 +142,8 @@ def class_name(module: object) -> str:
 
 
 def kernels_of(ops: Ops) -> dict[str, str]:
-    """Operation to provider and version, as bound."""
-    return {choice.op: f"{choice.provider} {choice.version}" for choice in ops.provenance}
+    """Operation to provider, version and implementations, as bound."""
+    return {choice.op: str(choice) for choice in ops.provenance}
 
 
 @contextmanager

@@ -75,5 +75,5 @@ def attend(monkeypatch: Any, library: Any, processors: int, *args: torch.Tensor,
     monkeypatch.setattr(mla_hopper, "_processors", lambda device: processors)
     q = args[0]
     out = torch.full((*q.shape[:2], mla_hopper.RANK), torch.nan, dtype=torch.bfloat16)
-    mla_hopper.mla_attention(*args, out, scale)
+    mla_hopper.launch(*args, out, scale)
     return out

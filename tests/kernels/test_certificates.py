@@ -1,159 +1,495 @@
-"""Certificates hold for the sources that a card has run, and for no others."""
+"""Certificates hold for exactly what a card has run: code, contract, libraries, card. Here a CPU passes for an H200."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import shutil
-from dataclasses import replace
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
-from dsv3_plugin.hooks import Setting, always
-from dsv3_plugin.kernels import certificates, check, provider, selection, sm90_model
-from dsv3_plugin.kernels.certificates import Certificate
-from dsv3_plugin.profile import FP8_UE8M0
-from dsv3_plugin.registry import CONTRACTS, refusal
+import dsv3_plugin
+from dsv3_plugin import certificates, sources
+from dsv3_plugin.certificates import Certificate
+from dsv3_plugin.errors import KernelError
+from dsv3_plugin.hooks import Setting
+from dsv3_plugin.kernels import check, cuda, deep_gemm, own, provider, selection, sm90_model
+from dsv3_plugin.kernels.hopper import CERTIFICATES, V3_LATENT, on_hopper_with
+from dsv3_plugin.ops.linear import LINEAR
+from dsv3_plugin.profile import BF16, FP8_UE8M0
+from dsv3_plugin.registry import CONTRACTS, Ops, bind, reference_of
 
-HOPPER = Setting("cuda", "sm90", FP8_UE8M0, (9, 0))
-
-
-@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.op)
-def test_own_kernels_serve_in_strict_mode(contract):
-    own = next(k for k in provider.dsv3_kernels() if (k.op, k.provider) == (contract.op, provider.PROVIDER))
-    if own.uncertified:
-        pytest.skip(f"{contract.op}: {own.uncertified}")
-    assert own.certificate and "random cases on one NVIDIA H200" in own.certificate
-    assert refusal(replace(own, refuses=always), contract, HOPPER, "strict") is None
-
-
-def test_the_table_names_operations_that_there_are():
-    assert set(certificates.read(certificates.TABLE)) <= {contract.op for contract in CONTRACTS}
-
-
-def copy_of_sources(folder: Path) -> None:
-    shutil.copytree(certificates.TABLE.parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+HOPPER = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), V3_LATENT)
+OTHER_LATENT = Setting("cuda", "sm90", BF16, (9, 0), {"kv_lora_rank": 128, "qk_rope_head_dim": 32})
+CONTRACT = {contract.op: contract for contract in CONTRACTS}
+VERSIONS = {
+    "dsv3-plugin": "0.1.0",
+    "triton": "3.6.0",
+    "cuda-bindings": "13.3.1",
+    "nvidia-cuda-nvrtc": "13.0.88",
+    "sgl-deep-gemm": "0.1.5.post1",
+}
 
 
-def changed(folder: Path, file: str, old: str, new: str) -> str:
-    """The digest of attention's sources after a change."""
-    copy_of_sources(folder)
-    text = (folder / file).read_text()
-    assert old in text
-    (folder / file).write_text(text.replace(old, new, 1))
-    return certificates.digest("mla", folder)
+@pytest.fixture
+def h200(monkeypatch, tmp_path):
+    """This machine as one with an H200 and everything installed; what its kernels are asked never runs them. The dict
+    is of installed versions.
+    """
+    versions = dict(VERSIONS)
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    monkeypatch.setattr(certificates, "card_of", lambda device_type: ("NVIDIA H200", "9.0"))
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(deep_gemm, "missing", lambda: None)
+    monkeypatch.setattr(deep_gemm, "_compiler", lambda: "nvcc 13.0.88")
+    monkeypatch.setattr(provider, "refuses", on_hopper_with(lambda: None))
+    monkeypatch.setenv(certificates.FILE_VARIABLE, str(tmp_path / "none.json"))
+    return versions
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        ("mla.py", "import torch\n", "import torch\n\nX = 1\n"),
-        ("mla_hopper.cu", "{", "{ ;"),
-        ("mla_units.cuh", "{", "{ ;"),
-        ("hopper.cuh", "{", "{ ;"),
-        ("triton_math.py", "import triton\n", "import triton\n\nX = 1\n"),
-        ("cuda.py", '= "sm_90a"', '= "sm_90b"'),
-    ],
-)
-def test_a_change_of_anything_that_a_kernel_is_made_of_ends_its_certificate(tmp_path, file, old, new):
-    assert changed(tmp_path / "kernels", file, old, new) != certificates.digest("mla")
+def all_certificates() -> list[Certificate]:
+    """For all implementations that this package knows, as they are here and now."""
+    kernels = [kernel for kernel in provider.dsv3_kernels() if kernel.implementations]
+    return [
+        Certificate(
+            subject=certificates.subject_of(part, CONTRACT[kernel.op], reference_of(kernel.op), HOPPER),
+            seed=0,
+            cases=1000,
+            refused_cases=0,
+            cases_on_cpu=63,
+            dtypes=("bfloat16",),
+            page_sizes=(1, 16, 32, 64) if kernel.op == "mla_attention" else (),
+        )
+        for kernel in kernels
+        for part in kernel.parts
+    ]
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        ("mla.py", '"""', '"""Another docstring. '),
-        ("mla.py", "import torch\n", "import torch\n\n# Another comment.\n"),
-        ("mla_units.cuh", "{\n", "{\n// Another comment.\n"),
-        ("rope.py", "import torch\n", "import torch\n\nX = 1\n"),
-    ],
-)
-def test_words_and_other_kernels_leave_it(tmp_path, file, old, new):
-    assert changed(tmp_path / "kernels", file, old, new) == certificates.digest("mla")
+@pytest.fixture
+def certified(h200, monkeypatch, tmp_path):
+    """All implementations of today have certificates, in place of the shipped ones; the file."""
+    file = tmp_path / "shipped.json"
+    certificates.write(file, all_certificates())
+    for module in (provider, sys.modules["dsv3_plugin.kernels.third_party"]):
+        monkeypatch.setattr(module, "CERTIFICATES", file)
+    return file
 
 
-@pytest.mark.parametrize(
-    ("change", "ends"),
-    [({"stream": {"tile_rows": 64, "tokens": 16}}, True), ({"microseconds": {"stream": 0.5}}, False)],
-    ids=["another way to cut", "another time"],
-)
-def test_a_table_with_other_cuts_ends_the_certificate_of_products_and_one_with_other_times_does_not(
-    tmp_path, change, ends
-):
-    folder = tmp_path / "kernels"
-    copy_of_sources(folder)
-    table = selection.table()
-    cut = next(i for i, row in enumerate(table.rows) if row.stream)
-    rows = (*table.rows[:cut], table.rows[cut].model_copy(update=change), *table.rows[cut:])
-    table.model_copy(update={"rows": rows}).write(folder / "selection.json")
-    assert (certificates.digest("fp8_linear", folder) != certificates.digest("fp8_linear")) == ends
-    assert certificates.digest("mla", folder) == certificates.digest("mla")
+def strict(setting: Setting = HOPPER) -> Ops:
+    return bind(setting, "strict", provider.dsv3_kernels())
 
 
-def test_strict_mode_refuses_what_has_changed_since(monkeypatch):
-    contract = next(contract for contract in CONTRACTS if contract.op == "rope")
-    entry = Certificate(
-        contract_version=1, sources="0" * 16, cases=9, cases_on_cpu=3, card="a card", torch="2", triton="3"
+def serving(ops: Ops) -> dict[str, str]:
+    return {choice.op: str(choice) for choice in ops.provenance}
+
+
+def why_not(setting: Setting = HOPPER) -> str:
+    """Strict mode's refusal."""
+    with pytest.raises(KernelError) as error:
+        strict(setting)
+    return str(error.value)
+
+
+def test_the_shipped_certificates_are_of_todays_kernels(h200):
+    """On the card that wrote them strict mode serves; a kernel that has changed since waits for one."""
+
+    def by_name(found: Iterable[Certificate]) -> dict[tuple[str, str], Certificate]:
+        return {(c.subject.operation, c.subject.implementation): c for c in found}
+
+    shipped, wanted = by_name(certificates.read(CERTIFICATES)), by_name(all_certificates())
+    assert shipped.keys() == wanted.keys()
+    differences = {name: c.subject.differences(shipped[name].subject) for name, c in wanted.items()}
+    if stale := {name: told for name, told in differences.items() if told}:
+        pytest.skip(f"dsv3 kernels check --certify kernels/certificates.json is to be run on a Hopper card: {stale}")
+    for setting in (HOPPER, OTHER_LATENT):
+        assert all(part.certificate for choice in strict(setting).provenance for part in choice.parts)
+    assert all(found.cases >= 300 and found.cases_on_cpu >= 63 for found in shipped.values())
+
+
+def test_provenance_names_what_runs_and_for_which_shapes(certified):
+    ops = strict()
+    names = serving(ops)
+    assert names["mla_attention"] == "cuda 0.1.0 (mla_hopper)"
+    assert names["linear"] == "deep-gemm 0.1.5.post1 (deep_gemm.bf16_gemm_nt or bf16_linear)"
+    makers = "fp8_stream or fp8_gluon or fp8_triton"
+    assert names["grouped_fp8_linear"] == f"triton 0.1.0 ({makers})"
+    assert names["fp8_linear"] == f"deep-gemm 0.1.5.post1 (deep_gemm.fp8_gemm_nt or {makers})"
+    assert names["rope"] == "triton 0.1.0"
+    assert "cuda 0.1.0: mla_attention by mla_hopper" in ops.announcement("DeepseekV3ForCausalLM")
+    assert serving(strict(OTHER_LATENT))["mla_attention"] == "triton 0.1.0 (mla)"
+    record = json.loads(json.dumps(ops.record()))
+    of_linear = next(each for each in record["operations"] if each["operation"] == "linear")
+    assert [part["shapes"] for part in of_linear["implementations"]] == ["N and K in whole eights", "other shapes"]
+    assert all(part["certificate"]["subject"]["card"] == "NVIDIA H200" for part in of_linear["implementations"])
+
+
+def test_provenance_names_the_maker_of_each_product_that_was_met(certified, monkeypatch):
+    selection.choose.cache_clear()
+    monkeypatch.setattr(selection, "_chosen", {})
+    for rows in (9, 7, 8):
+        selection.choose(0, 24, 128, rows, ("triton",))
+    selection.choose(4, 128, 128, 7, ("gluon",))
+    served = {each["operation"]: each["served_so_far"] for each in strict().record()["operations"]}
+    assert served["fp8_linear"] == {"7 to 9 rows x 24 x 128": "fp8_triton"}
+    assert served["grouped_fp8_linear"] == {"4 experts x 7 to 7 rows x 128 x 128": "fp8_gluon"}
+    assert served["rope"] == {}
+
+
+OTHER_VERSIONS = {
+    "triton": (["rope", "head_linear", "fp8_linear", "moe_router"], "triton is 3.7.0, with 3.6.0 it was compared"),
+    "cuda-bindings": (["mla_attention"], "cuda-bindings is 13.4.0, with 13.3.1 it was compared"),
+    "nvidia-cuda-nvrtc": (["mla_attention"], "nvrtc is 13.1.0, with 13.0.88 it was compared"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_VERSIONS)
+def test_another_version_of_a_compiler_is_refused_with_the_command_that_certifies(certified, h200, name):
+    strict()  # the twin: it is the version that counts
+    ops, why = OTHER_VERSIONS[name]
+    h200[name] = why.split()[2].rstrip(",")
+    message = why_not()
+    assert why in message and all(op in message for op in ops)
+    assert f" --certify {certificates.user_file()}" in message and "dsv3 kernels check --provider " in message
+
+
+def test_another_torch_is_refused(certified, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.12.0+cu130")
+    message = why_not()
+    assert "torch is 2.12.0+cu130, with 2.11.0+cu130 it was compared" in message
+    assert all(contract.op in message for contract in CONTRACTS)
+
+
+def test_another_deep_gemm_leaves_its_products_to_ours(certified, h200):
+    h200["sgl-deep-gemm"] = "0.2.0"
+    ops = strict()
+    assert serving(ops)["linear"] == "triton 0.1.0 (bf16_linear)"
+    (choice,) = [choice for choice in ops.provenance if choice.op == "linear"]
+    assert any("sgl-deep-gemm is 0.2.0, with 0.1.5.post1 it was compared" in refused for refused in choice.refused)
+
+
+def test_a_kernel_serves_only_if_all_that_it_may_hand_to_is_certified(certified):
+    """DeepGEMM's own product has its certificate; where it hands over to this package's kernel, that one has none."""
+    left = [found for found in certificates.read(certified) if found.subject.implementation != "bf16_linear"]
+    certified.unlink()
+    certificates.write(certified, left)
+    message = why_not()
+    assert "deep-gemm 0.1.5.post1: has no certificate, which strict mode needs: bf16_linear: it was compared" in message
+
+
+def test_another_card_is_refused_until_its_user_certifies(certified, monkeypatch, tmp_path):
+    monkeypatch.setattr(certificates, "card_of", lambda device_type: ("NVIDIA H100 80GB HBM3", "9.0"))
+    assert "this is NVIDIA H100 80GB HBM3 (9.0), on NVIDIA H200 (9.0) it was compared" in why_not()
+    mine = tmp_path / "mine.json"
+    certificates.write(mine, all_certificates())  # what `check --certify` writes after equal cases
+    monkeypatch.setenv(certificates.FILE_VARIABLE, str(mine))
+    assert serving(strict())["mla_attention"] == "cuda 0.1.0 (mla_hopper)"
+    # Both machines' certificates fit into one file.
+    certificates.write(certified, certificates.read(mine))
+    monkeypatch.delenv(certificates.FILE_VARIABLE)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "nothing here"))
+    assert serving(strict())["rope"] == "triton 0.1.0"
+
+
+@pytest.mark.parametrize("missing", [1, 32, 64])
+def test_attention_needs_the_pages_that_are_served(certified, missing):
+    def without_pages(found: Certificate) -> Certificate:
+        pages = tuple(size for size in found.page_sizes if size != missing)
+        return found.model_copy(update={"page_sizes": pages})
+
+    certificates.write(certified, [without_pages(found) for found in certificates.read(certified)])
+    assert f"it was not compared with pages of {missing} keys" in why_not()
+
+
+# What cannot run is refused when a model is built.
+
+
+def test_without_cuda_bindings_the_model_is_refused(certified, monkeypatch):
+    strict()
+    monkeypatch.undo()
+    cuda.missing.cache_clear()
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    try:
+        refuses = provider.v3_attention().refuses
+        assert refuses(HOPPER) == "the package cuda-bindings is not installed: pip install cuda-bindings"
+        assert [part.name for part in own.parts("fp8_linear")] == ["fp8_gluon", "fp8_triton"]
+        with pytest.raises(KernelError, match=r"cuda 0\.1\.0: the package cuda-bindings is not installed"):
+            bind(HOPPER, "fast", [kernel for kernel in provider.dsv3_kernels() if kernel.provider == "cuda"])
+    finally:
+        cuda.missing.cache_clear()
+
+
+def test_a_compiler_that_does_not_load_is_named(monkeypatch):
+    def no_library() -> tuple[int, int]:
+        raise RuntimeError("Failed to dlopen libnvrtc.so.13")
+
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(cuda, "_nvrtc_version", no_library)
+    cuda.missing.cache_clear()
+    try:
+        assert "NVRTC, the compiler of CUDA C++, does not load (Failed to dlopen" in str(cuda.missing())
+        assert "pip install nvidia-cuda-nvrtc" in str(cuda.missing())
+    finally:
+        cuda.missing.cache_clear()
+
+
+def test_triton_and_its_compiler_are_asked_for(monkeypatch):
+    monkeypatch.setattr(own.importlib.util, "find_spec", lambda name: None)
+    assert own.missing() == "Triton is not installed: pip install triton"
+    monkeypatch.setattr(own.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(own.shutil, "which", lambda name: None)
+    assert "Triton finds no C compiler" in str(own.missing())
+    monkeypatch.setenv("CC", "clang-20")
+    assert own.missing() is None
+
+
+# What a digest is of.
+
+
+def subjects() -> dict[tuple[str, str], str]:
+    """The digests of all implementations."""
+    return {(c.subject.operation, c.subject.implementation): c.subject.digest for c in all_certificates()}
+
+
+PACKAGES = {"dsv3_plugin": Path(dsv3_plugin.__file__).parent, "dsv3_plugin.kernels": Path(cuda.__file__).parent}
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """This package's code once more, to be changed."""
+    folder = tmp_path_factory.mktemp("code")
+    for name, package in PACKAGES.items():
+        shutil.copytree(package, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.svg", "presets"))
+    return folder
+
+
+@pytest.fixture
+def edited(h200, monkeypatch, copies):
+    """A function that changes a file of the copy, which stands for this package's code."""
+    file_of, as_it_was = sources.file_of, {}
+
+    def of_copy(module: str) -> Path | None:
+        file = file_of(module)
+        for name, package in PACKAGES.items():
+            if file is not None and file.is_relative_to(package):
+                return copies / name / file.relative_to(package)
+        return file
+
+    def edit(file: str, old: str, new: str) -> None:
+        package = "dsv3_plugin.kernels" if file.startswith("kernels/") else "dsv3_plugin"
+        path = copies / package / file.removeprefix("kernels/")
+        text = path.read_text()
+        assert old in text
+        as_it_was.setdefault(path, text)
+        path.write_text(text.replace(old, new, 1))
+
+    monkeypatch.setattr(sources, "file_of", of_copy)
+    yield edit
+    for path, text in as_it_was.items():
+        path.write_text(text)
+
+
+MATH = {"router", "silu_and_mul"}
+EDITS = {
+    # A kernel's own constants and code.
+    "kernels/mla_hopper.cu": ("{", "{ ;", {"mla_hopper"}),
+    "kernels/mla_units.cuh": ("{", "{ ;", {"mla_hopper"}),
+    "kernels/mla_hopper.py": ("NEAR = 2", "NEAR = 1", {"mla_hopper"}),
+    "kernels/mla.py": ("_ROWS = 64", "_ROWS = 128", {"mla"}),
+    "kernels/mla_inputs.py": ("scale)\n", "scale + 1)\n", {"mla", "mla_hopper"}),
+    "kernels/rope.py": ("_HEADS = 16", "_HEADS = 8", {"rope"}),
+    "kernels/cuda.py": ('= "sm_90a"', '= "sm_90b"', {"mla_hopper", "fp8_stream"}),
+    "kernels/hopper.cuh": ("{", "{ ;", {"mla_hopper", "fp8_stream"}),
+    "kernels/fp8_gluon.py": ("_HALF = gl.constexpr(64)", "_HALF = gl.constexpr(32)", {"fp8_gluon"}),
+    "kernels/triton_math.py": (
+        "rcp.approx.ftz.f32",
+        "rcp.approx.f32",
+        MATH | {"quantize", "rms_norm"},
+    ),
+    "kernels/deep_gemm.py": ("columns % 8", "columns % 16", {"deep_gemm.bf16_gemm_nt"}),
+    # Contracts' constants.
+    "ops/mla_attention.py": ("SPLIT_KEYS = 1024", "SPLIT_KEYS = 512", {"mla", "mla_hopper"}),
+    "ops/router.py": ("SLICE = ", "SLICE = 2 * ", {"router"}),
+    "ops/elementary.py": (
+        "0.001326472731307149",
+        "0.001326472731307150",
+        MATH | {"mla", "mla_hopper"},
+    ),
+}
+
+
+@pytest.mark.parametrize("file", EDITS)
+def test_a_change_of_anything_that_a_kernel_is_made_of_ends_its_certificate(edited, file):
+    old, new, affected = EDITS[file]
+    before = subjects()
+    edited(file, old, new)
+    after = subjects()
+    assert {implementation for (_, implementation), digest in after.items() if digest != before[_, implementation]} == (
+        affected
     )
 
-    def why(table: dict[str, Certificate]) -> str | None:
-        monkeypatch.setattr(certificates, "_shipped", lambda: table)
-        kernel = provider.own_kernel(contract, "triton", always)
-        return refusal(kernel, contract, HOPPER, "strict")
 
-    assert "its sources have changed" in str(why({"rope": entry}))
-    assert "no card has compared it" in str(why({}))
-    assert "version 7 of its contract" in str(why({"rope": entry.model_copy(update={"contract_version": 7})}))
-    assert why({"rope": entry.model_copy(update={"sources": certificates.digest("rope")})}) is None
+def test_strict_mode_refuses_what_has_changed_since(certified, edited):
+    strict()
+    edited("ops/mla_attention.py", "MAXIMUM_STEP = 8", "MAXIMUM_STEP = 4")
+    message = why_not()
+    assert "cuda 0.1.0: has no certificate, which strict mode needs: its sources or its contract's constants" in message
+    assert "rope" not in message.split("To certify")[0], "whose certificate holds"
 
 
-def result(op: str, maker: str, *, wrong: int = 0, full_card: bool = False, cases: int = 20) -> check.Result:
-    return check.Result(op, maker, cases, 100, wrong, wrong, full_card=full_card)
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("kernels/mla.py", '"""', '"""Another docstring. '),
+        ("kernels/mla.py", "import torch\n", "import torch\n\n# Another comment.\n"),
+        ("kernels/mla_units.cuh", "{\n", "{\n// Another comment.\n"),
+        ("kernels/check.py", "_SHARE = 32", "_SHARE = 16"),
+        ("kernels/cuda.py", "pip install cuda-bindings", "pip install cuda-python"),
+        ("ops/contract.py", "expected two", "wanted two"),
+        ("ops/paged_batch.py", "expected a positive number", "not above zero"),
+        ("config.py", "class DeepseekV3Config", "X = 1\n\n\nclass DeepseekV3Config"),
+    ],
+)
+def test_words_checks_and_other_code_leave_them(edited, file, old, new):
+    before = subjects()
+    edited(file, old, new)
+    assert subjects() == before
 
 
-MODEL = sm90_model.PROVIDER
+@pytest.mark.parametrize(
+    ("change", "affected"),
+    [
+        ({"stream": {"tile_rows": 64, "tokens": 16}}, {("fp8_linear", "fp8_stream")}),
+        ({"microseconds": {"stream": 0.5}}, set()),
+    ],
+    ids=["another way to cut", "another time"],
+)
+def test_another_cut_in_the_table_ends_the_certificate_of_its_products(h200, monkeypatch, change, affected):
+    before, table = subjects(), selection.table()
+    cut = next(i for i, row in enumerate(table.rows) if row.stream and not row.groups)
+    rows = (*table.rows[:cut], table.rows[cut].model_copy(update=change), *table.rows[cut:])
+    monkeypatch.setattr(selection, "table", lambda: table.model_copy(update={"rows": rows}))
+    selection.cuts_to_check.cache_clear()
+    try:
+        assert {name for name, digest in subjects().items() if digest != before[name]} == affected
+    finally:
+        selection.cuts_to_check.cache_clear()
 
 
-def test_operations_earn_a_certificate_when_all_their_makers_are_equal(monkeypatch, tmp_path):
-    monkeypatch.setattr(check.torch.cuda, "get_device_name", lambda: "a card")
+# Earning them.
+
+MODEL = check._MODEL_ON_CPU
+
+
+def result(op: str, maker: str, name: str, **more) -> check.Result:
+    plain = {"cases": 1000, "outputs": 100, "dtypes": frozenset({"bfloat16"})}
+    return check.Result(op, maker, name, **plain | more)
+
+
+def test_an_implementation_earns_one_when_all_its_cases_are_equal(certified):
+    where = check.Where()
+    targets = [check.Target(kernel, part) for kernel in provider.dsv3_kernels() for part in kernel.parts]
+    pages = frozenset({1, 32, 64})
     findings = [
-        result("fp8_linear", "stream"),
-        result("fp8_linear", "gluon", cases=10),
-        result("fp8_linear", "cublas", wrong=1),  # another's, which claims nothing
-        result("fp8_linear", MODEL, cases=2),
-        result("mla_attention", "cuda"),
-        result("mla_attention", "cuda", full_card=True, cases=2),
-        result("rope", "triton", wrong=1),
-        result("combine", "triton"),
-        result("combine", MODEL, cases=2, wrong=1),  # a CPU contradicts the expected bits
-        result("linear", "triton"),
-        check.Broken("linear", "triton", "no such symbol"),
+        result("fp8_linear", "triton", "fp8_stream"),
+        result("fp8_linear", "triton", "fp8_gluon", cases=300, refused_cases=700),
+        result("fp8_linear", "triton", "fp8_triton", cases=99),  # too few
+        result("fp8_linear", "cublas", "fp8_linear"),  # another's, which claims nothing
+        result("fp8_linear", sm90_model.PROVIDER, MODEL, cases=63),
+        result("mla_attention", "cuda", "mla_hopper", page_sizes=pages),
+        result("mla_attention", "cuda", "mla_hopper", full_card=True, cases=150),
+        result("mla_attention", "triton", "mla", page_sizes=frozenset({32, 64})),  # never a page of one key
+        result("rope", "triton", "rope", wrong_cases=1),
+        result("combine", "triton", "combine"),
+        result("combine", sm90_model.PROVIDER, MODEL, cases=63, wrong_cases=1),  # a CPU contradicts what was expected
+        result("permute", "triton", "permute"),
+        check.Broken("permute", "all", "all", "the process died"),
+        result("linear", "triton", "bf16_linear"),
+        check.Broken("linear", "deep-gemm", "deep_gemm.bf16_gemm_nt", "no such symbol"),
     ]
-    earned = check.earned(findings)
-    found = {op: (entry.cases, entry.cases_on_cpu) for op, entry in earned.items()}
-    assert found == {"fp8_linear": (10, 2), "mla_attention": (20, 20)}
-    assert earned["mla_attention"].sources == certificates.digest("mla")
+    earned = check.earned(targets, findings, 7, where)
+    counts = {c.subject.implementation: (c.seed, c.cases, c.refused_cases, c.cases_on_cpu) for c in earned}
+    assert counts == {
+        "fp8_stream": (7, 1000, 0, 63),
+        "fp8_gluon": (7, 300, 700, 63),
+        "mla_hopper": (7, 1000, 0, 1000),
+        "bf16_linear": (7, 1000, 0, 1000),
+    }
+    (attention,) = [c for c in earned if c.subject.operation == "mla_attention"]
+    assert attention.page_sizes == (1, 32, 64)
+    assert attention.subject == next(
+        c.subject for c in certificates.read(certified) if c.subject.implementation == "mla_hopper"
+    )
 
-    path = tmp_path / "certificates.json"
-    certificates.write(path, earned)
-    certificates.write(path, {"rope": earned["fp8_linear"]})
-    assert certificates.read(path) == earned | {"rope": earned["fp8_linear"]}
+
+def test_a_file_keeps_the_certificates_of_other_code_and_machines(certified, tmp_path):
+    file = tmp_path / "certificates.json"
+    rope, linear = (next(c for c in all_certificates() if c.subject.operation == op) for op in ("rope", LINEAR.op))
+    elsewhere = rope.model_copy(update={"subject": rope.subject.model_copy(update={"card": "another card"})})
+    certificates.write(file, [rope, linear])
+    certificates.write(file, [elsewhere, rope.model_copy(update={"cases": 2000})])
+    assert sorted((c.subject.operation, c.subject.card, c.cases) for c in certificates.read(file)) == [
+        ("linear", "NVIDIA H200", 1000),
+        ("rope", "NVIDIA H200", 2000),
+        ("rope", "another card", 1000),
+    ]
 
 
-def test_a_run_that_ends_early_leaves_the_certificates_of_what_ended(monkeypatch, tmp_path):
-    monkeypatch.setattr(check.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(check.torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(check.torch.cuda, "get_device_name", lambda: "a card")
-    of_rope = provider.own_kernel(next(c for c in CONTRACTS if c.op == "rope"), "triton", always)
-    monkeypatch.setattr(check, "chosen", lambda ops, names: [of_rope, replace(of_rope, op="combine")])
+def test_a_run_that_ends_early_leaves_the_certificates_of_what_ended(certified, monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "this_machine", lambda: check.DeviceName.hopper)
+    monkeypatch.setattr(check, "offered_kernels", provider.dsv3_kernels)
 
     def stopped(work, shares):
         for share in shares:
             if share.op == "combine":
                 raise KeyboardInterrupt
-            yield share, [result(share.op, "triton")]
+            yield share, [result(share.op, "triton", share.op, cases=32)]
 
     monkeypatch.setattr(check, "in_processes", stopped)
-    path = tmp_path / "certificates.json"
+    path = tmp_path / "early.json"
     with pytest.raises(KeyboardInterrupt):
+        check.main(cases=128, op=["rope", "combine"], certify=path)
+    with pytest.raises(KernelError, match="a certificate is given for 100 cases or more, not for 20"):
         check.main(cases=20, certify=path)
-    assert set(certificates.read(path)) == {"rope"}
+
+
+def test_few_lines_of_another_package_are_followed(tmp_path, monkeypatch):
+    """A provider's own modules, relative imports, classes, module statements and files count; other packages do not."""
+    package = tmp_path / "lab_of_digests"
+    package.mkdir()
+    files = {
+        "__init__.py": "from .kernel import run\n",
+        "kernel.py": (
+            "import math\nfrom . import tables as t\nfrom .sums import Sum\nmath.tau\n\n\n"
+            "def run(x):\n    return Sum(t.FACTOR).of(x, 'add.cu')\n\n\ndef unused():\n    return 1\n"
+        ),
+        "tables.py": "FACTOR, OTHER = 2, 3\nUNUSED = 4\n",
+        "sums.py": "class Sum:\n    def of(self, x, file):\n        return x\n",
+        "add.cu": '#include "more.cuh"\n',
+        "more.cuh": "int x;\n",
+    }
+    for name, text in files.items():
+        (package / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = sources.collect(["lab_of_digests:run"])
+    module = "lab_of_digests"
+    assert set(found) >= {
+        f"{module}.kernel:run",
+        f"{module}.kernel:#0",
+        f"{module}.kernel/add.cu",
+        f"{module}.kernel/more.cuh",
+        f"{module}.tables:FACTOR",
+        f"{module}.sums:Sum",
+    }
+    assert not any(name.endswith((":unused", ":UNUSED")) or name.startswith("math") for name in found)

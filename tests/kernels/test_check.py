@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from dsv3_plugin.errors import InputError
-from dsv3_plugin.hooks import Kernel
-from dsv3_plugin.kernels import cases, check, cublas, deep_gemm, flash_mla, sm90_model
+from dsv3_plugin.errors import InputError, KernelError
+from dsv3_plugin.hooks import Implementation, Kernel
+from dsv3_plugin.kernels import cases, check, cublas, deep_gemm, flash_mla, hopper, provider, sm90_model
+from dsv3_plugin.kernels.check import Target
 
 CASES, SEED = 3, 1
 
@@ -35,7 +36,13 @@ def with_one_bit_turned(kernel: Kernel) -> Kernel:
 
 
 def check_alike(*kernels: Kernel, cpu_every: int = 0) -> list[check.Finding]:
-    return check.check_alike(list(kernels), range(CASES), SEED, check.Where("cpu", "cpu", cpu_every))
+    targets = [Target(kernel, part) for kernel in kernels for part in kernel.parts]
+    return check.check_alike(targets, range(CASES), SEED, check.Where("cpu", "cpu", cpu_every))
+
+
+def define(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
+    """The definition of its operation from now on."""
+    monkeypatch.setattr(check, "definitions", lambda arithmetic: {kernel.op: kernel})
 
 
 @pytest.mark.parametrize("op", ["rope", "combine"])
@@ -58,7 +65,7 @@ def test_a_zero_of_the_other_sign_is_wrong(monkeypatch):
     def zero(*args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.zeros_like(model.run(*args, **kwargs))
 
-    monkeypatch.setattr(check, "model_of", lambda op: replace(model, run=zero))
+    define(monkeypatch, replace(model, run=zero))
     (result,) = check_alike(replace(model, run=lambda *args, **kwargs: -zero(*args, **kwargs)))
     assert result.wrong_cases == CASES and result.failed
 
@@ -85,7 +92,7 @@ def test_an_expectation_that_the_cpu_contradicts_fails(monkeypatch):
         printed = with_one_bit_turned(model) if next(calls) % 2 else model
         return printed.run(*args, **kwargs)
 
-    monkeypatch.setattr(check.sm90_model, "kernels", lambda: [replace(model, provider=sm90_model.PROVIDER, run=run)])
+    define(monkeypatch, replace(model, run=run))
     of_kernel, of_model = check_alike(model, cpu_every=1)
     assert not of_kernel.wrong_cases and of_model.wrong_cases == CASES
     text, passed = check.verdict([of_kernel, of_model])
@@ -99,15 +106,43 @@ def test_an_output_nobody_wrote_is_infinitely_far():
     assert check.largest_difference(expected, expected) == 0
 
 
-def test_shapes_are_refused_by_other_peoples_kernels_only():
-    def refuse(*args: Any, **kwargs: Any) -> torch.Tensor:
-        raise InputError("not this shape")
+def refuse(*args: Any, **kwargs: Any) -> torch.Tensor:
+    raise InputError("not this shape")
 
-    other = replace(model_kernel("rope"), provider=cublas.PROVIDER, run=refuse, uncertified="refuses")
+
+def test_shapes_are_refused_by_other_peoples_kernels_only():
+    other = replace(model_kernel("rope"), provider="a lab", run=refuse)
     (result,) = check_alike(other)
     assert (result.cases, result.refused_cases) == (0, CASES)
+    assert check.verdict([result])[0] == "no kernel that is meant to be equal was compared"
     (broken,) = check_alike(replace(other, provider="triton"))
-    assert broken == check.Broken("rope", "triton", "InputError: not this shape")
+    assert broken == check.Broken("rope", "triton", "refuse", "InputError: not this shape")
+
+
+def test_each_implementation_of_a_kernel_is_checked_by_itself():
+    """One that takes no shape and one that turns a bit, whichever the kernel itself would run."""
+    model = model_kernel("rope")
+    parts = {"none": refuse, "wrong": with_one_bit_turned(model).run, "right": model.run}
+    chooses = replace(model, implementations=tuple(Implementation(name, run, "") for name, run in parts.items()))
+    found = {result.implementation: result for result in check_alike(chooses)}
+    assert {name: (r.cases, r.refused_cases, r.wrong_cases) for name, r in found.items()} == {
+        "none": (0, CASES, 0),
+        "wrong": (CASES, 0, CASES),
+        "right": (CASES, 0, 0),
+    }
+    assert "triton wrong" in str(found["wrong"])
+
+
+def test_cases_tell_which_pages_and_dtypes_they_had():
+    where = check.Where("cpu", "cpu", 0, "cpu")
+    kernel = replace(model_kernel("mla_attention"), provider="a lab", refuses=lambda setting: None)
+    (part,) = kernel.parts
+    drawn = cases.SMALL._replace(requests=(1,))
+    model = check.definitions("cpu")["mla_attention"]
+    define_parts = [Target(replace(kernel, run=model.run), replace(part, run=model.run))]
+    (result,) = check._check_group(define_parts, drawn, (torch.bfloat16, torch.float32), range(24), SEED, where)
+    assert result.cases == 24 and not result.wrong_cases
+    assert result.page_sizes == {1, 16, 32, 64} and result.dtypes == {"bfloat16", "float32"}
 
 
 def test_a_kernel_that_breaks_is_named_and_the_others_are_checked():
@@ -126,18 +161,16 @@ def test_a_kernel_that_breaks_is_named_and_the_others_are_checked():
 def test_only_kernels_that_claim_the_bits_decide_the_verdict():
     turned = with_one_bit_turned(model_kernel("rope"))
     assert check.verdict(check_alike(turned))[1] is False
-    # One of this package's whose certificate is lost claims them all the same.
-    assert check.verdict(check_alike(replace(turned, uncertified="has changed")))[1] is False
     other = replace(turned, provider=cublas.PROVIDER, uncertified="turns a bit")
     text, passed = check.verdict(check_alike(other))
-    assert passed and text == "no kernel that is meant to be equal was checked"
+    assert passed and text == "no kernel that is meant to be equal was compared"
 
 
 def test_the_model_runs_once_for_all_kernels_of_an_operation(monkeypatch):
     calls = []
     model = model_kernel("rope")
     counted = replace(model, run=lambda *args, **kwargs: calls.append(1) or model.run(*args, **kwargs))
-    monkeypatch.setattr(check.sm90_model, "kernels", lambda: [counted])
+    define(monkeypatch, counted)
     assert check.verdict(check_alike(model, model, model))[1]
     assert len(calls) == CASES
 
@@ -147,7 +180,8 @@ def of_the_model(share: check.Share) -> list[check.Finding]:
     if share.op == "combine" and share.numbers.start == 0:
         os._exit(3)
     where = check.Where("cpu", "cpu", 0)
-    return check.check_alike([model_kernel(share.op)], share.numbers, SEED, where)
+    kernel = model_kernel(share.op)
+    return check.check_alike([Target(kernel, *kernel.parts)], share.numbers, SEED, where)
 
 
 def test_processes_share_an_operations_cases_and_outlive_one_that_dies(monkeypatch):
@@ -166,7 +200,7 @@ def test_processes_share_an_operations_cases_and_outlive_one_that_dies(monkeypat
     (of_rope,) = findings["rope"]
     assert (of_rope.cases, of_rope.wrong_cases) == (CASES, 0)
     of_rest, died = findings["combine"]
-    assert of_rest.cases == 1 and died == check.Broken("combine", "all", "the process died")
+    assert of_rest.cases == 1 and died == check.Broken("combine", "all", "all", "the process died")
     assert not check.verdict([of_rope, of_rest, died])[1]
 
 
@@ -174,32 +208,50 @@ def test_results_of_shares_are_one_result():
     """The first fault is that of the lowest case, whichever process ended first."""
 
     def share(start: int, **more: Any) -> tuple[check.Share, list[check.Finding]]:
-        result = check.Result("rope", "triton", 10, 100, **more)
-        return check.Share("rope", range(start, start + 10)), [result, check.Result("rope", "cublas", 9, exact=False)]
+        result = check.Result("rope", "triton", "rope", 10, 100, **more)
+        other = check.Result("rope", "cublas", "rope", 9, exact=False)
+        return check.Share("rope", range(start, start + 10)), [result, other]
 
     late = share(10, wrong_cases=1, wrong_outputs=2, first_wrong="case 11", largest_difference=0.5)
     early = share(0, wrong_cases=2, wrong_outputs=3, first_wrong="case 4", largest_difference=0.25)
     ((ours, theirs),) = check.by_operation([late, early], 2)
     assert ours == check.Result(
-        "rope", "triton", 20, 200, wrong_cases=3, wrong_outputs=5, first_wrong="case 4", largest_difference=0.5
+        "rope", "triton", "rope", 20, 200, wrong_cases=3, wrong_outputs=5, first_wrong="case 4", largest_difference=0.5
     )
     assert theirs.cases == 18 and not list(check.by_operation([late], 2))
 
 
-def test_other_providers_are_checked_where_they_are_named(monkeypatch):
-    monkeypatch.setattr(check, "with_each_maker", lambda kernels: kernels)  # needs Triton
-    assert not {kernel.provider for kernel in check.chosen(["linear"], None)} & check.OTHERS
-    named = check.chosen(["linear"], [cublas.PROVIDER, deep_gemm.PROVIDER])
-    assert {kernel.provider for kernel in named} == {cublas.PROVIDER, deep_gemm.PROVIDER}
+def test_all_that_are_meant_to_be_exact_are_checked_or_those_that_are_named():
+    def providers(*names: str) -> set[str]:
+        targets = check.chosen(["linear", "mla_attention"], list(names) or None, check.Where())
+        return {target.kernel.provider for target in targets}
+
+    assert providers() == {"triton", "cuda", deep_gemm.PROVIDER}
+    assert providers(cublas.PROVIDER, flash_mla.PROVIDER) == {cublas.PROVIDER, flash_mla.PROVIDER}
+    with pytest.raises(KernelError, match="there is no provider cubals; the providers are cublas, cuda, deep-gemm, "):
+        providers("cubals")
 
 
-def test_kernels_get_cases_that_they_take_and_few_that_they_are_compiled_for():
-    def sizes(op: str, name: str) -> cases.Sizes:
-        return check.sizes_of(replace(model_kernel(op), provider=name))
+def test_what_two_kernels_hand_to_is_checked_once():
+    names = [target.part.name for target in check.chosen(["linear"], None, check.Where())]
+    assert sorted(names) == ["bf16_linear", "deep_gemm.bf16_gemm_nt"]
+    names = [target.part.name for target in check.chosen(["linear"], [deep_gemm.PROVIDER], check.Where())]
+    assert sorted(names) == ["bf16_linear", "deep_gemm.bf16_gemm_nt"]
 
-    assert sizes("mla_attention", "cuda").latents == sizes("mla_attention", flash_mla.PROVIDER).latents == ((512, 64),)
-    assert sizes("mla_attention", "triton").latents == ((128, 32), (64, 16))
-    assert sizes("linear", "triton") == cases.LARGE
-    few = sizes("linear", deep_gemm.PROVIDER)._replace(rows=(7, 99))
+
+def test_implementations_get_cases_that_they_take_and_few_that_they_are_compiled_for(monkeypatch):
+    def sizes(kernel: Kernel) -> cases.Sizes:
+        return Target(kernel, kernel.parts[0]).sizes(check.Where())
+
+    monkeypatch.setattr(provider, "refuses", hopper.on_hopper_with(lambda: None))
+    monkeypatch.setattr(provider.cuda, "missing", lambda: None)
+    monkeypatch.setattr(flash_mla, "missing", lambda: None)
+    monkeypatch.setattr(deep_gemm, "missing", lambda: None)
+    own = {kernel.op: kernel for kernel in map(provider.own_kernel, check.CONTRACTS)}
+    assert sizes(provider.v3_attention()).latents == sizes(flash_mla.kernels()[0]).latents == ((512, 64),)
+    of_any_latent = sizes(own["mla_attention"])
+    assert of_any_latent.latents == ((128, 32), (64, 16)) and of_any_latent.requests == (1, 3)
+    assert sizes(own["linear"]) == cases.LARGE
+    few = sizes(next(kernel for kernel in deep_gemm.kernels() if kernel.op == "linear"))._replace(rows=(7, 99))
     weights = {cases.linear_case(random.Random(number), few).args[1].shape for number in range(100)}
     assert 12 < len(weights) <= 36

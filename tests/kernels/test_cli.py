@@ -41,9 +41,9 @@ def test_fast_mode_is_named_and_a_wrong_mode_refused(monkeypatch):
 
 
 @WITHOUT_GPU
-@pytest.mark.parametrize("command", ["check", "tune"])
+@pytest.mark.parametrize("command", ["check", "check --device hopper", "check --record golden.safetensors", "tune"])
 def test_what_needs_a_gpu_says_so(command):
-    result = run(command)
+    result = run(*command.split())
     assert isinstance(result.exception, KernelError)
     assert "this machine has none" in str(result.exception)
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dsv3_plugin import registry
+from dsv3_plugin.certificates import Certificate, Subject
 from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Kernel, Setting
 from dsv3_plugin.kernels import cublas, deep_gemm, flash_mla, hopper, provider, third_party
@@ -22,8 +24,8 @@ KERNELS = [kernel for module in provider.OTHERS for kernel in module.kernels()]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.provider}-{kernel.op}")
-def test_each_has_a_certificate_or_says_why_not(kernel):
-    assert (kernel.certificate is None) == (kernel.uncertified is not None)
+def test_each_can_be_certified_or_says_why_not(kernel):
+    assert (kernel.provider == deep_gemm.PROVIDER) == (kernel.uncertified is None)
     for elsewhere in (
         Setting("cpu", "cpu", BF16),
         Setting("cpu", "sm90", BF16),
@@ -35,27 +37,26 @@ def test_each_has_a_certificate_or_says_why_not(kernel):
 
 
 def test_what_is_not_installed_is_named():
-    refuses = hopper.on_hopper_with("a lab's kernel", lambda: False)
+    refuses = hopper.on_hopper_with(lambda: "a lab's kernel is not installed")
     assert refuses(HOPPER) == "a lab's kernel is not installed"
-    assert hopper.on_hopper_with("a lab's kernel", lambda: True)(HOPPER) is None
+    assert hopper.on_hopper_with(lambda: None)(HOPPER) is None
     assert third_party.version_of("no-such-distribution", "pluggy")
     assert third_party.version_of("no-such-distribution") is None
 
 
 def test_flash_mla_attends_with_the_latent_of_v3_only(monkeypatch):
-    monkeypatch.setattr(flash_mla, "installed", lambda: True)
+    monkeypatch.setattr(flash_mla, "missing", lambda: None)
     (kernel,) = flash_mla.kernels()
     assert kernel.refuses(HOPPER) is None
     other = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), {"kv_lora_rank": 128, "qk_rope_head_dim": 64})
     assert "kv_lora_rank" in str(kernel.refuses(other))
 
 
-def test_strict_mode_never_takes_one_without_certificate():
-    """On a Hopper card with all of them installed; the twin: fast mode may."""
+def test_strict_mode_never_takes_one_without_certificate(monkeypatch):
+    """On a Hopper card with all of them installed, and certificates for all that can have one; fast mode may."""
+    monkeypatch.setattr(registry.certificates, "find", lambda subject, dtype, shipped: CERTIFICATE)
     own = [kernel for kernel in provider.dsv3_kernels() if kernel.provider in ("triton", "cuda")]
-    # Whatever the sources of today are: that a change ends a certificate is another test's matter.
-    certified = [replace(kernel, certificate="compared", uncertified=None) for kernel in own]
-    forced = [_without_refusal(kernel) for kernel in [*certified, *KERNELS]]
+    forced = [_without_refusal(kernel) for kernel in [*own, *KERNELS]]
     forced = [kernel for kernel in forced if kernel.provider != deep_gemm.PROVIDER]
     strict = {choice.provider for choice in bind(HOPPER, "strict", forced).provenance}
     assert strict <= {"triton", "cuda"}
@@ -63,6 +64,27 @@ def test_strict_mode_never_takes_one_without_certificate():
     assert {choice.provider for choice in bind(HOPPER, "strict", others_first).provenance} == strict
     fast = {choice.provider for choice in bind(HOPPER, "fast", others_first).provenance}
     assert {"cublas", "flash-mla", "transformer-engine"} & fast
+
+
+CERTIFICATE = Certificate(
+    subject=Subject(
+        operation="any",
+        contract_version=1,
+        arithmetic="sm90",
+        implementation="any",
+        entry="any:any",
+        digest="0",
+        versions={},
+        card="a card",
+        capability="9.0",
+    ),
+    seed=0,
+    cases=1000,
+    refused_cases=0,
+    cases_on_cpu=63,
+    dtypes=("bfloat16",),
+    page_sizes=(1, 32, 64),
+)
 
 
 def test_strict_mode_refuses_where_only_such_a_kernel_serves():
@@ -73,6 +95,7 @@ def test_strict_mode_refuses_where_only_such_a_kernel_serves():
         if kernel.provider != deep_gemm.PROVIDER:
             reason = f"has no certificate, which strict mode needs: {kernel.uncertified}"
             assert f"{kernel.provider} {kernel.version}: {reason}" in message
+    assert "--certify" not in message, "a check would not help"
     assert message.endswith("DSV3_PLUGIN_MODE=fast takes kernels without certificate")
 
 
