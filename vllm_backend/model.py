@@ -18,7 +18,7 @@ from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
-from dsv3_plugin.vllm_backend import compat
+from dsv3_plugin.vllm_backend import compat, layerwise, worker
 from dsv3_plugin.vllm_backend.attention import LatentCache
 
 logger = init_logger("vllm.dsv3_plugin")
@@ -35,15 +35,28 @@ def read_config(model_config: Any) -> DeepseekV3Config:
 class LatentCaches(nn.Module):
     """The caches of some layers, as the `Attend` that the core calls."""
 
-    def __init__(self, ops: Ops, config: DeepseekV3Config, vllm_config: VllmConfig, layers: Iterable[int]) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        config: DeepseekV3Config,
+        vllm_config: VllmConfig,
+        layers: Iterable[int],
+        weight_loader: WeightLoader,
+    ) -> None:
         super().__init__()
+        names = {i: f"model.layers.{i}.self_attn.attn" for i in layers}
         self.caches = nn.ModuleDict(
-            {str(i): LatentCache(ops, config, vllm_config, f"model.layers.{i}.self_attn.attn") for i in layers}
+            {str(i): LatentCache(ops, config, vllm_config, name, weight_loader) for i, name in names.items()}
         )
 
     def forward(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         """See `dsv3_plugin.layers.mla.Attend`."""
         return self.caches[str(layer_idx)](q, latent)
+
+
+def _filled_by_vllm(vllm_config: VllmConfig) -> bool:
+    """Whether the user asked for weights that vLLM makes up, which may answer until a trainer sends others."""
+    return vllm_config.load_config.load_format == "dummy"
 
 
 def _prepare(vllm_config: VllmConfig, model_config: Any, served: str) -> tuple[Ops, DeepseekV3Config]:
@@ -56,6 +69,7 @@ def _prepare(vllm_config: VllmConfig, model_config: Any, served: str) -> tuple[O
     config = read_config(model_config)
     profile = profile_for(config, model_config.dtype)
     ops = bind_ops(config, profile, torch.device(vllm_config.device_config.device))
+    worker.install(vllm_config.parallel_config.worker_cls)
     logger.info(ops.announcement(served))
     return ops, config
 
@@ -70,8 +84,9 @@ class DeepseekV3ForCausalLM(nn.Module):
         # By the checkpoint's names, under which a draft finds what it shares.
         self.model = deepseek.model
         self.lm_head = deepseek.lm_head
-        self.attend = LatentCaches(self.ops, self.config, vllm_config, range(self.config.num_hidden_layers))
-        self.weight_loader = WeightLoader(self, self.config, "main")
+        self.weight_loader = WeightLoader(self, self.config, "main", holds_weights=_filled_by_vllm(vllm_config))
+        layers = range(self.config.num_hidden_layers)
+        self.attend = LatentCaches(self.ops, self.config, vllm_config, layers, self.weight_loader)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [T] to [T, hidden]."""
@@ -94,7 +109,9 @@ class DeepseekV3ForCausalLM(nn.Module):
         return self.lm_head(hidden_states.contiguous())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint's tensors; the first call must bring all of them, later ones may bring some."""
+        """Take all or some of a checkpoint's tensors, in any order. Raises `CheckpointError` as `WeightLoader` does."""
+        if layerwise.take_back(self):
+            self.weight_loader.begin()
         self.weight_loader.load(weights)
         return {name for name, _ in self.named_parameters()}
 
@@ -109,8 +126,9 @@ class DeepSeekMTPModel(nn.Module):
         self.ops, self.config = _prepare(vllm_config, model_config, "DeepSeekMTPModel")
         self.model = DeepseekV3MTP(self.ops, self.config)
         self.lm_head = self.model.lm_head
-        self.attend = LatentCaches(self.ops, self.config, vllm_config, [self.config.mtp_layer_idx])
-        self.weight_loader = WeightLoader(self.model, self.config, "mtp")
+        self.weight_loader = WeightLoader(self.model, self.config, "mtp", holds_weights=_filled_by_vllm(vllm_config))
+        layers = [self.config.mtp_layer_idx]
+        self.attend = LatentCaches(self.ops, self.config, vllm_config, layers, self.weight_loader)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [T] to [T, hidden]."""
@@ -135,11 +153,22 @@ class DeepSeekMTPModel(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor:
         """Normalised hidden_states [n, hidden] to logits fp32 [n, vocab_size]."""
-        # After loading vLLM replaces `lm_head` by the target's; following it frees the copy.
-        self.model.lm_head = self.lm_head
+        self._follow_target()
         return self.lm_head(hidden_states.contiguous())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the MTP layer; embedding and head are the target's."""
+        """Take all or some of a checkpoint's tensors, in any order. Raises `CheckpointError` as `WeightLoader` does.
+
+        In the first load embedding and head are waited for, later they are the target's.
+        """
+        self._follow_target()
+        if layerwise.take_back(self):
+            self.weight_loader.begin()
         self.weight_loader.load(weights)
         return {name for name, _ in self.named_parameters()}
+
+    def _follow_target(self) -> None:
+        """After loading vLLM replaces embedding and head by the target's; following the head frees the copy."""
+        if self.lm_head is not self.model.lm_head:
+            self.model.lm_head = self.lm_head
+            self.weight_loader.share(name for name, spec in self.weight_loader.specs.items() if "main" in spec.targets)
