@@ -25,7 +25,7 @@ from dsv3_plugin.engines import is_ours
 from dsv3_plugin.errors import CheckpointError, EngineError
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.version import __version__
-from dsv3_plugin.vllm_backend import layerwise
+from dsv3_plugin.vllm_backend import layerwise, sampling
 
 Method = Callable[..., Any]
 Tensors = Iterable[tuple[str, torch.Tensor]]
@@ -95,6 +95,12 @@ def _for_ours(original: Method, wrap: Callable[..., Any]) -> Method:
         return wrap(original, worker, *args, **kwargs)
 
     return call
+
+
+def _warm_up(original: Method, worker: Any) -> Any:
+    """The last call before requests."""
+    sampling.make_exact(worker.model_runner)
+    return original(worker)
 
 
 # The weight-transfer calls. vLLM tells its transfer engine which model, target or draft, an update is of.
@@ -211,6 +217,7 @@ def _derive_rotary_tables(model: nn.Module, config: DeepseekV3Config) -> None:
 
 
 _WRAPPED = {
+    "compile_or_warm_up_model": _warm_up,
     "start_weight_update": _start,
     "start_draft_weight_update": _start,
     "finish_weight_update": _finish,
