@@ -38,15 +38,12 @@ def install(worker_class: str) -> None:
         return
     worker.dsv3_fingerprint = dsv3_fingerprint
     worker.dsv3_provenance = dsv3_provenance
-    for name, wrap in _WRAPPED.items():
-        if not hasattr(worker, name):
-            raise EngineError(
-                f"vLLM's {worker_class} has no {name}, by which weights are updated in the tested versions"
-            )
-        setattr(worker, name, _for_ours(getattr(worker, name), wrap))
-    for name, wrap in _WRAPPED_WHERE_THERE.items():
-        if hasattr(worker, name):
-            setattr(worker, name, _for_ours(getattr(worker, name), wrap))
+    if missing := _WRAPPED.keys() - _NOT_IN_EVERY_VERSION - set(dir(worker)):
+        raise EngineError(
+            f"vLLM's {worker_class} lacks {', '.join(sorted(missing))}, which dsv3-plugin looks after in tested versions"
+        )
+    for name in _WRAPPED.keys() & set(dir(worker)):
+        setattr(worker, name, _for_ours(getattr(worker, name), _WRAPPED[name]))
 
 
 def dsv3_fingerprint(worker: Any) -> dict[str, Any]:
