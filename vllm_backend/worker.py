@@ -39,9 +39,7 @@ def install(worker_class: str) -> None:
     worker.dsv3_fingerprint = dsv3_fingerprint
     worker.dsv3_provenance = dsv3_provenance
     if missing := _WRAPPED.keys() - _NOT_IN_EVERY_VERSION - set(dir(worker)):
-        raise EngineError(
-            f"vLLM's {worker_class} lacks {', '.join(sorted(missing))}, which dsv3-plugin looks after in tested versions"
-        )
+        raise EngineError(f"vLLM's {worker_class} has no {', '.join(sorted(missing))}, as the tested versions have")
     for name in _WRAPPED.keys() & set(dir(worker)):
         setattr(worker, name, _for_ours(getattr(worker, name), _WRAPPED[name]))
 
