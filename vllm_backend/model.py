@@ -8,28 +8,37 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import cached_file
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.errors import ConfigError, EngineError
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
-from dsv3_plugin.vllm_backend import compat, layerwise, worker
+from dsv3_plugin.vllm_backend import compat, layerwise, options, worker
 from dsv3_plugin.vllm_backend.attention import LatentCache
 
 logger = init_logger("vllm.dsv3_plugin")
 
 
 def read_config(model_config: Any) -> DeepseekV3Config:
-    """Our configuration from vLLM's. vLLM renames a draft's `model_type`; the architecture is the same."""
-    data = model_config.hf_config.to_dict()
-    if data.get("model_type") == "deepseek_mtp":
-        data["model_type"] = "deepseek_v3"
-    return DeepseekV3Config.from_dict(data, where=f"{model_config.model}/config.json")
+    """The checkpoint's `config.json`, read by the core, with the user's `hf_overrides`.
+
+    Raises `ConfigError` for what this package does not implement, and for an override that it cannot follow.
+    """
+    overrides = model_config.hf_overrides
+    if callable(overrides):
+        raise ConfigError("hf_overrides is a function, which dsv3-plugin does not follow; give the fields themselves")
+    path = Path(model_config.hf_config_path or model_config.model)
+    if not path.exists():
+        access = {"revision": model_config.revision, "token": model_config.hf_token}
+        path = Path(cached_file(str(path), "config.json", **access))
+    return DeepseekV3Config.from_pretrained(path, overrides=overrides)
 
 
 class LatentCaches(nn.Module):
@@ -59,14 +68,22 @@ def _filled_by_vllm(vllm_config: VllmConfig) -> bool:
     return vllm_config.load_config.load_format == "dummy"
 
 
-def _prepare(vllm_config: VllmConfig, model_config: Any, served: str) -> tuple[Ops, DeepseekV3Config]:
-    """Check what vLLM asks for, bind the kernels, and say in the log what will run."""
-    compat.require_supported(vllm_config)
+def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Config]:
+    """Check what vLLM asks for, bind the kernels, and say in the log what will run. The draft is of the target's
+    checkpoint, and in its dtype.
+    """
+    options.require_supported(vllm_config)
+    model_config = vllm_config.model_config
     if (warning := compat.batch_invariance_warning()) is not None:
         logger.warning(warning)
     if Path(model_config.model).is_dir() and vllm_config.load_config.load_format != "dummy":
         CheckpointReader(model_config.model).validate()
     config = read_config(model_config)
+    if model_config.max_model_len > config.max_position_embeddings:
+        raise EngineError(
+            f"max_model_len={model_config.max_model_len} exceeds the positions that the checkpoint knows,"
+            f" max_position_embeddings={config.max_position_embeddings}; set --max-model-len"
+        )
     profile = profile_for(config, model_config.dtype)
     ops = bind_ops(config, profile, torch.device(vllm_config.device_config.device))
     worker.install(vllm_config.parallel_config.worker_cls)
@@ -79,7 +96,7 @@ class DeepseekV3ForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.ops, self.config = _prepare(vllm_config, vllm_config.model_config, "DeepseekV3ForCausalLM")
+        self.ops, self.config = _prepare(vllm_config, "DeepseekV3ForCausalLM")
         deepseek = DeepseekV3(self.ops, self.config)
         # By the checkpoint's names, under which a draft finds what it shares.
         self.model = deepseek.model
@@ -121,9 +138,7 @@ class DeepSeekMTPModel(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        assert vllm_config.speculative_config is not None
-        model_config = vllm_config.speculative_config.draft_model_config
-        self.ops, self.config = _prepare(vllm_config, model_config, "DeepSeekMTPModel")
+        self.ops, self.config = _prepare(vllm_config, "DeepSeekMTPModel")
         self.model = DeepseekV3MTP(self.ops, self.config)
         self.lm_head = self.model.lm_head
         self.weight_loader = WeightLoader(self.model, self.config, "mtp", holds_weights=_filled_by_vllm(vllm_config))

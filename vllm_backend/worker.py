@@ -211,7 +211,7 @@ def _derive_rotary_tables(model: nn.Module, config: DeepseekV3Config) -> None:
                 kept.copy_(new)
 
 
-_WRAPPED = {
+_WRAPPED: dict[str, Method] = {
     "compile_or_warm_up_model": _warm_up,
     "start_weight_update": _start,
     "start_draft_weight_update": _start,
