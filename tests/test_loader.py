@@ -90,6 +90,20 @@ def test_half_an_update(loader: WeightLoader, items: Items) -> None:
     loader.require_whole()
 
 
+def test_what_comes_for_another_model_after_the_last_tensor(loader: WeightLoader, items: Items) -> None:
+    mine = [item for item in items if item[0] in loader.wanted]
+    others = [item for item in items if item[0] not in loader.wanted]
+    assert others
+    loader.begin()
+    loader.load(mine)
+    loader.load(others)
+    loader.finish()
+    loader.require_whole()
+    # The twin: one tensor of this model more begins another update.
+    loader.load(mine[:1])
+    assert refused(loader.finish).startswith("missing tensors of the main model")
+
+
 def test_a_sender_that_dies_or_begins_again(loader: WeightLoader, items: Items) -> None:
     def dies() -> Iterator[tuple[str, torch.Tensor]]:
         yield items[0]

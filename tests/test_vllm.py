@@ -192,29 +192,47 @@ from dsv3_plugin.vllm_backend.attention import LatentMetadataBuilder
 from vllm.v1.attention.backend import AttentionCGSupport
 
 assert LatentMetadataBuilder._cudagraph_support is AttentionCGSupport.UNIFORM_BATCH
+asked = []
+
+
+class Loader:
+    def require_whole(self):
+        asked.append("whole")
+
+
 scheduler = SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=32)
+layers = SimpleNamespace(static_forward_context={"layer": SimpleNamespace(weight_loader=Loader())})
 config = SimpleNamespace(
-    scheduler_config=scheduler, model_config=None, speculative_config=None, parallel_config=None
+    scheduler_config=scheduler,
+    compilation_config=layers,
+    model_config=None,
+    speculative_config=None,
+    parallel_config=None,
 )
 builder = LatentMetadataBuilder(SimpleNamespace(block_size=16), ["layer"], config, torch.device("cpu"))
 
 
-def build(slots, seq_lens):
-    made = builder.build(0, SimpleNamespace(
+def step(slots, seq_lens):
+    return SimpleNamespace(
         num_actual_tokens=len(slots),
         num_reqs=len(seq_lens),
         query_start_loc=torch.arange(len(seq_lens) + 1),
         seq_lens=torch.tensor(seq_lens),
         block_table_tensor=torch.zeros(len(seq_lens), 2),
         slot_mapping=torch.tensor(slots),
-    ))
+    )
+
+
+def tensors(made):
     return {name: getattr(made, name) for name in ("pages", "offsets", "seq_lens")}
 
 
-first = build([37, 16], [6, 1])
+first = tensors(builder.build_for_cudagraph_capture(step([37, 16], [6, 1])))
+asked_by_capture = list(asked)
 kept = {name: (x.data_ptr(), x) for name, x in first.items()}
-second = build([15, 64, -1], [16, 5, 0])
+second = tensors(builder.build(0, step([15, 64, -1], [16, 5, 0])))
 print(json.dumps({
+    "asked": [asked_by_capture, asked],
     "values": {name: x.tolist() for name, x in second.items()},
     "same address": [second[name].data_ptr() == address for name, (address, _) in kept.items()],
     "as a graph reads it": {name: x.tolist() for name, (_, x) in kept.items()},
@@ -224,11 +242,14 @@ print(json.dumps({
 
 @pytest.mark.parametrize("environment", ["vllm", "vllm-0.27.1"])
 def test_a_step_s_metadata_stays_where_a_cuda_graph_reads_it(environment: str) -> None:
-    """The second step is seen through the first one's tensors. A slot of -1 is page 0, which no request has."""
+    """The second step is seen through the first one's tensors, the captured ones. A slot of -1 is page 0, which no
+    request has. Each step asks whether the weights are whole, a capture does not.
+    """
     done = subprocess.run([python_of(environment), "-c", METADATA_PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["values"] == {"pages": [0, 4, 0], "offsets": [15, 0, 0], "seq_lens": [16, 5, 0]}
+    assert told["asked"] == [[], ["whole"]]
     assert told["same address"] == [True] * 3
     assert told["as a graph reads it"] == {"pages": [0, 4], "offsets": [15, 0], "seq_lens": [16, 5]}
 

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
+from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
@@ -51,14 +52,27 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size = kv_cache_spec.block_size
+        caches = vllm_config.compilation_config.static_forward_context
+        self.weight_loaders = {caches[name].weight_loader for name in layer_names}
         scheduler = vllm_config.scheduler_config
         self.seq_lens = torch.zeros(scheduler.max_num_seqs, dtype=torch.int32, device=device)
         slots = scheduler.max_num_batched_tokens + scheduler.max_num_seqs
         self.pages, self.offsets = torch.zeros(2, slots, dtype=torch.int64, device=device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
-        """Called once a step for each cache group."""
-        common = common_attn_metadata
+        """Called once a step for each cache group; raises `CheckpointError` where the weights may not answer.
+
+        Here and not in the model, whose forward pass no one enters when a CUDA graph is replayed.
+        """
+        for weight_loader in self.weight_loaders:
+            weight_loader.require_whole()
+        return self._build(common_attn_metadata)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> LatentMetadata:
+        """A capture answers nobody: it may come before the weights."""
+        return self._build(common_attn_metadata)
+
+    def _build(self, common: Any) -> LatentMetadata:
         tokens, requests = common.num_actual_tokens, common.num_reqs
         # A slot of -1 marks a token that must not be kept: it goes to page 0, which vLLM gives to no request.
         slots = common.slot_mapping[:tokens].clamp(min=0)
@@ -116,12 +130,20 @@ class LatentBackend(AttentionBackend):
 
 
 class LatentCache(nn.Module, AttentionLayerBase):
-    """The pages of one layer, registered with vLLM under `prefix`."""
+    """The pages of one layer, registered with vLLM under `prefix`; `weight_loader` is that of the layer's model."""
 
-    def __init__(self, ops: Ops, config: DeepseekV3Config, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        config: DeepseekV3Config,
+        vllm_config: VllmConfig,
+        prefix: str,
+        weight_loader: WeightLoader,
+    ) -> None:
         super().__init__()
         self.ops = ops
         self.config = config
+        self.weight_loader = weight_loader
         self.layer_name = prefix
         self.scale = softmax_scale(config)
         self.kv_cache = torch.tensor([])

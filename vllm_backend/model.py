@@ -8,37 +8,54 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import cached_file
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.errors import ConfigError, EngineError
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
-from dsv3_plugin.vllm_backend import compat
+from dsv3_plugin.vllm_backend import compat, layerwise, options, worker
 from dsv3_plugin.vllm_backend.attention import LatentCache
 
 logger = init_logger("vllm.dsv3_plugin")
 
 
 def read_config(model_config: Any) -> DeepseekV3Config:
-    """Our configuration from vLLM's. vLLM renames a draft's `model_type`; the architecture is the same."""
-    data = model_config.hf_config.to_dict()
-    if data.get("model_type") == "deepseek_mtp":
-        data["model_type"] = "deepseek_v3"
-    return DeepseekV3Config.from_dict(data, where=f"{model_config.model}/config.json")
+    """The checkpoint's `config.json`, read by the core, with the user's `hf_overrides`.
+
+    Raises `ConfigError` for what this package does not implement, and for an override that it cannot follow.
+    """
+    overrides = model_config.hf_overrides
+    if callable(overrides):
+        raise ConfigError("hf_overrides is a function, which dsv3-plugin does not follow; give the fields themselves")
+    path = Path(model_config.hf_config_path or model_config.model)
+    if not path.exists():
+        access = {"revision": model_config.revision, "token": model_config.hf_token}
+        path = Path(cached_file(str(path), "config.json", **access))
+    return DeepseekV3Config.from_pretrained(path, overrides=overrides)
 
 
 class LatentCaches(nn.Module):
     """The caches of some layers, as the `Attend` that the core calls."""
 
-    def __init__(self, ops: Ops, config: DeepseekV3Config, vllm_config: VllmConfig, layers: Iterable[int]) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        config: DeepseekV3Config,
+        vllm_config: VllmConfig,
+        layers: Iterable[int],
+        weight_loader: WeightLoader,
+    ) -> None:
         super().__init__()
+        names = {i: f"model.layers.{i}.self_attn.attn" for i in layers}
         self.caches = nn.ModuleDict(
-            {str(i): LatentCache(ops, config, vllm_config, f"model.layers.{i}.self_attn.attn") for i in layers}
+            {str(i): LatentCache(ops, config, vllm_config, name, weight_loader) for i, name in names.items()}
         )
 
     def forward(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
@@ -46,16 +63,30 @@ class LatentCaches(nn.Module):
         return self.caches[str(layer_idx)](q, latent)
 
 
-def _prepare(vllm_config: VllmConfig, model_config: Any, served: str) -> tuple[Ops, DeepseekV3Config]:
-    """Check what vLLM asks for, bind the kernels, and say in the log what will run."""
-    compat.require_supported(vllm_config)
+def _filled_by_vllm(vllm_config: VllmConfig) -> bool:
+    """Whether the user asked for weights that vLLM makes up, which may answer until a trainer sends others."""
+    return vllm_config.load_config.load_format == "dummy"
+
+
+def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Config]:
+    """Check what vLLM asks for, bind the kernels, and say in the log what will run. The draft is of the target's
+    checkpoint, and in its dtype.
+    """
+    options.require_supported(vllm_config)
+    model_config = vllm_config.model_config
     if (warning := compat.batch_invariance_warning()) is not None:
         logger.warning(warning)
     if Path(model_config.model).is_dir() and vllm_config.load_config.load_format != "dummy":
         CheckpointReader(model_config.model).validate()
     config = read_config(model_config)
+    if model_config.max_model_len > config.max_position_embeddings:
+        raise EngineError(
+            f"max_model_len={model_config.max_model_len} exceeds the positions that the checkpoint knows,"
+            f" max_position_embeddings={config.max_position_embeddings}; set --max-model-len"
+        )
     profile = profile_for(config, model_config.dtype)
     ops = bind_ops(config, profile, torch.device(vllm_config.device_config.device))
+    worker.install(vllm_config.parallel_config.worker_cls)
     logger.info(ops.announcement(served))
     return ops, config
 
@@ -65,13 +96,14 @@ class DeepseekV3ForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.ops, self.config = _prepare(vllm_config, vllm_config.model_config, "DeepseekV3ForCausalLM")
+        self.ops, self.config = _prepare(vllm_config, "DeepseekV3ForCausalLM")
         deepseek = DeepseekV3(self.ops, self.config)
         # By the checkpoint's names, under which a draft finds what it shares.
         self.model = deepseek.model
         self.lm_head = deepseek.lm_head
-        self.attend = LatentCaches(self.ops, self.config, vllm_config, range(self.config.num_hidden_layers))
-        self.weight_loader = WeightLoader(self, self.config, "main")
+        self.weight_loader = WeightLoader(self, self.config, "main", holds_weights=_filled_by_vllm(vllm_config))
+        layers = range(self.config.num_hidden_layers)
+        self.attend = LatentCaches(self.ops, self.config, vllm_config, layers, self.weight_loader)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [T] to [T, hidden]."""
@@ -94,7 +126,9 @@ class DeepseekV3ForCausalLM(nn.Module):
         return self.lm_head(hidden_states.contiguous())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint's tensors; the first call must bring all of them, later ones may bring some."""
+        """Take all or some of a checkpoint's tensors, in any order. Raises `CheckpointError` as `WeightLoader` does."""
+        if layerwise.take_back(self):
+            self.weight_loader.begin()
         self.weight_loader.load(weights)
         return {name for name, _ in self.named_parameters()}
 
@@ -104,13 +138,12 @@ class DeepSeekMTPModel(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        assert vllm_config.speculative_config is not None
-        model_config = vllm_config.speculative_config.draft_model_config
-        self.ops, self.config = _prepare(vllm_config, model_config, "DeepSeekMTPModel")
+        self.ops, self.config = _prepare(vllm_config, "DeepSeekMTPModel")
         self.model = DeepseekV3MTP(self.ops, self.config)
         self.lm_head = self.model.lm_head
-        self.attend = LatentCaches(self.ops, self.config, vllm_config, [self.config.mtp_layer_idx])
-        self.weight_loader = WeightLoader(self.model, self.config, "mtp")
+        self.weight_loader = WeightLoader(self.model, self.config, "mtp", holds_weights=_filled_by_vllm(vllm_config))
+        layers = [self.config.mtp_layer_idx]
+        self.attend = LatentCaches(self.ops, self.config, vllm_config, layers, self.weight_loader)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [T] to [T, hidden]."""
@@ -135,11 +168,22 @@ class DeepSeekMTPModel(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor:
         """Normalised hidden_states [n, hidden] to logits fp32 [n, vocab_size]."""
-        # After loading vLLM replaces `lm_head` by the target's; following it frees the copy.
-        self.model.lm_head = self.lm_head
+        self._follow_target()
         return self.lm_head(hidden_states.contiguous())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the MTP layer; embedding and head are the target's."""
+        """Take all or some of a checkpoint's tensors, in any order. Raises `CheckpointError` as `WeightLoader` does.
+
+        In the first load embedding and head are waited for, later they are the target's.
+        """
+        self._follow_target()
+        if layerwise.take_back(self):
+            self.weight_loader.begin()
         self.weight_loader.load(weights)
         return {name for name, _ in self.named_parameters()}
+
+    def _follow_target(self) -> None:
+        """After loading vLLM replaces embedding and head by the target's; following the head frees the copy."""
+        if self.lm_head is not self.model.lm_head:
+            self.model.lm_head = self.lm_head
+            self.weight_loader.share(name for name, spec in self.weight_loader.specs.items() if "main" in spec.targets)

@@ -103,7 +103,7 @@ class WeightLoader:
         Raises `CheckpointError` for an unknown name, one that has come already, a wrong shape or dtype, or a bias that
         is not finite; whatever `named_tensors` raises goes through. Either ends the update.
         """
-        came = self._came = set() if self._came is None else self._came
+        came = set() if self._came is None else self._came
         parameters = dict(self.model.named_parameters())
         used: set[str] = set()
         try:
@@ -112,6 +112,8 @@ class WeightLoader:
             for name, tensor in named_tensors:
                 if (target := self._place(name, tensor, parameters, came)) is None:
                     continue
+                # A bucket of what another model holds begins nothing.
+                self._came = came
                 came.add(name)
                 used.add(name)
                 self.write(parameters[target.parameter], tensor, target.index)

@@ -72,9 +72,10 @@ class DeepseekV3(nn.Module):
         return self.model(self.model.embed_tokens(input_ids), positions, attend)
 
 
+@torch.inference_mode()
 def weights_changed(model: nn.Module) -> None:
     """Tell every layer of `model` that its parameters were written: what is derived from them is derived again, in
-    place.
+    place. In inference mode, in which alone torch writes to what an engine derived there.
     """
     for module in model.modules():
         if isinstance(module, MLA):

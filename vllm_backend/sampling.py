@@ -1,0 +1,106 @@
+"""What vLLM's sampler answers for a token that it drew, made one number in every batch.
+
+Under `--logprobs-mode processed_logprobs` that number is here log-softmax(logits / temperature) in fp32 of exactly the
+row that was sampled; temperature 0 counts as 1, the request's penalties and biases are in the logits, and top-k, top-p
+and min-p cut the draw only. vLLM's own takes the log-softmax after those cuts, and with drafts a second time, of
+log-probabilities. Other modes are vLLM's. Which token is drawn is vLLM's affair in all of them, but for one mend: on a
+CPU without Triton it leaves the temperatures and cuts of a batch with drafts unwritten.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.sample.sampler import Sampler
+
+from dsv3_plugin.errors import EngineError
+
+
+class ExactSampler(Sampler):
+    """vLLM's sampler, which answers log-probabilities of the distribution before it is cut."""
+
+    def sample(
+        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """logits fp32 [requests, vocab_size], overwritten, to token ids [requests] and log-probabilities fp32
+        [requests, vocab_size], or None where no request asks.
+        """
+        answered = None
+        if sampling_metadata.max_num_logprobs is not None or getattr(sampling_metadata, "logprob_token_ids", None):
+            tempered = logits
+            if not sampling_metadata.all_greedy:
+                temperature = sampling_metadata.temperature
+                tempered = self.apply_temperature(logits.clone(), temperature, sampling_metadata.all_random)
+            answered = self.compute_logprobs(tempered)
+        sampled, _ = super().sample(logits, sampling_metadata, *args, **kwargs)
+        return sampled, answered
+
+
+class ExactRejectionSampler(RejectionSampler):
+    """vLLM's verification of drafts, likewise. Its `sampler`, an `ExactSampler`, answers for the token after them, and
+    log-probabilities of both stand where vLLM gathers logits.
+    """
+
+    def apply_logits_processors(
+        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, metadata: Any
+    ) -> torch.Tensor:
+        """logits fp32 [drafts, vocab_size], overwritten and returned; what is answered for them is kept."""
+        logits = super().apply_logits_processors(logits, sampling_metadata, metadata)
+        self.answered = None
+        if sampling_metadata.max_num_logprobs is not None:
+            tempered = logits
+            if not sampling_metadata.all_greedy:
+                temperature = rejection_sampler.expand_batch_to_tokens(
+                    sampling_metadata.temperature,
+                    metadata.cu_num_draft_tokens,
+                    len(logits),
+                    replace_from=rejection_sampler.GREEDY_TEMPERATURE,
+                    replace_to=1,
+                )
+                tempered = logits / temperature.unsqueeze(-1)
+            self.answered = self.sampler.compute_logprobs(tempered)
+        return logits
+
+    def _get_logprobs_tensors(
+        self, max_num_logprobs: int, metadata: Any, logits: torch.Tensor, target_logits: torch.Tensor, *args: Any
+    ) -> Any:
+        return super()._get_logprobs_tensors(max_num_logprobs, metadata, logits, self.answered, *args)
+
+
+def make_exact(runner: Any) -> None:
+    """Put the exact samplers in the place of a model runner's own. Raises `EngineError` where those are not the ones
+    that this module knows.
+    """
+    if runner.device.type == "cpu":
+        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+    if runner.model_config.logprobs_mode != "processed_logprobs":
+        return
+    _replace(runner, "sampler", Sampler, ExactSampler)
+    if hasattr(runner, "rejection_sampler"):
+        _replace(runner, "rejection_sampler", RejectionSampler, ExactRejectionSampler)
+        # There are log-probabilities where vLLM would take the log-softmax.
+        runner.rejection_sampler.is_logits_logprobs_mode = True
+
+
+def _replace(runner: Any, name: str, known: type, exact: type) -> None:
+    found = type(getattr(runner, name, None))
+    missing = [method for method in vars(exact) if not method.startswith("__") and not hasattr(known, method)]
+    if found is not known or missing:
+        raise EngineError(
+            f"dsv3-plugin cannot make logprobs_mode=processed_logprobs exact: vLLM's {name} is {found.__qualname__}"
+            f" of {found.__module__}{', without ' + ', '.join(missing) if missing else ''}; use another logprobs_mode"
+        )
+    # vLLM built it, with what its constructor takes in this version.
+    getattr(runner, name).__class__ = exact
+
+
+def expand_batch_to_tokens(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> torch.Tensor:
+    """x [requests] to [num_tokens]: each value as often as its request has tokens, by their sums `cu_num_tokens`."""
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts.long(), output_size=num_tokens)
