@@ -28,6 +28,11 @@ def switched_off() -> bool:
     return os.environ.get(KILL_SWITCH, "").lower() in ("off", "0", "false")
 
 
+def class_name(model: object) -> str:
+    """A model's class as module.name, by which logs, results and servers say what serves."""
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
 def is_ours(model: object) -> bool:
     """Whether a model that an engine has built is of this package."""
     return type(model).__module__.startswith("dsv3_plugin.")

@@ -28,11 +28,10 @@ from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.engines import is_ours
+from dsv3_plugin.engines import class_name, is_ours
 from dsv3_plugin.errors import CheckpointError, DSV3Error
 from dsv3_plugin.layers.model import weights_changed
 from dsv3_plugin.sglang_backend import compat
-from dsv3_plugin.version import __version__
 
 logger = logging.getLogger("sglang.dsv3_plugin")
 
@@ -171,25 +170,21 @@ class Updates:
     def state(self) -> dict[str, Any]:
         """What SGLang's internal state says of us under the key `dsv3`:
 
-        * `version` of this package, `profile`, `mode`, and `kernels`: operation to the kernel's provider and version;
+        * `main`, and `mtp` where there is a draft: the `class` that serves, and what its kernels are (`Ops.record`);
         * `problem`: why nothing may answer, or None;
-        * `fingerprint`: `Fingerprint` of what target and draft hold; None with a problem.
+        * `fingerprint`: `Fingerprint` of what both hold; None with a problem.
         """
-        ops = self.models["target"].ops
         problem, held = self.problem, Fingerprint(tensors={})
         try:
             for role, loader in self.loaders().items() if problem is None else ():
                 held |= fingerprint(loader.model, self.models[role].config, loader.part)
         except CheckpointError as error:
             problem = str(error)
-        return {
-            "version": __version__,
-            "profile": str(ops.setting.profile),
-            "mode": ops.mode,
-            "kernels": {choice.op: f"{choice.provider} {choice.version}" for choice in ops.provenance},
-            "problem": problem,
-            "fingerprint": held.model_dump() if problem is None else None,
+        served = {
+            model.weight_loader.part: {"class": class_name(model), **model.ops.record()}
+            for model in self.models.values()
         }
+        return served | {"problem": problem, "fingerprint": held.model_dump() if problem is None else None}
 
 
 def updates_of(engine: Any) -> Updates | None:

@@ -9,7 +9,6 @@ Workers of other models are left alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from dsv3_plugin.checkpoint.fingerprint import fingerprint
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.engines import is_ours
+from dsv3_plugin.engines import class_name, is_ours
 from dsv3_plugin.errors import CheckpointError, EngineError
 from dsv3_plugin.layers.rotary import RotaryTable
-from dsv3_plugin.version import __version__
 from dsv3_plugin.vllm_backend import layerwise, sampling
 
 Method = Callable[..., Any]
@@ -61,20 +59,8 @@ def dsv3_fingerprint(worker: Any) -> dict[str, Any]:
 
 
 def dsv3_provenance(worker: Any) -> dict[str, Any]:
-    """Which classes and kernels serve.
-
-    Returns `{"plugin": version, "main": {"class", "profile", "mode", "kernels": [a registry's `Choice`, ...]}, "mtp":
-    likewise, where there is a draft}`.
-    """
-    found: dict[str, Any] = {"plugin": __version__}
-    for model in _models(worker):
-        found[model.weight_loader.part] = {
-            "class": f"{type(model).__module__}.{type(model).__name__}",
-            "profile": str(model.ops.setting.profile),
-            "mode": model.ops.mode,
-            "kernels": [asdict(choice) for choice in model.ops.provenance],
-        }
-    return found
+    """`main`, and `mtp` where there is a draft: the `class` that serves, and what its kernels are (`Ops.record`)."""
+    return {model.weight_loader.part: {"class": class_name(model), **model.ops.record()} for model in _models(worker)}
 
 
 def _models(worker: Any) -> list[Any]:

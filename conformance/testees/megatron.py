@@ -39,6 +39,7 @@ from dsv3_plugin.conformance.protocol import Case, Job, RequestResult, Served, p
 from dsv3_plugin.conformance.rows import RowKey, RowRecorder, layer_streams
 from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.testees import program
+from dsv3_plugin.engines import class_name
 from dsv3_plugin.megatron_backend import compat
 from dsv3_plugin.megatron_backend.config import transformer_config
 from dsv3_plugin.megatron_backend.model import build_model
@@ -72,7 +73,7 @@ class MegatronTestee:
 
     def served(self) -> Served:
         """The class of the model; MTP is part of it."""
-        name = program.class_name(self.gpt)
+        name = class_name(self.gpt)
         ops = self.gpt.binding.ops
         return Served(
             model_class=name,

@@ -136,11 +136,6 @@ def request_result(
     )
 
 
-def class_name(module: object) -> str:
-    """The class that really serves, as module and name."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
 def kernels_of(ops: Ops) -> dict[str, str]:
     """Operation to provider, version and implementations, as bound."""
     return {choice.op: str(choice) for choice in ops.provenance}

@@ -25,6 +25,7 @@ from dsv3_plugin.conformance.protocol import Case, Job, Request, Served, prefix_
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.testees import program
+from dsv3_plugin.engines import class_name
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.ops.rope import softmax_scale
@@ -167,8 +168,8 @@ class ReferenceTestee:
     def served(self) -> Served:
         """The core's classes and kernels."""
         return Served(
-            model_class=program.class_name(self.model),
-            draft_class=program.class_name(self.mtp) if self.mtp is not None else None,
+            model_class=class_name(self.model),
+            draft_class=class_name(self.mtp) if self.mtp is not None else None,
             profile=str(self.ops.setting.profile),
             kernels=program.kernels_of(self.ops),
         )

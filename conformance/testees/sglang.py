@@ -25,7 +25,7 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
-from dsv3_plugin.engines import is_ours
+from dsv3_plugin.engines import class_name, is_ours
 from dsv3_plugin.errors import ConformanceError
 from dsv3_plugin.sglang_backend import compat
 
@@ -287,8 +287,8 @@ class Observer:
         """What the workers built."""
         ops = getattr(self.target.model, "ops", None)
         return Served(
-            model_class=program.class_name(self.target.model),
-            draft_class=program.class_name(self.draft.model) if self.draft is not None else None,
+            model_class=class_name(self.target.model),
+            draft_class=class_name(self.draft.model) if self.draft is not None else None,
             profile=str(ops.setting.profile) if ops is not None else "unknown",
             kernels=program.kernels_of(ops) if ops is not None else {},
         )

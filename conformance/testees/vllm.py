@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from dsv3_plugin.engines import is_ours, switched_off
+from dsv3_plugin.engines import class_name, is_ours, switched_off
 
 # In one process, so that the model can be observed; on one thread, as the CPU arithmetic requires.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -264,8 +264,8 @@ class Observer:
         """What the runner built."""
         ops = getattr(self.runner.model, "ops", None)
         return Served(
-            model_class=program.class_name(self.runner.model),
-            draft_class=program.class_name(self.drafter.model) if self.drafter is not None else None,
+            model_class=class_name(self.runner.model),
+            draft_class=class_name(self.drafter.model) if self.drafter is not None else None,
             profile=str(ops.setting.profile) if ops is not None else "unknown",
             kernels=program.kernels_of(ops) if ops is not None else {},
         )
