@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dsv3_plugin import sources
 from dsv3_plugin.errors import KernelError
-from dsv3_plugin.hooks import Arithmetic, Implementation, Setting
+from dsv3_plugin.hooks import Arithmetic, Implementation, Setting, versions_of
 from dsv3_plugin.ops.contract import Contract
 
 FILE_VARIABLE = "DSV3_PLUGIN_CERTIFICATES"
@@ -132,6 +132,7 @@ def subject_of(part: Implementation, contract: Contract, reference: str, setting
     Raises `KernelError` where its source is not to be found.
     """
     card, capability = card_of(setting.device_type)
+    versions = part.versions or versions_of(*sources.libraries((part.entry,), without=part.without))
     code = sources.digest((part.entry,), without=part.without, constants_of=(reference,), settings=part.settings())
     return Subject(
         operation=contract.op,
@@ -140,7 +141,7 @@ def subject_of(part: Implementation, contract: Contract, reference: str, setting
         implementation=part.name,
         entry=part.entry,
         digest=code,
-        versions=part.versions(),
+        versions=versions(),
         card=card,
         capability=capability,
     )

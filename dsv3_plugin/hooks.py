@@ -75,6 +75,8 @@ def versions_of(*distributions: str) -> Callable[[], dict[str, str]]:
     def versions() -> dict[str, str]:
         found = {"torch": str(torch.__version__)}
         for name in distributions:
+            if name == "torch":  # its metadata may not tell the build
+                continue
             try:
                 found[name] = metadata.version(name)
             except metadata.PackageNotFoundError:
@@ -84,16 +86,14 @@ def versions_of(*distributions: str) -> Callable[[], dict[str, str]]:
     return versions
 
 
-_torch_alone = versions_of()
-
-
 @dataclass(frozen=True)
 class Implementation:
     """One piece of code that computes an operation: what a certificate is of.
 
     Its digest is of `entry`, `module:function`, and of all that this function is made of (`sources`), but for the
     functions `without`, which belong to other implementations or decide between them. `settings` is what else is
-    compiled in; `versions` are those of compilers and libraries that make its bits.
+    compiled in; `versions` are those of compilers and libraries that make its bits, of torch and of all packages that
+    its code imports if they are not given.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Implementation:
     entry: str
     without: tuple[str, ...] = ()
     settings: Callable[[], str] = str
-    versions: Callable[[], dict[str, str]] = _torch_alone
+    versions: Callable[[], dict[str, str]] | None = None
     shapes: str = "every shape"
     """Which shapes its kernel gives it, in words."""
 
@@ -124,7 +124,7 @@ class Kernel:
     run: Callable[..., Any]
     refuses: Callable[[Setting], str | None] = always
     implementations: tuple[Implementation, ...] = ()
-    """All that `run` may hand to on this machine. If none is named, `run` is the one, made by torch."""
+    """All that `run` may hand to on this machine. If none is named, `run` is the one."""
     certificates: Path | None = None
     """The file of certificates that the provider ships."""
     uncertified: str | None = None
@@ -138,7 +138,8 @@ class Kernel:
         """`implementations`, or `run` as the only one: a function, a method of a class, or a partial of one."""
         if self.implementations:
             return self.implementations
-        run, settings = self.run, ""
+        run: Any = self.run
+        settings = ""
         if isinstance(run, partial):
             run, settings = run.func, repr((run.args, run.keywords))
         named = run if hasattr(run, "__qualname__") else type(run)

@@ -15,6 +15,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 from dsv3_plugin.errors import KernelError
@@ -44,31 +45,54 @@ def digest(
 
 def collect(entries: Iterable[str], *, without: Iterable[str] = (), constants_only: bool = False) -> dict[str, str]:
     """The statements that the functions `entries` are made of, by `module:name`, and files by `module/name`."""
+    return _follow(entries, without, constants_only)[0]
+
+
+def libraries(entries: Iterable[str], *, without: Iterable[str] = ()) -> list[str]:
+    """The distributions of the packages that the functions `entries` use and that are not followed."""
+    packages = _follow(entries, without, constants_only=False)[1] - sys.stdlib_module_names
+    return sorted({name for package in packages for name in _distributions().get(package, [package])})
+
+
+@functools.cache
+def _distributions() -> dict[str, list[str]]:
+    return dict(metadata.packages_distributions())
+
+
+def _follow(entries: Iterable[str], without: Iterable[str], constants_only: bool) -> tuple[dict[str, str], set[str]]:
+    """What `collect` returns, and the packages at which it ends."""
     waiting = list(entries)
-    packages = {_CORE} | {entry.partition(".")[0].partition(":")[0] for entry in waiting}
+    packages = frozenset({_CORE} | {_package(entry) for entry in waiting})
     left_out = set(without)
     for entry in waiting:
-        module, _, name = entry.partition(":")
-        if module.partition(".")[0] in _LIBRARIES or not _find(module, name, packages):
+        if _package(entry) in _LIBRARIES or not any(True for _ in _read(entry, packages)):
             raise KernelError(f"the source of {entry} is not to be found: name the kernel's implementations")
     found: dict[str, str] = {}
+    others: set[str] = set()
     seen: set[str] = set()
     while waiting:
         reference = waiting.pop()
         if reference in seen or reference in left_out:
             continue
         seen.add(reference)
-        for name, text, is_constant, used in _read(reference, frozenset(packages)):
+        if _package(reference) not in packages:
+            others.add(_package(reference))
+            continue
+        for name, text, is_constant, used in _read(reference, packages):
             if is_constant or not constants_only:
                 found[name] = text
             waiting += used
-    return found
+    return found, others
+
+
+def _package(reference: str) -> str:
+    return reference.partition(":")[0].partition(".")[0]
 
 
 def _read(reference: str, packages: frozenset[str]) -> Iterator[tuple[str, str, bool, list[str]]]:
     """(name, text, whether it is a constant, what it uses) of the statements that a reference stands for."""
     module, _, name = reference.partition(":")
-    if module.partition(".")[0] not in packages or not _exists(module):
+    if _package(reference) not in packages or not _exists(module):
         return
     file = file_of(module)
     if file is None:
@@ -118,10 +142,6 @@ def _exists(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
-
-
-def _find(module: str, name: str, packages: set[str]) -> bool:
-    return any(True for _ in _read(f"{module}:{name}", frozenset(packages)))
 
 
 class _Module:

@@ -493,3 +493,8 @@ def test_few_lines_of_another_package_are_followed(tmp_path, monkeypatch):
         f"{module}.sums:Sum",
     }
     assert not any(name.endswith((":unused", ":UNUSED")) or name.startswith("math") for name in found)
+    # What is not followed is named, so that its version stands beside the digest.
+    assert sources.libraries([f"{module}:run"]) == []
+    kernel = package / "kernel.py"
+    kernel.write_text("import pluggy as p, yaml\n" + kernel.read_text().replace("'add.cu'", "p.HookspecMarker"))
+    assert sources.libraries([f"{module}:run"]) == ["pluggy"]
