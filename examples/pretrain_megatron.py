@@ -35,19 +35,6 @@ from dsv3_plugin.errors import DSV3Error, EngineError
 from dsv3_plugin.megatron_backend import recipe
 from dsv3_plugin.megatron_backend.provider import add_arguments, get_embedding_ranks, model_config
 
-
-def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Those of dsv3-plugin, and one of this script."""
-    group = add_arguments(parser).add_argument_group("pretrain_megatron.py")
-    group.add_argument(
-        "--report-recipe",
-        action="store_true",
-        help="weigh the MTP loss with 0.3 and, after 10 of 14.8 parts of the run, with 0.1; rest the router's bias"
-        " after 14.3 (DeepSeek-V3 report, section 4.2). Without it both stay as their arguments say",
-    )
-    return parser
-
-
 _NOT_READ = ("sft", "fim_data", "dataloader_inter_document_masking", "iterations_to_skip", "check_for_spiky_loss")
 
 
@@ -56,11 +43,6 @@ def require_supported(args: argparse.Namespace) -> None:
     for name in _NOT_READ:
         if getattr(args, name):
             raise EngineError(f"examples/pretrain_megatron.py does not read {name}={getattr(args, name)}: leave it out")
-    if args.report_recipe and args.mtp_loss_scaling_factor != recipe.MTP_LOSS_FACTOR:
-        raise EngineError(
-            f"mtp_loss_scaling_factor={args.mtp_loss_scaling_factor} beside --report-recipe, which begins with"
-            f" {recipe.MTP_LOSS_FACTOR}: leave one out"
-        )
 
 
 def datasets(samples: Sequence[int], vp_stage: int | None = None) -> Any:
@@ -136,7 +118,7 @@ def log_each_iteration_once() -> None:
 def main() -> None:
     """Errors that are meant for the user are one line."""
     try:
-        args = parse_and_validate_args(add_all_arguments)
+        args = parse_and_validate_args(add_arguments)
         require_supported(args)
         log_each_iteration_once()
         pretrain(

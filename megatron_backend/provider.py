@@ -30,7 +30,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import EngineError
-from dsv3_plugin.megatron_backend import options
+from dsv3_plugin.megatron_backend import options, recipe
 from dsv3_plugin.megatron_backend.config import megatron_arguments, of_model
 from dsv3_plugin.megatron_backend.model import DeepseekV3GPTModel, build_model
 from dsv3_plugin.megatron_backend.pipeline import embedding_ranks
@@ -43,11 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     What is parsed is looked at before Megatron does: an option that is refused, or that says another model than the
     checkpoint's configuration, raises `EngineError`; what is no configuration of this model raises `ConfigError`.
     """
-    parser.add_argument_group("dsv3-plugin").add_argument(
+    group = parser.add_argument_group("dsv3-plugin")
+    group.add_argument(
         "--hf-config",
         type=Path,
         required=True,
         help="a Hugging Face folder or config.json; it stands for all arguments that describe the model",
+    )
+    group.add_argument(
+        "--report-recipe",
+        action="store_true",
+        help="for a script that follows megatron_backend.recipe: weigh the MTP loss with 0.3 and, after 10 of 14.8"
+        " parts of the run, with 0.1; rest the router's bias after 14.3 (DeepSeek-V3 report, section 4.2). Without it"
+        " both stay as their arguments say",
     )
     parse = parser.parse_known_args
 
@@ -79,6 +87,11 @@ def _require_supported(args: argparse.Namespace) -> None:
         refuse_spec()
     config = DeepseekV3Config.from_pretrained(args.hf_config)
     options.require_supported(vars(args), of_model(config, profile_for(config)), config)
+    if args.report_recipe and args.mtp_loss_scaling_factor != recipe.MTP_LOSS_FACTOR:
+        raise EngineError(
+            f"mtp_loss_scaling_factor={args.mtp_loss_scaling_factor} beside --report-recipe, which begins with"
+            f" {recipe.MTP_LOSS_FACTOR}: leave one out"
+        )
 
 
 @dataclass(kw_only=True)

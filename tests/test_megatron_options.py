@@ -31,7 +31,7 @@ def main():
     checkpoint, cases = sys.argv[1], json.loads(sys.argv[2])
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     fields = [field.name for field in dataclasses.fields(MLATransformerConfig)]
-    arguments = [action.dest for action in parser._actions if action.dest != "hf_config"]
+    arguments = [action.dest for action in parser._actions if action.dest not in ("hf_config", "report_recipe")]
     config = DeepseekV3Config.from_pretrained(checkpoint)
     # The twin: a table without one of its rules.
     rules = [rule for rule in OPTIONS.rules.values() if "context_parallel_size" not in rule.names]
@@ -89,6 +89,7 @@ REFUSED = (
     ("--defer-embedding-wgrad-compute",),
     ("--use-megatron-fsdp",),
     ("--cross-entropy-loss-fusion",),
+    ("--mtp-loss-scaling-factor", "3.0", "--report-recipe"),
     ("--fp8-format", "hybrid"),
     ("--optimizer", "muon"),
     ("--rampup-batch-size", "2", "2", "12"),
@@ -105,7 +106,7 @@ HONOURED = (
     ("--moe-z-loss-coeff", "0.1"),
     ("--moe-router-load-balancing-type", "aux_loss", "seq_aux_loss", "--moe-aux-loss-coeff", "0.1", "0.1"),
     ("--mtp-loss-scaling-factor", "3.0"),
-    ("--reset-position-ids", "--reset-attention-mask"),
+    ("--reset-position-ids", "--reset-attention-mask", "--report-recipe"),
     ("--rotary-base", "10000", "--vocab-size", "1023", "--bf16"),
     ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
 )
