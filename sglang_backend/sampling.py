@@ -234,7 +234,8 @@ def unsupported(scheduler: Any, request: Any) -> str | None:
     for name in ("frequency_penalty", "presence_penalty", "min_new_tokens"):
         if late and getattr(params, name):
             return f"SGLang counts tokens too late for {name}, except with --disable-overlap-schedule and no drafts"
-    if params.sampling_seed is not None and not scheduler.tp_worker.model_runner.sampler.enable_deterministic:
+    draws = params.top_k != 1  # as SGLang notes temperature 0
+    if draws and params.sampling_seed is not None and not scheduler.tp_worker.model_runner.sampler.enable_deterministic:
         return "SGLang honours sampling_seed with --enable-deterministic-inference only"
     return None
 
