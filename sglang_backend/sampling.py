@@ -83,7 +83,9 @@ def allowed_probs(probs: torch.Tensor, info: Any) -> torch.Tensor:
     if info.need_top_k_sampling or info.need_top_p_sampling:
         ranked, tokens = probs.sort(dim=-1, descending=True, stable=True)
         cut = torch.arange(probs.shape[1], device=probs.device) >= info.top_ks.view(-1, 1)
-        cut |= ranked.cumsum(dim=-1) - ranked > info.top_ps.view(-1, 1)
+        # Rounded sums exceed 1, which cuts nothing off.
+        top_ps = info.top_ps.view(-1, 1)
+        cut |= (ranked.cumsum(dim=-1) - ranked > top_ps) & (top_ps < 1)
         probs = torch.zeros_like(probs).scatter_(-1, tokens, ranked.masked_fill(cut, 0))
     if info.need_min_p_sampling:
         probs = probs.masked_fill(probs < probs.amax(dim=-1, keepdim=True) * info.min_ps.view(-1, 1), 0)
@@ -232,7 +234,8 @@ def unsupported(scheduler: Any, request: Any) -> str | None:
     for name in ("frequency_penalty", "presence_penalty", "min_new_tokens"):
         if late and getattr(params, name):
             return f"SGLang counts tokens too late for {name}, except with --disable-overlap-schedule and no drafts"
-    if params.sampling_seed is not None and not scheduler.tp_worker.model_runner.sampler.enable_deterministic:
+    draws = params.top_k != 1  # as SGLang notes temperature 0
+    if draws and params.sampling_seed is not None and not scheduler.tp_worker.model_runner.sampler.enable_deterministic:
         return "SGLang honours sampling_seed with --enable-deterministic-inference only"
     return None
 

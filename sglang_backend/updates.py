@@ -107,6 +107,8 @@ class Updates:
         names = {name for name, _ in bucket}
         if all(loader.wanted <= names for loader in loaders):
             self.begin(*roles)
+        if len(roles) < len(self.models):
+            logger.warning("dsv3-plugin: an update of the %s alone; the other keeps its weights", " and ".join(roles))
         if self.refused is not None:
             raise CheckpointError(
                 f"this update was refused before ({self.refused}): send all of it again, in one bucket, or after"
@@ -250,11 +252,12 @@ def update_weights_from_bucket(
     ours = copy.copy(request)
     # Both here, once the weights are taken.
     ours.flush_cache, ours.weight_version = False, None
-    output = None
+    output = version = None
 
     def take() -> None:
-        nonlocal output
+        nonlocal output, version
         updates.version_is(request.weight_version)
+        version = updates.version
         with receiving(updates) as received:
             output = original(manager, ours)
         if not output.success:
@@ -267,7 +270,8 @@ def update_weights_from_bucket(
     if problem is not None:
         updates.refuse(problem)
         return compat.answer(output_class, False, problem)
-    compat.record_update(manager, request.weight_version)
+    if updates.problem is None:
+        compat.record_update(manager, version)
     return output
 
 

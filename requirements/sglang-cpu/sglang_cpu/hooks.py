@@ -46,7 +46,9 @@ def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torc
     """
     from sglang.kernels.ops.sampling.murmur_hash import murmur_hash32_kernel
 
-    n, m, block = len(seed), len(col_indices), 1 << 16
+    n, m = len(seed), len(col_indices)
+    # A power of two, and no more than there is: the interpreter computes all of it.
+    block = 1 << min(16, (m - 1).bit_length())
     hashed = torch.empty(n, m, dtype=torch.uint32)
     murmur_hash32_kernel[n, -(-m // block)](seed, positions, col_indices, hashed, n, m, BLOCK_SIZE=block)
     return hashed
