@@ -43,7 +43,8 @@ def print_report(report: Report, console: Console) -> None:
     for problem in report.problems:
         console.print(f"[red]{problem}[/red]", highlight=False)
     console.print("Not claimed: " + "; ".join(NOT_CLAIMED) + ".", style="dim", highlight=False)
-    console.print(headline(report), style="green bold" if report.passed else "red bold", highlight=False)
+    style = "red bold" if not report.passed else "yellow bold" if declined(report) else "green bold"
+    console.print(headline(report), style=style, highlight=False)
 
 
 def headline(report: Report) -> str:
@@ -64,9 +65,14 @@ def headline(report: Report) -> str:
             text += f", and {different_logprobs:,} of {equal_logprobs + different_logprobs:,} log-probabilities"
     for closeness in report.closeness if report.passed else ():
         text += f"; {closeness.testee} is close in {closeness.distance.rows:,} rows"
-    if declined := sum(len(of_testee) for v in report.verdicts for of_testee in v.unsupported.values()):
-        text += f"; {declined} requests were declined as unsupported, of which nothing is known"
+    if count := declined(report):
+        text += f"; nothing is known of {count} request{'s' if count > 1 else ''} declined as unsupported"
     return text + "."
+
+
+def declined(report: Report) -> int:
+    """Requests that some testee cannot do."""
+    return sum(len(of_testee) for verdict in report.verdicts for of_testee in verdict.unsupported.values())
 
 
 def to_html(report: Report) -> str:
@@ -146,7 +152,7 @@ def _cell(name: str, verdict: CaseVerdict, report: Report) -> str:
         if c.testee == name and c.different:
             lines.append(f"[red]{c.different:,} of {c.equal + c.different:,} log-probabilities differ[/]")
     if verdict.unsupported[name]:
-        lines.append(f"[yellow]{len(verdict.unsupported[name])} requests unsupported[/]")
+        lines.append(f"[yellow]{len(verdict.unsupported[name])} unsupported[/]")
     if verdict.rows_alone[name]:
         lines.append(f"[yellow]{verdict.rows_alone[name]:,} without counterpart[/]")
     outcome = report.results[name].outcome_of(verdict.case)
@@ -168,7 +174,7 @@ def _print_problems(verdict: CaseVerdict, console: Console) -> None:
     for name, requests in verdict.unsupported.items():
         for reason, indices in _by_reason(requests).items():
             console.print(
-                f"[yellow]{verdict.case.name}, {name}[/]: requests {', '.join(indices)} unsupported: {reason}",
+                f"[yellow]{verdict.case.name}, {name}[/]: unsupported, request {', '.join(indices)}: {reason}",
                 highlight=False,
             )
     for comparison in verdict.comparisons:

@@ -188,7 +188,7 @@ def _probe_kernels(profile: Profile) -> KernelsProbe:
         mode, kernels = mode_from_environment(), offered_kernels()
         ops = bind(setting, mode, kernels)
     except DSV3Error as error:
-        return KernelsProbe(error=_first_line(error))
+        return KernelsProbe(error=str(error))
     contracts = {contract.op: contract for contract in CONTRACTS}
     known = [(kernel, contracts[kernel.op]) for kernel in kernels if kernel.op in contracts]
     uncertified = [
@@ -197,7 +197,7 @@ def _probe_kernels(profile: Profile) -> KernelsProbe:
         if refusal(kernel, contract, setting, "strict") is not None
         and refusal(kernel, contract, setting, "fast") is None
     ]
-    providers = sorted({f"{choice.provider} {choice.version}" for choice in ops.provenance})
+    providers = sorted({str(choice) for choice in ops.provenance})
     return KernelsProbe(providers=providers, uncertified=len(uncertified))
 
 

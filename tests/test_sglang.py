@@ -62,7 +62,8 @@ def test_sglang_prints_the_bits_of_the_others(
             assert comparison.equal_rows > 500, comparison
         # SGLang verifies a step to its end, also beyond the last token that a request asked for.
         last_drafts = verdict.case.num_speculative_tokens * len(verdict.case.requests)
-        assert verdict.rows_alone["sglang"] <= last_drafts, verdict.case.name
+        # Where tokens are drawn, nobody else computes an engine's rejected drafts.
+        assert verdict.case.samples or verdict.rows_alone["sglang"] <= last_drafts, verdict.case.name
     outcomes = {case.name: case for case in report.results["sglang"].cases}
     assert 0 < outcomes["mtp_2"].num_accepted_tokens < outcomes["mtp_2"].num_draft_tokens
     log = (tmp_path / "kept" / "sglang" / "log.txt").read_text()

@@ -49,7 +49,8 @@ def test_vllm_prints_the_reference_s_bits(
         assert pair.equal_rows > 500, verdict.case.name
         # vLLM drafts once more after a request's last token, which may be a draft beyond those asked for.
         last_drafts = verdict.case.num_speculative_tokens * len(verdict.case.requests)
-        assert verdict.rows_alone["vllm"] <= last_drafts, verdict.case.name
+        # Where tokens are drawn, nobody else computes an engine's rejected drafts.
+        assert verdict.case.samples or verdict.rows_alone["vllm"] <= last_drafts, verdict.case.name
     outcomes = {case.name: case for case in report.results["vllm"].cases}
     assert 0 < outcomes["mtp_2"].num_accepted_tokens < outcomes["mtp_2"].num_draft_tokens
 

@@ -2,13 +2,16 @@
 
 Under `--logprobs-mode processed_logprobs` that number is here log-softmax(logits / temperature) in fp32 of exactly the
 row that was sampled; temperature 0 counts as 1, the request's penalties and biases are in the logits, and top-k, top-p
-and min-p cut the draw only. vLLM's own takes the log-softmax after those cuts, and with drafts a second time, of
+and min-p cut the draw only. A prompt's token has log-softmax(logits / temperature) of the row before it. vLLM's own
+leaves the temperature out for prompts, and takes the log-softmax after those cuts, and with drafts a second time, of
 log-probabilities. Other modes are vLLM's. Which token is drawn is vLLM's affair in all of them, but for one mend: on a
 CPU without Triton it leaves the temperatures and cuts of a batch with drafts unwritten.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +74,33 @@ class ExactRejectionSampler(RejectionSampler):
         return super()._get_logprobs_tensors(max_num_logprobs, metadata, logits, self.answered, *args)
 
 
+def prompt_logprobs(
+    original: Callable[..., dict[str, Any]], runner: Any, hidden_states: torch.Tensor, num_scheduled_tokens: Any
+) -> dict[str, Any]:
+    """Around a model runner's `_get_prompt_logprobs_dict`: one request at a time, each at its own temperature."""
+    wanted: dict[str, int] = runner.num_prompt_logprobs
+    answered: dict[str, Any] = {}
+    try:
+        for req_id, count in list(wanted.items()):
+            temperature = runner.requests[req_id].sampling_params.temperature or 1.0
+            # As one more attribute of the instance, before the method of its class.
+            runner.sampler.compute_logprobs = partial(_compute_logprobs, temperature)
+            runner.num_prompt_logprobs = {req_id: count}
+            answered |= original(hidden_states, num_scheduled_tokens)
+            if req_id not in runner.num_prompt_logprobs:
+                del wanted[req_id]
+    finally:
+        runner.num_prompt_logprobs = wanted
+        vars(runner.sampler).pop("compute_logprobs", None)
+    return answered
+
+
+def _compute_logprobs(temperature: float, logits: torch.Tensor) -> torch.Tensor:
+    logits = logits.float()
+    # Divided by a tensor of the logits' device: by a number a GPU would multiply by the reciprocal.
+    return Sampler.compute_logprobs(logits / logits.new_tensor(temperature))
+
+
 def make_exact(runner: Any) -> None:
     """Put the exact samplers in the place of a model runner's own. Raises `EngineError` where those are not the ones
     that this module knows.
@@ -84,6 +114,7 @@ def make_exact(runner: Any) -> None:
         _replace(runner, "rejection_sampler", RejectionSampler, ExactRejectionSampler)
         # There are log-probabilities where vLLM would take the log-softmax.
         runner.rejection_sampler.is_logits_logprobs_mode = True
+    runner._get_prompt_logprobs_dict = partial(prompt_logprobs, runner._get_prompt_logprobs_dict, runner)
 
 
 def _replace(runner: Any, name: str, known: type, exact: type) -> None:
