@@ -100,6 +100,16 @@ def with_drafts(runner):
     return [count_of_equal(answered, logits[places], tokens, temperatures), len(tokens), greedy]
 
 
+def no_drafts_in_a_step(runner):
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(3))
+    spec = SpecDecodeMetadata.make_dummy([[], [], []], device=torch.device("cpu"))
+    spec.target_logits_indices, spec.bonus_logits_indices = torch.tensor([], dtype=torch.long), torch.arange(3)
+    spec.max_spec_len = 1
+    output = runner.rejection_sampler(spec, None, logits.clone(), metadata([[], [], []]))
+    answered = output.logprobs_tensors.logprobs[:, 0].reshape(3, -1)[:, 0].tolist()
+    return count_of_equal(answered, logits, output.sampled_token_ids[:, 0].tolist(), TEMPERATURES)
+
+
 def expanded():
     junk = [torch.full((6,), 7.0) for _ in range(4)]
     del junk
@@ -112,6 +122,7 @@ runner = build()
 sampling.make_exact(runner)
 told["exact"] = [without_drafts(runner), expanded()]
 told["exact with drafts"] = with_drafts(runner)
+told["no drafts in a step"] = no_drafts_in_a_step(runner)
 own = build()
 told["vllm's own with drafts"] = with_drafts(own)
 raw = build()
@@ -143,6 +154,7 @@ def test_the_samplers_beside_vllm_s_own(environment: str) -> None:
     equal, count, greedy = told["exact with drafts"]
     assert (equal, greedy) == (count, True)
     assert count >= 5
+    assert told["no drafts in a step"] == 3
     # The twins: top-k of one request renormalises its number, and drafts change those of others too.
     assert told["vllm's own"][0] == [2, True]
     assert told["vllm's own"][1] != told["exact"][1]
