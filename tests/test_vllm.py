@@ -24,6 +24,9 @@ from engines import (
     shipped_testee,
 )
 
+from dsv3_plugin.checkpoint.fingerprint import fingerprint_of_checkpoint
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+
 
 @pytest.mark.parametrize(
     ("environment", "dtype", "cases"),
@@ -69,6 +72,8 @@ def vllm_serve(checkpoint: Path, log: Path, *arguments: str) -> AbstractContextM
     command = [str(Path(python_of("vllm")).with_name("vllm")), "serve", str(checkpoint), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-model-len", "256", *arguments]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CACHE_ROOT": str(log.parent / "vllm-cache")}
+    # For /collective_rpc.
+    settings |= {"VLLM_SERVER_DEV_MODE": "1"}
     return serving(command, port, log, settings)
 
 
@@ -82,6 +87,8 @@ def test_vllm_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: Pa
         # Under their ids: different tokens may have the same text, and would be one entry.
         body |= {"ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
         answer = post(address, "/v1/completions", body)
+        (kept,) = post(address, "/collective_rpc", {"method": "dsv3_fingerprint"})["results"]  # type: ignore[misc]
+        (serving,) = post(address, "/collective_rpc", {"method": "dsv3_provenance"})["results"]  # type: ignore[misc]
     (choice,) = answer["choices"]  # type: ignore[misc]
     tokens = choice["token_ids"]
     assert len(tokens) == 12
@@ -92,6 +99,15 @@ def test_vllm_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: Pa
         assert logprob == row[token].item()
         best = sorted(choice["logprobs"]["top_logprobs"][i].values(), reverse=True)[:3]
         assert best == row.topk(3).values.tolist()
+    # The draft's layer is counted, and served by the kernels that are told.
+    reader = CheckpointReader(checkpoint)
+    assert kept == fingerprint_of_checkpoint(reader).model_dump()
+    for part, name in (("main", "DeepseekV3ForCausalLM"), ("mtp", "DeepSeekMTPModel")):
+        assert serving[part]["class"] == f"dsv3_plugin.vllm_backend.model.{name}"
+        assert (serving[part]["profile"], serving[part]["mode"]) == ("bf16", "strict")
+        providers = {kernel["op"]: kernel["provider"] for kernel in serving[part]["kernels"]}
+        assert set(providers.values()) == {"reference"}
+        assert {"linear", "mla_attention", "route"} <= providers.keys()
     text = log.read_text()
     for served in ("DeepseekV3ForCausalLM", "DeepSeekMTPModel"):
         assert re.search(rf"dsv3-plugin \S+ serves {served}: profile bf16, strict mode, kernels: reference", text)
@@ -122,6 +138,19 @@ class TestBadInput:
         status, output = self.start(tiny_checkpoint("bf16"), tmp_path, "dtype='float16'")
         assert status != 0
         assert "ConfigError: dtype=torch.float16 has no numerics profile; use float32 or bfloat16" in output
+
+    def test_a_quantization_that_is_not_the_checkpoint_s(self, tiny_checkpoint, tmp_path: Path) -> None:
+        status, output = self.start(tiny_checkpoint("bf16"), tmp_path, "quantization='fp8'")
+        assert status != 0
+        assert (
+            "EngineError: dsv3-plugin does not serve these options of vLLM: model_config.quantization='fp8'" in output
+        )
+
+    def test_a_length_beyond_the_checkpoint_s_positions(self, tiny_checkpoint, tmp_path: Path) -> None:
+        shorter = "hf_overrides={'max_position_embeddings': 32}"
+        status, output = self.start(tiny_checkpoint("bf16"), tmp_path, shorter, VLLM_ALLOW_LONG_MAX_MODEL_LEN="1")
+        assert status != 0
+        assert "EngineError: max_model_len=64 exceeds the positions that the checkpoint knows" in output
 
     def test_unknown_mode(self, tiny_checkpoint, tmp_path: Path) -> None:
         status, output = self.start(tiny_checkpoint("bf16"), tmp_path, DSV3_PLUGIN_MODE="careful")

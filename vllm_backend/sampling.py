@@ -4,8 +4,8 @@ Under `--logprobs-mode processed_logprobs` that number is here log-softmax(logit
 row that was sampled; temperature 0 counts as 1, the request's penalties and biases are in the logits, and top-k, top-p
 and min-p cut the draw only. A prompt's token has log-softmax(logits / temperature) of the row before it. vLLM's own
 leaves the temperature out for prompts, and takes the log-softmax after those cuts, and with drafts a second time, of
-log-probabilities. Other modes are vLLM's. Which token is drawn is vLLM's affair in all of them, but for one mend: on a
-CPU without Triton it leaves the temperatures and cuts of a batch with drafts unwritten.
+log-probabilities. Other modes are vLLM's. Which token is drawn is vLLM's affair in all of them, but for two mends on a
+CPU without Triton: there it leaves temperatures and cuts of a batch with drafts unwritten, and ends where none has any.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 
@@ -107,6 +108,7 @@ def make_exact(runner: Any) -> None:
     """
     if runner.device.type == "cpu":
         rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+        rejection_sampler.apply_top_k_top_p = apply_top_k_top_p
     if runner.model_config.logprobs_mode != "processed_logprobs":
         return
     _replace(runner, "sampler", Sampler, ExactSampler)
@@ -135,3 +137,8 @@ def expand_batch_to_tokens(
     """x [requests] to [num_tokens]: each value as often as its request has tokens, by their sums `cu_num_tokens`."""
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts.long(), output_size=num_tokens)
+
+
+def apply_top_k_top_p(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None) -> torch.Tensor:
+    """vLLM's, which fails in a step in which no request has drafts: logits [0, vocab_size]."""
+    return topk_topp_sampler.apply_top_k_top_p(logits, k, p) if len(logits) else logits
