@@ -37,8 +37,7 @@ def work_folder(keep: Path | None) -> Iterator[Path]:
     if keep is not None:
         keep.mkdir(parents=True)
     folder = keep or Path(tempfile.mkdtemp(prefix="dsv3-conformance-"))
-    clearing = _start_keeper("delete", str(folder))
-    assert clearing.stdin is not None
+    clearing = _start_keeper("delete", str(folder)) if keep is None else None
     stays = keep is not None
     try:
         yield folder
@@ -52,9 +51,11 @@ def work_folder(keep: Path | None) -> Iterator[Path]:
         error.add_note(f"the testees are ended, {folder} is {'left as it is' if stays else 'deleted'}")
         raise
     finally:
-        if stays:
-            clearing.stdin.write(keeper.NO_LONGER_WANTED.decode())
-        _end(clearing)
+        if clearing is not None:
+            assert clearing.stdin is not None
+            if stays:
+                clearing.stdin.write(keeper.NO_LONGER_WANTED.decode())
+            _end(clearing)
 
 
 def run_programs(commands: Mapping[str, Sequence[str]], folder: Path, progress: Progress) -> None:

@@ -141,6 +141,21 @@ def test_a_suite_that_is_ended(number: signal.Signals, tiny_checkpoint: TinyChec
         assert said.splitlines()[-1] == line
 
 
+def test_a_folder_to_keep_outlives_a_killed_suite(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    (tmp_path / "engine.py").write_text(ENGINE)
+    started, kept = tmp_path / "started", tmp_path / "kept"
+    testee = f"x={sys.executable} {tmp_path}/engine.py {started}"
+    run = ("conformance", "run", "--checkpoint", tiny_checkpoint("bf16"), "--testee", testee, "--keep", kept)
+    with command(*run) as process:
+        until(lambda: started.exists() and started.read_text().count(" ") == 2, "the testee")
+        engine, child, _ = started.read_text().split(maxsplit=2)
+        process.kill()
+        process.communicate()
+    until(lambda: not is_alive(int(engine)) and not is_alive(int(child)), "the testee's end")
+    time.sleep(0.5)
+    assert (kept / "x" / "log.txt").is_file()
+
+
 def test_what_a_testee_left_behind_ends_with_it(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     """An engine's process that outlives a crash holds the output open; the suite would wait for ever."""
     crash = ENGINE.replace("time.sleep(1000)\n", "sys.exit('CheckpointError: it crashed')\n")
