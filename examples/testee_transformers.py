@@ -13,6 +13,7 @@ from dsv3_plugin.conformance.protocol import Case, Claim, Job, Served, prefix_di
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey
 from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.testees import program
+from dsv3_plugin.engines import class_name
 
 
 class TransformersTestee:
@@ -30,7 +31,7 @@ class TransformersTestee:
         return {"transformers": __version__}
 
     def served(self) -> Served:  # noqa: D102
-        profile, name = str(self.model.dtype).removeprefix("torch."), program.class_name(self.model)
+        profile, name = str(self.model.dtype).removeprefix("torch."), class_name(self.model)
         return Served(model_class=name, draft_class=None, profile=profile, kernels={})
 
     def run(self, case: Case) -> program.Outcome:
