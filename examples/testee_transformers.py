@@ -31,8 +31,7 @@ class TransformersTestee:
         return {"transformers": __version__}
 
     def served(self) -> Served:  # noqa: D102
-        profile, name = str(self.model.dtype).removeprefix("torch."), class_name(self.model)
-        return Served(model_class=name, draft_class=None, profile=profile, kernels={})
+        return Served(model_class=class_name(self.model), draft_class=None, profile=str(self.model.dtype), kernels={})
 
     def run(self, case: Case) -> program.Outcome:
         """Generate each request; every pass records its rows, of logits and of the model's modules."""
