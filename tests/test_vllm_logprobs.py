@@ -23,7 +23,8 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
-from dsv3_plugin.vllm_backend import sampling
+from vllm import SamplingParams
+from dsv3_plugin.vllm_backend import requests, sampling
 
 # As a worker does.
 current_platform.import_kernels()
@@ -135,6 +136,17 @@ try:
     sampling.make_exact(other)
 except Exception as error:
     told["unknown sampler"] = f"{type(error).__name__}: {error}"
+requests.install()
+requests.install()
+told["requests"] = []
+for draft, params in (("DeepSeekMTPModel", {"logprob_token_ids": [1]}), ("DeepSeekMTPModel", {"logprobs": 1}),
+                      ("OtherDraft", {"logprob_token_ids": [1]})):
+    config = SimpleNamespace(draft_model_config=SimpleNamespace(architectures=[draft]))
+    try:
+        SamplingParams(**params)._validate_spec_decode(config)
+        told["requests"].append("taken")
+    except Exception as error:
+        told["requests"].append(str(error))
 print("TOLD " + json.dumps(told))
 """
 
@@ -160,6 +172,9 @@ def test_the_samplers_beside_vllm_s_own(environment: str) -> None:
     assert told["vllm's own"][1] != told["exact"][1]
     equal, count, _ = told["vllm's own with drafts"]
     assert equal < count
+    unsupported, *others = told["requests"]
+    assert unsupported.startswith("logprob_token_ids is not supported with speculative decoding")
+    assert others == ["taken", "taken"]
     assert told["another mode"] == ["Sampler", "RejectionSampler"]
     assert "EngineError: dsv3-plugin cannot make logprobs_mode=processed_logprobs exact" in told["unknown sampler"]
     assert "vLLM's sampler is Identity of torch.nn" in told["unknown sampler"]

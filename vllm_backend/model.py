@@ -20,7 +20,7 @@ from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
-from dsv3_plugin.vllm_backend import compat, layerwise, options, worker
+from dsv3_plugin.vllm_backend import compat, layerwise, options, requests, worker
 from dsv3_plugin.vllm_backend.attention import LatentCache
 
 logger = init_logger("vllm.dsv3_plugin")
@@ -73,6 +73,7 @@ def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Confi
     checkpoint, and in its dtype.
     """
     options.require_supported(vllm_config)
+    requests.install()
     model_config = vllm_config.model_config
     if (warning := compat.batch_invariance_warning()) is not None:
         logger.warning(warning)

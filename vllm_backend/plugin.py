@@ -42,6 +42,11 @@ def register() -> None:
             )
         ModelRegistry.register_model(architecture, target)
 
+    from dsv3_plugin.vllm_backend import requests
+
+    # Where it fails a model says so: see above.
+    requests.install()
+
 
 def _other_owner(registered: object, target: str) -> str | None:
     """The class that another plugin registered, as module:class; None for vLLM's own and for ours."""
