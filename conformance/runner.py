@@ -50,6 +50,8 @@ REFERENCE = "reference"
 SPECIFICATION = "specification"
 _REPLAY = "replay"
 _SPREAD = "spread"
+# Many megabytes, of which the report has the counts.
+_TOP_LOGPROBS = {"cases": {"__all__": {"requests": {"__all__": {"top_logprobs", "prompt_top_logprobs"}}}}}
 OWN_ROWS_TOLERANCE = 1e-4
 """Between log-probabilities that a testee of closeness answers and those of its own rows: its softmax is its own."""
 _PACKAGE = "dsv3_plugin.conformance.testees"
@@ -164,14 +166,14 @@ class Report:
         return list(dict.fromkeys((c.left, c.right) for verdict in self.verdicts for c in verdict.comparisons))
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`: the verdicts with every comparison, and each testee's own result."""
+        """For `--json`: the verdicts with every comparison, and each testee's own result without its likeliest tokens."""
         return {
             "passed": self.passed,
             "checkpoint": self.checkpoint,
             "profile": self.profile,
             "problems": self.problems,
             "closeness": [asdict(closeness) for closeness in self.closeness],
-            "testees": {name: result.model_dump() for name, result in self.results.items()},
+            "testees": {name: result.model_dump(exclude=_TOP_LOGPROBS) for name, result in self.results.items()},
             "cases": [
                 {
                     "name": verdict.case.name,
