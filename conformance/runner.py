@@ -166,7 +166,7 @@ class Report:
         return list(dict.fromkeys((c.left, c.right) for verdict in self.verdicts for c in verdict.comparisons))
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`: the verdicts with every comparison, and each testee's own result without its likeliest tokens."""
+        """For `--json`: the verdicts with every comparison; the results of testees, without the likeliest tokens."""
         return {
             "passed": self.passed,
             "checkpoint": self.checkpoint,
