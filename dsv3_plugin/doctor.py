@@ -276,6 +276,7 @@ def diagnose(probes: Mapping[str, Probe | str], variables: Mapping[str, str]) ->
             )
         for engine in found.engines:
             findings += _of_engine(place, engine)
+        findings += _of_libraries(place, found)
     findings += _of_kernels({place: found for place, found in probes.items() if isinstance(found, Probe)})
     findings += _of_variables(variables)
     return findings
@@ -313,6 +314,19 @@ def _of_engine(place: str, engine: EngineProbe) -> Iterable[Finding]:
         yield Finding("fine", subject, f"serves {', '.join(own)} by dsv3-plugin")
     elif not engine.classes:
         yield Finding("fine", subject, "has no registry: dsv3-plugin builds the model inside its loop")
+
+
+def _of_libraries(place: str, found: Probe) -> Iterable[Finding]:
+    """Libraries that harm an engine's own models; dsv3-plugin's are not concerned."""
+    deep_gemm = found.libraries.get("sgl-deep-gemm")
+    if deep_gemm is not None and any(engine.name == vllm.NAME for engine in found.engines):
+        # Its transform_sf_into_required_layout returns float32 scales in memory that it does not own.
+        yield Finding(
+            "note",
+            f"sgl-deep-gemm {deep_gemm}, {place}",
+            "vLLM's own fp8 models take it in place of vLLM's DeepGEMM, and with float32 scales multiply by freed memory",
+            "for models that dsv3-plugin does not serve set VLLM_USE_DEEP_GEMM=0",
+        )
 
 
 def _of_kernels(probes: Mapping[str, Probe]) -> Iterable[Finding]:

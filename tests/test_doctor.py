@@ -106,6 +106,15 @@ class TestFindings:
             (fine,) = doctor.diagnose({}, {name: harmless})
             assert fine.level == "fine"
 
+    @pytest.mark.parametrize(
+        ("found", "version", "notes"), [(vllm(), "0.1.5", ["note"]), (vllm(), None, []), (probe(), "0.1.5", [])]
+    )
+    def test_a_library_that_harms_an_engine_s_own_models(
+        self, found: Probe, version: str | None, notes: list[str]
+    ) -> None:
+        found = found.model_copy(update={"libraries": {"sgl-deep-gemm": version}})
+        assert [f.level for f in doctor.diagnose({"here": found}, {}) if "freed memory" in f.text] == notes
+
 
 ACME = """
 def register():
