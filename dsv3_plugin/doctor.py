@@ -324,7 +324,7 @@ def _of_libraries(place: str, found: Probe) -> Iterable[Finding]:
         yield Finding(
             "note",
             f"sgl-deep-gemm {deep_gemm}, {place}",
-            "vLLM's own fp8 models take it in place of vLLM's DeepGEMM, and with float32 scales multiply by freed memory",
+            "vLLM's own fp8 models take it for vLLM's DeepGEMM, and with float32 scales multiply by freed memory",
             "for models that dsv3-plugin does not serve set VLLM_USE_DEEP_GEMM=0",
         )
 
