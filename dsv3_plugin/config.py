@@ -435,6 +435,8 @@ def _refused_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) ->
             problems.append(f"an override of {name} does not change the tensors in the files; it is refused")
         elif name not in known:
             problems.append(f"an override of {name}, which is no field of this model, is refused")
+        elif name in _ROPE_SPELLINGS and isinstance(value, dict) and not {"rope_type", "type"} & value.keys():
+            problems.append(f"an override of {name} without rope_type would make the embedding plain; say the type")
     theta_is_kept = "rope_theta" in overrides or data.get("rope_theta") is not None
     replaced = [name for name in _ROPE_SPELLINGS if name in overrides]
     if replaced and not theta_is_kept and not any((overrides[name] or {}).get("rope_theta") for name in replaced):

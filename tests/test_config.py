@@ -460,6 +460,8 @@ def test_an_override_is_as_if_it_stood_in_the_file(
         ({"quantization_config": None}, "override of quantization_config does not"),
         ({"num_nextn_predict_layers": 0}, "override of num_nextn_predict_layers does not"),
         ({"rope_tehta": 5e4}, "override of rope_tehta, which is no field of this model"),
+        ({"rope_parameters": {"rope_theta": 5e4}}, "override of rope_parameters without rope_type"),
+        ({"rope_scaling": {"factor": 8.0}}, "override of rope_scaling without rope_type"),
         ({"sliding_window": 4096}, "sliding_window: 4096 is not implemented"),
         ({"architectures": ["DeepseekV2ForCausalLM"]}, "architectures"),
         ({"scoring_func": "softmax"}, "scoring_func"),

@@ -78,7 +78,7 @@ def test_servers(tiny_checkpoint, server: str, engine: str) -> None:
     folder = tiny_checkpoint("bf16")
     held = fingerprint_of_checkpoint(CheckpointReader(folder)).model_dump()
     sglang = {"/server_info": (200, {"internal_states": [{"dsv3": {"fingerprint": held, "problem": None}}]})}
-    vllm = {"/collective_rpc": (200, {"results": [held]})}
+    vllm = {"/collective_rpc": (200, {"results": [held]}), "/server_info": (500, "of its own")}
     StandIn.answers = {"vllm": vllm, "sglang": sglang}[engine]
     status, out, _ = run(folder, server)
     assert status == 0 and out.count(held["digest"]) == 2
@@ -109,5 +109,5 @@ def test_servers_that_do_not_say(server: str, answers: dict[str, tuple[int, Any]
 
 
 def test_no_server() -> None:
-    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9/server_info: no answer"):
+    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9/collective_rpc: no answer"):
         run("http://127.0.0.1:9")

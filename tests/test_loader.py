@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from dsv3_plugin.checkpoint.loader import WeightLoader, load_model, load_mtp
+from dsv3_plugin.checkpoint.loader import WeightLoader, all_finite, load_model, load_mtp
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
@@ -150,3 +150,25 @@ def test_a_parameter_without_memory(reader: CheckpointReader, ops: Ops, items: I
     loader = WeightLoader(model, reader.config, "main", holds_weights=True)
     assert "on the meta device" in refused(lambda: loader.load(items))
     assert loader.problem is not None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none(loader: WeightLoader, items: Items, value: float) -> None:
+    broken = [(name, tensor.clone()) for name, tensor in items]
+    place = next(i for i, (name, _) in enumerate(broken) if name == EXPERT)
+    broken[place][1][3, 5] = value
+    before = state(loader)
+    assert refused(lambda: loader.load(broken)) == f"NaN or infinity in 1 tensors: {EXPERT}"
+    assert equal(state(loader), before)
+    loader.require_whole()
+    assert EXPERT in refused(lambda: loader.load(iter(broken)))
+    assert EXPERT in refused(loader.require_whole)
+    loader.load(iter(items))
+    loader.require_whole()
+
+
+@pytest.mark.parametrize(("code", "finite"), [(0x7F, False), (0xFF, False), (0x7E, True), (0xFE, True), (0x00, True)])
+def test_codes_of_fp8(code: int, finite: bool) -> None:
+    values = torch.full((4, 8), 0x38, dtype=torch.uint8)
+    values[2, 7] = code
+    assert bool(all_finite(values.view(torch.float8_e4m3fn))) is finite

@@ -27,11 +27,13 @@ from engines import (
     serving,
     shipped_testee,
 )
+from typer.testing import CliRunner
 
 from dsv3_plugin.checkpoint.fingerprint import fingerprint_of_checkpoint
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.cli import app
 from dsv3_plugin.conformance.sampling import processed_logprobs
 from dsv3_plugin.sglang_backend import plugin
 
@@ -143,6 +145,7 @@ def test_sglang_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: 
         refused = refusal(address, "/update_weights_from_disk", {"model_path": str(broken)})
         post(address, "/update_weights_from_disk", {"model_path": str(checkpoint)})
         state = get(address, "/server_info")["internal_states"][0]["dsv3"]
+        asked = CliRunner().invoke(app, ["fingerprint", address])
         # Paused in place, SGLang would go on with what the request computed with the weights before.
         long = {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}
         body = {"input_ids": prompt, "sampling_params": long, "return_logprob": True}
@@ -183,6 +186,7 @@ def test_sglang_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: 
     assert "dsv3-plugin does not serve this request: SGLang's repetition_penalty leaves the prompt out" in declined
     assert "truncated or not a safetensors file" in refused
     assert state["problem"] is None
+    assert asked.exit_code == 0 and asked.stdout.startswith(state["fingerprint"]["digest"]), asked.output
     held = fingerprint_of_checkpoint(CheckpointReader(checkpoint)).tensors
     assert state["fingerprint"]["tensors"].items() < held.items()
     assert state["main"]["class"] == f"{MODELS}.deepseek_v3.DeepseekV3ForCausalLM"

@@ -23,9 +23,11 @@ from engines import (
     serving,
     shipped_testee,
 )
+from typer.testing import CliRunner
 
 from dsv3_plugin.checkpoint.fingerprint import fingerprint_of_checkpoint
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.cli import app
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,8 @@ def test_vllm_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: Pa
         answer = post(address, "/v1/completions", body)
         (kept,) = post(address, "/collective_rpc", {"method": "dsv3_fingerprint"})["results"]  # type: ignore[misc]
         (serving,) = post(address, "/collective_rpc", {"method": "dsv3_provenance"})["results"]  # type: ignore[misc]
+        compared = CliRunner().invoke(app, ["fingerprint", address, str(checkpoint)])
+    assert compared.exit_code == 0 and compared.stdout.count(kept["digest"]) == 2, compared.output
     (choice,) = answer["choices"]  # type: ignore[misc]
     tokens = choice["token_ids"]
     assert len(tokens) == 12
@@ -105,7 +109,7 @@ def test_vllm_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: Pa
     for part, name in (("main", "DeepseekV3ForCausalLM"), ("mtp", "DeepSeekMTPModel")):
         assert serving[part]["class"] == f"dsv3_plugin.vllm_backend.model.{name}"
         assert (serving[part]["profile"], serving[part]["mode"]) == ("bf16", "strict")
-        providers = {kernel["op"]: kernel["provider"] for kernel in serving[part]["kernels"]}
+        providers = {kernel["operation"]: kernel["provider"] for kernel in serving[part]["operations"]}
         assert set(providers.values()) == {"reference"}
         assert {"linear", "mla_attention", "route"} <= providers.keys()
     text = log.read_text()

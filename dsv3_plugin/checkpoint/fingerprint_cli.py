@@ -69,12 +69,13 @@ def _of_server(address: str) -> Fingerprint:
     Raises `EngineError` where it does not answer, serves another model, or may not answer now.
     """
     try:
-        state = _ask(f"{address}/server_info")
+        # vLLM first: in its development mode it has a /server_info too, of other things.
+        state = _ask(f"{address}/collective_rpc", {"method": "dsv3_fingerprint"})
         if state is not None:
-            answers = [part.get("dsv3") for part in state.get("internal_states", [])]
+            answers = [{"fingerprint": answer} for answer in state["results"]]
         else:
-            state = _ask(f"{address}/collective_rpc", {"method": "dsv3_fingerprint"})
-            answers = [{"fingerprint": answer} for answer in state["results"]] if state is not None else [None]
+            state = _ask(f"{address}/server_info") or {}
+            answers = [part.get("dsv3") for part in state.get("internal_states", [])]
         if not answers or None in answers:
             raise EngineError(
                 f"{address}: no fingerprint: it is no server of dsv3-plugin, or a vLLM without VLLM_SERVER_DEV_MODE=1"

@@ -65,6 +65,7 @@ class WeightLoader:
         self.wanted = {name for name, spec in self.specs.items() if part in spec.targets and not spec.optional}
         self.write = write
         self._came: set[str] | None = None
+        self._finite: dict[str, torch.Tensor] = {}  # asked at the end: an answer waits for the device
         self._refused = None if holds_weights else "no weights have been loaded"
 
     @property
@@ -90,7 +91,7 @@ class WeightLoader:
         """An update begins. What came of one that was not finished is refused."""
         if self._came:
             self._refused = f"an update of its weights was not finished, {self._lacking()}"
-        self._came = set()
+        self._came, self._finite = set(), {}
 
     @torch.no_grad()
     def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -98,10 +99,11 @@ class WeightLoader:
 
         Args:
             named_tensors: (name, tensor) on any device, in any order. Those of another part are passed over. A sequence
-                is looked through before anything is written; of an iterator each tensor before it is.
+                is looked through before anything is written; of an iterator each tensor before it is, its numbers once
+                all have come.
 
-        Raises `CheckpointError` for an unknown name, one that has come already, a wrong shape or dtype, or a bias that
-        is not finite; whatever `named_tensors` raises goes through. Either ends the update.
+        Raises `CheckpointError` for an unknown name, one that has come already, a wrong shape or dtype, or a NaN or
+        infinity; whatever `named_tensors` raises goes through. Either ends the update.
         """
         came = set() if self._came is None else self._came
         parameters = dict(self.model.named_parameters())
@@ -117,11 +119,15 @@ class WeightLoader:
                 came.add(name)
                 used.add(name)
                 self.write(parameters[target.parameter], tensor, target.index)
+                self._finite[name] = all_finite(parameters[target.parameter][target.index])
+            if came == self.wanted:
+                _require_finite(self._finite)
         except BaseException as error:
             self.refuse(f"an update of its weights was refused: {error}")
             raise
         if came == self.wanted:
             self._came = self._refused = None
+            self._finite = {}
             # On the meta device parameters are written by the engine, later, and the adapter says when.
             if not any(parameter.is_meta for parameter in parameters.values()):
                 weights_changed(self.model)
@@ -131,9 +137,12 @@ class WeightLoader:
         """Raise `CheckpointError` where `load` would; nothing is written, and the update goes on."""
         parameters = dict(self.model.named_parameters())
         seen = set(self._came or ())
+        finite: dict[str, torch.Tensor] = {}
         for name, tensor in named_tensors:
             if self._place(name, tensor, parameters, seen):
                 seen.add(name)
+                finite[name] = all_finite(tensor)
+        _require_finite(finite)
 
     def finish(self) -> None:
         """No more comes. Raises `CheckpointError` that names what is missing of an update under way, which ends it."""
@@ -151,7 +160,7 @@ class WeightLoader:
         """The update under way ends here: the model may not answer if some of it was written."""
         if self._came:
             self._refused = reason
-        self._came = None
+        self._came, self._finite = None, {}
 
     def discard(self, reason: str) -> None:
         """The parameters hold nothing that may answer, e.g. since an engine released their memory."""
@@ -209,6 +218,20 @@ def load_mtp(reader: CheckpointReader, ops: Ops) -> DeepseekV3MTP:
         model = DeepseekV3MTP(ops, reader.config)
     load_weights(model, reader.config, reader.tensors(), "mtp")
     return model
+
+
+def all_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether a tensor of any dtype has neither NaN nor infinity: bool [] on its device."""
+    if tensor.dtype == E4M3:  # whose only other numbers are the two codes of NaN
+        return (tensor.view(torch.uint8) & 0x7F != 0x7F).all()
+    return tensor.isfinite().all()
+
+
+def _require_finite(finite: dict[str, torch.Tensor]) -> None:
+    """Raise `CheckpointError` that names the tensors which are not."""
+    told = [bool(answer) for answer in finite.values()]
+    if wrong := [name for name, ok in zip(finite, told, strict=True) if not ok]:
+        raise CheckpointError(f"NaN or infinity in {len(wrong)} tensors: {some_names(wrong)}")
 
 
 def _check(spec: TensorSpec, tensor: torch.Tensor, parameters: dict[str, nn.Parameter], target: Target) -> None:
