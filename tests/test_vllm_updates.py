@@ -111,7 +111,7 @@ def test_updates_in_a_row(
     old, new = (checkpoints[(updates + i) % len(checkpoints)] for i in range(2))
     refusals = {one["way"]: one["refusal"] for one in rest if "refusal" in one}
     for one in rest:
-        if one["way"] in ("wrong tensor", "nothing", "broken folder", "another model", "kernel format"):
+        if one["way"] in ("wrong tensor", "nothing", "no folder", "broken folder", "another model", "kernel format"):
             assert holds(one, old), one["way"]
     assert "kv_b_proj.weight has shape [" in refusals["wrong tensor"]
     assert refusals["nothing"].startswith("CheckpointError: missing tensors of the main model (")
@@ -123,6 +123,25 @@ def test_updates_in_a_row(
     assert "may not answer: an update of its weights was refused: the sender" in by_way["killed sender"]["fingerprint"]
     assert holds(by_way["again"], new)
     assert refusals["half"].startswith("CheckpointError: missing tensors of the main model (")
-    assert (
-        "CheckpointError: the main model may not answer: an update of its weights was not" in by_way["half"]["answer"]
-    )
+    reason, why = by_way["half"]["ended"]
+    assert [by_way["half"]["token_ids"], reason] == [[], "error"]
+    assert why.startswith("the main model may not answer: an update of its weights was not finished")
+
+    for way, before, after in (
+        ("by_path", old, new),
+        ("by_buckets", new, old),
+        ("by_transfer", old, new),
+        ("by_iterator", new, old),
+    ):
+        one = by_way[f"across {way}"]
+        tokens, kept = tuple(one["token_ids"]), one["old"]
+        assert one["finish_reason"] == "length" and 0 < kept < len(tokens)
+        expected = predicted(before, tokens)[1][:kept] + predicted(after, tokens)[1][kept:]
+        assert tuple(one["logprobs"]) == expected, way
+        # Old weights, or what vLLM goes on with by itself, would be seen.
+        assert expected != predicted(before, tokens)[1]
+    half = by_way["across half"]
+    assert [half["finish_reason"], len(half["token_ids"])] == ["error", half["old"]]
+    assert "an update of its weights is under way" in half["stop_reason"]
+    assert holds(by_way["across rest"], old)
+    assert refusals["no folder"] == "CheckpointError: /no/such/folder: no such folder"

@@ -133,6 +133,11 @@ def buckets(tensors: Tensors) -> Iterator[Tensors]:
         yield {name: tensors[name].clone() for name in names[first : first + size]}
 
 
+def halves(folder: str) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    items = list(shuffled(folder, 0).items())
+    yield from (items[: len(items) // 2], items[len(items) // 2 :])
+
+
 class Probe:
     """Asks the engine and its draft."""
 
@@ -151,7 +156,6 @@ class Probe:
     def ask(self) -> dict[str, Any]:
         """A greedy request with log-probabilities, alone in the engine but for what runs there."""
         engine = self.llm.llm_engine
-        reset_caches(self.llm)
         params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0, detokenize=False)
         engine.add_request("probe", {"prompt_token_ids": PROMPT}, params)
         output = None
@@ -170,17 +174,37 @@ class Probe:
         }
 
 
-def reset_caches(llm: LLM) -> None:
-    """Requests that are running begin again, with the new weights."""
-    assert llm.reset_prefix_cache(reset_running_requests=True)
-
-
 def error_of(act: Callable[[], object]) -> str:
     try:
         act()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "none"
+
+
+def across(llm: LLM, update: Callable[[], object]) -> dict[str, Any]:
+    """What a greedy request was answered that `update` finds under way, with two tokens."""
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0, detokenize=False)
+    llm.llm_engine.add_request("across", {"prompt_token_ids": PROMPT}, params)
+    outputs: list[Any] = []
+
+    def step() -> None:
+        outputs.extend(o.outputs[0] for o in llm.llm_engine.step() if o.request_id == "across")
+
+    while not outputs or len(outputs[-1].token_ids) < 2:
+        step()
+    old = len(outputs[-1].token_ids)
+    update()
+    while outputs[-1].finish_reason is None:
+        step()
+    answer = outputs[-1]
+    return {
+        "old": old,
+        "token_ids": list(answer.token_ids),
+        "logprobs": [step[t].logprob for t, step in zip(answer.token_ids, answer.logprobs, strict=True)],
+        "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
+    }
 
 
 def run_requests(llm: LLM) -> None:
@@ -224,6 +248,19 @@ def main(job: dict[str, Any]) -> None:
         way = trainer.send(checkpoints[i % len(checkpoints)], i)
         say(way=way, **probe.ask())
 
+    # Requests that run, and the cached prefix of the probe's: each token is of the weights that were there.
+    newest = checkpoints[(job["updates"] + 1) % len(checkpoints)]
+    last = checkpoints[job["updates"] % len(checkpoints)]
+    for way, folder in (("by_path", newest), ("by_buckets", last), ("by_transfer", newest), ("by_iterator", last)):
+        update = partial(getattr(trainer, way), folder, shuffled(folder, 0))
+        say(way=f"across {way}", **across(llm, update))
+    first, rest = (list(half) for half in halves(last))
+    say(way="across half", **across(llm, lambda: llm.collective_rpc(load_bucket, args=(first,))))
+    llm.collective_rpc(load_bucket, args=(rest,))
+    say(way="across rest", **probe.ask())
+    missing = error_of(lambda: llm.collective_rpc("reload_weights", kwargs={"weights_path": "/no/such/folder"}))
+    say(way="no folder", refusal=missing, **probe.ask())
+
     # Refused before anything is written: the weights of the last update answer.
     old, new = (checkpoints[(job["updates"] + i) % len(checkpoints)] for i in range(2))
     tensors = shuffled(new, 0)
@@ -260,8 +297,9 @@ def main(job: dict[str, Any]) -> None:
     half = next(buckets(shuffled(old, 1)))
     send(args=({"tensors": half},))
     refusal = error_of(lambda: llm.collective_rpc("finish_weight_update"))
-    answer = error_of(probe.ask)
-    say(way="half", refusal=refusal, answer=answer)
+    prompt = {"prompt_token_ids": PROMPT}
+    answer = llm.generate([prompt], SamplingParams(detokenize=False), use_tqdm=False)[0].outputs[0]
+    say(way="half", refusal=refusal, token_ids=answer.token_ids, ended=[answer.finish_reason, answer.stop_reason])
 
 
 if __name__ == "__main__":

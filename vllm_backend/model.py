@@ -20,7 +20,7 @@ from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
-from dsv3_plugin.vllm_backend import compat, layerwise, options, requests, worker
+from dsv3_plugin.vllm_backend import compat, engine, layerwise, options, requests, worker
 from dsv3_plugin.vllm_backend.attention import LatentCache
 
 logger = init_logger("vllm.dsv3_plugin")
@@ -74,6 +74,7 @@ def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Confi
     """
     options.require_supported(vllm_config)
     requests.install()
+    engine.install()
     model_config = vllm_config.model_config
     if (warning := compat.batch_invariance_warning()) is not None:
         logger.warning(warning)

@@ -42,10 +42,11 @@ def register() -> None:
             )
         ModelRegistry.register_model(architecture, target)
 
-    from dsv3_plugin.vllm_backend import requests
+    from dsv3_plugin.vllm_backend import engine, requests
 
-    # Where it fails a model says so: see above.
+    # Where one fails a model says so: see above.
     requests.install()
+    engine.install()
 
 
 def _other_owner(registered: object, target: str) -> str | None:

@@ -4,8 +4,9 @@ Under `--logprobs-mode processed_logprobs` that number is here log-softmax(logit
 row that was sampled; temperature 0 counts as 1, the request's penalties and biases are in the logits, and top-k, top-p
 and min-p cut the draw only. A prompt's token has log-softmax(logits / temperature) of the row before it. vLLM's own
 leaves the temperature out for prompts, and takes the log-softmax after those cuts, and with drafts a second time, of
-log-probabilities. Other modes are vLLM's. Which token is drawn is vLLM's affair in all of them, but for two mends on a
-CPU without Triton: there it leaves temperatures and cuts of a batch with drafts unwritten, and ends where none has any.
+log-probabilities. Other modes are vLLM's. Which token is drawn is vLLM's affair in all of them, but for three mends on a
+CPU: there it leaves temperatures and cuts of a batch with drafts unwritten, ends where none has any, and ends where the
+prompt of a request with a seed is computed in chunks.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ def make_exact(runner: Any) -> None:
     if runner.device.type == "cpu":
         rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
         rejection_sampler.apply_top_k_top_p = apply_top_k_top_p
+        runner.sample_tokens = partial(sample_tokens, runner.sample_tokens, runner)
     if runner.model_config.logprobs_mode != "processed_logprobs":
         return
     _replace(runner, "sampler", Sampler, ExactSampler)
@@ -129,6 +131,20 @@ def _replace(runner: Any, name: str, known: type, exact: type) -> None:
         )
     # vLLM built it, with what its constructor takes in this version.
     getattr(runner, name).__class__ = exact
+
+
+def sample_tokens(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around a model runner's `sample_tokens`: of a request whose prompt has not ended no token is drawn with its seed.
+
+    vLLM draws one, drops it and sets the generator back, which no generator of a CPU can do.
+    """
+    generators: dict[int, torch.Generator] = runner.input_batch.generators
+    dropped = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0].tolist()
+    kept = {i: generators.pop(i) for i in dropped if i in generators}
+    try:
+        return original(*args, **kwargs)
+    finally:
+        generators |= kept
 
 
 def expand_batch_to_tokens(

@@ -2,7 +2,8 @@
 
 vLLM has no extension point for either: `worker_extension_cls` is one class, and trainers (verl, NeMo-RL) bring theirs.
 So the worker class gets two more methods, for `collective_rpc`, and its calls that write or lose weights are wrapped.
-An update is whole or refused by name; what it left undone may not answer (`attention.LatentMetadataBuilder.build`).
+An update is whole or refused by name; what it left undone may not answer (`engine`, and where all else failed
+`attention.LatentMetadataBuilder.build`).
 Workers of other models are left alone.
 """
 
@@ -11,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -61,6 +64,22 @@ def dsv3_fingerprint(worker: Any) -> dict[str, Any]:
 def dsv3_provenance(worker: Any) -> dict[str, Any]:
     """`main`, and `mtp` where there is a draft: the `class` that serves, and what its kernels are (`Ops.record`)."""
     return {model.weight_loader.part: {"class": class_name(model), **model.ops.record()} for model in _models(worker)}
+
+
+class Weights(NamedTuple):
+    """A worker's weights, as the engine core must know them."""
+
+    updates: list[int]
+    """`WeightLoader.updates` of each model."""
+    problem: str | None
+    """Why they may not answer now."""
+
+
+def weights(worker: Any) -> Weights | None:
+    """For `collective_rpc`; None where no model is ours."""
+    loaders = [model.weight_loader for model in _models(worker)]
+    problems = (f"the {loader.part} model may not answer: {loader.problem}" for loader in loaders if loader.problem)
+    return Weights([loader.updates for loader in loaders], next(problems, None)) if loaders else None
 
 
 def _models(worker: Any) -> list[Any]:
@@ -118,6 +137,8 @@ def _reload(
         )
     target, *drafts = _models(worker)
     folder = str(weights_path or worker.model_config.model)
+    if weights_iterator is None and weights_path is not None and not _is_folder_or_hub_name(folder):
+        raise CheckpointError(f"{folder}: no such folder")
     if weights_iterator is None and Path(folder).is_dir():
         weights_iterator = _checkpoint(folder, target).tensors()
     if weights_iterator is None:
@@ -129,6 +150,17 @@ def _reload(
             worker.model_config.model = weights_path
     for model in (target, *drafts):
         model.weight_loader.finish()
+
+
+def _is_folder_or_hub_name(path: str) -> bool:
+    """Whether a path is a folder, or may be the name of a model on Hugging Face's hub, which vLLM then asks."""
+    if Path(path).is_dir():
+        return True
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _checkpoint(folder: str, target: Any) -> CheckpointReader:

@@ -64,6 +64,8 @@ class WeightLoader:
         self.specs = checkpoint_tensors(config)
         self.wanted = {name for name, spec in self.specs.items() if part in spec.targets and not spec.optional}
         self.write = write
+        self.updates = 0
+        """How many have been whole, the first load included."""
         self._came: set[str] | None = None
         self._finite: dict[str, torch.Tensor] = {}  # asked at the end: an answer waits for the device
         self._refused = None if holds_weights else "no weights have been loaded"
@@ -128,6 +130,7 @@ class WeightLoader:
         if came == self.wanted:
             self._came = self._refused = None
             self._finite = {}
+            self.updates += 1
             # On the meta device parameters are written by the engine, later, and the adapter says when.
             if not any(parameter.is_meta for parameter in parameters.values()):
                 weights_changed(self.model)

@@ -1,0 +1,86 @@
+"""What vLLM's engine core, which schedules requests, does when weights change under them.
+
+Every write goes through its `collective_rpc`, by a name or by a function of the trainer's, and vLLM leaves running
+requests and cached prefixes with keys and values of the old weights. Here they begin again once new weights are whole:
+tokens that were answered stay, those that follow are the new model's. Between, nothing may answer. A request that would
+run then ends with the finish reason "error" and the stop reason why, and the engine lives to get the rest of the
+weights; under a pause of mode "keep" requests wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import RequestStatus
+
+from dsv3_plugin.errors import EngineError
+from dsv3_plugin.vllm_backend import worker
+
+Method = Callable[..., Any]
+Outputs = dict[int, EngineCoreOutputs]
+
+
+def install() -> None:
+    """Teach vLLM's engine core, once a process. Raises `EngineError` where it lacks a method that is to be wrapped."""
+    if hasattr(EngineCore, "dsv3_weights"):
+        return
+    if missing := _WRAPPED.keys() - set(dir(EngineCore)):
+        raise EngineError(f"vLLM's EngineCore has no {', '.join(sorted(missing))}, as the tested versions have")
+    EngineCore.dsv3_weights = None
+    for name, wrap in _WRAPPED.items():
+        setattr(EngineCore, name, _wrapped(getattr(EngineCore, name), wrap))
+
+
+def _wrapped(original: Method, wrap: Callable[..., Any]) -> Method:
+    @wraps(original)
+    def call(core: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrap(original, core, *args, **kwargs)
+
+    return call
+
+
+def _weights(core: Any) -> list[worker.Weights]:
+    """Each worker's; none of workers that serve no model of ours."""
+    asked: list[worker.Weights | None] = core.model_executor.collective_rpc(worker.weights)
+    return [weights for weights in asked if weights is not None]
+
+
+def _may_write(original: Method, core: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around a call that may write weights, whether it returns or raises."""
+    if not hasattr(core, "scheduler"):  # the engine starts
+        return original(core, *args, **kwargs)
+    before = _weights(core) if core.dsv3_weights is None else core.dsv3_weights
+    try:
+        return original(core, *args, **kwargs)
+    finally:
+        core.dsv3_weights = _weights(core)
+        if [weights.updates for weights in before] != [weights.updates for weights in core.dsv3_weights]:
+            core.reset_prefix_cache(reset_running_requests=True)
+
+
+def _step(original: Method, core: Any) -> tuple[Outputs | None, bool]:
+    problem = next((weights.problem for weights in core.dsv3_weights or () if weights.problem is not None), None)
+    if problem is None or not core.scheduler.has_unfinished_requests():
+        return original(core)
+    draining = core.scheduler.pause_state == PauseState.PAUSED_NEW
+    ids = [request.request_id for request in core.scheduler.running] if draining else None
+    ended: Outputs = {}
+    for request in core.scheduler.finish_requests(ids, RequestStatus.FINISHED_ERROR):
+        outputs = ended.setdefault(request.client_index, EngineCoreOutputs(finished_requests=set()))
+        output = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=problem)
+        outputs.outputs.append(output)
+        outputs.finished_requests.add(request.request_id)
+    return ended, False
+
+
+_WRAPPED: dict[str, Method] = {
+    "collective_rpc": _may_write,
+    "wake_up": _may_write,
+    "step": _step,
+    "step_with_batch_queue": _step,
+}
