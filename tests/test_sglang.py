@@ -146,9 +146,13 @@ def declines_the_malformed(address: str, prompt: list[int]) -> None:
 
 
 def beside_a_plain_request(address: str, prompt: list[int], params: dict[str, object]) -> dict[str, Any]:
-    """The answer to a request for `token_ids_logprob` that is computed together with one for log-probabilities."""
-    body = {"input_ids": [prompt, prompt], "sampling_params": params, "return_logprob": True}
-    _, answer = post(address, "/generate", body | {"token_ids_logprob": [None, [3, 4]]})
+    """The answer to a request for `token_ids_logprob` while one that asks for none is computed."""
+    body = {"input_ids": prompt, "return_logprob": True}
+    with ThreadPoolExecutor() as threads:
+        long = {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}
+        plain = threads.submit(post, address, "/generate", body | {"sampling_params": long})
+        answer = post(address, "/generate", body | {"sampling_params": params, "token_ids_logprob": [3, 4]})
+        assert not plain.done() and len(plain.result()["output_ids"]) == 150
     return answer
 
 
