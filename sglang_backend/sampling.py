@@ -235,9 +235,7 @@ def handle_generate_request(original: Original, scheduler: Any, request: Any, *a
 
 
 def malformed(request: Any, config: DeepseekV3Config) -> str | None:
-    """What in a request SGLang does not look at before a batch is computed, which it would end with the server; or
-    None.
-    """
+    """What is wrong with a request that SGLang notices in the midst of a batch only, which ends the server; or None."""
     params, vocab = request.sampling_params, range(config.vocab_size)
     known = f"the vocabulary has {config.vocab_size} tokens"
     stops = (params.stop_token_ids or ()) if params.min_new_tokens else ()
