@@ -5,11 +5,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
+from dsv3_plugin.checkpoint.names import dtype_name
+from dsv3_plugin.engines import is_ours
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.options import Options, honoured, irrelevant, refused
 from dsv3_plugin.sglang_backend import attention
+
+logger = logging.getLogger("sglang.dsv3_plugin")
 
 ENVIRONMENT = {
     "SGLANG_RETURN_ORIGINAL_LOGPROB": "log-probabilities are those at a request's temperature",
@@ -52,6 +59,25 @@ def options(dtype: str, *, fp8: bool) -> Options:
         *_ELSEWHERE,
     )
 
+
+def set_internal_state(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+    """Around `Scheduler.set_internal_state`: what does not start is not set later either."""
+    model = scheduler.tp_worker.model_runner.model
+    if is_ours(model):
+        profile = model.ops.setting.profile
+        try:
+            options(dtype_name(profile.dtype), fp8=profile.is_fp8).require_supported(request.server_args)
+        except EngineError as error:
+            from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+
+            logger.error("%s", error)
+            return SetInternalStateReqOutput(updated=False)
+    return original(scheduler, request)
+
+
+HOOKS: dict[str, Callable[..., Any]] = {
+    "sglang.srt.managers.scheduler.Scheduler.set_internal_state": set_internal_state
+}
 
 _SCHEDULING = (
     honoured(
@@ -162,7 +188,7 @@ _SPECULATION = (
         "a token is drawn from the target's distribution, whatever was drafted",
         *("speculative_accept_threshold_single", "speculative_accept_threshold_acc"),
         *("speculative_use_rejection_sampling", "speculative_use_block_verification"),
-        unless=(1.0,),
+        unless=(1, 1.0),
     ),
     refused("the draft has the target's head", "speculative_token_map"),
     refused("the draft's attention sees all tokens", "speculative_draft_window_size", "speculative_draft_sink_size"),

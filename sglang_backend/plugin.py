@@ -75,7 +75,7 @@ def _register_attention_and_hooks() -> None:
 
 def hooks() -> dict[str, Callable[..., Any]]:
     """What stands around which of SGLang's functions: each is called with the original, then with its arguments."""
-    from dsv3_plugin.sglang_backend import attention, sampling, updates
+    from dsv3_plugin.sglang_backend import attention, options, sampling, updates
 
     factory = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
     around = {
@@ -83,6 +83,7 @@ def hooks() -> dict[str, Callable[..., Any]]:
         f"{factory}.create_draft_extend_backend": attention.create_draft_extend_backend,
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode": _leave_operators,
         "sglang.srt.models.registry._ModelRegistry.resolve_model_cls": _name_other_owner,
+        **options.HOOKS,
         **updates.HOOKS,
         **sampling.HOOKS,
     }

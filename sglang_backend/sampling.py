@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.sampler import Sampler, multinomial_with_seed
 
+from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import is_ours
 
 logger = logging.getLogger("sglang.dsv3_plugin")
@@ -54,6 +55,7 @@ class ExactSampler(Sampler):
             logprobs = torch.log_softmax(logits / sampling_info.temperatures, dim=-1)
             compute = self.output_logprob_processor.compute_logprobs
             compute(logprobs, top_logprobs_nums, token_ids_logprobs, tokens).write_output_to(logits_output)
+            all_tensors(logits_output)
         return tokens
 
     def draw(self, logits_output: Any, sampling_info: Any, positions: torch.Tensor) -> torch.Tensor:
@@ -74,6 +76,12 @@ class ExactSampler(Sampler):
             finally:
                 logits_output.next_token_logits = logits
         return torch.where(sampling_info.top_ks == 1, greedy, drawn)
+
+
+def all_tensors(logits_output: Any) -> None:
+    """SGLang calls `tolist` on what each request gets of `token_ids_logprob`; one that asks for none has a list."""
+    if (values := logits_output.next_token_token_ids_logprobs_val) is not None:
+        logits_output.next_token_token_ids_logprobs_val = [torch.as_tensor(value) for value in values]
 
 
 def allowed_probs(probs: torch.Tensor, info: Any) -> torch.Tensor:
@@ -134,12 +142,14 @@ def verify_tree_greedy(original: Original, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
-def compute_spec_logprobs(original: Original, batch: Any, *args: Any, **kwargs: Any) -> Any:
+def compute_spec_logprobs(original: Original, batch: Any, logits_output: Any, *args: Any, **kwargs: Any) -> None:
     """Around the log-probabilities of verified tokens: the temperature counts with `top_k=1` too."""
     if SERVING.sampler is None:
-        return original(batch, *args, **kwargs)
+        original(batch, logits_output, *args, **kwargs)
+        return
     with all_greedy(batch.sampling_info, False):
-        return original(batch, *args, **kwargs)
+        original(batch, logits_output, *args, **kwargs)
+    all_tensors(logits_output)
 
 
 @contextmanager
@@ -209,8 +219,9 @@ class PromptLogprobs:
 def handle_generate_request(original: Original, scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     """Around `Scheduler.handle_generate_request`: what cannot be done exactly ends this request alone."""
     problem = None
-    if is_ours(scheduler.tp_worker.model_runner.model):
-        problem = unsupported(scheduler, request)
+    model = scheduler.tp_worker.model_runner.model
+    if is_ours(model):
+        problem = malformed(request, model.config) or unsupported(scheduler, request)
     if problem is None:
         return original(scheduler, request, *args, **kwargs)
     from sglang.srt.managers.io_struct import AbortReq
@@ -220,6 +231,40 @@ def handle_generate_request(original: Original, scheduler: Any, request: Any, *a
     logger.warning(message)
     ended = FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError").to_json()
     scheduler.ipc_channels.send_to_tokenizer.send_output(AbortReq(rid=request.rid, finished_reason=ended), request)
+    return None
+
+
+def malformed(request: Any, config: DeepseekV3Config) -> str | None:
+    """What is wrong with a request that SGLang notices in the midst of a batch only, which ends the server; or None."""
+    params, vocab = request.sampling_params, range(config.vocab_size)
+    known = f"the vocabulary has {config.vocab_size} tokens"
+    stops = (params.stop_token_ids or ()) if params.min_new_tokens else ()
+    for name, tokens in (("input_ids", request.input_ids or ()), ("stop_token_ids", stops)):
+        if (strange := next((token for token in tokens if token not in vocab), None)) is not None:
+            return f"{strange} in {name}: {known}"
+    if any(len(row) != config.hidden_size for row in request.input_embeds or ()):
+        return f"a row of input_embeds must have {config.hidden_size} numbers"
+    if not 0 <= request.top_logprobs_num <= len(vocab):
+        return f"top_logprobs_num={request.top_logprobs_num}: {known}"
+    for name, bits in (("top_k", 32), ("sampling_seed", 64)):
+        value = getattr(params, name)
+        if value is not None and not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
+            return f"{name}={value} is not an integer of {bits} bits"
+    return bad_bias(params.logit_bias, params.temperature, vocab)
+
+
+def bad_bias(biases: Any, temperature: float, vocab: range) -> str | None:
+    """What is wrong with a request's `logit_bias`: each value is added to a logit in fp32, then divided."""
+    if biases is None:
+        return None
+    if not isinstance(biases, dict):
+        return f"logit_bias={biases!r} is not a dictionary"
+    largest = torch.finfo(torch.float32).max * min(temperature, 1)
+    for token, bias in biases.items():
+        if int(token) not in vocab:
+            return f"{token} in logit_bias: the vocabulary has {len(vocab)} tokens"
+        if not isinstance(bias, int | float) or not abs(bias) <= largest:
+            return f"logit_bias {bias!r} of token {token} is not a finite number in fp32, over the temperature"
     return None
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,37 @@ def sglang_serve(checkpoint: Path, log: Path, *arguments: str) -> AbstractContex
     return serving([*command, *arguments], port, log, {})
 
 
+MALFORMED: list[tuple[dict[str, object], str]] = [
+    ({"input_ids": [5000, 3]}, "5000 in input_ids: the vocabulary has 1024 tokens"),
+    ({"input_ids": [3, -1]}, "-1 in input_ids: the vocabulary has 1024 tokens"),
+    ({"return_logprob": True, "top_logprobs_num": 1025}, "top_logprobs_num=1025: the vocabulary has 1024 tokens"),
+    ({"sampling_params": {"logit_bias": {"5": "nan"}}}, "logit_bias 'nan' of token 5 is not a finite number in fp32"),
+    ({"sampling_params": {"logit_bias": {"5": 1e39}}}, "logit_bias 1e+39 of token 5 is not a finite number in fp32"),
+    ({"sampling_params": {"logit_bias": {"5": 1e38}, "temperature": 0.1}}, "logit_bias 1e+38 of token 5 is not a"),
+    ({"sampling_params": {"logit_bias": {"1024": 1.0}}}, "logit_bias"),
+    ({"sampling_params": {"logit_bias": [5]}}, "logit_bias=[5] is not a dictionary"),
+    ({"sampling_params": {"top_k": 2**40}}, "top_k=1099511627776 is not an integer of 32 bits"),
+    ({"sampling_params": {"sampling_seed": 2**63}}, "sampling_seed=9223372036854775808 is not an integer of 64"),
+]
+"""Requests of which each would end the server, and what is answered; SGLang itself declines some."""
+
+
+def declines_the_malformed(address: str, prompt: list[int]) -> None:
+    for body, message in MALFORMED:
+        assert message in refusal(address, "/generate", {"input_ids": prompt} | body), body
+
+
+def beside_a_plain_request(address: str, prompt: list[int], params: dict[str, object]) -> dict[str, Any]:
+    """The answer to a request for `token_ids_logprob` while one that asks for none is computed."""
+    body = {"input_ids": prompt, "return_logprob": True}
+    with ThreadPoolExecutor() as threads:
+        long = {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}
+        plain = threads.submit(post, address, "/generate", body | {"sampling_params": long})
+        answer = post(address, "/generate", body | {"sampling_params": params, "token_ids_logprob": [3, 4]})
+        assert not plain.done() and len(plain.result()["output_ids"]) == 150
+    return answer
+
+
 def test_sglang_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint("bf16")
     prompt = list(range(300, 340))
@@ -142,6 +174,8 @@ def test_sglang_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: 
         drawn = post(address, "/generate", body | logprobs)
         again = post(address, "/generate", {"input_ids": prompt, "sampling_params": sampled})
         declined = refusal(address, "/generate", {"input_ids": prompt, "sampling_params": {"repetition_penalty": 1.5}})
+        declines_the_malformed(address, prompt)
+        beside = beside_a_plain_request(address, prompt, greedy)
         refused = refusal(address, "/update_weights_from_disk", {"model_path": str(broken)})
         post(address, "/update_weights_from_disk", {"model_path": str(checkpoint)})
         state = get(address, "/server_info")["internal_states"][0]["dsv3"]
@@ -171,6 +205,10 @@ def test_sglang_serve_answers_the_predicted_logprobs(tiny_checkpoint, tmp_path: 
     assert best == rows.topk(3).values.tolist()
     (choice,) = completed["choices"]
     assert choice["logprobs"]["token_logprobs"] == [logprob for logprob, _ in of_output]
+
+    assert beside["output_ids"] == tokens
+    chosen = [[tuple(item[:2]) for item in items] for items in beside["meta_info"]["output_token_ids_logprobs"]]
+    assert chosen == [[(row[token].item(), token) for token in (3, 4)] for row in rows]
 
     # At a temperature: those of the distribution that it drew from.
     assert drawn["output_ids"] == again["output_ids"]
@@ -219,16 +257,27 @@ def test_sglang_serve_drafts(tiny_checkpoint, tmp_path: Path) -> None:
         params |= {"temperature": 0.75, "min_p": 0.05}
         drawn = post(address, "/generate", {"input_ids": prompt, "sampling_params": params, "return_logprob": True})
         seeded = refusal(address, "/generate", {"input_ids": prompt, "sampling_params": {"sampling_seed": 1}})
+        declines_the_malformed(address, prompt)
+        # What does not start cannot be set later either; the twins can.
+        threshold = "speculative_accept_threshold_single"
+        updates = {threshold: 0.1}, {threshold: 1.0}, {"pp_max_micro_batch_size": 4}
+        updated = [post(address, "/set_internal_state", {"server_args": values}) for values in updates]
+        beside = beside_a_plain_request(address, prompt, {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True})
+    assert updated == [[False], [True], [True]]
     tokens, meta = answer["output_ids"], answer["meta_info"]
     rows = torch.log_softmax(predict_logits(checkpoint, prompt + tokens)[len(prompt) - 1 : -1], dim=-1)
     of_output = [tuple(item[:2]) for item in meta["output_token_logprobs"]]
     assert of_output == [(row.max().item(), int(row.argmax())) for row in rows]
     assert meta["spec_verify_ct"] < len(tokens) == 12
+    assert beside["output_ids"] == tokens
+    chosen = [[tuple(item[:2]) for item in items] for items in beside["meta_info"]["output_token_ids_logprobs"]]
+    assert chosen == [[(row[token].item(), token) for token in (3, 4)] for row in rows]
     tokens = drawn["output_ids"]
     rows = processed_logprobs(predict_logits(checkpoint, prompt + tokens)[len(prompt) - 1 : -1], 0.75)
     of_output = [tuple(item[:2]) for item in drawn["meta_info"]["output_token_logprobs"]]
     assert of_output == [(row[token].item(), token) for row, token in zip(rows, tokens, strict=True)]
     assert "SGLang honours sampling_seed with --enable-deterministic-inference only" in seeded
+    assert f"{threshold}=0.1: a token is drawn from the target's distribution" in log.read_text()
     for name in ("DeepseekV3ForCausalLM", "DeepseekV3ForCausalLMNextN"):
         assert re.search(rf"dsv3-plugin \S+ serves {name}: profile bf16, strict mode", log.read_text())
 

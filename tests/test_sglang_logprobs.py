@@ -17,7 +17,7 @@ import torch
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.layers import sampler
-from sglang.srt.sampling.sampling_params import TOP_K_ALL
+from sglang.srt.sampling.sampling_params import TOP_K_ALL, SamplingParams
 from dsv3_plugin.conformance.protocol import Request
 from dsv3_plugin.conformance.sampling import admitted
 from dsv3_plugin.sglang_backend import sampling
@@ -70,7 +70,18 @@ expected /= expected.sum()
 counts = torch.bincount(drawn, minlength=few)
 kept = expected > 0
 chi_squared = ((counts[kept] - draws * expected[kept]) ** 2 / (draws * expected[kept])).sum()
+
+def malformed(params, **request):
+    request = {"input_ids": [0, 1, 999], "input_embeds": None, "top_logprobs_num": 0} | request
+    config = SimpleNamespace(vocab_size=vocab, hidden_size=2)
+    return sampling.malformed(SimpleNamespace(sampling_params=SamplingParams(**params), **request), config)
+
+biases = [float("nan"), float("inf"), float("-inf"), 3e38, -3e38, 0]
 print(json.dumps({
+    "biases": [malformed({"logit_bias": {"5": bias}}) is None for bias in biases],
+    "cold": malformed({"logit_bias": {"5": 3e38}, "temperature": 0.5}),
+    "embeddings": [malformed({}, input_embeds=[[0.0] * 2, [0.0] * width]) for width in (2, 3)],
+    "stops": [malformed({"stop_token_ids": [1000], "min_new_tokens": count}) for count in (0, 1)],
     "allowed": int((allowed != right).sum()),
     "company": bool(torch.equal(together, alone)),
     "their company": bool(torch.equal(their_together.long(), their_alone.long())),
@@ -94,3 +105,8 @@ def test_a_seed_draws_the_same_in_any_company(environment: str) -> None:
     # 99.9 % of 4 degrees of freedom are below 18.5.
     assert answers["free"] == 4 and answers["chi squared"] < 18.5, answers
     assert answers["cut off"] == 0 and answers["max"] == 0
+    # What no JSON can bring, or only a server that is started in another way.
+    assert answers["biases"] == [False, False, False, True, True, True]
+    assert "logit_bias 3e+38 of token 5 is not a finite number" in answers["cold"]
+    assert answers["embeddings"] == [None, "a row of input_embeds must have 2 numbers"]
+    assert answers["stops"] == [None, "1000 in stop_token_ids: the vocabulary has 1000 tokens"]
