@@ -11,11 +11,20 @@ spellings of a field that disagree, a key that stands twice, a field that only s
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dsv3_plugin.errors import ConfigError
 
@@ -107,6 +116,23 @@ _OF_ENGINES = frozenset(
 """Fields that an override may change for the engine; the model does not know them."""
 
 
+def _of_type(kind: type) -> BeforeValidator:
+    """To a `Literal` 0, False and 0.0 are one; to transformers they are not."""
+
+    def check(value: object) -> object:
+        if type(value) is not kind:
+            raise ValueError(f"is {value!r}; expected {kind.__name__}")
+        return value
+
+    return BeforeValidator(check)
+
+
+_False = Annotated[Literal[False], _of_type(bool)]
+_True = Annotated[Literal[True], _of_type(bool)]
+_One = Annotated[Literal[1], _of_type(int)]
+_Block = Annotated[Literal[128], _of_type(int)]
+
+
 class YarnScaling(BaseModel):
     """YaRN context extension (arXiv 2309.00071, with DeepSeek's two mscale factors)."""
 
@@ -120,7 +146,20 @@ class YarnScaling(BaseModel):
     mscale_all_dim: float = 0.0
     attention_factor: None = None
     """A factor that overrides the two mscales is not implemented."""
-    truncate: Literal[True] = True
+    truncate: _True = True
+
+    def correction_range(self, dim: int, base: float) -> tuple[int, int]:
+        """The frequencies, by their places among `dim / 2`, between which YaRN blends: (low, high).
+
+        Places below `low` keep their frequency and those above `high` are stretched by the whole factor, for a rotary
+        part of `dim` elements and the `rope_theta` `base`.
+        """
+
+        def place(rotations: float) -> float:
+            turns = self.original_max_position_embeddings / (rotations * 2 * math.pi)
+            return dim * math.log(turns) / (2 * math.log(base))
+
+        return max(math.floor(place(self.beta_fast)), 0), min(math.ceil(place(self.beta_slow)), dim - 1)
 
 
 class Fp8Quantization(BaseModel):
@@ -131,14 +170,14 @@ class Fp8Quantization(BaseModel):
     quant_method: Literal["fp8"]
     fmt: Literal["e4m3"] = "e4m3"
     activation_scheme: Literal["dynamic"] = "dynamic"
-    weight_block_size: tuple[Literal[128], Literal[128]] = Field(default=(128, 128), strict=False)
+    weight_block_size: tuple[_Block, _Block] = Field(default=(128, 128), strict=False)
     scale_fmt: Literal["ue8m0"] | None = None
     """`ue8m0`: scales are powers of two. Absent: scales are arbitrary fp32 numbers."""
     modules_to_not_convert: tuple[str, ...] | None = Field(default=None, strict=False)
     ignored_layers: tuple[str, ...] | None = Field(default=None, strict=False)
     """Modules left in bf16, in two readers' words. Which are quantized is fixed here (`checkpoint.names`); naming
     others is refused where the files are checked."""
-    dequantize: Literal[False] = False
+    dequantize: _False = False
     kv_cache_scheme: None = None
 
 
@@ -168,12 +207,12 @@ class DeepseekV3Config(BaseModel):
     routed_scaling_factor: float
     norm_topk_prob: bool
     first_k_dense_replace: int = Field(ge=0)
-    moe_layer_freq: Literal[1] = 1
+    moe_layer_freq: _One = 1
     scoring_func: Literal["sigmoid"] = "sigmoid"
     topk_method: Literal["noaux_tc"] = "noaux_tc"
     hidden_act: Literal["silu"] = "silu"
-    attention_bias: Literal[False] = False
-    tie_word_embeddings: Literal[False] = False
+    attention_bias: _False = False
+    tie_word_embeddings: _False = False
     kv_lora_rank: int = Field(gt=0)
     q_lora_rank: int | None = Field(gt=0)
     qk_nope_head_dim: int = Field(gt=0)
@@ -182,7 +221,7 @@ class DeepseekV3Config(BaseModel):
     max_position_embeddings: int = Field(gt=0)
     rms_norm_eps: float = Field(gt=0)
     rope_theta: float = Field(gt=0)
-    rope_interleave: Literal[True] = True
+    rope_interleave: _True = True
     rope_scaling: YarnScaling | None = None
     torch_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     quantization_config: Fp8Quantization | None = None
@@ -261,6 +300,15 @@ class DeepseekV3Config(BaseModel):
             self.first_k_dense_replace <= self.num_hidden_layers,
             f"first_k_dense_replace={self.first_k_dense_replace} exceeds num_hidden_layers={self.num_hidden_layers}",
         )
+        if (yarn := self.rope_scaling) is not None:
+            require(self.rope_theta > 1, f"rope_theta={self.rope_theta} is too small for YaRN")
+            low, high = yarn.correction_range(self.qk_rope_head_dim, self.rope_theta)
+            require(
+                low <= high,
+                f"rope_scaling: beta_fast={yarn.beta_fast:g}, beta_slow={yarn.beta_slow:g} and"
+                f" original_max_position_embeddings={yarn.original_max_position_embeddings} make YaRN blend from"
+                f" frequency {low} to {high}, backwards, which readers of this file compute in different ways",
+            )
         if self.quantization_config is not None:
             require(
                 self.torch_dtype == "bfloat16", f"an fp8 model computes in bfloat16, torch_dtype={self.torch_dtype}"
@@ -343,7 +391,7 @@ def _with_rope(data: dict[str, Any]) -> dict[str, Any]:
     scalings: dict[str, dict[str, Any] | None] = {}
     for name in _ROPE_SPELLINGS:
         rope = data.pop(name, None)
-        if not rope:
+        if rope is None or rope == {}:
             continue
         if not isinstance(rope, dict):
             raise ValueError(f"{name}: expected an object or null, found {rope!r}")
@@ -412,16 +460,21 @@ def _read_differently(data: dict[str, Any], config: DeepseekV3Config) -> list[st
     problems = []
     for name, allowed in _FIXED.items():
         value = data.get(name)
-        if value is not None and value not in allowed:
+        if value is not None and not any(_equal(value, right) for right in allowed):
             only = f"; only {' or '.join(map(json.dumps, allowed))} is" if allowed else ""
             problems.append(f"{name}: {json.dumps(value, default=str)[:60]} is not implemented{only}")
     for name, fields in _SAME_AS.items():
         values = {field: getattr(config, field) for field in fields}
         value = data.get(name)
-        if value is not None and value not in values.values():
+        if value is not None and not any(_equal(value, right) for right in values.values()):
             said = " or ".join(f"{field} {right}" for field, right in values.items())
             problems.append(f"{name}: {value} contradicts {said}")
     return problems
+
+
+def _equal(value: object, expected: object) -> bool:
+    """Equal, and a truth value only where one is expected."""
+    return value == expected and isinstance(value, bool) == isinstance(expected, bool)
 
 
 def _refused_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:

@@ -54,10 +54,9 @@ def to_hf(
 ) -> None:
     """Write a Hugging Face checkpoint, in the dtype that config.json says; the optimizer's state is left out."""
     note_leftovers(destination)
+    shard_bytes = writer.whole_bytes(max_shard_size)
     with _running() as (convert, progress):
-        reader = convert.to_hugging_face(
-            source, destination, like=like, max_shard_bytes=int(max_shard_size * 1e9), progress=progress
-        )
+        reader = convert.to_hugging_face(source, destination, like=like, max_shard_bytes=shard_bytes, progress=progress)
     typer.echo(f"{destination}: {reader.profile()}, {len(reader.files())} files")
 
 

@@ -33,7 +33,7 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3_plugin.checkpoint.masters import as_written, numbers
-from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, Target, TensorSpec, checkpoint_tensors
+from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, Target, TensorSpec, checkpoint_tensors, copied_from
 from dsv3_plugin.checkpoint.reader import IGNORED_SUFFIX, CheckpointReader, Header, some_names
 from dsv3_plugin.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
@@ -94,7 +94,10 @@ def to_megatron(
     specs = _pieces(config)
     total = sum(_bytes(spec, config) for spec in specs.values())
     odd = _odd(headers, config)
-    remarks = _copies_that_differ(reader, headers.keys())
+    remarks = [
+        f"{name} differs from {copied_from(name)} and is dropped: the MTP layer shares it"
+        for name in reader.copies_that_differ()
+    ]
     if buffers := [name for name in reader.headers() if name.endswith(IGNORED_SUFFIX)]:
         remarks.append(f"{len(buffers)} buffers {IGNORED_SUFFIX} are dropped: they follow from config.json")
     rounded = 0
@@ -250,24 +253,6 @@ def _stored_odd(checkpoint: Path, config: DeepseekV3Config) -> dict[str, str]:
     }
 
 
-def _copied_from(name: str) -> str:
-    """The tensor that an MTP layer's copy repeats."""
-    return "lm_head.weight" if name.endswith("shared_head.head.weight") else "model.embed_tokens.weight"
-
-
-def _copies_that_differ(reader: CheckpointReader, names: Iterable[str]) -> list[str]:
-    """A remark for each of the MTP layer's copies whose original has other bytes: it is dropped, as engines drop it."""
-    specs = checkpoint_tensors(reader.config)
-    copies = [name for name in names if not specs[name].targets]
-    wanted = {*copies, *map(_copied_from, copies)}
-    tensors = dict(reader.tensors(wanted.__contains__))
-    return [
-        f"{name} differs from {_copied_from(name)} and is dropped: the MTP layer shares it"
-        for name in copies
-        if not torch.equal(tensors[name], tensors[_copied_from(name)])
-    ]
-
-
 def find_checkpoint(source: str | Path) -> tuple[Path, Path]:
     """The folder of one iteration, and the folder where configuration and tokenizer would be.
 
@@ -372,7 +357,7 @@ class _Reader:
 
     def spec(self, name: str) -> TensorSpec:
         """Of the tensor that holds the numbers of `name`."""
-        return self.pieces.get(name) or self.pieces[_copied_from(name)]
+        return self.pieces.get(name) or self.pieces[copied_from(name)]
 
     def key(self, name: str) -> str:
         """Of Megatron's tensor."""

@@ -12,6 +12,7 @@ One that hands over a function gives `model_provider`. Like `megatron.training`,
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from dsv3_plugin.config import DeepseekV3Config
@@ -92,6 +94,30 @@ def _require_supported(args: argparse.Namespace) -> None:
             f"mtp_loss_scaling_factor={args.mtp_loss_scaling_factor} beside --report-recipe, which begins with"
             f" {recipe.MTP_LOSS_FACTOR}: leave one out"
         )
+    _require_weights(args)
+
+
+def _require_weights(args: argparse.Namespace) -> None:
+    """Raise `EngineError` for folders without weights for Megatron, which would begin with random ones.
+
+    `--load` may have none yet where it is also `--save`: so begins a run that can be resumed.
+    """
+    load, save, pretrained = args.load, args.save, args.pretrained_checkpoint
+    if checkpoint_exists(load) or (load is not None and args.ckpt_step):
+        return
+    if load is not None and (save is None or os.path.realpath(load) != os.path.realpath(save)):
+        raise EngineError(f"--load {load}: {_lack(Path(load))}")
+    if pretrained is not None and not checkpoint_exists(pretrained):
+        raise EngineError(f"--pretrained-checkpoint {pretrained}: {_lack(Path(pretrained))}")
+
+
+def _lack(folder: Path) -> str:
+    """Why Megatron finds no checkpoint in a folder, and what to do."""
+    if not folder.is_dir():
+        return "no such folder; for random weights leave it out, or let it be the folder of --save"
+    if (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+        return "is a Hugging Face folder; convert it with `dsv3 convert to-megatron`"
+    return "holds no checkpoint of Megatron (no latest_checkpointed_iteration.txt)"
 
 
 @dataclass(kw_only=True)

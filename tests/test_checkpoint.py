@@ -600,7 +600,7 @@ def test_files_that_readers_would_take_differently_are_refused(tmp_path: Path, m
         shutil.copy(folder / SINGLE_FILE, folder / name)
         assert f"holds {name} beside {SINGLE_FILE}, which no index names" in refusal(folder)
         (folder / name).unlink()
-    for name in ("hf_quant_config.json", "adapter_config.json"):
+    for name in ("hf_quant_config.json", "quant_model_description.json", "adapter_config.json"):
         (folder / name).write_text("{}")
         assert refusal(folder).startswith(f"{folder / name}: ")
         (folder / name).unlink()
@@ -639,6 +639,9 @@ def test_an_index_names_files_that_servers_read(tmp_path: Path) -> None:
         (folder / INDEX_FILE).write_text(index.replace(shard.name, name))
         assert refusal(folder).startswith(f"{folder / INDEX_FILE}: names {name}; servers read only *.safetensors")
         (folder / name).rename(shard)
+    shard.rename(folder / "consolidated-1.safetensors")
+    (folder / INDEX_FILE).write_text(index.replace(shard.name, "consolidated-1.safetensors"))
+    assert "vLLM takes consolidated*.safetensors for Mistral's format, rename the file" in refusal(folder)
     (folder / INDEX_FILE).write_text('{"weight_map": {"a": "x", "a": "y"}}')
     assert refusal(folder) == f"{folder / INDEX_FILE}: a stands twice in one object; keep one"
 
@@ -667,6 +670,7 @@ QUANTIZED = EXPERT + "_scale_inv"
         (-1.0, "a scale must be positive and finite"),
         (float("nan"), "a scale must be positive and finite"),
         (float("inf"), "a scale must be positive and finite"),
+        (2.0**127, "a scale must be positive and finite, and so must 448 times it"),
         (0.75, "scale_fmt ue8m0 in config.json says that scales are powers of two"),
     ],
 )
@@ -735,6 +739,36 @@ def test_values_of_a_good_checkpoint(mini: Folders, tiny: Folders) -> None:
         seen: list[tuple[int, int]] = []
         total = reader.check_values(lambda done, total: seen.append((done, total)))  # noqa: B023
         assert total == sum(tensor.numel() for _, tensor in reader.tensors()) and seen[-1] == (total, total)
+
+
+def test_the_largest_scale_passes(mini: Folders) -> None:
+    """448 times it is a number of fp32."""
+    config = CheckpointReader(mini["fp8"]).config
+    assert value_problem(QUANTIZED, torch.tensor([[2.0**119, 2.0**-126]]), config) is None
+    assert "is 1.7014118346046923e+38 at [0, 0]" in str(value_problem(QUANTIZED, torch.tensor([[2.0**127]]), config))
+
+
+@pytest.mark.parametrize(
+    ("copy", "original"),
+    [("shared_head.head.weight", "lm_head.weight"), ("embed_tokens.weight", "model.embed_tokens.weight")],
+)
+def test_copies_that_nobody_uses_are_compared(
+    copy: str,
+    original: str,
+    tmp_path: Path,
+    mini: Folders,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = f"model.layers.{MINI['num_hidden_layers']}.{copy}"
+    folder = edited(mini["bf16"], tmp_path / "c", lambda tensors: tensors[name].__setitem__((0, 0), 7.0))
+    for checkpoint, notes in ((mini["bf16"], []), (folder, [name])):
+        assert CheckpointReader(checkpoint).copies_that_differ() == notes
+        assert run_cli(monkeypatch, "checkpoint", "check", "--values", checkpoint) == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+        assert said == [
+            f"note: {name} differs from {original}, which the MTP layer uses instead of it" for name in notes
+        ]
 
 
 def test_every_bad_number_is_counted_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -906,6 +940,11 @@ def test_the_command_makes_and_checks(
     assert f"parameters  {parameters:,} in {len(specs):,} tensors" in capsys.readouterr().out
     assert run_cli(monkeypatch, "checkpoint", "check", "--values", tmp_path / "out") == 0
     assert "numbers, all finite" in capsys.readouterr().out
+    for size in ("nan", "inf", "0", "-1", "1e-10"):
+        assert run_cli(monkeypatch, *make[:3], tmp_path / "not", "--seed", 5, f"--max-shard-size={size}") == 2
+        said = capsys.readouterr().err.strip()
+        assert said.startswith(f"error: --max-shard-size {size}: ") and "\n" not in said
+    assert not (tmp_path / "not").exists()
     assert run_cli(monkeypatch, *make) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error == f"error: {tmp_path / 'out'}: is not empty; nothing is overwritten, name another folder"

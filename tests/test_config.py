@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 from transformers import DeepseekV3Config as TransformersConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dsv3_plugin.config import DeepseekV3Config, YarnScaling
 from dsv3_plugin.errors import ConfigError
-from dsv3_plugin.ops.rope import softmax_scale
+from dsv3_plugin.ops.rope import rope_inv_freq, softmax_scale
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, FP32, profile_for
 
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -211,6 +212,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": "yarn"}, r"rope_scaling: "),
     ({"rope_scaling": YARN | {"factor": 0.5}}, r"rope_scaling\.factor: "),
     ({"rope_scaling": YARN | {"original_max_position_embeddings": None}}, r"rope_scaling\.original_max_pos"),
+    ({"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, r"rope_scaling: beta_fast=1, beta_slow=32 and"),
+    (
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 1}},
+        r"rope_scaling: .*original_max_position_embeddings=1 make YaRN blend from frequency 0 to -",
+    ),
+    ({"rope_theta": 1.0}, r"rope_theta=1.0 is too small for YaRN"),
     ({"rope_scaling": {"type": "yarn", "factor": 4}}, r"rope_scaling\.original_max_position_embeddings: .*required"),
     ({"n_group": 7}, r"n_routed_experts=256 is not a multiple of n_group=7"),
     ({"n_group": 256}, r"n_group=256 leaves fewer than two experts a group"),
@@ -347,6 +354,17 @@ AMBIGUOUS: list[tuple[dict[str, Any], str]] = [
     ({"ep_size": 8}, r"ep_size: 8 is not implemented"),
     ({"hidden_size": "7168"}, r"hidden_size: "),
     ({"norm_topk_prob": 1}, r"norm_topk_prob: "),
+    ({"tie_word_embeddings": 0}, r"tie_word_embeddings: is 0; expected bool"),
+    ({"attention_bias": 0}, r"attention_bias: is 0; expected bool"),
+    ({"rope_interleave": 1}, r"rope_interleave: is 1; expected bool"),
+    ({"moe_layer_freq": True}, r"moe_layer_freq: is True; expected int"),
+    ({"moe_layer_freq": 1.0}, r"moe_layer_freq: is 1.0; expected int"),
+    ({"rope_parameters": []}, r"rope_parameters: expected an object or null, found \[\]"),
+    ({"rope_scaling": False}, r"rope_scaling: expected an object or null, found False"),
+    ({"rope_scaling": YARN | {"truncate": 1}}, r"rope_scaling.truncate: is 1; expected bool"),
+    ({"ep_size": True}, r"ep_size: true is not implemented; only 1 is"),
+    ({"mlp_bias": 0}, r"mlp_bias: 0 is not implemented; only false is"),
+    ({"quantization_config": FP8 | {"weight_block_size": [128.0, 128]}}, r"quantization_config.weight_block_size.0: "),
     ({"routed_scaling_factor": math.nan}, r"routed_scaling_factor: "),
     ({"quantization_config": FP8 | {"kv_cache_scheme": {"type": "float"}}}, r"quantization_config.kv_cache_scheme: "),
     ({"quantization_config": FP8 | {"dequantize": True}}, r"quantization_config.dequantize: "),
@@ -375,6 +393,21 @@ def test_what_readers_would_read_differently_is_refused(change: dict[str, Any], 
 )
 def test_what_says_the_same_twice_is_accepted(same: dict[str, Any]) -> None:
     assert DeepseekV3Config.from_dict(DEEPSEEK_V3 | same) == DeepseekV3Config.from_dict(DEEPSEEK_V3)
+
+
+@pytest.mark.parametrize("beta_fast", [1, 8, 32])
+@pytest.mark.parametrize("beta_slow", [1, 8, 32])
+@pytest.mark.parametrize("original", [2, 64, 4096, 10**9])
+def test_yarn_s_frequencies_are_transformers_or_refused(beta_fast: int, beta_slow: int, original: int) -> None:
+    yarn = YARN | {"beta_fast": beta_fast, "beta_slow": beta_slow, "original_max_position_embeddings": original}
+    config = DEEPSEEK_V3 | {"rope_scaling": yarn}
+    theirs, _ = ROPE_INIT_FUNCTIONS["yarn"](TransformersConfig(**deepcopy(config)), "cpu")
+    try:
+        ours = rope_inv_freq(DeepseekV3Config.from_dict(config))
+    except ConfigError:
+        assert beta_fast < beta_slow or original != 4096
+    else:
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 
 
 SPELLED = ("rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype")

@@ -110,6 +110,24 @@ HONOURED = (
     ("--rotary-base", "10000", "--vocab-size", "1023", "--bf16"),
     ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
 )
+# Of folders in the test's own; `hf` is a Hugging Face checkpoint, `run` one of Megatron, `empty` neither.
+WITHOUT_WEIGHTS = {
+    ("--load", "hf"): "dsv3 convert to-megatron",
+    ("--load", "hf", "--save", "new"): "dsv3 convert to-megatron",
+    ("--load", "new"): "no such folder",
+    ("--load", "new", "--save", "empty"): "no such folder",
+    ("--load", "empty"): "holds no checkpoint of Megatron",
+    ("--load", "new", "--save", "new", "--pretrained-checkpoint", "hf"): "dsv3 convert to-megatron",
+    ("--pretrained-checkpoint", "new"): "no such folder",
+}
+WITH_WEIGHTS = (
+    ("--load", "run"),
+    ("--load", "run", "--save", "new"),
+    ("--load", "new", "--save", "new"),
+    ("--load", "empty", "--save", "empty"),
+    ("--load", "new", "--save", "new", "--pretrained-checkpoint", "run"),
+    ("--load", "run", "--pretrained-checkpoint", "new"),
+)
 
 
 def test_every_option_has_a_rule_and_no_value_is_lost(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
@@ -120,9 +138,19 @@ def test_every_option_has_a_rule_and_no_value_is_lost(tiny_checkpoint: TinyCheck
     flags = [*NOT_THE_MODELS, *REFUSED]
     # Before the model's own argument and after it.
     cases = [words for flag in flags for words in ([*model, *flag], [*flag, *model])]
+    (tmp_path / "hf").symlink_to(checkpoint)
+    for name in ("empty", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("release")
+    # Megatron's folders have a configuration beside them, too.
+    (tmp_path / "run" / "config.json").write_text("{}")
+    weights = [
+        [word if word.startswith("-") else str(tmp_path / word) for word in flag]
+        for flag in (*WITHOUT_WEIGHTS, *WITH_WEIGHTS)
+    ]
     command = [str(PYTHON), "-W", "ignore", str(ON_CPU), str(script), str(checkpoint)]
     done = subprocess.run(
-        [*command, json.dumps([*cases, *([*flag, *model] for flag in HONOURED)])],
+        [*command, json.dumps([*cases, *([*flag, *model] for flag in (*weights, *HONOURED))])],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -141,4 +169,7 @@ def test_every_option_has_a_rule_and_no_value_is_lost(tiny_checkpoint: TinyCheck
             assert sentence is not None and f"{name}=" in sentence and "\n" not in sentence, (flag, sentence)
             if flag in NOT_THE_MODELS and name != "vocab_size":
                 assert "and the checkpoint's configuration says" in sentence, sentence
-    assert list(said) == [None] * len(HONOURED)
+    for flag, reason in WITHOUT_WEIGHTS.items():
+        sentence = next(said)
+        assert sentence is not None and reason in sentence and "\n" not in sentence, (flag, sentence)
+    assert list(said) == [None] * len((*WITH_WEIGHTS, *HONOURED))

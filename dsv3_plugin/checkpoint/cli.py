@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
-from dsv3_plugin.checkpoint.names import SCALE_SUFFIX
+from dsv3_plugin.checkpoint.names import SCALE_SUFFIX, copied_from
 from dsv3_plugin.checkpoint.presets import PRESETS, read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.tokenizer import tokenizer_name
-from dsv3_plugin.checkpoint.writer import DEFAULT_SHARD_BYTES, in_bytes, leftovers
+from dsv3_plugin.checkpoint.writer import DEFAULT_SHARD_BYTES, in_bytes, leftovers, whole_bytes
 
 app = typer.Typer(help="Make test checkpoints and check any checkpoint.", no_args_is_help=True)
 
@@ -30,6 +30,7 @@ def make(
 ) -> None:
     """Write a checkpoint of random weights whose MTP layer guesses well."""
     note_leftovers(directory)
+    shard_bytes = whole_bytes(max_shard_size)
     settings = read_config(config)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("weights")
@@ -38,7 +39,7 @@ def make(
             directory,
             seed,
             dtype=dtype,
-            max_shard_bytes=int(max_shard_size * 1e9),
+            max_shard_bytes=shard_bytes,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     _print_summary(reader)
@@ -58,6 +59,8 @@ def check(
             task = bar.add_task("values")
             count = reader.check_values(lambda done, total: bar.update(task, completed=done, total=total))
         typer.echo(f"values      {count:,} numbers, all finite")
+        for name in reader.copies_that_differ():
+            typer.echo(f"note: {name} differs from {copied_from(name)}, which the MTP layer uses instead of it")
 
 
 def _print_summary(reader: CheckpointReader) -> None:

@@ -64,6 +64,11 @@ def dtype_name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def copied_from(name: str) -> str:
+    """The tensor that an MTP layer's copy repeats."""
+    return "lm_head.weight" if name.endswith("shared_head.head.weight") else "model.embed_tokens.weight"
+
+
 @lru_cache(maxsize=8)
 def checkpoint_tensors(config: DeepseekV3Config) -> Mapping[str, TensorSpec]:
     """All tensors of a checkpoint with this configuration by name, in the order of the released files."""

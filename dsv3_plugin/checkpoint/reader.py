@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, TensorSpec, checkpoint_tensors
+from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, TensorSpec, checkpoint_tensors, copied_from
 from dsv3_plugin.config import DeepseekV3Config, read_json_object
 from dsv3_plugin.errors import CheckpointError, ConfigError
-from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.ops.fp8 import E4M3, E4M3_MAX
 from dsv3_plugin.profile import Profile, profile_for
 
 SINGLE_FILE = "model.safetensors"
@@ -34,6 +34,7 @@ IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 _CONFUSING = {
     "hf_quant_config.json": "vLLM and SGLang take the quantization from it; config.json is to say all",
+    "quant_model_description.json": "SGLang takes the folder for ModelSlim's because of it; config.json is to say all",
     "adapter_config.json": "transformers adds the adapter to the weights, servers do not; merge it",
 }
 """Files beside the weights that only some readers heed."""
@@ -134,6 +135,22 @@ class CheckpointReader:
             rest = f"; and {len(problems) - 3} more tensors" if len(problems) > 3 else ""
             raise CheckpointError("; ".join(problems[:3]) + rest)
         return total
+
+    def copies_that_differ(self) -> list[str]:
+        """The MTP layer's copies of embedding and head whose original has other bytes.
+
+        Nobody uses them: the layer shares the originals, here and in both servers (but where vLLM's own draft has an
+        embedding of its own, beside a main model in pipeline stages). Needs memory for the copies and originals.
+        """
+        specs = checkpoint_tensors(self.config)
+        copies = [name for name in self.headers() if name in specs and not specs[name].targets]
+        wanted = {*copies, *map(copied_from, copies)}
+        tensors = dict(self.tensors(wanted.__contains__))
+
+        def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+            return one.dtype != other.dtype or not torch.equal(one, other)
+
+        return [name for name in copies if differ(tensors[name], tensors[copied_from(name)])]
 
     def _located(self, wanted: Callable[[str], bool]) -> Iterator[tuple[Path, str, torch.Tensor]]:
         """The wanted tensors with their files."""
@@ -237,6 +254,10 @@ class CheckpointReader:
                 raise CheckpointError(
                     f"{index}: names {file}; servers read only *.safetensors of the folder itself, put it there"
                 )
+            if file.startswith("consolidated"):
+                raise CheckpointError(
+                    f"{index}: names {file}; vLLM takes consolidated*.safetensors for Mistral's format, rename the file"
+                )
         return dict(placed)
 
 
@@ -252,6 +273,7 @@ def value_problem(name: str, tensor: torch.Tensor, config: DeepseekV3Config) -> 
             bad = ~part.isfinite()
         if name.endswith(SCALE_SUFFIX):
             bad |= part <= 0
+            bad |= ~(part.float() * E4M3_MAX).isfinite()
         if powers:
             bad |= part.frexp().mantissa != 0.5
         places = bad.nonzero()
@@ -266,8 +288,8 @@ def value_problem(name: str, tensor: torch.Tensor, config: DeepseekV3Config) -> 
     value = tensor.reshape(-1)[first].float().item()
     rule = "it must be finite"
     if name.endswith(SCALE_SUFFIX):
-        rule = "a scale must be positive and finite"
-    if powers and value > 0 and math.isfinite(value):
+        rule = f"a scale must be positive and finite, and so must {E4M3_MAX:g} times it"
+    if powers and value > 0 and math.frexp(value)[0] != 0.5 and math.isfinite(value):
         rule = "scale_fmt ue8m0 in config.json says that scales are powers of two; remove it if they are not"
     more = f" ({count} such numbers)" if count > 1 else ""
     return f"tensor {name} is {value} at {place}{more}; {rule}"

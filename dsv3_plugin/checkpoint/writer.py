@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -109,6 +110,13 @@ def in_bytes(size: int) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.4g} GB"
+
+
+def whole_bytes(gigabytes: float) -> int:
+    """A shard's largest size, which users give in GB. Raises `CheckpointError` for less than a byte, NaN, infinity."""
+    if not 1 <= gigabytes * 1e9 < math.inf:
+        raise CheckpointError(f"--max-shard-size {gigabytes:g}: the largest file must have a size, in GB, above zero")
+    return int(gigabytes * 1e9)
 
 
 def write_weights(

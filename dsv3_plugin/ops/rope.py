@@ -30,12 +30,7 @@ def rope_inv_freq(config: DeepseekV3Config) -> torch.Tensor:
     original = 1.0 / (base**exponents)
     if yarn is None:
         return original.float()
-
-    def correction_dim(rotations: float) -> float:
-        return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(base))
-
-    low = max(math.floor(correction_dim(yarn.beta_fast)), 0)
-    high = min(math.ceil(correction_dim(yarn.beta_slow)), dim - 1)
+    low, high = yarn.correction_range(dim, base)
     ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
     return (original / yarn.factor * ramp + original * (1 - ramp)).float()
 
