@@ -12,7 +12,9 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dsv3_plugin import sources
 from dsv3_plugin.errors import KernelError
-from dsv3_plugin.hooks import Arithmetic, Implementation, Setting, versions_of
+from dsv3_plugin.hooks import Arithmetic, Implementation, Setting, errors_of, versions_of
 from dsv3_plugin.ops.contract import Contract
 
 FILE_VARIABLE = "DSV3_PLUGIN_CERTIFICATES"
@@ -129,11 +131,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 def subject_of(part: Implementation, contract: Contract, reference: str, setting: Setting) -> Subject:
     """An implementation as it is here and now; `reference` is the contract's own function, as `module:name`.
 
-    Raises `KernelError` where its source is not to be found.
+    Raises `KernelError` where its source is not to be found, or is not all that there is to it.
     """
+    if not part.entry:
+        raise KernelError(
+            f"{part.name} is more than a top-level function of a module, as a closure, a method or an object is: name"
+            " the kernel's `implementations` with `settings`"
+        )
     card, capability = card_of(setting.device_type)
     versions = part.versions or versions_of(*sources.libraries((part.entry,), without=part.without))
-    code = sources.digest((part.entry,), without=part.without, constants_of=(reference,), settings=part.settings())
+    with errors_of(f"settings and versions of {part.name} cannot be asked"):
+        settings, found = part.settings(), versions()
+    code = sources.digest((part.entry,), without=part.without, constants_of=(reference,), settings=settings)
     return Subject(
         operation=contract.op,
         contract_version=contract.version,
@@ -141,7 +150,7 @@ def subject_of(part: Implementation, contract: Contract, reference: str, setting
         implementation=part.name,
         entry=part.entry,
         digest=code,
-        versions=versions(),
+        versions=found,
         card=card,
         capability=capability,
     )
@@ -190,7 +199,13 @@ _File = TypeAdapter(tuple[Certificate, ...])
 
 def read(file: Path) -> tuple[Certificate, ...]:
     """The certificates in a file; none where there is no file. Raises `KernelError` if it is no such file."""
-    return _read(file, file.stat().st_mtime_ns) if file.exists() else ()
+    try:
+        modified = file.stat().st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    except OSError as error:
+        raise KernelError(f"{file} cannot be read: {error.strerror}") from error
+    return _read(file, modified)
 
 
 @functools.lru_cache(maxsize=16)
@@ -207,15 +222,34 @@ def _read(file: Path, modified: int) -> tuple[Certificate, ...]:
 def write(file: Path, certificates: Iterable[Certificate]) -> None:
     """Put `certificates` into a file in place of those of the same code on the same machine; others in it stay.
 
-    Raises `KernelError` if the file holds something else.
+    Raises `KernelError` if the file holds something else or cannot be written; then it stays as it was.
     """
     new = {(found.subject.code, found.subject.machine): found for found in certificates}
     old = {(found.subject.code, found.subject.machine): found for found in read(file)}
     merged = sorted((old | new).items(), key=lambda item: repr(item[0]))
-    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.part")
-    part.write_bytes(_File.dump_json(tuple(found for _, found in merged), indent=1) + b"\n")
-    part.replace(file)
+    with _writing(file):
+        try:
+            part.write_bytes(_File.dump_json(tuple(found for _, found in merged), indent=1) + b"\n")
+            part.replace(file)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def require_writable(file: Path) -> None:
+    """Raises `KernelError` if the file's folder cannot be made, or takes not a byte more."""
+    with _writing(file), tempfile.TemporaryFile(dir=file.parent) as trial:
+        trial.write(b"[]")
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise KernelError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def command(providers: Iterable[str], file: Path | None = None) -> str:

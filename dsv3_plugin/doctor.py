@@ -187,16 +187,15 @@ def _probe_kernels(profile: Profile) -> KernelsProbe:
     try:
         mode, kernels = mode_from_environment(), offered_kernels()
         ops = bind(setting, mode, kernels)
+        contracts = {contract.op: contract for contract in CONTRACTS}
+        uncertified = [
+            kernel
+            for kernel in kernels
+            if refusal(kernel, contracts[kernel.op], setting, "strict") is not None
+            and refusal(kernel, contracts[kernel.op], setting, "fast") is None
+        ]
     except DSV3Error as error:
         return KernelsProbe(error=str(error))
-    contracts = {contract.op: contract for contract in CONTRACTS}
-    known = [(kernel, contracts[kernel.op]) for kernel in kernels if kernel.op in contracts]
-    uncertified = [
-        kernel
-        for kernel, contract in known
-        if refusal(kernel, contract, setting, "strict") is not None
-        and refusal(kernel, contract, setting, "fast") is None
-    ]
     providers = sorted({str(choice) for choice in ops.provenance})
     return KernelsProbe(providers=providers, uncertified=len(uncertified))
 
@@ -365,11 +364,15 @@ def _of_variables(variables: Mapping[str, str]) -> Iterable[Finding]:
 
 
 def main(
-    environments: Annotated[Path, typer.Option(help="Folder with an environment for each engine.")] = Path(".envs"),
+    environments: Annotated[
+        Path | None, typer.Option(help="Folder with an environment for each engine; .envs if not given.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything that was found as JSON.")] = False,
 ) -> None:
     """Whether engines, kernels and environment variables are as they should be; exit status 1 if anything is not."""
-    places = pythons(environments)
+    if environments is not None and not environments.is_dir():
+        raise EngineError(f"there is no folder {environments}: --environments names one with an environment an engine")
+    places = pythons(environments or Path(".envs"))
     console = Console(stderr=True)
     with console.status(f"asking {len(places)} environments"), ThreadPoolExecutor(2) as pool:
         probes = dict(zip(places, pool.map(ask, places.values()), strict=True))

@@ -14,12 +14,16 @@ call sits in the hot path.
 
 Strict mode takes a kernel once each of its implementations has a certificate for the machine (`certificates`), which
 `dsv3 kernels check --provider NAME --certify FILE` writes; a provider may ship such a file (`Kernel.certificates`).
+A certificate is of source code: what else decides over bits, a data file that a module reads, an environment variable,
+the state of an object, is not seen and belongs into `Implementation.settings`.
 `examples/kernel_provider` is a whole provider.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -29,6 +33,7 @@ from typing import Any, Literal
 import pluggy
 import torch
 
+from dsv3_plugin.errors import KernelError
 from dsv3_plugin.profile import Profile
 
 ENTRY_POINT_GROUP = "dsv3_plugin"
@@ -91,15 +96,16 @@ class Implementation:
     """One piece of code that computes an operation: what a certificate is of.
 
     Its digest is of `entry`, `module:function`, and of all that this function is made of (`sources`), but for the
-    functions `without`, which belong to other implementations or decide between them. `settings` is what else is
-    compiled in; `versions` are those of compilers and libraries that make its bits, of torch and of all packages that
-    its code imports if they are not given.
+    functions `without`, which belong to other implementations or decide between them. `settings` is all else that bits
+    depend on: what is compiled in, read or held. `versions` are those of compilers and libraries that make its bits, of
+    torch and of all packages that its code imports if they are not given.
     """
 
     name: str
     run: Callable[..., Any]
     """It and no other, with the operation's arguments. Raises `InputError` for a shape that it does not take."""
     entry: str
+    """Empty where no function of a module is all there is to it: then it gets no certificate."""
     without: tuple[str, ...] = ()
     settings: Callable[[], str] = str
     versions: Callable[[], dict[str, str]] | None = None
@@ -135,17 +141,41 @@ class Kernel:
 
     @property
     def parts(self) -> tuple[Implementation, ...]:
-        """`implementations`, or `run` as the only one: a function, a method of a class, or a partial of one."""
+        """`implementations`, or `run` as the only one.
+
+        Of `run` a certificate can be only where it is a top-level function of a module, or a partial of one with plain
+        values: a closure, a method or an object has a state that its source does not tell.
+        """
         if self.implementations:
             return self.implementations
         run: Any = self.run
-        settings = ""
-        if isinstance(run, partial):
+        settings, is_plain = "", True
+        if type(run) is partial:
+            values = [*run.args, *run.keywords.values()]
+            is_plain = all(value is None or isinstance(value, _PLAIN) for value in values)
             run, settings = run.func, repr((run.args, run.keywords))
         named = run if hasattr(run, "__qualname__") else type(run)
-        name = named.__qualname__
-        entry = f"{named.__module__}:{name.partition('.')[0]}"
+        name, module = named.__qualname__, str(named.__module__)
+        is_found_again = getattr(sys.modules.get(module), name, None) is run
+        entry = f"{module}:{name}" if is_plain and is_found_again else ""
         return (Implementation(name, self.run, entry, settings=lambda: settings),)
+
+
+_PLAIN = (bool, int, float, str, bytes, torch.dtype)
+"""Types of which `repr` tells all."""
+
+
+@contextmanager
+def errors_of(what: str) -> Iterator[None]:
+    """Whatever a provider's code raises, also to end the process, becomes a `KernelError` of one line that begins with
+    `what`.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise KernelError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 @hookspec

@@ -51,6 +51,8 @@ CONTRACTS: tuple[Contract, ...] = (
     fused.PERMUTE,
     fused.PERMUTE_FP8,
 )
+_OPERATIONS = tuple(contract.op for contract in CONTRACTS)
+_HOOK = hooks.dsv3_kernels.__name__
 _FP8_OPS = {contract.op for contract in CONTRACTS if "fp8" in contract.op}
 
 
@@ -207,26 +209,54 @@ def mode_from_environment() -> Mode:
 def plugin_manager() -> pluggy.PluginManager:
     """A manager with the reference kernels and every installed provider.
 
-    Raises `KernelError` that names a provider whose import fails.
+    Raises `KernelError` that names a provider whose import fails, or that has not our hook.
     """
     manager = pluggy.PluginManager(hooks.ENTRY_POINT_GROUP)
     manager.add_hookspecs(hooks)
     manager.register(reference_kernels, "reference")
     for entry_point in metadata.entry_points(group=hooks.ENTRY_POINT_GROUP):
-        try:
-            manager.register(entry_point.load(), entry_point.name)
-        except Exception as error:
+        named = (
+            f"the kernel provider {entry_point.name} ({entry_point.value}, entry-point group"
+            f" {hooks.ENTRY_POINT_GROUP!r})"
+        )
+        with hooks.errors_of(f"{named} cannot be loaded"):
+            plugin = entry_point.load()
+            manager.register(plugin, entry_point.name)
+        found = [caller.name for caller in manager.get_hookcallers(plugin) or ()]
+        if found != [_HOOK]:
             raise KernelError(
-                f"the kernel provider {entry_point.name} ({entry_point.value}, entry-point group"
-                f" {hooks.ENTRY_POINT_GROUP!r}) cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
+                f"{named} implements {', '.join(found) or 'no hook'}: define a function {_HOOK}, decorated with"
+                " dsv3_plugin.hooks.hookimpl, and no other"
+            )
     return manager
 
 
 def offered_kernels(manager: pluggy.PluginManager | None = None) -> list[Kernel]:
-    """All kernels of all providers."""
+    """All kernels of all providers. Raises `KernelError` that names one which offers none, or something else."""
     manager = manager or plugin_manager()
-    return [kernel for offer in manager.hook.dsv3_kernels() for kernel in offer]
+    # One by one, so that an error has a name; pluggy asks the last first.
+    providers = reversed(manager.hook.dsv3_kernels.get_hookimpls())
+    return [kernel for provider in providers for kernel in _offer(provider)]
+
+
+def _offer(provider: pluggy.HookImpl) -> list[Kernel]:
+    named = f"the kernel provider {provider.plugin_name}"
+    with hooks.errors_of(f"{named} does not tell its kernels"):
+        kernels = list(cast(Iterable[Any], provider.function()))
+    for kernel in kernels:
+        if not isinstance(kernel, Kernel):
+            raise KernelError(f"{named} offers {type(kernel).__name__} {kernel!r:.80}, not a dsv3_plugin.hooks.Kernel")
+        if kernel.op not in _OPERATIONS:
+            raise KernelError(
+                f"{named} offers a kernel for {kernel.op!r}, which is no operation; they are {', '.join(_OPERATIONS)}"
+            )
+    return kernels
+
+
+def refuses(kernel: Kernel, setting: Setting) -> str | None:
+    """What a kernel itself says of a setting. Raises `KernelError` that names its provider if it raises."""
+    with hooks.errors_of(f"the kernel provider {kernel.provider} cannot tell whether its {kernel.op} serves"):
+        return kernel.refuses(setting)
 
 
 def definitions(arithmetic: Arithmetic) -> dict[str, Kernel]:
@@ -277,14 +307,20 @@ def judge(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) -> C
     if kernel.contract_version != contract.version:
         refusal_ = f"meets contract version {kernel.contract_version}, version {contract.version} is needed"
     else:
-        refusal_ = kernel.refuses(setting)
+        refusal_ = refuses(kernel, setting)
     if refusal_ is None and mode == "strict" and not is_the_contract:
         if kernel.uncertified is not None:
             refusal_ = f"has no certificate, which strict mode needs: {kernel.uncertified}"
         else:
-            found = certificates_of(kernel, contract, setting)
-            if lacking := _lacking(kernel, found):
-                refusal_ = f"has no certificate, which strict mode needs: {lacking}"
+            try:
+                reference = reference_of(contract.op)
+                subjects = [certificates.subject_of(part, contract, reference, setting) for part in kernel.parts]
+            except KernelError as error:
+                refusal_ = f"has no certificate, which strict mode needs: {error}"
+            else:
+                found = tuple(certificates.find(each, setting.profile.dtype, kernel.certificates) for each in subjects)
+                if lacking := _lacking(kernel, found):
+                    refusal_ = f"has no certificate, which strict mode needs: {lacking}"
     return Candidate(kernel, refusal_, found, is_the_contract)
 
 
@@ -294,19 +330,6 @@ def _lacking(kernel: Kernel, found: tuple[Certificate | str, ...]) -> str:
     if len(set(of_part.values())) == 1 and len(of_part) == len(kernel.parts):
         return next(iter(of_part.values()))
     return "; ".join(f"{name}: {why}" for name, why in of_part.items())
-
-
-def certificates_of(kernel: Kernel, contract: Contract, setting: Setting) -> tuple[Certificate | str, ...]:
-    """For each implementation that a kernel may hand to its certificate for this machine, or why there is none."""
-
-    def find(part: hooks.Implementation) -> Certificate | str:
-        try:
-            subject = certificates.subject_of(part, contract, reference_of(contract.op), setting)
-        except KernelError as error:
-            return str(error)
-        return certificates.find(subject, setting.profile.dtype, kernel.certificates)
-
-    return tuple(find(part) for part in kernel.parts)
 
 
 def refusal(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) -> str | None:

@@ -65,7 +65,7 @@ def _follow(entries: Iterable[str], without: Iterable[str], constants_only: bool
     packages = frozenset({_CORE} | {_package(entry) for entry in waiting})
     left_out = set(without)
     for entry in waiting:
-        if _package(entry) in _LIBRARIES or not any(True for _ in _read(entry, packages)):
+        if _package(entry) in _LIBRARIES or not _is_there(entry, packages):
             raise KernelError(f"the source of {entry} is not to be found: name the kernel's implementations")
     found: dict[str, str] = {}
     others: set[str] = set()
@@ -83,6 +83,23 @@ def _follow(entries: Iterable[str], without: Iterable[str], constants_only: bool
                 found[name] = text
             waiting += used
     return found, others
+
+
+def _is_there(entry: str, packages: frozenset[str]) -> bool:
+    """Whether a function's module has the function, perhaps in a branch."""
+    module, _, name = entry.partition(":")
+    file = file_of(module) if _exists(module) else None
+    if _package(entry) not in packages or file is None or file.suffix != ".py":
+        return False
+    parsed = _parse(module, file, file.stat().st_mtime_ns)
+    return name in parsed.defined or name in parsed.imported or any(name in _bound_in(each) for each in parsed.others)
+
+
+def _bound_in(statement: ast.stmt) -> set[str]:
+    """What the branches of a statement define."""
+    nodes = list(ast.walk(statement))
+    functions = {node.name for node in nodes if isinstance(node, _DEFINITIONS)}
+    return functions | {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def _package(reference: str) -> str:

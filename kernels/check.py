@@ -7,7 +7,8 @@ Checked are the kernels of every provider that is installed, each of their imple
 serve here; without `--provider` those that are meant to be exact. On a Hopper card expected values come from
 `sm90_model` on the card, and every 16th case is computed on the CPU as well, which must print the same bits; on a CPU
 they come from the reference. Memory that a kernel allocates is filled with NaN first, so that an output nobody wrote is
-seen. Exits with status 1 if a bit differs of a kernel that is meant to be exact, or of the model on its two devices. Of
+seen. Each case is computed twice: a kernel may neither change its arguments nor return memory that it returned before.
+Exits with status 1 if a bit differs of a kernel that is meant to be exact, or of the model on its two devices. Of
 one that is not (it serves in fast mode only) the share of differing outputs and the largest difference are told.
 Processes share the cases; one in which a kernel broke is replaced, because it may have broken the card's state for its
 process.
@@ -41,14 +42,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dsv3_plugin import certificates
-from dsv3_plugin.certificates import FEWEST_CASES, Certificate
+from dsv3_plugin.certificates import FEWEST_CASES, Certificate, Subject
 from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Arithmetic, Implementation, Kernel, Setting
 from dsv3_plugin.kernels import provider
 from dsv3_plugin.kernels.cases import CASES, LARGE, ON_CPU, SMALL, Case, Sizes, in_fp32
 from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.profile import FP8_UE8M0, FP32
-from dsv3_plugin.registry import CONTRACTS, definitions, is_a_definition, offered_kernels, reference_of
+from dsv3_plugin.registry import CONTRACTS, definitions, is_a_definition, offered_kernels, reference_of, refuses
 
 # One case of so many is computed on the CPU too where the model runs on the card.
 _ON_CPU_TOO = 16
@@ -104,7 +105,7 @@ class Target(NamedTuple):
         if self.kernel.op == "mla_attention":
             latents = [dict(zip(V3_LATENT, latent, strict=True)) for latent in LARGE.latents]
         settings = [setting for latent in latents for setting in where.settings(**latent)]
-        return [setting for setting in settings if self.kernel.refuses(setting) is None]
+        return [setting for setting in settings if refuses(self.kernel, setting) is None]
 
     def sizes(self, where: Where) -> Sizes:
         """What its cases are drawn from."""
@@ -268,31 +269,53 @@ def _broken(target: Target, error: Exception) -> Broken:
     return Broken(target.kernel.op, target.kernel.provider, target.part.name, f"{type(error).__name__}: {error}")
 
 
+def is_changed(before: Any, after: Any) -> bool:
+    """Whether a call wrote into this argument."""
+    return isinstance(before, torch.Tensor) and bits_differ(before, after) > 0
+
+
+def share_memory(one: Any, other: Any) -> bool:
+    """Whether two results that are both held begin at the same place."""
+    if isinstance(one, tuple):
+        return any(map(share_memory, one, other))
+    return one.numel() > 0 and one.data_ptr() == other.data_ptr()
+
+
 def check_case(target: Target, number: int, case: Case, expected: Any, device: str) -> Result:
-    """Run an implementation on `device`; a case whose bits differ is described by shapes and its number."""
+    """Run an implementation on `device`, twice but for the model; a wrong case is described by shapes and its number.
+
+    A case is wrong where a bit of either result differs, where an argument is not as it was before, and where both
+    results lie in the same memory: what the first call returned would be lost in the next.
+    """
     began = time.perf_counter()
     result = Result(target.kernel.op, target.kernel.provider, target.part.name, exact=target.is_meant_exact)
+    calls = 1 if result.is_of_model else 2
+    args = [[copied(x, device) for x in case.args] for _ in range(calls)]
     try:
-        actual = target.part.run(*(copied(x, device) for x in case.args), **case.kwargs)
+        actual = [target.part.run(*own, **case.kwargs) for own in args]
     except InputError:
         if target.must_take_all:
             raise
         return result._replace(refused_cases=1)
-    wrong = bits_differ(expected, actual)
+    wrong, worst = max(((bits_differ(expected, one), one) for one in actual), key=lambda found: found[0])
+    faults = [f"{wrong} outputs"] if wrong else []
+    faults += [f"it changes argument {i}" for i, x in enumerate(case.args) if any(is_changed(x, a[i]) for a in args)]
+    if share_memory(actual[0], actual[-1]) and calls > 1:
+        faults.append("a call returns the memory of the result before")
     result = result._replace(
         cases=1,
         outputs=sum(x.numel() for x in (expected if isinstance(expected, tuple) else (expected,))),
         seconds=time.perf_counter() - began,
         page_sizes=frozenset({case.args[1].shape[1]} if target.kernel.op == "mla_attention" else ()),
     )
-    if not wrong:
+    if not faults:
         return result
     shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in case.args]
     return result._replace(
         wrong_cases=1,
         wrong_outputs=wrong,
-        first_wrong=f"case {number}: {wrong} outputs, {shapes} {case.kwargs}",
-        largest_difference=largest_difference(expected, actual),
+        first_wrong=f"case {number}: {', '.join(faults)}, {shapes} {case.kwargs}",
+        largest_difference=largest_difference(expected, worst),
     )
 
 
@@ -473,11 +496,15 @@ def main(
     if certify is not None:
         if cases < FEWEST_CASES:
             raise KernelError(f"a certificate is given for {FEWEST_CASES} cases or more, not for {cases}")
-        certificates.read(certify)  # a file of something else is refused now, not after the run
+        # What can be refused is refused now, not after the run.
+        certificates.read(certify)
+        certificates.require_writable(certify)
     where = where_of(device, model_device)
     targets = _that_run(chosen(op, provider_names, where), where)
     if not targets:
         raise KernelError(_nothing_to_check(device))
+    if certify is not None:
+        require_subjects(targets, where)
     ops = list(dict.fromkeys(target.kernel.op for target in targets))
     began = time.perf_counter()
     work = partial(check_share, provider_names=provider_names, seed=seed, where=where)
@@ -507,7 +534,7 @@ def _that_run(targets: list[Target], where: Where) -> list[Target]:
     not_checked: dict[tuple[str, str], list[str]] = {}
     for target in targets:
         if not target.settings(where):
-            reason = str(target.kernel.refuses(where.settings(**V3_LATENT)[0]))
+            reason = str(refuses(target.kernel, where.settings(**V3_LATENT)[0]))
             not_checked.setdefault((target.kernel.provider, reason), []).append(target.kernel.op)
     for (provider_name, reason), ops in not_checked.items():
         print(f"{provider_name}: not checked ({reason}): {', '.join(dict.fromkeys(ops))}", flush=True)
@@ -523,9 +550,27 @@ def _nothing_to_check(device: DeviceName) -> str:
     )
 
 
+def subject_of(target: Target, where: Where) -> Subject:
+    """What a certificate of it would be of. Raises `KernelError` where it can get none."""
+    (contract,) = (contract for contract in CONTRACTS if contract.op == target.kernel.op)
+    return certificates.subject_of(target.part, contract, reference_of(contract.op), target.settings(where)[0])
+
+
+def require_subjects(targets: list[Target], where: Where) -> None:
+    """Raises `KernelError` that names a kernel which is meant to be exact and can get no certificate."""
+    for target in targets:
+        try:
+            if target.is_meant_exact:
+                subject_of(target, where)
+        except KernelError as error:
+            raise KernelError(
+                f"{target.kernel.provider}'s {target.kernel.op} can get no certificate: {error}; leave it out with"
+                " --provider or --op"
+            ) from error
+
+
 def earned(targets: list[Target], findings: list[Finding], seed: int, where: Where) -> list[Certificate]:
     """Certificates of the implementations that were equal in enough cases, with an equal model on a CPU."""
-    contracts = {contract.op: contract for contract in CONTRACTS}
     certified = []
     for target in targets:
         if not target.is_meant_exact:
@@ -537,10 +582,8 @@ def earned(targets: list[Target], findings: list[Finding], seed: int, where: Whe
             continue
         result = random_cases[0]
         on_cpu = [found.cases for found in equal if found.is_of_model]
-        setting = target.settings(where)[0]
-        contract = contracts[target.kernel.op]
         certificate = Certificate(
-            subject=certificates.subject_of(target.part, contract, reference_of(contract.op), setting),
+            subject=subject_of(target, where),
             seed=seed,
             cases=result.cases,
             refused_cases=result.refused_cases,

@@ -13,6 +13,7 @@ from engines import python_of
 
 from dsv3_plugin import doctor
 from dsv3_plugin.doctor import EngineProbe, Finding, KernelsProbe, Probe
+from dsv3_plugin.errors import EngineError
 from dsv3_plugin.version import __version__
 
 VLLM = {
@@ -156,6 +157,11 @@ def test_what_make_builds_is_sound(tmp_path: Path) -> None:
     assert engine["engines"][0]["classes"] == VLLM
     assert engine["engines"][0]["claims"] == {}
     assert all(kernels["error"] is None for kernels in engine["kernels"].values())
+
+
+def test_a_folder_that_is_named_has_to_be_there(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=f"^there is no folder {tmp_path}/nowhere"):
+        doctor.main(tmp_path / "nowhere")
 
 
 def test_another_plugin_an_untested_version_and_a_broken_provider(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dsv3_plugin.certificates import Certificate
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import KernelError
-from dsv3_plugin.hooks import Kernel, Setting
+from dsv3_plugin.hooks import Implementation, Kernel, Setting
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.linear import LINEAR, linear
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32
@@ -215,8 +215,12 @@ def test_a_file_of_something_else_is_named(users_file: Path) -> None:
 
 
 def test_a_kernel_whose_source_is_not_to_be_found_has_no_certificate(users_file: Path) -> None:
-    for run, name in ((print, "builtins:print"), (torch.nn.Linear(1, 1), "torch.nn.modules.linear:Linear")):
-        (refused,) = choice(bind(CPU_BF16, "strict", [replace(kernel(), run=run), *REFERENCE])).refused
+    misspelt = Implementation("other_linear", other_linear, f"{__name__}:other_linaer")
+    for offer, name in (
+        (replace(kernel(), run=print), "builtins:print"),
+        (replace(kernel(), implementations=(misspelt,)), misspelt.entry),
+    ):
+        (refused,) = choice(bind(CPU_BF16, "strict", [offer, *REFERENCE])).refused
         assert refused.endswith(f"the source of {name} is not to be found: name the kernel's implementations")
 
 
@@ -233,13 +237,55 @@ class Scaled:
         return linear(x, weight) * self.scale
 
 
-def test_the_source_of_a_partial_an_object_and_a_method_is_found() -> None:
+def scaled_by(scale: float) -> Callable[..., torch.Tensor]:
+    """A kernel that is a closure."""
+
+    def scaled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return linear(x, weight) * scale
+
+    return scaled
+
+
+STATEFUL: dict[str, Callable[..., object]] = {
+    "Scaled": Scaled(2),
+    "Scaled.run": Scaled(2).run,
+    "scaled_by.<locals>.scaled": scaled_by(2),
+    "<lambda>": lambda x, weight: linear(x, weight),
+    "other_linear": partial(other_linear, torch.ones(2000)),  # `repr` tells six of them
+    "Linear": torch.nn.Linear(1, 1),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_what_has_a_state_has_no_certificate_until_its_provider_names_it(users_file: Path, name: str) -> None:
+    offer = replace(kernel(), run=STATEFUL[name])
+    with pytest.raises(KernelError) as error:
+        bind(CPU_BF16, "strict", [offer, *without("linear")])
+    assert f"needs: {name} is more than a top-level function of a module" in str(error.value)
+    assert "name the kernel's `implementations` with `settings`" in str(error.value)
+    assert "To certify" not in str(error.value), "a check would not help"
+
+    # The twin: with the state in `settings` it is another subject for each.
+    def digest(scale: float) -> str:
+        part = Implementation("scaled", STATEFUL[name], f"{__name__}:other_linear", settings=lambda: repr(scale))
+        return certificates.subject_of(part, LINEAR, registry.reference_of("linear"), CPU_BF16).digest
+
+    assert digest(1.0) == digest(1.0) != digest(2.0)
+
+
+def test_settings_that_cannot_be_asked_are_named(users_file: Path) -> None:
+    part = Implementation("scaled", other_linear, f"{__name__}:other_linear", settings=lambda: {}["scale"])
+    ops = bind(CPU_BF16, "strict", [replace(kernel(), implementations=(part,)), *REFERENCE])
+    (refused,) = choice(ops).refused
+    assert refused.endswith("settings and versions of scaled cannot be asked: KeyError: 'scale'")
+
+
+def test_the_source_of_a_partial_is_found() -> None:
     def digest(run: Callable[..., object]) -> str:
         (part,) = replace(kernel(), run=run).parts
         return certificates.subject_of(part, LINEAR, registry.reference_of("linear"), CPU_BF16).digest
 
-    plain, scaled = digest(other_linear), digest(Scaled(2))
-    assert plain != scaled == digest(Scaled(2).run)
+    plain = digest(other_linear)
     with_dtype = digest(partial(other_linear, out_dtype=torch.float32))
     assert plain != with_dtype == digest(partial(other_linear, out_dtype=torch.float32))
     assert with_dtype != digest(partial(other_linear, out_dtype=torch.bfloat16))
@@ -344,6 +390,46 @@ def test_a_provider_that_fails_in_its_own_words_is_named(monkeypatch: pytest.Mon
     with pytest.raises(KernelError, match="no driver") as error:
         bind(CPU_BF16, "strict")
     assert "failing_lab" in str(error.value)
+
+
+HOOK = "from dsv3_plugin.hooks import Kernel, hookimpl\n@hookimpl\ndef dsv3_kernels():\n    return "
+BROKEN = {
+    "ends the process": ("import sys\nsys.exit(0)\n", r".* cannot be loaded: SystemExit: 0$"),
+    "speaks in lines": ("raise RuntimeError('one\\ntwo')\n", r".* cannot be loaded: RuntimeError: one two$"),
+    "has no hook": ("x = 1\n", r".* implements no hook: define a function dsv3_kernels, "),
+    "misspells it": (HOOK.replace("_kernels", "_kernel") + "[]\n", r".* implements dsv3_kernel: define a function "),
+    "raises in it": (HOOK + "1 / 0\n", " does not tell its kernels: ZeroDivisionError: division by zero$"),
+    "returns nothing": (HOOK + "None\n", " does not tell its kernels: TypeError: "),
+    "offers nothing": (HOOK + "[None]\n", r" offers NoneType None, not a dsv3_plugin\.hooks\.Kernel$"),
+    "misspells an operation": (
+        HOOK + "[Kernel('ropee', 1, 'lab', '1', print)]\n",
+        " offers a kernel for 'ropee', which is no operation; they are linear, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_provider_that_is_broken_is_named_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str
+) -> None:
+    source, said = BROKEN[fault]
+    name = f"{fault.replace(' ', '_')}_lab"
+    install(monkeypatch, tmp_path, name, source)
+    with pytest.raises(KernelError, match=f"^the kernel provider {name}_kernels{said}") as error:
+        bind(CPU_BF16, "strict")
+    assert "\n" not in str(error.value)
+
+
+def test_a_kernel_that_cannot_tell_whether_it_serves_is_named() -> None:
+    offer = replace(kernel(), refuses=lambda setting: setting.dims["heads"])
+    with pytest.raises(KernelError, match=r"^the kernel provider fast_lab .* its linear serves: KeyError: 'heads'$"):
+        bind(CPU_BF16, "strict", [offer, *REFERENCE])
+
+
+def test_a_user_who_stops_a_provider_stops_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, tmp_path, "slow_lab", "raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        bind(CPU_BF16, "strict")
 
 
 def test_binding_a_model_pins_one_thread_and_passes_the_sizes_on(monkeypatch: pytest.MonkeyPatch) -> None:

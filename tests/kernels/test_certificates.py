@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -462,6 +463,40 @@ def test_a_run_that_ends_early_leaves_the_certificates_of_what_ended(certified, 
         check.main(cases=128, op=["rope", "combine"], certify=path)
     with pytest.raises(KernelError, match="a certificate is given for 100 cases or more, not for 20"):
         check.main(cases=20, certify=path)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_cases(certified, monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "this_machine", lambda: check.DeviceName.hopper)
+    monkeypatch.setattr(check, "offered_kernels", provider.dsv3_kernels)
+    monkeypatch.setattr(check, "in_processes", lambda work, shares: pytest.fail("cases were run"))
+    (tmp_path / "a file").touch()
+    for path in (tmp_path / "a file" / "c.json", Path("/proc/no folder/c.json")):
+        with pytest.raises(KernelError, match=f"^{path} cannot be written: "):
+            check.main(cases=128, op=["rope"], certify=path)
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(certified, monkeypatch):
+    before, path = certified.read_bytes(), Path
+    write = path.write_bytes
+
+    def half(self, data):
+        write(self, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(path, "write_bytes", half)
+    with pytest.raises(KernelError, match=f"^{certified} cannot be written: No space left on device$"):
+        certificates.write(certified, all_certificates())
+    assert certified.read_bytes() == before and not list(certified.parent.glob("*.part"))
+
+
+def test_a_kernel_that_can_get_no_certificate_is_refused_before_the_cases(certified, monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "this_machine", lambda: check.DeviceName.hopper)
+    (kernel,) = [kernel for kernel in provider.dsv3_kernels() if (kernel.op, kernel.provider) == ("rope", "triton")]
+    stateful = replace(kernel, provider="lab", implementations=(), run=lambda *args: kernel.run(*args))
+    monkeypatch.setattr(check, "offered_kernels", lambda: [stateful])
+    monkeypatch.setattr(check, "in_processes", lambda work, shares: pytest.fail("cases were run"))
+    with pytest.raises(KernelError, match=r"^lab's rope can get no certificate: .*<lambda> is more than a top-level"):
+        check.main(cases=128, certify=tmp_path / "c.json")
 
 
 def test_few_lines_of_another_package_are_followed(tmp_path, monkeypatch):

@@ -59,6 +59,38 @@ def test_a_turned_bit_fails_where_the_kernel_is_meant_to_be_exact(op):
     assert "3 cases differ; case 0: 1 outputs" in str(result)
 
 
+def test_a_kernel_that_changes_its_arguments_is_wrong():
+    model = model_kernel("rope")
+
+    def run(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        out = model.run(x, cos, sin)
+        cos.mul_(0.5)
+        return out
+
+    (result,) = check_alike(replace(model, run=run))
+    assert (result.wrong_cases, result.wrong_outputs, result.failed) == (CASES, 0, True)
+    assert "case 0: it changes argument 1, [" in str(result)
+
+
+def test_a_kernel_that_returns_one_buffer_again_is_wrong():
+    model, buffers = model_kernel("rope"), {}
+
+    def run(*args: torch.Tensor) -> torch.Tensor:
+        out = model.run(*args)
+        return buffers.setdefault((out.shape, out.dtype), torch.empty_like(out)).copy_(out)
+
+    (result,) = check_alike(replace(model, run=run))
+    assert (result.wrong_cases, result.wrong_outputs, result.failed) == (CASES, 0, True)
+    assert "case 0: a call returns the memory of the result before, [" in str(result)
+
+
+def test_a_kernel_that_is_right_once_is_wrong():
+    model, calls = model_kernel("rope"), itertools.count()
+    turned = with_one_bit_turned(model)
+    (result,) = check_alike(replace(model, run=lambda *args: (turned if next(calls) % 2 else model).run(*args)))
+    assert (result.wrong_cases, result.wrong_outputs) == (CASES, CASES)
+
+
 def test_a_zero_of_the_other_sign_is_wrong(monkeypatch):
     model = model_kernel("mla_attention")
 
