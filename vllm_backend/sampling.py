@@ -4,8 +4,8 @@ Under `--logprobs-mode processed_logprobs` that number is here log-softmax(logit
 row that was sampled; temperature 0 counts as 1, the request's penalties and biases are in the logits, and top-k, top-p
 and min-p cut the draw only. A prompt's token has log-softmax(logits / temperature) of the row before it. vLLM's own
 leaves the temperature out for prompts, and takes the log-softmax after those cuts, and with drafts a second time, of
-log-probabilities. Other modes are vLLM's. Which token is drawn is vLLM's affair in all of them, but for three mends on a
-CPU: there it leaves temperatures and cuts of a batch with drafts unwritten, ends where none has any, and ends where the
+log-probabilities. Other modes are vLLM's. Which token is drawn is vLLM's affair in all of them, but for mends on a CPU:
+there it leaves temperatures and cuts of a batch with drafts unwritten, ends where none has any, and ends where the
 prompt of a request with a seed is computed in chunks.
 """
 
