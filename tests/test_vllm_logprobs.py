@@ -58,8 +58,29 @@ def build():
     sampler = Sampler(logprobs_mode="processed_logprobs")
     return SimpleNamespace(
         device=torch.device("cpu"), model_config=SimpleNamespace(logprobs_mode="processed_logprobs"),
-        sampler=sampler, rejection_sampler=RejectionSampler(sampler),
+        sampler=sampler, rejection_sampler=RejectionSampler(sampler), sample_tokens=None,
+        _get_prompt_logprobs_dict=None,
     )
+
+
+def seeds(exact):
+    # The draw of the first of two requests is dropped as GPUModelRunner does it.
+    runner = build()
+    generators = {i: torch.Generator().manual_seed(i) for i in range(2)}
+    runner.input_batch = SimpleNamespace(generators=generators, num_reqs=2)
+    runner.discard_request_mask = SimpleNamespace(np=torch.tensor([True, False, True]).numpy())
+
+    def draw():
+        for generator in generators.values():
+            torch.rand(1, generator=generator)
+        if 0 in generators:
+            generators[0].set_offset(generators[0].get_offset() - 4)
+
+    runner.sample_tokens = draw
+    if exact:
+        sampling.make_exact(runner)
+    runner.sample_tokens()
+    return [torch.equal(generators[i].get_state(), torch.Generator().manual_seed(i).get_state()) for i in range(2)]
 
 
 def count_of_equal(answered, rows, tokens, temperatures):
@@ -130,6 +151,11 @@ raw = build()
 raw.model_config.logprobs_mode = "raw_logprobs"
 sampling.make_exact(raw)
 told["another mode"] = [type(raw.sampler).__name__, type(raw.rejection_sampler).__name__]
+told["seeds"] = seeds(exact=True)
+try:
+    seeds(exact=False)
+except RuntimeError as error:
+    told["vllm's own seeds"] = str(error)
 other = build()
 other.sampler = torch.nn.Identity()
 try:
@@ -175,6 +201,9 @@ def test_the_samplers_beside_vllm_s_own(environment: str) -> None:
     unsupported, *others = told["requests"]
     assert unsupported.startswith("logprob_token_ids is not supported with speculative decoding")
     assert others == ["taken", "taken"]
+    # Only the second has drawn.
+    assert told["seeds"] == [True, False]
+    assert "CPU Generator does not use offset" in told["vllm's own seeds"]
     assert told["another mode"] == ["Sampler", "RejectionSampler"]
     assert "EngineError: dsv3-plugin cannot make logprobs_mode=processed_logprobs exact" in told["unknown sampler"]
     assert "vLLM's sampler is Identity of torch.nn" in told["unknown sampler"]

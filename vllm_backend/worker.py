@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
