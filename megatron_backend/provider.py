@@ -42,8 +42,9 @@ from dsv3_plugin.profile import profile_for
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Megatron's `extra_args_provider`: `--hf-config` gives the defaults of all arguments that describe the model.
 
-    What is parsed is looked at before Megatron does: an option that is refused, or that says another model than the
-    checkpoint's configuration, raises `EngineError`; what is no configuration of this model raises `ConfigError`.
+    What is parsed is looked at before Megatron does: an option that is refused, that says another model than the
+    checkpoint's configuration, or that names a folder of weights without any, raises `EngineError`; what is no
+    configuration of this model raises `ConfigError`.
     """
     group = parser.add_argument_group("dsv3-plugin")
     group.add_argument(

@@ -367,6 +367,11 @@ def test_a_truncated_file_is_named(tiny_checkpoint: TinyCheckpoint, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_shard_needs_a_size(tmp_path: Path) -> None:
+    line = refusal("to-hf", tmp_path / "in", "--max-shard-size", "nan", tmp_path / "out")
+    assert line.startswith("error: --max-shard-size nan: ")
+
+
 def test_a_truncated_megatron_file_is_refused(converted: dict[str, Path], tmp_path: Path) -> None:
     source = shutil.copytree(converted["bf16"], tmp_path / "in")
     for file in (source / "release").glob("*.distcp"):
