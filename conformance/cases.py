@@ -44,6 +44,11 @@ def _request(prompt: tuple[int, ...], max_tokens: int) -> Request:
     return Request(prompt_token_ids=prompt, max_tokens=max_tokens, top_logprobs=TOP_LOGPROBS)
 
 
+def _unscored(requests: Sequence[Request]) -> tuple[Request, ...]:
+    """The requests without log-probabilities."""
+    return tuple(request.model_copy(update={"logprobs": False, "top_logprobs": 0}) for request in requests)
+
+
 def _alone(requests: Sequence[Request]) -> tuple[tuple[Request, ...], ...]:
     """Each request in a round of its own."""
     return tuple((request,) for request in requests)
@@ -115,7 +120,8 @@ def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:
         Case(
             name="prefix_cache_chunked",
             title=f"prefix-cache hits, the rest in chunks of {CHUNK}",
-            rounds=(with_prefix((3,), 2), with_prefix((5, 33), 4)),
+            # Without log-probabilities: so that every engine mixes chunks with decodes.
+            rounds=tuple(map(_unscored, (with_prefix((3,), 2), with_prefix((5, 33), 4)))),
             max_num_batched_tokens=CHUNK,
             min_cached_tokens=len(shared),
         ),

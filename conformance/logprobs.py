@@ -137,8 +137,9 @@ class _Expected:
     def values(self, tolerance: float) -> Iterator[_Value]:
         """Each value that was asked for."""
         result, request = self.result, self.request
-        generated = ((position, logprobs) for position, _, logprobs in self.generated)
-        yield from self._values("generated", generated, result.logprobs, result.top_logprobs, tolerance)
+        if request.logprobs:
+            generated = ((position, logprobs) for position, _, logprobs in self.generated)
+            yield from self._values("generated", generated, result.logprobs, result.top_logprobs, tolerance)
         if request.prompt_logprobs:
             found = result.prompt_logprobs, result.prompt_top_logprobs
             yield from self._values("prompt", self.of_prompt(), *found, tolerance)

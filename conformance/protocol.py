@@ -65,6 +65,10 @@ class Request(_Message):
     """Subtracted once from the logit of each token that was generated."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token, what is added to its logit)."""
+    logprobs: bool = True
+    """Whether log-probabilities of the generated tokens are wanted. Without, an engine may schedule otherwise: SGLang
+    mixes no request with them into another's chunk.
+    """
     top_logprobs: int = 0
     """How many of the most likely tokens are answered beside each token whose log-probability is."""
     prompt_logprobs: bool = False
@@ -73,7 +77,7 @@ class Request(_Message):
     @property
     def settings(self) -> dict[str, object]:
         """What the request asks of a sampler beyond its defaults: what a testee may decline by `unsupported`."""
-        plain = ("prompt_token_ids", "max_tokens", "seed", "top_logprobs", "prompt_logprobs")
+        plain = ("prompt_token_ids", "max_tokens", "seed", "logprobs", "top_logprobs", "prompt_logprobs")
         return {
             name: value for name, value in self if name not in plain and value != type(self).model_fields[name].default
         }

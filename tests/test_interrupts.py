@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def command(*words: object, **variables: str) -> Iterator[subprocess.Popen[str]]
     process = subprocess.Popen(
         [str(DSV3), *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | variables,
+        # A shell's background jobs ignore SIGINT, and so would what the tests start there.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         yield process

@@ -226,7 +226,7 @@ def tokenized_request(index: int, request: Request, prompt_logits: bool) -> Any:
         mm_inputs=None,
         token_type_ids=None,
         sampling_params=params,
-        return_logprob=True,
+        return_logprob=request.logprobs or request.prompt_logprobs or prompt_logits,
         # From the first on: makes the engine compute logits for the prompt.
         logprob_start_len=0 if prompt_logits or request.prompt_logprobs else -1,
         top_logprobs_num=request.top_logprobs,
@@ -248,7 +248,7 @@ def answered(request: Request, req: Any) -> RequestResult:
     return RequestResult(
         token_ids=request.prompt_token_ids + tokens,
         num_cached_tokens=req.cached_tokens,
-        logprobs=tuple(said.output_token_logprobs_val[: len(tokens)]),
+        logprobs=tuple(said.output_token_logprobs_val[: len(tokens)]) if request.logprobs else (),
         top_logprobs=_pairs(request, said.output_top_logprobs_idx, said.output_top_logprobs_val)[: len(tokens)],
         **of_prompt,
     )
