@@ -66,8 +66,7 @@ def test_a_maker_that_is_ended(number: signal.Signals, tmp_path: Path) -> None:
         return list(tmp_path.glob("made.*.partial"))
 
     with command("checkpoint", "make", "small", folder, "--seed", 1) as process:
-        until(lambda: bool(partial()), "the folder")
-        assert leftovers(folder) == [], "its writer lives"
+        until(lambda: bool(partial()) and leftovers(folder) == [], "the folder of a writer that lives")
         process.send_signal(number)
         _, said = process.communicate()
     assert not folder.exists()
