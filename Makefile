@@ -30,7 +30,7 @@ conformance: $(DTYPES:%=$(WORK)/small-%) $(TESTEES:%=.envs/%/.ready) .envs/core/
 test: lint environments
 	$(CORE)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 	.envs/kernels/bin/python -m pytest tests/kernels/test_aot.py tests/kernels/test_bad_input.py tests/kernels/test_bench.py \
-		tests/kernels/test_tensor_core_gpu.py tests/kernels/test_tune.py
+		tests/gpu/test_tensor_core_gpu.py tests/kernels/test_tune.py
 
 lint: .envs/core/.ready
 	$(CORE)/ruff check .

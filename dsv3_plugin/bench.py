@@ -59,7 +59,7 @@ def bench_kernels(
     """This package's GPU kernels against the best public ones, on this machine's card."""
     if not torch.cuda.is_available():
         raise KernelError("the kernels are for a Hopper GPU, and torch finds no CUDA device here")
-    from dsv3_plugin.kernels import bench
+    from dsv3_plugin.kernels.bench import bench
 
     bench.main(only, json, rows)
 
@@ -72,7 +72,7 @@ def report_kernels(
     force: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
 ) -> None:
     """Tables and a plot of what `kernels` measured."""
-    from dsv3_plugin.kernels import scoreboard
+    from dsv3_plugin.kernels.bench import scoreboard
 
     for path in (markdown, plot):
         if path and path.exists() and not force:

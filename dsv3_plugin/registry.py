@@ -87,7 +87,8 @@ class Choice:
     def implementations(self) -> str:
         """Their names, where they say more than the operation's."""
         names = [part.implementation for part in self.parts]
-        return "" if self.is_the_contract or names == [self.op] else " or ".join(names)
+        says_no_more = names in ([self.op], [f"{self.provider}.{self.op}"])
+        return "" if self.is_the_contract or says_no_more else " or ".join(names)
 
     def __str__(self) -> str:
         """Provider, version and implementations."""
@@ -264,7 +265,7 @@ def definitions(arithmetic: Arithmetic) -> dict[str, Kernel]:
     if arithmetic == "cpu":
         return {kernel.op: kernel for kernel in reference_kernels.dsv3_kernels()}
     # Kernels know this module, which knows of theirs only the model that defines Hopper's sums.
-    from dsv3_plugin.kernels import sm90_model
+    from dsv3_plugin.kernels.sm90 import sm90_model
 
     return {kernel.op: kernel for kernel in sm90_model.kernels()}
 

@@ -13,8 +13,10 @@ from rich.table import Table
 
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Setting
-from dsv3_plugin.kernels import check, cuda, selection
-from dsv3_plugin.kernels.check import DeviceName, this_machine
+from dsv3_plugin.kernels import selection
+from dsv3_plugin.kernels.certify import check
+from dsv3_plugin.kernels.certify.check import DeviceName, this_machine
+from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, FP32
 from dsv3_plugin.registry import (
@@ -80,7 +82,7 @@ def list_kernels(
     console.print(table)
     if command := certify_command(judged):
         console.print(f"Kernels that lack certificates for this machine get them from: {command}", soft_wrap=True)
-    if where is DeviceName.hopper and (lacking := cuda.missing()):
+    if where is DeviceName.hopper and (lacking := compiler.missing()):
         console.print(f"No kernel in CUDA C++ serves: {lacking}", soft_wrap=True)
 
 
@@ -104,7 +106,7 @@ def tune_kernels(
         raise KernelError("only a Hopper GPU can be tuned for, and this machine has none")
     if output.exists() and not force:
         raise KernelError(f"{output} exists; name another file with --output, or replace it with --force")
-    from dsv3_plugin.kernels import tune
+    from dsv3_plugin.kernels.bench import tune
 
     console = Console()
     tune.tune(output, console.print)

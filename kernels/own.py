@@ -14,30 +14,31 @@ from functools import partial
 from typing import Any
 
 from dsv3_plugin.hooks import Implementation, versions_of
-from dsv3_plugin.kernels import cuda, selection
+from dsv3_plugin.kernels import selection
+from dsv3_plugin.kernels.cuda import compiler
 
 # Operation to the module that serves it; the function has the operation's name.
 MODULES = {
-    "linear": "bf16_linear",
-    "head_linear": "bf16_linear",
-    "grouped_linear": "bf16_linear",
-    "quantize_fp8": "quantize",
-    "fp8_linear": "fp8_linear",
-    "grouped_fp8_linear": "fp8_linear",
-    "rms_norm": "rms_norm",
-    "rope": "rope",
-    "silu_and_mul": "silu_and_mul",
-    "router_linear": "router",
-    "route": "router",
-    "moe_router": "router",
-    "combine": "combine",
-    "mla_attention": "mla",
-    "add_rms_norm": "rms_norm",
-    "rms_norm_fp8": "rms_norm",
-    "add_rms_norm_fp8": "rms_norm",
-    "silu_and_mul_fp8": "silu_and_mul",
-    "permute": "permute",
-    "permute_fp8": "permute",
+    "linear": "triton.linear",
+    "head_linear": "triton.linear",
+    "grouped_linear": "triton.linear",
+    "quantize_fp8": "triton.quantize",
+    "fp8_linear": "triton.fp8_linear",
+    "grouped_fp8_linear": "triton.fp8_linear",
+    "rms_norm": "triton.rms_norm",
+    "rope": "triton.rope",
+    "silu_and_mul": "triton.silu_and_mul",
+    "router_linear": "triton.router",
+    "route": "triton.router",
+    "moe_router": "triton.router",
+    "combine": "triton.combine",
+    "mla_attention": "triton.mla_attention",
+    "add_rms_norm": "triton.rms_norm",
+    "rms_norm_fp8": "triton.rms_norm",
+    "add_rms_norm_fp8": "triton.rms_norm",
+    "silu_and_mul_fp8": "triton.silu_and_mul",
+    "permute": "triton.permute",
+    "permute_fp8": "triton.permute",
 }
 _FP8_PRODUCTS = ("fp8_linear", "grouped_fp8_linear")
 _PACKAGE = __package__
@@ -65,7 +66,7 @@ def missing() -> str | None:
 def parts(op: str, *, shapes: str = "every shape") -> tuple[Implementation, ...]:
     """What may compute an operation on this machine, in Triton or, where it is faster, in CUDA C++."""
     if op in _FP8_PRODUCTS:
-        makers = ("stream", "gluon", "triton") if cuda.available() else ("gluon", "triton")
+        makers = ("stream", "gluon", "triton") if compiler.available() else ("gluon", "triton")
         return tuple(_fp8_product(op, maker) for maker in makers)
     module = MODULES[op]
     return (
@@ -76,10 +77,10 @@ def parts(op: str, *, shapes: str = "every shape") -> tuple[Implementation, ...]
 def mla_hopper() -> Implementation:
     """Attention with V3's latent in CUDA C++."""
     return Implementation(
-        "mla_hopper",
-        on_first_call("mla_hopper", "mla_attention"),
-        f"{_PACKAGE}.mla_hopper:mla_attention",
-        versions=cuda.versions,
+        "cuda.mla_hopper",
+        on_first_call("cuda.mla_hopper", "mla_attention"),
+        f"{_PACKAGE}.cuda.mla_hopper:mla_attention",
+        versions=compiler.versions,
         shapes="V3's latent, 512 + 64",
     )
 
@@ -87,27 +88,27 @@ def mla_hopper() -> Implementation:
 def _fp8_product(op: str, maker: str) -> Implementation:
     """One of the makers between which `selection` decides."""
     grouped = op == "grouped_fp8_linear"
-    front = f"{_PACKAGE}.fp8_linear"
+    front = f"{_PACKAGE}.triton.fp8_linear"
     launches = {
-        "stream": f"{_PACKAGE}.fp8_stream:launch",
-        "gluon": f"{_PACKAGE}.fp8_gluon:launch",
+        "stream": f"{_PACKAGE}.cuda.fp8_gemm:launch",
+        "gluon": f"{_PACKAGE}.triton.fp8_gluon:launch",
         "triton": f"{front}:_launch_grouped" if grouped else f"{front}:_launch",
     }
     others = [launch for name, launch in launches.items() if name != maker]
     decides = [f"{_PACKAGE}.selection:choose", f"{front}:makers"]
     if maker != "stream":
-        others.append(f"{_PACKAGE}.selection:Choice")  # it holds how fp8_stream.cu is cut
+        others.append(f"{_PACKAGE}.selection:Choice")  # it holds how fp8_gemm.cu is cut
     return Implementation(
         selection.IMPLEMENTATIONS[maker],
-        partial(on_first_call("fp8_linear", "made_by"), maker, grouped),
+        partial(on_first_call("triton.fp8_linear", "made_by"), maker, grouped),
         f"{front}:{op}",
         (*others, *decides),
         settings=partial(_cuts, grouped) if maker == "stream" else str,
-        versions=cuda.versions if maker == "stream" else _TRITON,
+        versions=compiler.versions if maker == "stream" else _TRITON,
         shapes="products in which selection.json finds it the fastest",
     )
 
 
 def _cuts(grouped: bool) -> str:
-    """The ways to cut fp8_stream.cu that are compared, and serve."""
+    """The ways to cut fp8_gemm.cu that are compared, and serve."""
     return "\n".join(sorted(map(repr, selection.cuts_to_check(grouped))))

@@ -6,8 +6,11 @@ from dataclasses import replace
 from functools import partial
 
 from dsv3_plugin.hooks import Implementation, Kernel, hookimpl
-from dsv3_plugin.kernels import cublas, cuda, deep_gemm, flash_mla, own, selection, sm90_model, transformer_engine
+from dsv3_plugin.kernels import own, selection
+from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.kernels.hopper import CERTIFICATES, Refusal, for_other_latents, for_v3_latent, on_hopper_with
+from dsv3_plugin.kernels.sm90 import sm90_model
+from dsv3_plugin.kernels.vendors import cublas, deep_gemm, flash_mla, transformer_engine
 from dsv3_plugin.ops.contract import Contract
 from dsv3_plugin.ops.fp8 import FP8_LINEAR, GROUPED_FP8_LINEAR
 from dsv3_plugin.ops.mla_attention import MLA_ATTENTION
@@ -33,8 +36,8 @@ def own_kernel(contract: Contract) -> Kernel:
 
 def v3_attention() -> Kernel:
     """Attention with V3's latent, in CUDA C++."""
-    refusal = for_v3_latent(on_hopper_with(cuda.missing))
-    return _kernel(MLA_ATTENTION, CUDA_PROVIDER, "mla_hopper", refusal, (own.mla_hopper(),))
+    refusal = for_v3_latent(on_hopper_with(compiler.missing))
+    return _kernel(MLA_ATTENTION, CUDA_PROVIDER, "cuda.mla_hopper", refusal, (own.mla_hopper(),))
 
 
 def _kernel(contract: Contract, name: str, module: str, refusal: Refusal, parts: tuple[Implementation, ...]) -> Kernel:

@@ -1,7 +1,7 @@
 """Which maker of fp8 products serves which shape: read off times that were measured, as all makers print equal bits.
 
 selection.json holds them for one card: for each measured product the microseconds of every maker, and how the kernel
-of fp8_stream.cu was cut. `dsv3 kernels tune` writes it. A product that was not measured takes the row of the nearest
+of fp8_gemm.cu was cut. `dsv3 kernels tune` writes it. A product that was not measured takes the row of the nearest
 one that was.
 """
 
@@ -14,15 +14,15 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from dsv3_plugin.kernels.fp8_stream import DENSE_SAMPLE, GROUPED_SAMPLE, Shape
+from dsv3_plugin.kernels.cuda.fp8_gemm import DENSE_SAMPLE, GROUPED_SAMPLE, Shape
 
 TABLE = Path(__file__).with_name("selection.json")
 _PEER = "deep-gemm"
 _MAKERS = ("stream", "gluon", "triton", _PEER)
 IMPLEMENTATIONS = {
-    "stream": "fp8_stream",
-    "gluon": "fp8_gluon",
-    "triton": "fp8_triton",
+    "stream": "cuda.fp8_gemm",
+    "gluon": "triton.fp8_gluon",
+    "triton": "triton.fp8_linear",
     _PEER: "deep_gemm.fp8_gemm_nt",
 }
 """What certificates call the makers."""
@@ -41,7 +41,7 @@ class Row(BaseModel):
     """Tokens, of one expert on average if there are several."""
     microseconds: dict[str, float]
     stream: dict[str, int]
-    """Parameters of `fp8_stream.Shape`; none where it was not measured."""
+    """Parameters of `fp8_gemm.Shape`; none where it was not measured."""
 
     @property
     def product(self) -> tuple[int, int, int]:
@@ -49,7 +49,7 @@ class Row(BaseModel):
         return self.groups, self.columns, self.depth
 
     def shape(self) -> Shape:
-        """How fp8_stream.cu is cut."""
+        """How fp8_gemm.cu is cut."""
         return Shape(**self.stream, groups=max(1, self.groups)).filled()
 
 
@@ -108,7 +108,7 @@ def _lines(product: str, rows: list[Row]) -> list[str]:
 
 
 class Choice(NamedTuple):
-    """A maker's name, and how fp8_stream.cu is cut if that is the maker."""
+    """A maker's name, and how fp8_gemm.cu is cut if that is the maker."""
 
     maker: str
     shape: Shape | None = None
@@ -127,7 +127,7 @@ def table() -> Table:
 
 @functools.cache
 def cuts_to_check(grouped: bool) -> tuple[Shape, ...]:
-    """Ways to cut fp8_stream.cu for any number of experts: those that serve, and a sample of all kinds."""
+    """Ways to cut fp8_gemm.cu for any number of experts: those that serve, and a sample of all kinds."""
     serving = [Shape(**row.stream) for row in table().rows if row.stream and (row.groups > 0) == grouped]
     return tuple(dict.fromkeys([*(GROUPED_SAMPLE if grouped else DENSE_SAMPLE), *serving]))
 
@@ -136,7 +136,7 @@ def cuts_to_check(grouped: bool) -> tuple[Shape, ...]:
 def choose(groups: int, columns: int, depth: int, rows: int, makers: tuple[str, ...]) -> Choice:
     """The fastest of `makers` in the nearest measured product; `rows` are those of one expert, on average.
 
-    fp8_stream.cu serves measured products only: there its bits were compared as well.
+    fp8_gemm.cu serves measured products only: there its bits were compared as well.
     """
     measured = [row for row in table().rows if (row.groups > 0) == (groups > 0)]
 

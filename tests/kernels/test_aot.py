@@ -12,7 +12,7 @@ for compiler in ("triton", "cuda.bindings"):
 
 from aot import CUDA_SOURCES, SOURCES, Compiled, compile_cuda, compile_kernel  # noqa: E402
 
-from dsv3_plugin.kernels import cuda, fp8_stream  # noqa: E402
+from dsv3_plugin.kernels.cuda import compiler, fp8_gemm  # noqa: E402
 
 # No step of these is a fused multiply-add; the exponential's and the quotients' are.
 ROUNDS_PRODUCT_AND_SUM = {"rms_norm", "add_rms_norm", "rope", "combine", "quantize ue8m0"}
@@ -69,23 +69,23 @@ def stages_are_given_back_after_their_reads(ptx: str) -> bool:
     return all(re.search(waits, text) for text in before_each_arrival)
 
 
-@pytest.mark.parametrize("shape", [s for s in fp8_stream.DENSE_SAMPLE if s.k_groups == 1], ids=str)
+@pytest.mark.parametrize("shape", [s for s in fp8_gemm.DENSE_SAMPLE if s.k_groups == 1], ids=str)
 def test_stages_are_given_back_after_their_reads(shape):
     assert stages_are_given_back_after_their_reads(compile_cuda(shape.filled().program()).ptx)
 
 
 def test_a_stage_given_back_too_early_would_be_seen(tmp_path, monkeypatch):
-    for file in (*cuda._FOLDER.glob("*.cu"), *cuda._FOLDER.glob("*.cuh")):
+    for file in (*compiler._FOLDER.glob("*.cu"), *compiler._FOLDER.glob("*.cuh")):
         shutil.copy(file, tmp_path)
-    source = (tmp_path / "fp8_stream.cu").read_text()
+    source = (tmp_path / "fp8_gemm.cu").read_text()
     for wait, count, without in (("finish_reads();\n", 5, ";\n"), ("read && have_arrived(", 1, "first_of(")):
         assert source.count(wait) == count, wait
         source = source.replace(wait, without)
     source = source.replace("struct Tile {", "__device__ bool first_of(float, float) { return true; }\nstruct Tile {")
-    (tmp_path / "fp8_stream.cu").write_text(source)
-    monkeypatch.setattr(cuda, "_FOLDER", tmp_path)
+    (tmp_path / "fp8_gemm.cu").write_text(source)
+    monkeypatch.setattr(compiler, "_FOLDER", tmp_path)
     for buffers in (1, 4):
-        shape = next(s for s in fp8_stream.DENSE_SAMPLE if s.tokens_first and s.buffers == buffers and s.k_groups == 1)
+        shape = next(s for s in fp8_gemm.DENSE_SAMPLE if s.tokens_first and s.buffers == buffers and s.k_groups == 1)
         assert not stages_are_given_back_after_their_reads(compile_cuda(shape.filled().program()).ptx), buffers
 
 

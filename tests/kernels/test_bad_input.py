@@ -8,11 +8,11 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: `make test` runs this in .envs/kernels")
 
 from dsv3_plugin.errors import InputError
-from dsv3_plugin.kernels import (
-    bf16_linear,
+from dsv3_plugin.kernels.triton import (
     combine,
     fp8_linear,
-    mla,
+    linear,
+    mla_attention,
     permute,
     quantize,
     rms_norm,
@@ -37,12 +37,12 @@ def fp32(*shape: int) -> torch.Tensor:
 ROUTE = {"num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
 COUNTS = torch.tensor([2, 2])
 CASES = {
-    "linear in fp32": (bf16_linear.linear, (fp32(2, 16), bf16(8, 16)), "linear: x is torch.float32"),
-    "linear, K": (bf16_linear.linear, (bf16(2, 16), bf16(8, 24)), "linear: x has K=16, weight has K=24"),
-    "linear, strides": (bf16_linear.linear, (bf16(16, 2).t(), bf16(8, 16)), "linear: x .* not contiguous"),
-    "head_linear, heads": (bf16_linear.head_linear, (bf16(2, 3, 16), bf16(4, 8, 16)), r"\(2, 3, 16\) does not fit"),
+    "linear in fp32": (linear.linear, (fp32(2, 16), bf16(8, 16)), "linear: x is torch.float32"),
+    "linear, K": (linear.linear, (bf16(2, 16), bf16(8, 24)), "linear: x has K=16, weight has K=24"),
+    "linear, strides": (linear.linear, (bf16(16, 2).t(), bf16(8, 16)), "linear: x .* not contiguous"),
+    "head_linear, heads": (linear.head_linear, (bf16(2, 3, 16), bf16(4, 8, 16)), r"\(2, 3, 16\) does not fit"),
     "grouped_linear, counts": (
-        bf16_linear.grouped_linear,
+        linear.grouped_linear,
         (bf16(4, 16), torch.tensor([4]), bf16(2, 8, 16)),
         r"grouped_linear: expert_counts has shape \(1,\)",
     ),
@@ -142,13 +142,13 @@ ATTENTION = {"kv_lora_rank": 512, "scale": 0.1}
 def test_attention_names_pages_and_dtypes(q, page, message):
     batch = torch.tensor([[0, page]]), torch.tensor([20]), torch.tensor([0, 1])
     with pytest.raises(InputError, match=message):
-        mla.mla_attention(q, bf16(3, 16, 576), *batch, **ATTENTION)
+        mla_attention.mla_attention(q, bf16(3, 16, 576), *batch, **ATTENTION)
 
 
 def test_no_rows_are_no_error():
     """The twin: what is accepted is not refused, and launches nothing."""
     assert fp8_linear.fp8_linear(e4m3(0, 128), fp32(0, 1), e4m3(8, 128), fp32(1, 1)).shape == (0, 8)
-    assert bf16_linear.linear(bf16(0, 16), bf16(8, 16)).shape == (0, 8)
+    assert linear.linear(bf16(0, 16), bf16(8, 16)).shape == (0, 8)
     assert [x.shape for x in rms_norm.add_rms_norm(bf16(0, 64), bf16(0, 64), bf16(64), 1e-6)] == [(0, 64)] * 2
     assert permute.permute(bf16(3, 64), torch.zeros(0, dtype=torch.int64)).shape == (0, 64)
     assert router.moe_router(bf16(0, 16), bf16(8, 16), fp32(8), **ROUTE)[0].shape == (0, 2)

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: `make test` runs this in .envs/kernels")
 
-from dsv3_plugin.kernels import bench, measure, scoreboard
-from dsv3_plugin.kernels.bench import Case, Contenders
-from dsv3_plugin.kernels.measure import RowBits, Time
+from dsv3_plugin.kernels.bench import bench, measure, scoreboard
+from dsv3_plugin.kernels.bench.bench import Case, Contenders
+from dsv3_plugin.kernels.bench.measure import RowBits, Time
 
 OURS = torch.arange(6.0).bfloat16()
 THEIRS = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 7.0]).bfloat16()

@@ -18,8 +18,12 @@ from dsv3_plugin import certificates, sources
 from dsv3_plugin.certificates import Certificate
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Setting
-from dsv3_plugin.kernels import check, cuda, deep_gemm, own, provider, selection, sm90_model
+from dsv3_plugin.kernels import own, provider, selection
+from dsv3_plugin.kernels.certify import check
+from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.kernels.hopper import CERTIFICATES, V3_LATENT, on_hopper_with
+from dsv3_plugin.kernels.sm90 import sm90_model
+from dsv3_plugin.kernels.vendors import deep_gemm
 from dsv3_plugin.ops.linear import LINEAR
 from dsv3_plugin.profile import BF16, FP8_UE8M0
 from dsv3_plugin.registry import CONTRACTS, Ops, bind, reference_of
@@ -51,7 +55,7 @@ def h200(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     monkeypatch.setattr(certificates, "card_of", lambda device_type: ("NVIDIA H200", "9.0"))
-    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(compiler, "missing", lambda: None)
     monkeypatch.setattr(deep_gemm, "missing", lambda: None)
     monkeypatch.setattr(deep_gemm, "_compiler", lambda: "nvcc 13.0.88")
     monkeypatch.setattr(provider, "refuses", on_hopper_with(lambda: None))
@@ -82,7 +86,7 @@ def certified(h200, monkeypatch, tmp_path):
     """All implementations of today have certificates, in place of the shipped ones; the file."""
     file = tmp_path / "shipped.json"
     certificates.write(file, all_certificates())
-    for module in (provider, sys.modules["dsv3_plugin.kernels.third_party"]):
+    for module in (provider, sys.modules["dsv3_plugin.kernels.vendors.third_party"]):
         monkeypatch.setattr(module, "CERTIFICATES", file)
     return file
 
@@ -121,13 +125,13 @@ def test_the_shipped_certificates_are_of_todays_kernels(h200):
 def test_provenance_names_what_runs_and_for_which_shapes(certified):
     ops = strict()
     names = serving(ops)
-    assert names["mla_attention"] == "cuda 0.1.0 (mla_hopper)"
-    assert names["linear"] == "deep-gemm 0.1.5.post1 (deep_gemm.bf16_gemm_nt or bf16_linear)"
-    makers = "fp8_stream or fp8_gluon or fp8_triton"
+    assert names["mla_attention"] == "cuda 0.1.0 (cuda.mla_hopper)"
+    assert names["linear"] == "deep-gemm 0.1.5.post1 (deep_gemm.bf16_gemm_nt or triton.linear)"
+    makers = "cuda.fp8_gemm or triton.fp8_gluon or triton.fp8_linear"
     assert names["grouped_fp8_linear"] == f"triton 0.1.0 ({makers})"
     assert names["fp8_linear"] == f"deep-gemm 0.1.5.post1 (deep_gemm.fp8_gemm_nt or {makers})"
     assert names["rope"] == "triton 0.1.0"
-    assert "cuda 0.1.0: mla_attention by mla_hopper" in ops.announcement("DeepseekV3ForCausalLM")
+    assert "cuda 0.1.0: mla_attention by cuda.mla_hopper" in ops.announcement("DeepseekV3ForCausalLM")
     assert serving(strict(OTHER_LATENT))["mla_attention"] == "triton 0.1.0 (mla)"
     record = json.loads(json.dumps(ops.record()))
     of_linear = next(each for each in record["operations"] if each["operation"] == "linear")
@@ -142,8 +146,8 @@ def test_provenance_names_the_maker_of_each_product_that_was_met(certified, monk
         selection.choose(0, 24, 128, rows, ("triton",))
     selection.choose(4, 128, 128, 7, ("gluon",))
     served = {each["operation"]: each["served_so_far"] for each in strict().record()["operations"]}
-    assert served["fp8_linear"] == {"7 to 9 rows x 24 x 128": "fp8_triton"}
-    assert served["grouped_fp8_linear"] == {"4 experts x 7 to 7 rows x 128 x 128": "fp8_gluon"}
+    assert served["fp8_linear"] == {"7 to 9 rows x 24 x 128": "triton.fp8_linear"}
+    assert served["grouped_fp8_linear"] == {"4 experts x 7 to 7 rows x 128 x 128": "triton.fp8_gluon"}
     assert served["rope"] == {}
 
 
@@ -174,18 +178,20 @@ def test_another_torch_is_refused(certified, monkeypatch):
 def test_another_deep_gemm_leaves_its_products_to_ours(certified, h200):
     h200["sgl-deep-gemm"] = "0.2.0"
     ops = strict()
-    assert serving(ops)["linear"] == "triton 0.1.0 (bf16_linear)"
+    assert serving(ops)["linear"] == "triton 0.1.0 (triton.linear)"
     (choice,) = [choice for choice in ops.provenance if choice.op == "linear"]
     assert any("sgl-deep-gemm is 0.2.0, with 0.1.5.post1 it was compared" in refused for refused in choice.refused)
 
 
 def test_a_kernel_serves_only_if_all_that_it_may_hand_to_is_certified(certified):
     """DeepGEMM's own product has its certificate; where it hands over to this package's kernel, that one has none."""
-    left = [found for found in certificates.read(certified) if found.subject.implementation != "bf16_linear"]
+    left = [found for found in certificates.read(certified) if found.subject.implementation != "triton.linear"]
     certified.unlink()
     certificates.write(certified, left)
     message = why_not()
-    assert "deep-gemm 0.1.5.post1: has no certificate, which strict mode needs: bf16_linear: it was compared" in message
+    assert (
+        "deep-gemm 0.1.5.post1: has no certificate, which strict mode needs: triton.linear: it was compared" in message
+    )
 
 
 def test_another_card_is_refused_until_its_user_certifies(certified, monkeypatch, tmp_path):
@@ -194,7 +200,7 @@ def test_another_card_is_refused_until_its_user_certifies(certified, monkeypatch
     mine = tmp_path / "mine.json"
     certificates.write(mine, all_certificates())  # what `check --certify` writes after equal cases
     monkeypatch.setenv(certificates.FILE_VARIABLE, str(mine))
-    assert serving(strict())["mla_attention"] == "cuda 0.1.0 (mla_hopper)"
+    assert serving(strict())["mla_attention"] == "cuda 0.1.0 (cuda.mla_hopper)"
     # Both machines' certificates fit into one file.
     certificates.write(certified, certificates.read(mine))
     monkeypatch.delenv(certificates.FILE_VARIABLE)
@@ -218,30 +224,30 @@ def test_attention_needs_the_pages_that_are_served(certified, missing):
 def test_without_cuda_bindings_the_model_is_refused(certified, monkeypatch):
     strict()
     monkeypatch.undo()
-    cuda.missing.cache_clear()
+    compiler.missing.cache_clear()
     monkeypatch.setitem(sys.modules, "cuda", None)
     try:
         refuses = provider.v3_attention().refuses
         assert refuses(HOPPER) == "the package cuda-bindings is not installed: pip install cuda-bindings"
-        assert [part.name for part in own.parts("fp8_linear")] == ["fp8_gluon", "fp8_triton"]
+        assert [part.name for part in own.parts("fp8_linear")] == ["triton.fp8_gluon", "triton.fp8_linear"]
         with pytest.raises(KernelError, match=r"cuda 0\.1\.0: the package cuda-bindings is not installed"):
             bind(HOPPER, "fast", [kernel for kernel in provider.dsv3_kernels() if kernel.provider == "cuda"])
     finally:
-        cuda.missing.cache_clear()
+        compiler.missing.cache_clear()
 
 
 def test_a_compiler_that_does_not_load_is_named(monkeypatch):
     def no_library() -> tuple[int, int]:
         raise RuntimeError("Failed to dlopen libnvrtc.so.13")
 
-    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(cuda, "_nvrtc_version", no_library)
-    cuda.missing.cache_clear()
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(compiler, "_nvrtc_version", no_library)
+    compiler.missing.cache_clear()
     try:
-        assert "NVRTC, the compiler of CUDA C++, does not load (Failed to dlopen" in str(cuda.missing())
-        assert "pip install nvidia-cuda-nvrtc" in str(cuda.missing())
+        assert "NVRTC, the compiler of CUDA C++, does not load (Failed to dlopen" in str(compiler.missing())
+        assert "pip install nvidia-cuda-nvrtc" in str(compiler.missing())
     finally:
-        cuda.missing.cache_clear()
+        compiler.missing.cache_clear()
 
 
 def test_triton_and_its_compiler_are_asked_for(monkeypatch):
@@ -263,7 +269,7 @@ def subjects() -> dict[tuple[str, str], str]:
     return {(c.subject.operation, c.subject.implementation): c.subject.digest for c in all_certificates()}
 
 
-PACKAGES = {"dsv3_plugin": Path(dsv3_plugin.__file__).parent, "dsv3_plugin.kernels": Path(cuda.__file__).parent}
+PACKAGES = {"dsv3_plugin": Path(dsv3_plugin.__file__).parent, "dsv3_plugin.kernels": Path(compiler.__file__).parent}
 
 
 @pytest.fixture(scope="module")
@@ -301,31 +307,31 @@ def edited(h200, monkeypatch, copies):
         path.write_text(text)
 
 
-MATH = {"router", "silu_and_mul"}
+MATH = {"triton.router", "triton.silu_and_mul"}
 EDITS = {
     # A kernel's own constants and code.
-    "kernels/mla_hopper.cu": ("{", "{ ;", {"mla_hopper"}),
-    "kernels/mla_units.cuh": ("{", "{ ;", {"mla_hopper"}),
-    "kernels/mla_hopper.py": ("NEAR = 2", "NEAR = 1", {"mla_hopper"}),
-    "kernels/mla.py": ("_ROWS = 64", "_ROWS = 128", {"mla"}),
-    "kernels/mla_inputs.py": ("scale)\n", "scale + 1)\n", {"mla", "mla_hopper"}),
-    "kernels/rope.py": ("_HEADS = 16", "_HEADS = 8", {"rope"}),
-    "kernels/cuda.py": ('= "sm_90a"', '= "sm_90b"', {"mla_hopper", "fp8_stream"}),
-    "kernels/hopper.cuh": ("{", "{ ;", {"mla_hopper", "fp8_stream"}),
-    "kernels/fp8_gluon.py": ("_HALF = gl.constexpr(64)", "_HALF = gl.constexpr(32)", {"fp8_gluon"}),
-    "kernels/triton_math.py": (
+    "kernels/cuda/mla_hopper.cu": ("{", "{ ;", {"cuda.mla_hopper"}),
+    "kernels/cuda/mla_units.cuh": ("{", "{ ;", {"cuda.mla_hopper"}),
+    "kernels/cuda/mla_hopper.py": ("NEAR = 2", "NEAR = 1", {"cuda.mla_hopper"}),
+    "kernels/triton/mla_attention.py": ("_ROWS = 64", "_ROWS = 128", {"triton.mla_attention"}),
+    "kernels/mla_inputs.py": ("scale)\n", "scale + 1)\n", {"triton.mla_attention", "cuda.mla_hopper"}),
+    "kernels/triton/rope.py": ("_HEADS = 16", "_HEADS = 8", {"triton.rope"}),
+    "kernels/cuda/compiler.py": ('= "sm_90a"', '= "sm_90b"', {"cuda.mla_hopper", "cuda.fp8_gemm"}),
+    "kernels/cuda/hopper.cuh": ("{", "{ ;", {"cuda.mla_hopper", "cuda.fp8_gemm"}),
+    "kernels/triton/fp8_gluon.py": ("_HALF = gl.constexpr(64)", "_HALF = gl.constexpr(32)", {"triton.fp8_gluon"}),
+    "kernels/triton/elementary.py": (
         "rcp.approx.ftz.f32",
         "rcp.approx.f32",
-        MATH | {"quantize", "rms_norm"},
+        MATH | {"triton.quantize", "triton.rms_norm"},
     ),
-    "kernels/deep_gemm.py": ("columns % 8", "columns % 16", {"deep_gemm.bf16_gemm_nt"}),
+    "kernels/vendors/deep_gemm.py": ("columns % 8", "columns % 16", {"deep_gemm.bf16_gemm_nt"}),
     # Contracts' constants.
-    "ops/mla_attention.py": ("SPLIT_KEYS = 1024", "SPLIT_KEYS = 512", {"mla", "mla_hopper"}),
-    "ops/router.py": ("SLICE = ", "SLICE = 2 * ", {"router"}),
+    "ops/mla_attention.py": ("SPLIT_KEYS = 1024", "SPLIT_KEYS = 512", {"triton.mla_attention", "cuda.mla_hopper"}),
+    "ops/router.py": ("SLICE = ", "SLICE = 2 * ", {"triton.router"}),
     "ops/elementary.py": (
         "0.001326472731307149",
         "0.001326472731307150",
-        MATH | {"mla", "mla_hopper"},
+        MATH | {"triton.mla_attention", "cuda.mla_hopper"},
     ),
 }
 
@@ -352,11 +358,11 @@ def test_strict_mode_refuses_what_has_changed_since(certified, edited):
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("kernels/mla.py", '"""', '"""Another docstring. '),
-        ("kernels/mla.py", "import torch\n", "import torch\n\n# Another comment.\n"),
-        ("kernels/mla_units.cuh", "{\n", "{\n// Another comment.\n"),
-        ("kernels/check.py", "_SHARE = 32", "_SHARE = 16"),
-        ("kernels/cuda.py", "pip install cuda-bindings", "pip install cuda-python"),
+        ("kernels/triton/mla_attention.py", '"""', '"""Another docstring. '),
+        ("kernels/triton/mla_attention.py", "import torch\n", "import torch\n\n# Another comment.\n"),
+        ("kernels/cuda/mla_units.cuh", "{\n", "{\n// Another comment.\n"),
+        ("kernels/certify/check.py", "_SHARE = 32", "_SHARE = 16"),
+        ("kernels/cuda/compiler.py", "pip install cuda-bindings", "pip install cuda-python"),
         ("ops/contract.py", "expected two", "wanted two"),
         ("ops/paged_batch.py", "expected a positive number", "not above zero"),
         ("config.py", "class DeepseekV3Config", "X = 1\n\n\nclass DeepseekV3Config"),
@@ -371,7 +377,7 @@ def test_words_checks_and_other_code_leave_them(edited, file, old, new):
 @pytest.mark.parametrize(
     ("change", "affected"),
     [
-        ({"stream": {"tile_rows": 64, "tokens": 16}}, {("fp8_linear", "fp8_stream")}),
+        ({"stream": {"tile_rows": 64, "tokens": 16}}, {("fp8_linear", "cuda.fp8_gemm")}),
         ({"microseconds": {"stream": 0.5}}, set()),
     ],
     ids=["another way to cut", "another time"],
@@ -403,34 +409,36 @@ def test_an_implementation_earns_one_when_all_its_cases_are_equal(certified):
     targets = [check.Target(kernel, part) for kernel in provider.dsv3_kernels() for part in kernel.parts]
     pages = frozenset({1, 32, 64})
     findings = [
-        result("fp8_linear", "triton", "fp8_stream"),
-        result("fp8_linear", "triton", "fp8_gluon", cases=300, refused_cases=700),
-        result("fp8_linear", "triton", "fp8_triton", cases=99),  # too few
+        result("fp8_linear", "triton", "cuda.fp8_gemm"),
+        result("fp8_linear", "triton", "triton.fp8_gluon", cases=300, refused_cases=700),
+        result("fp8_linear", "triton", "triton.fp8_linear", cases=99),  # too few
         result("fp8_linear", "cublas", "fp8_linear"),  # another's, which claims nothing
         result("fp8_linear", sm90_model.PROVIDER, MODEL, cases=63),
-        result("mla_attention", "cuda", "mla_hopper", page_sizes=pages),
-        result("mla_attention", "cuda", "mla_hopper", full_card=True, cases=150),
-        result("mla_attention", "triton", "mla", page_sizes=frozenset({32, 64})),  # never a page of one key
-        result("rope", "triton", "rope", wrong_cases=1),
-        result("combine", "triton", "combine"),
+        result("mla_attention", "cuda", "cuda.mla_hopper", page_sizes=pages),
+        result("mla_attention", "cuda", "cuda.mla_hopper", full_card=True, cases=150),
+        result(
+            "mla_attention", "triton", "triton.mla_attention", page_sizes=frozenset({32, 64})
+        ),  # never a page of one key
+        result("rope", "triton", "triton.rope", wrong_cases=1),
+        result("combine", "triton", "triton.combine"),
         result("combine", sm90_model.PROVIDER, MODEL, cases=63, wrong_cases=1),  # a CPU contradicts what was expected
-        result("permute", "triton", "permute"),
+        result("permute", "triton", "triton.permute"),
         check.Broken("permute", "all", "all", "the process died"),
-        result("linear", "triton", "bf16_linear"),
+        result("linear", "triton", "triton.linear"),
         check.Broken("linear", "deep-gemm", "deep_gemm.bf16_gemm_nt", "no such symbol"),
     ]
     earned = check.earned(targets, findings, 7, where)
     counts = {c.subject.implementation: (c.seed, c.cases, c.refused_cases, c.cases_on_cpu) for c in earned}
     assert counts == {
-        "fp8_stream": (7, 1000, 0, 63),
-        "fp8_gluon": (7, 300, 700, 63),
-        "mla_hopper": (7, 1000, 0, 1000),
-        "bf16_linear": (7, 1000, 0, 1000),
+        "cuda.fp8_gemm": (7, 1000, 0, 63),
+        "triton.fp8_gluon": (7, 300, 700, 63),
+        "cuda.mla_hopper": (7, 1000, 0, 1000),
+        "triton.linear": (7, 1000, 0, 1000),
     }
     (attention,) = [c for c in earned if c.subject.operation == "mla_attention"]
     assert attention.page_sizes == (1, 32, 64)
     assert attention.subject == next(
-        c.subject for c in certificates.read(certified) if c.subject.implementation == "mla_hopper"
+        c.subject for c in certificates.read(certified) if c.subject.implementation == "cuda.mla_hopper"
     )
 
 

@@ -13,8 +13,11 @@ import torch
 
 from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Implementation, Kernel
-from dsv3_plugin.kernels import cases, check, cublas, deep_gemm, flash_mla, hopper, provider, sm90_model
-from dsv3_plugin.kernels.check import Target
+from dsv3_plugin.kernels import hopper, provider
+from dsv3_plugin.kernels.certify import cases, check
+from dsv3_plugin.kernels.certify.check import Target
+from dsv3_plugin.kernels.sm90 import sm90_model
+from dsv3_plugin.kernels.vendors import cublas, deep_gemm, flash_mla
 
 CASES, SEED = 3, 1
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from dsv3_plugin.errors import KernelError
-from dsv3_plugin.kernels import cuda
-from dsv3_plugin.kernels.fp8_stream import Shape
+from dsv3_plugin.kernels.cuda import compiler
+from dsv3_plugin.kernels.cuda.fp8_gemm import Shape
 
 
 @pytest.mark.parametrize("width", [8, 16, 144, 256])
 def test_wgmma_names_each_register_once(width):
-    text = cuda.wgmma(width)
+    text = compiler.wgmma(width)
     instruction = re.search(r"m64n(\d+)k32\.f32\.e4m3\.e4m3 \{([^}]*)\}", text)
     assert instruction is not None and int(instruction[1]) == width
     registers = instruction[2].split(", ")
@@ -25,20 +25,20 @@ def test_wgmma_names_each_register_once(width):
 
 
 def test_a_program_is_compiled_once(tmp_path, monkeypatch):
-    monkeypatch.setenv(cuda.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(cuda, "_key", lambda program: str(program.widths))
+    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(compiler, "_key", lambda program: str(program.widths))
     built = []
-    monkeypatch.setattr(cuda, "build", lambda program: built.append(program) or cuda.Built(b"code", "", ""))
+    monkeypatch.setattr(compiler, "build", lambda program: built.append(program) or compiler.Built(b"code", "", ""))
     program = Shape(16, 16).filled().program()
-    assert cuda.compile_program(program) == cuda.compile_program(program) == b"code"
+    assert compiler.compile_program(program) == compiler.compile_program(program) == b"code"
     assert len(built) == 1
-    cuda.compile_program(program._replace(widths=(8,)))
+    compiler.compile_program(program._replace(widths=(8,)))
     assert len(built) == 2
     assert all(file.suffix == ".cubin" for file in (tmp_path / "cache").iterdir())
 
 
 class _Driver:
-    """What `cuda.launch` calls, which remembers it."""
+    """What `compiler.launch` calls, which remembers it."""
 
     class CUfunction_attribute:  # noqa: N801 (the driver's name)
         CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = "shared bytes"
@@ -70,24 +70,24 @@ class _Driver:
 def test_a_kernel_is_loaded_once_whatever_a_launch_takes(monkeypatch):
     """A CUDA graph's capture must not load modules, and a batch's rows decide how much shared memory a launch takes."""
     driver = _Driver()
-    monkeypatch.setattr(cuda, "_driver", lambda: driver)
-    monkeypatch.setattr(cuda, "compile_program", lambda program: b"code")
+    monkeypatch.setattr(compiler, "_driver", lambda: driver)
+    monkeypatch.setattr(compiler, "compile_program", lambda program: b"code")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    cuda.function.cache_clear()
+    compiler.function.cache_clear()
     try:
-        taken = [0, 48 * 1024, cuda.SHARED_BYTES]
+        taken = [0, 48 * 1024, compiler.SHARED_BYTES]
         for shared_bytes in taken:
-            cuda.launch(cuda.Program("any.cu", (), ()), "any", cuda.Launch(1, 32, shared_bytes), (1,))
+            compiler.launch(compiler.Program("any.cu", (), ()), "any", compiler.Launch(1, 32, shared_bytes), (1,))
     finally:
-        cuda.function.cache_clear()
+        compiler.function.cache_clear()
     assert driver.loaded == [b"code"]
-    assert driver.allowed == [cuda.SHARED_BYTES]
+    assert driver.allowed == [compiler.SHARED_BYTES]
     assert driver.launched == taken
 
 
-@pytest.mark.skipif(cuda.available(), reason="NVRTC is installed here")
+@pytest.mark.skipif(compiler.available(), reason="NVRTC is installed here")
 def test_says_what_is_missing():
     with pytest.raises(KernelError, match="cuda-bindings"):
-        cuda.build(Shape(16, 16).filled().program())
+        compiler.build(Shape(16, 16).filled().program())

@@ -18,23 +18,24 @@ if shutil.which("g++") is None:
 
 import emulation
 
-from dsv3_plugin.kernels import cuda, fp8_stream, sm90_model
-from dsv3_plugin.kernels.cases import numbers
-from dsv3_plugin.kernels.check import bits_differ
-from dsv3_plugin.kernels.fp8_stream import Shape
+from dsv3_plugin.kernels.certify.cases import numbers
+from dsv3_plugin.kernels.certify.check import bits_differ
+from dsv3_plugin.kernels.cuda import compiler, fp8_gemm
+from dsv3_plugin.kernels.cuda.fp8_gemm import Shape
+from dsv3_plugin.kernels.sm90 import sm90_model
 from dsv3_plugin.ops.fp8 import E4M3, quantize_fp8, quantize_weight
 from dsv3_plugin.profile import ScaleFormat
 
 
-def build(folder: Path, program: cuda.Program, replacements: Sequence[tuple[str, str]] = ()) -> Any:
+def build(folder: Path, program: compiler.Program, replacements: Sequence[tuple[str, str]] = ()) -> Any:
     """The kernel as a library, its source changed by `replacements`, each of which must apply."""
     return emulation.compile_kernel(folder, program, "fp8_emulated.cpp", replacements)
 
 
 def run(monkeypatch: Any, library: Any, processors: int, shape: Shape, *args: Any) -> torch.Tensor:
-    """`fp8_stream.launch` of tensors on a CPU, on a card of so many multiprocessors."""
+    """`fp8_gemm.launch` of tensors on a CPU, on a card of so many multiprocessors."""
 
-    def launch(program: cuda.Program, name: str, how: cuda.Launch, arguments: Sequence[Any]) -> None:
+    def launch(program: compiler.Program, name: str, how: compiler.Launch, arguments: Sequence[Any]) -> None:
         plain = [
             ctypes.byref(x)
             if isinstance(x, emulation.TensorMap)
@@ -45,13 +46,13 @@ def run(monkeypatch: Any, library: Any, processors: int, shape: Shape, *args: An
         ]
         library.emulate_fp8_stream(how.grid, how.block, *plain)
 
-    monkeypatch.setattr(cuda, "launch", launch)
-    monkeypatch.setattr(cuda, "tensor_map", emulation.tensor_map)
+    monkeypatch.setattr(compiler, "launch", launch)
+    monkeypatch.setattr(compiler, "tensor_map", emulation.tensor_map)
     properties = SimpleNamespace(multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     x, x_scale, weight, weight_scale, counts = args
     out = torch.full((len(x), weight.shape[-2]), torch.nan, dtype=torch.bfloat16)
-    fp8_stream.launch(x, x_scale, weight, weight_scale, counts, out, shape)
+    fp8_gemm.launch(x, x_scale, weight, weight_scale, counts, out, shape)
     return out
 
 

@@ -8,18 +8,18 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 from dsv3_plugin import certificates
 from dsv3_plugin.hooks import Setting
-from dsv3_plugin.kernels import check
+from dsv3_plugin.kernels.certify import check
 from dsv3_plugin.profile import BF16, FP32
 from dsv3_plugin.registry import Choice, bind
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "kernel_provider"
+EXAMPLE = ROOT / "examples" / "kernel_provider"
 MODULE = "rope_on_cpu"
 
 

@@ -14,9 +14,10 @@ if shutil.which("g++") is None:
 
 import emulation
 
-from dsv3_plugin.kernels import cuda, mla_hopper, sm90_model
-from dsv3_plugin.kernels.cases import numbers
-from dsv3_plugin.kernels.check import bits_differ
+from dsv3_plugin.kernels.certify.cases import numbers
+from dsv3_plugin.kernels.certify.check import bits_differ
+from dsv3_plugin.kernels.cuda import compiler, mla_hopper
+from dsv3_plugin.kernels.sm90 import sm90_model
 from dsv3_plugin.ops import mla_attention
 
 SCALE = 576**-0.5
@@ -100,7 +101,7 @@ def test_folds_more_splits_than_a_warp_has_lanes(
     room: int, small_splits: Batch, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 40 splits, all are on their way at once, or 16."""
-    monkeypatch.setattr(cuda, "shared_bytes_each", lambda blocks: room * mla_hopper.RANK * 4)
+    monkeypatch.setattr(compiler, "shared_bytes_each", lambda blocks: room * mla_hopper.RANK * 4)
     out = emulation.attend(monkeypatch, emulation.build(tmp_path), 8, *small_splits, scale=SCALE)
     assert bits_differ(expected(small_splits), out) == 0
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from engines import python_of
 from typer.testing import CliRunner
 
 from dsv3_plugin.cli import app
 from dsv3_plugin.errors import KernelError
-from dsv3_plugin.kernels import scoreboard
-from dsv3_plugin.kernels.measure import Rows, compare_rows, differing_bits
-from dsv3_plugin.kernels.scoreboard import Record, Scoreboard
-
-sys.path.append(str(Path(__file__).parent.parent))
-from engines import python_of
+from dsv3_plugin.kernels.bench import scoreboard
+from dsv3_plugin.kernels.bench.measure import Rows, compare_rows, differing_bits
+from dsv3_plugin.kernels.bench.scoreboard import Record, Scoreboard
 
 TIMED = {"low_us": 9.0, "high_us": 13.0}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsv3_plugin.kernels import selection
-from dsv3_plugin.kernels.fp8_stream import Shape, dense_shapes
+from dsv3_plugin.kernels.cuda.fp8_gemm import Shape, dense_shapes
 from dsv3_plugin.kernels.selection import Row
 
 OWN = ("stream", "gluon", "triton")

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dsv3_plugin.kernels import sm90_model, tensor_core
-from dsv3_plugin.kernels.check import bits_differ, recorded
+from dsv3_plugin.kernels.certify.check import bits_differ, recorded
+from dsv3_plugin.kernels.sm90 import sm90_model, tensor_core
 from dsv3_plugin.registry import CONTRACTS
 
 # Recorded on an NVIDIA H200, 2026-11-22:
@@ -23,7 +23,7 @@ with safe_open(RECORDING, "pt") as file:
     RECORDED_CONTRACTS = json.loads(file.metadata()["contracts"])
 CONTRACT_VERSIONS = {contract.op: contract.version for contract in CONTRACTS}
 # Recorded on an NVIDIA H200, 2026-11-22:
-#   python tests/kernels/instructions.py tests/kernels/instructions_h200.safetensors
+#   python tests/gpu/instructions.py tests/kernels/instructions_h200.safetensors
 INSTRUCTIONS = load_file(Path(__file__).with_name("instructions_h200.safetensors"))
 MODEL = {kernel.op: kernel.run for kernel in sm90_model.kernels()}
 

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: `make test` runs this in .envs/kernels")
 
-from dsv3_plugin.kernels import tune
-from dsv3_plugin.kernels.measure import Time
+from dsv3_plugin.kernels.bench import tune
+from dsv3_plugin.kernels.bench.measure import Time
 
 
 def test_a_maker_is_measured_with_each_load_alone_and_left_out_if_a_bit_differs_in_one(monkeypatch):

@@ -1,0 +1,1 @@
+"""Kernels in CUDA C++ for Hopper, compiled when first needed (`compiler`)."""

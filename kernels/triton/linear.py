@@ -1,0 +1,245 @@
+"""Products with bf16 weights: K ascends in one fp32 accumulator, so that a tile's shape is a choice of speed alone."""
+# ruff: noqa: N803 (compile-time parameters are written in capitals)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv3_plugin.kernels.triton.tiles import find_group
+from dsv3_plugin.ops.contract import require, require_matrix
+
+
+class Tile(NamedTuple):
+    """Rows, columns and depth of a program's tile, and how it is launched."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _dot_rows(
+    x,
+    weight,
+    row_offset,
+    row_inside,
+    column,
+    columns,
+    depth,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """fp32 [ROWS, COLUMNS]: rows of x at offsets `row_offset` [ROWS] times rows `column` [COLUMNS] of weight."""
+    k = tl.arange(0, DEPTH)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    x_tile = x + row_offset[:, None] + k[None, :]
+    w_tile = weight + column[None, :].to(tl.int64) * depth + k[:, None]
+    for start in range(0, depth, DEPTH):
+        inside = k < depth - start
+        a = tl.load(x_tile, mask=row_inside[:, None] & inside[None, :], other=0)
+        b = tl.load(w_tile, mask=(column < columns)[None, :] & inside[:, None], other=0)
+        acc = tl.dot(a, b, acc)
+        x_tile += DEPTH
+        w_tile += DEPTH
+    return acc
+
+
+@triton.jit
+def _linear(
+    x,
+    weight,
+    out,
+    rows,
+    columns,
+    depth,
+    x_row_stride,
+    x_head_stride,
+    out_row_stride,
+    out_head_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    # Bands of row tiles, so that programs that run together share their tiles of x and weight in the L2 cache.
+    tile = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    band = tile // (BAND * column_tiles)
+    height = tl.minimum(row_tiles - band * BAND, BAND)
+    within = tile % (BAND * column_tiles)
+    row = (band * BAND + within % height) * ROWS + tl.arange(0, ROWS)
+    column = (within // height) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = _dot_rows(
+        x + head * x_head_stride,
+        weight + head * columns * depth,
+        row.to(tl.int64) * x_row_stride,
+        row < rows,
+        column,
+        columns,
+        depth,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+    )
+    target = out + head * out_head_stride + row[:, None].to(tl.int64) * out_row_stride + column[None, :]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit
+def _grouped_linear(
+    x,
+    counts,
+    weight,
+    out,
+    columns,
+    depth,
+    GROUPS: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    group, first_row, rows, tile = find_group(counts, tl.program_id(1), GROUPS, PADDED, ROWS)
+    if group < GROUPS:
+        local = tile * ROWS + tl.arange(0, ROWS)
+        row = (first_row + local).to(tl.int64)
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        acc = _dot_rows(
+            x,
+            weight + group.to(tl.int64) * columns * depth,
+            row * depth,
+            local < rows,
+            column,
+            columns,
+            depth,
+            ROWS,
+            COLUMNS,
+            DEPTH,
+        )
+        target = out + row[:, None] * columns + column[None, :]
+        tl.store(target, acc.to(out.dtype.element_ty), mask=(local < rows)[:, None] & (column < columns)[None, :])
+
+
+def choose_tile(rows: int, columns: int) -> Tile:
+    """A tile for `rows` rows of x and `columns` rows of weight; any choice gives the same bits."""
+    if rows <= 16 or (rows <= 128 and columns <= 1024):
+        return Tile(16, 16, 256, 4, 5) if columns <= 4096 else Tile(16, 32 if columns <= 8192 else 64, 256, 4, 4)
+    if rows <= 32:
+        return Tile(32, 32 if columns <= 8192 else 64, 128, 4, 5)
+    if rows <= 64:
+        return Tile(64, 64, 128, 4, 4)
+    if columns <= 1024:
+        return Tile(128, 64, 64, 4, 4)
+    if rows <= 256 and columns <= 16384:
+        return Tile(64, 128, 64, 4, 4)
+    return Tile(128, 256, 64, 8, 3)
+
+
+def check(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    """Refuse what a kernel of `linear` cannot read; the output's dtype. Raises `InputError`."""
+    require_matrix("linear", "x", x, (torch.bfloat16,))
+    require_matrix("linear", "weight", weight, (torch.bfloat16,))
+    require(x.shape[1] == weight.shape[1], "linear", f"x has K={x.shape[1]}, weight has K={weight.shape[1]}")
+    out_dtype = out_dtype or x.dtype
+    require(out_dtype in (torch.bfloat16, torch.float32), "linear", f"out_dtype is {out_dtype}, not bf16 or fp32")
+    return out_dtype
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """x bf16 [M, K], weight bf16 [N, K], to [M, N] of bf16, or of fp32 if `out_dtype` says so. Raises `InputError`."""
+    out_dtype = check(x, weight, out_dtype)
+    (rows, depth), columns = x.shape, weight.shape[0]
+    out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
+    if rows:
+        _launch(x, weight, out, (rows, 1, columns, depth), (depth, 0), (columns, 0))
+    return out
+
+
+def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x bf16 [M, H, K], any strides but 1 in K, weight bf16 [H, N, K], to bf16 [M, H, N]. Raises `InputError`."""
+    op = "head_linear"
+    require(
+        x.dim() == 3 and weight.dim() == 3 and x.shape[1] == weight.shape[0] and x.shape[2] == weight.shape[2],
+        op,
+        f"x of shape {tuple(x.shape)} does not fit weight of shape {tuple(weight.shape)}",
+    )
+    require(x.dtype == weight.dtype == torch.bfloat16, op, f"x is {x.dtype}, weight is {weight.dtype}, expected bf16")
+    require(x.stride(2) == 1, op, f"x has stride {x.stride(2)} in its last dimension, expected 1")
+    require(weight.is_contiguous(), op, "weight is not contiguous")
+    (rows, heads, depth), columns = x.shape, weight.shape[1]
+    out = x.new_empty(rows, heads, columns)
+    if rows:
+        shape = rows, heads, columns, depth
+        _launch(x, weight, out, shape, (x.stride(0), x.stride(1)), (heads * columns, columns))
+    return out
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    shape: tuple[int, int, int, int],
+    x_strides: tuple[int, int],
+    out_strides: tuple[int, int],
+) -> None:
+    rows, heads, columns, depth = shape
+    tile = choose_tile(rows, columns * heads)
+    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), heads)
+    _linear[grid](
+        x,
+        weight,
+        out,
+        rows,
+        columns,
+        depth,
+        *x_strides,
+        *out_strides,
+        tile.rows,
+        tile.columns,
+        tile.depth,
+        BAND=8,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def grouped_linear(x: torch.Tensor, expert_counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x bf16 [M, K] sorted by expert, expert_counts integers [E], weight bf16 [E, N, K], to bf16 [M, N].
+
+    Raises `InputError`. That the counts sum to M is not checked: they stay on the device.
+    """
+    op = "grouped_linear"
+    require_matrix(op, "x", x, (torch.bfloat16,))
+    require(weight.dtype == torch.bfloat16, op, f"weight is {weight.dtype}, expected torch.bfloat16")
+    require(weight.is_contiguous(), op, f"weight of shape {tuple(weight.shape)} is not contiguous")
+    (rows, depth), (groups, columns, _) = x.shape, weight.shape
+    require(weight.shape[2] == depth, op, f"x has K={depth}, weight has K={weight.shape[2]}")
+    require(tuple(expert_counts.shape) == (groups,), op, f"expert_counts has shape {tuple(expert_counts.shape)}")
+    out = x.new_empty(rows, columns)
+    if rows:
+        tile = choose_tile(max(1, rows // groups), columns * groups)
+        grid = (triton.cdiv(columns, tile.columns), rows // tile.rows + min(groups, rows))
+        _grouped_linear[grid](
+            x,
+            expert_counts,
+            weight,
+            out,
+            columns,
+            depth,
+            groups,
+            triton.next_power_of_2(groups),
+            tile.rows,
+            tile.columns,
+            tile.depth,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return out

@@ -1,0 +1,83 @@
+"""FlashMLA's dense decode, as vLLM ships it, as a provider of attention. Fast mode only.
+
+It cuts the keys of a batch into as many parts as the card has multiprocessors, so a token's bits depend on its batch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.machinery import PathFinder
+
+import torch
+
+from dsv3_plugin.hooks import Kernel
+from dsv3_plugin.kernels.hopper import V3_LATENT, for_v3_latent, on_hopper_with
+from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of, version_of
+from dsv3_plugin.ops.contract import require
+from dsv3_plugin.ops.mla_attention import MLA_ATTENTION
+
+PROVIDER = "flash-mla"
+PAGE = 64
+
+
+def mla_attention(
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    *,
+    kv_lora_rank: int,
+    scale: float,
+) -> torch.Tensor:
+    """q bf16 [T, H, 576], latent_cache bf16 [num_blocks, 64, 576], block_table [num_reqs, max_blocks], seq_lens
+    [num_reqs], query_start_loc [num_reqs + 1], to bf16 [T, H, 512].
+
+    FlashMLA wants as many queries of every request. So requests with equal counts go together, and the counts are read
+    from the device unless there is one request. Raises `InputError`.
+    """
+    op = MLA_ATTENTION.op
+    block_size = latent_cache.shape[1]
+    require(block_size == PAGE, op, f"FlashMLA reads pages of {PAGE} keys, these have {block_size}")
+    require(kv_lora_rank == V3_LATENT["kv_lora_rank"], op, f"FlashMLA reads a latent of 512, this has {kv_lora_rank}")
+    tables, lengths = block_table.to(torch.int32), seq_lens.to(torch.int32)
+    if len(lengths) == 1:
+        return _attend(q.unsqueeze(0), latent_cache, tables, lengths, scale).squeeze(0)
+    out = q.new_empty(*q.shape[:2], kv_lora_rank)
+    starts, counts = query_start_loc[:-1], query_start_loc.diff()
+    for count in sorted(set(counts.tolist()) - {0}):
+        alike = (counts == count).nonzero().flatten()
+        rows = starts[alike, None] + torch.arange(count, device=q.device)
+        out[rows] = _attend(q[rows], latent_cache, tables[alike], lengths[alike], scale)
+    return out
+
+
+def _attend(
+    q: torch.Tensor, latent_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """q [num_reqs, queries, H, 576], to [num_reqs, queries, H, 512]."""
+    from vllm.v1.attention.ops.flashmla import flash_mla_with_kvcache, get_mla_metadata
+
+    schedule, splits = get_mla_metadata()
+    pages = latent_cache.unsqueeze(2)
+    return flash_mla_with_kvcache(
+        q, pages, block_table, seq_lens, V3_LATENT["kv_lora_rank"], schedule, splits, scale, causal=True
+    )[0]
+
+
+def missing() -> str | None:
+    """What is, if it is not vLLM with FlashMLA in it; vLLM is not imported."""
+    vllm = importlib.util.find_spec("vllm")
+    found = vllm is not None and PathFinder.find_spec("_flashmla_C", vllm.submodule_search_locations) is not None
+    return None if found else "vLLM with FlashMLA is not installed"
+
+
+def kernels() -> list[Kernel]:
+    """Attention."""
+    attention = Offer(
+        MLA_ATTENTION,
+        mla_attention,
+        uncertified="cuts the keys by the batch: of 150 requests together 147 answer otherwise alone",
+    )
+    refuses = for_v3_latent(on_hopper_with(missing))
+    return kernels_of(PROVIDER, version_of("vllm"), refuses, attention)

@@ -1,0 +1,269 @@
+"""Training: growing batches, the report's course, converted checkpoints, Megatron's own loop, on-policy samples."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TinyCheckpoint
+from paths import ROOT, SUPPORT
+
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.errors import EngineError
+from dsv3_plugin.megatron_backend import compat, recipe
+
+PYTHON = ROOT / ".envs" / "megatron" / "bin" / "python"
+TRAIN = ROOT / "examples" / "train_megatron.py"
+ON_POLICY = ROOT / "examples" / "on_policy.py"
+PRETRAIN = ROOT / "examples" / "pretrain_megatron.py"
+ON_CPU = SUPPORT / "pretrain_on_cpu.py"
+
+needs_megatron = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is missing: run `make environments`")
+
+
+def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | variables
+    words = [str(word) for word in command]
+    return subprocess.run(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, timeout=900
+    )
+
+
+def train(checkpoint: Path, *arguments: object) -> list[dict[str, str]]:
+    """Run the example; returns what each iteration printed."""
+    small = "--micro-batch-size", 2, "--global-batch-size", 8, "--seq-length", 32
+    done = run(PYTHON, TRAIN, checkpoint, *small, *arguments)
+    assert done.returncode == 0, done.stdout[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("iteration")]
+    return [dict(part.rsplit(" ", 1) for part in line.split(" | ")) for line in lines]
+
+
+def convert(direction: str, *arguments: object) -> None:
+    done = run(PYTHON.with_name("dsv3"), "convert", direction, *arguments)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return dict(CheckpointReader(checkpoint).tensors())
+
+
+def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
+    assert a.keys() == b.keys()
+    return {name for name in a if not torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))}
+
+
+# The report's course
+
+
+def test_the_report_s_course() -> None:
+    config = SimpleNamespace()
+    seen = []
+    for trillions in (0.0, 9.9, 10.1, 14.2, 14.4, 14.8):
+        recipe.follow(config, trillions / 14.8, 1e-3)
+        seen.append((config.mtp_loss_scaling_factor, config.moe_router_bias_update_rate))
+    assert seen == [(0.3, 1e-3), (0.3, 1e-3), (0.1, 1e-3), (0.1, 1e-3), (0.1, 0.0), (0.1, 0.0)]
+
+
+def test_batches_grow_as_megatron_s_older_argument_says() -> None:
+    """By its own rule: after c samples a batch has START + INCREMENT * floor(c * steps / SAMPLES)."""
+    assert recipe.batch_size_schedule(None, 8) == "0:8"
+    schedule = recipe.batch_size_schedule((16, 8, 300_000), 1024)
+    pairs = [tuple(map(int, step.split(":"))) for step in schedule.split()]
+    steps = (1024 - 16) // 8
+    for consumed in (0, 1, 2_380, 2_381, 150_000, 299_999, 300_000, 1_000_000):
+        expected = min(1024, 16 + 8 * (consumed * steps // 300_000))
+        assert [batch for first, batch in pairs if first <= consumed][-1] == expected, consumed
+
+
+@pytest.mark.parametrize("rampup", [(2, 4, 12), (2, 0, 12), (8, 2, 12), (16, 2, 12), (2, 2, 1)])
+def test_batches_that_cannot_grow_so_are_refused(rampup: tuple[int, int, int]) -> None:
+    with pytest.raises(EngineError, match="batches cannot grow"):
+        recipe.batch_size_schedule(rampup, 8)
+
+
+# The example
+
+
+@needs_megatron
+def test_a_converted_checkpoint_trains_as_its_original_and_goes_on_where_it_stopped(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """Growing batches, recomputation, an interruption and both formats: equal losses, equal weights."""
+    original = tiny_checkpoint("bf16")
+    convert("to-megatron", original, tmp_path / "converted")
+    common = "--train-iters", 6, "--rampup-batch-size", 2, 2, 12
+    whole = train(original, "--finetune-from-weights", "--hf-output", tmp_path / "whole", *common)
+    assert [line["batch"] for line in whole] == ["2", "2", "4", "6", "8", "8"]
+    first = train(
+        original, "--load", tmp_path / "converted", "--exit-interval", 4, "--save", tmp_path / "state", *common
+    )
+    full = "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1
+    second = train(original, "--load", tmp_path / "state", "--save", tmp_path / "state", *common, *full)
+    assert first + second == whole
+    convert("to-hf", tmp_path / "state", tmp_path / "resumed")
+    resumed = weights(tmp_path / "resumed")
+    for copy in ("model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight"):
+        del resumed[copy]  # which only the converter writes
+    assert not different(resumed, weights(tmp_path / "whole"))
+    assert len(different(resumed, {name: weights(original)[name] for name in resumed})) > 100
+
+
+@needs_megatron
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--rampup-batch-size", 2, 4, 12), "batches cannot grow from 2 by 4 to 8"),
+        (("--rampup-batch-size", 1, 1, 12), "global batch size 1 is not a multiple"),
+        (("--data", "nowhere.txt"), "--data: cannot be read"),
+        (("--data", sys.executable), "--data: cannot be read"),
+        (("--data", __file__, "--seq-length", 100_000), "needs one more"),
+        (("--load", SUPPORT), "is no distributed checkpoint of Megatron"),
+    ],
+)
+def test_what_cannot_work_is_one_line(
+    arguments: tuple[object, ...], expected: str, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    small = "--micro-batch-size", 2, "--global-batch-size", 8, "--train-iters", 1
+    done = run(PYTHON, TRAIN, tiny_checkpoint("bf16"), *small, *arguments)
+    assert done.returncode == 1
+    line = done.stdout.strip().splitlines()[-1]
+    assert line.startswith("error: ") and expected in line, done.stdout[-2000:]
+
+
+# Megatron's own loop
+
+
+INDEX = """
+import sys
+from pathlib import Path
+import numpy
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from dsv3_plugin.conformance.texts import real_text, tokenize
+prefix = sys.argv[2]
+builder = IndexedDatasetBuilder(prefix + ".bin", dtype=numpy.uint16)
+tokens = torch.tensor(tokenize(real_text()[:20_000], Path(sys.argv[1])))
+builder.add_document(tokens, [len(tokens)])
+builder.finalize(prefix + ".idx")
+"""
+
+
+# A script that hands over a function in place of a configuration.
+PROVIDER = """
+import runpy
+from megatron.core.enums import ModelType
+from megatron.training import pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from dsv3_plugin.megatron_backend.provider import add_arguments, model_provider
+
+def main():
+    example = runpy.run_path({example!r})
+    args = parse_and_validate_args(add_arguments)
+    pretrain(pretrain_cfg_container_from_args(args), example["datasets"], ModelType.encoder_or_decoder,
+             example["forward_step"], model_provider=model_provider)
+"""
+
+
+def pretrain(checkpoint: Path, data: Path, *arguments: object, script: Path = PRETRAIN) -> str:
+    """Run Megatron's loop over the text; returns what it printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    model = "--hf-config", checkpoint, "--tokenizer-type", "NullTokenizer", "--vocab-size", 1023
+    small = "--micro-batch-size", 2, "--global-batch-size", 4, "--seq-length", 32, "--train-iters", 2
+    evaluation = "--split", "100,0,0", "--eval-iters", 0, "--eval-interval", 100
+    machine = "--transformer-impl", "local", "--distributed-backend", "gloo", "--log-interval", 1
+    command = PYTHON, ON_CPU, script, *model, *small, *evaluation, *machine, "--data-path", data
+    done = run(*command, *arguments, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+@needs_megatron
+def test_megatron_s_own_loop_trains_the_model(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """It reads what the converter wrote, and the converter what it wrote: without a step equal bytes, with one not."""
+    original = tiny_checkpoint("bf16")
+    convert("to-megatron", original, tmp_path / "converted")
+    data = tmp_path / "text"
+    done = run(PYTHON, "-c", INDEX, original, data)
+    assert done.returncode == 0, done.stdout[-2000:]
+    provider = tmp_path / "provider.py"
+    provider.write_text(PROVIDER.format(example=str(PRETRAIN)))
+    after = {}
+    for name, rate, script in ("rest", 0, PRETRAIN), ("steps", 1e-3, PRETRAIN), ("provider", 1e-3, provider):
+        saved = tmp_path / name
+        common = "--load", tmp_path / "converted", "--save", saved, "--save-interval", 10
+        rates = "--lr", rate, "--min-lr", rate, "--moe-router-bias-update-rate", rate
+        printed = pretrain(original, data, *common, *rates, script=script)
+        assert len(re.findall(r"iteration +\d/ +2 .*lm loss: [67]\.\d.*mtp_1 loss: [67]\.\d", printed)) == 2, printed
+        convert("to-hf", saved, tmp_path / f"{name} hf", "--like", original)
+        after[name] = weights(tmp_path / f"{name} hf")
+    assert not different(after["rest"], weights(original))
+    assert len(different(after["steps"], weights(original))) > 100
+    assert not different(after["provider"], after["steps"])
+
+
+@needs_megatron
+def test_a_spec_is_refused_where_it_would_have_no_effect(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    spec = "--spec", "dsv3_plugin.megatron_backend.provider", "refuse_spec"
+    with pytest.raises(AssertionError, match="error: --spec replaces the decoder layers only"):
+        pretrain(tiny_checkpoint("bf16"), tmp_path / "text", *spec)
+
+
+# On-policy
+
+
+def on_policy(checkpoint: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, ON_POLICY, checkpoint, *arguments)
+
+
+@needs_megatron
+@pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp32"])
+def test_every_server_samples_with_the_trainer_s_probabilities(dtype: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    for name in ("vllm", "sglang"):
+        if not (PYTHON.parents[2] / name).exists():
+            pytest.skip(f"the environment {name} is missing: run `make environments`")
+    done = on_policy(tiny_checkpoint(dtype), "--server", "vllm", "sglang")
+    assert done.returncode == 0, done.stdout[-3000:]
+    for name in ("vllm", "sglang"):
+        assert f"{name}: 96 of 96 sampled tokens have equal log-probabilities; KL = 0.0\n" in done.stdout
+
+
+@needs_megatron
+def test_one_weight_that_is_off_by_one_ulp_is_caught(tiny_checkpoint: TinyCheckpoint) -> None:
+    done = on_policy(tiny_checkpoint("bf16"), "--server", "reference", "--change-one-weight")
+    assert done.returncode == 1
+    found = re.search(r"reference: (\d+) of 96 sampled tokens have equal log-probabilities; KL = (\S+)", done.stdout)
+    assert found is not None and int(found[1]) < 96 and float(found[2]) != 0, done.stdout[-3000:]
+
+
+def test_an_unknown_server_is_refused(tmp_path: Path) -> None:
+    done = on_policy(tmp_path, "--server", "nobody")
+    assert done.returncode == 2 and "--server nobody: not one of reference, vllm, sglang" in done.stdout
+
+
+# Versions
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("0.16.1", "too old"), ("0.18.9", "too old"), ("0.19.2", None), ("0.20.0", "is tested with Megatron 0.19.2")],
+)
+def test_another_megatron_is_refused_or_warned_of(
+    version: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "megatron_version", lambda: version)
+    if expected == "too old":
+        with pytest.raises(EngineError, match=f"Megatron-Core {version} is too old"):
+            compat.untested_warning()
+    else:
+        warning = compat.untested_warning()
+        assert warning is None if expected is None else expected in str(warning)

@@ -1,0 +1,197 @@
+"""Compile the GPU kernels for sm_90a on a machine without a GPU, at the shapes of DeepSeek-V3."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from dsv3_plugin.kernels.cuda import compiler, fp8_gemm, mla_hopper
+from dsv3_plugin.kernels.sm90 import tensor_core, tensor_core_gpu
+from dsv3_plugin.kernels.triton import (
+    combine,
+    fp8_gluon,
+    fp8_linear,
+    linear,
+    mla_attention,
+    permute,
+    quantize,
+    rms_norm,
+    rope,
+    router,
+    silu_and_mul,
+)
+from dsv3_plugin.ops.router import SLICE
+
+_EXACT = {"enable_fp_fusion": False}
+_ALIGNED = ("columns", "depth", "width", "heads", "block_size", "token_stride", "head_stride", "block_stride")
+_ALIGNED += ("x_row_stride", "x_head_stride", "out_row_stride", "out_head_stride")
+
+
+class Source(NamedTuple):
+    """A kernel, the types of its arguments in order, its compile-time parameters and launch options."""
+
+    kernel: Any
+    types: str
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Compiled(NamedTuple):
+    """What the compiler made."""
+
+    ptx: str
+    spilled_bytes: int
+
+
+def _descriptor(rows: int, columns: int, dtype: str, bits: int) -> str:
+    return f"tensordesc<{dtype}[{rows}, {columns}],{gl.NVMMASharedLayout(128, bits, 2)!r}>"
+
+
+def _fp8(rows: int, columns: int, weight_first: bool, warps: int) -> Source:
+    constants = {"ROWS": rows, "COLUMNS": columns, "WEIGHT_FIRST": weight_first, "BAND": 8}
+    types = "*fp8e4nv *fp32 *fp8e4nv *fp32 *bf16 i32 i32 i32 i32 i32"
+    return Source(fp8_linear._fp8_linear, types, constants, {"num_warps": warps, "num_stages": 4})
+
+
+def _fp8_gluon(groups: int, second: int, tokens_first: bool, stages: int) -> Source:
+    constants = {"GROUPS": groups, "PADDED": max(1, groups), "N": second, "TOKENS_FIRST": tokens_first}
+    constants |= {"STAGES": stages, "BAND": 8} | ({} if groups else {"counts": None})
+    first, other = _descriptor(64, 128, "fp8e4nv", 8), _descriptor(second, 128, "fp8e4nv", 8)
+    x, weight = (first, other) if tokens_first else (other, first)
+    types = f"{x}|{weight}|*fp32|*fp32|{'*i64|' if groups else ''}*bf16|i32|i32|i32|i32|i32"
+    return Source(fp8_gluon._linear, types, constants, {"num_warps": 4})
+
+
+def _bf16(rows: int, columns: int, depth: int, warps: int, stages: int) -> Source:
+    constants = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "BAND": 8}
+    types = "*bf16 *bf16 *bf16 i32 i32 i32 i32 i32 i32 i32"
+    return Source(linear._linear, types, constants, {"num_warps": warps, "num_stages": stages})
+
+
+def _norm(*wanted: str, without: tuple[str, ...] = ()) -> Source:
+    types = {"x": "*bf16", "addend": "*bf16", "weight": "*bf16", "total_out": "*bf16", "out": "*bf16"}
+    types |= {"values": "*fp8e4nv", "scales": "*fp32", "eps": "fp32", "scale_stride": "i32"}
+    optional = {"addend", "total_out", "values", "scales"}.difference(wanted) | set(without)
+    constants = {"K": 7168, "BLOCKS": 64, "UE8M0": False, "EARLY": False} | dict.fromkeys(optional)
+    given = " ".join(kind for name, kind in types.items() if name not in optional)
+    return Source(rms_norm._rms_norm, given, constants, _EXACT | {"num_warps": 4})
+
+
+def _slice_sums(count: int, tile: router.Tile) -> Source:
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "SLICE": SLICE, "COUNT": count}
+    types = "*bf16 *bf16 *fp32 i32 i32 i32"
+    return Source(router._slice_sums, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
+
+
+def _model(instruction: tensor_core.Instruction) -> Source:
+    constants = {"DEPTH": instruction.depth, "FRACTION_BITS": instruction.fraction_bits, "FLOOR": instruction.floor}
+    constants |= {"RESULT_BITS": instruction.result_bits, "OPERAND_EXPONENT": instruction.operand_exponent, "TILE": 16}
+    return Source(tensor_core_gpu._dot, "*fp32 *fp32 *fp32 *fp32 i32 i32 i32", constants, _EXACT)
+
+
+_ROUTE = {"EXPERTS": 256, "GROUPS": 8, "GROUPS_CHOSEN": 4, "TOPK": 8, "NORMALISE": True}
+_ROUTE |= {"GROUPS_PADDED": 8, "SIZE_PADDED": 32, "TOPK_PADDED": 8, "SLICES": 14, "FOLLOWS": True}
+_MLA = {"BLOCK_SIZE": 16, "REQUESTS": 128, "PADDED": 128, "RANK": 512, "ROPE": 64, "RANK_PADDED": 512}
+_MLA |= {"ROPE_PADDED": 64, "ROWS": 64, "KEYS": 64, "SPLIT": 1024, "STEP": 8}
+_GROUPED = {"GROUPS": 256, "PADDED": 256, "ROWS": 16, "COLUMNS": 128}
+
+SOURCES: dict[str, Source] = {
+    "rms_norm": _norm(),
+    "add_rms_norm": _norm("addend", "total_out"),
+    "rms_norm, quantised": _norm("values", "scales", without=("out",)),
+    "add_rms_norm, quantised": _norm("addend", "total_out", "values", "scales"),
+    "quantize ue8m0": Source(
+        quantize._quantize, "*bf16 *fp8e4nv *fp32 i32 i32 i32", {"GROUPS": 32, "UE8M0": True}, _EXACT
+    ),
+    "quantize float32": Source(
+        quantize._quantize, "*bf16 *fp8e4nv *fp32 i32 i32 i32", {"GROUPS": 32, "UE8M0": False}, _EXACT
+    ),
+    "silu_and_mul": Source(
+        silu_and_mul._silu_and_mul,
+        "*bf16 *bf16 i32 i32",
+        {"COLUMNS": 1024, "scales": None, "FP8": False, "UE8M0": False},
+        _EXACT,
+    ),
+    "silu_and_mul, quantised": Source(
+        silu_and_mul._silu_and_mul,
+        "*bf16 *fp8e4nv *fp32 i32 i32",
+        {"COLUMNS": 1024, "FP8": True, "UE8M0": False},
+        _EXACT,
+    ),
+    "permute": Source(permute._permute, "*u8 *fp32 *i64 *u8 *fp32 i32 i32 i32 i32 i32", {"ROWS": 8, "BLOCKS": 8}, {}),
+    "rope": Source(rope._rope, "*bf16 *fp32 *fp32 *bf16 i32 i32 i32", {"PAIRS": 32, "WIDTH": 32, "HEADS": 16}, _EXACT),
+    "combine": Source(combine._combine, "*bf16 *i64 *fp32 *bf16 *bf16 i32", {"TOPK": 8, "COLUMNS": 1024}, _EXACT),
+    "route": Source(router._route, "*fp32 *fp32 *i64 *fp32 fp32 i32", _ROUTE, _EXACT | {"num_warps": 1}),
+    "router's slices apart": _slice_sums(1, router.choose_tile(128)),
+    "router's slices in order": _slice_sums(14, router.choose_tile(4096)),
+    "bf16 few rows": _bf16(16, 32, 256, 4, 4),
+    "bf16 many rows": _bf16(128, 256, 64, 8, 3),
+    "fp8 few rows": _fp8(16, 64, True, 4),
+    "fp8 many rows": _fp8(128, 128, False, 8),
+    "fp8 experts, few rows": Source(
+        fp8_linear._grouped_fp8_linear,
+        "*fp8e4nv *fp32 *i64 *fp8e4nv *fp32 *bf16 i32 i32 i32 i32",
+        _GROUPED | {"WEIGHT_FIRST": True},
+        {"num_warps": 4, "num_stages": 4},
+    ),
+    "fp8 gluon": _fp8_gluon(0, 128, True, 6),
+    "fp8 gluon, one row": _fp8_gluon(0, 16, False, 8),
+    "fp8 gluon, experts": _fp8_gluon(256, 128, True, 6),
+    "mla": Source(
+        mla_attention._mla_attention,
+        "*bf16 *bf16 *i32 *i32 *i32 *bf16 fp32 i32 i32 i32 i32",
+        _MLA,
+        _EXACT | {"num_warps": 8, "num_stages": 2},
+    ),
+    "model of bf16 products": _model(tensor_core.BF16),
+    "model of e4m3 products": _model(tensor_core.FP8),
+}
+
+
+CUDA_SOURCES: dict[str, compiler.Program] = {
+    f"fp8 stream {tuple(shape)}": shape.filled().program()
+    for shape in (*fp8_gemm.DENSE_SAMPLE, *(shape._replace(groups=256) for shape in fp8_gemm.GROUPED_SAMPLE))
+} | {"mla hopper": mla_hopper.PROGRAM}
+
+
+def compile_kernel(source: Source, folder: Path) -> Compiled:
+    """Compile a Triton or Gluon kernel to sm_90a."""
+    names = source.kernel.arg_names
+    types = iter(source.types.split("|" if "|" in source.types else " "))
+    signature = {name: "constexpr" if name in source.constants else next(types) for name in names}
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in signature.items()
+        if kind.startswith("*") or (name in _ALIGNED and kind == "i32")
+    }
+    make = GluonASTSource if source.kernel.is_gluon() else ASTSource
+    ast = make(source.kernel, signature, source.constants, attributes)
+    compiled = triton.compile(ast, target=GPUTarget("cuda", 90, 32), options=source.options)
+    ptx = compiled.asm["ptx"]
+    file = folder / "kernel.ptx"
+    file.write_text(ptx)
+    assembler = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
+    command = [assembler, "-v", "-arch=sm_90a", file, "-o", folder / "kernel.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return Compiled(ptx, _spilled_bytes(said))
+
+
+def compile_cuda(program: compiler.Program) -> Compiled:
+    """The same for CUDA C++."""
+    built = compiler.build(program)
+    return Compiled(built.ptx, _spilled_bytes(built.log))
+
+
+def _spilled_bytes(said: str) -> int:
+    found = re.findall(r"(\d+) bytes spill stores", said)
+    assert found, f"the assembler did not say what it spilled: {said}"
+    return sum(int(size) for size in found)

@@ -1,0 +1,129 @@
+"""Running real engines of their own environments (`make environments`), for the tests of the adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from paths import ROOT
+
+from dsv3_plugin.checkpoint.loader import load_model
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.conformance import runner
+from dsv3_plugin.layers.model import bind_ops
+from dsv3_plugin.ops.rope import softmax_scale
+
+ENVIRONMENTS = ROOT / ".envs"
+REFERENCE = runner.TesteeCommand("reference", (sys.executable, "-m", "dsv3_plugin.conformance.testees.reference"))
+
+
+def python_of(environment: str) -> str:
+    python = ENVIRONMENTS / environment / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"{python} is missing: run `make environments`")
+    return str(python)
+
+
+def shipped_testee(environment: str) -> runner.TesteeCommand:
+    """The testee of an environment NAME or NAME-VERSION."""
+    name = environment.partition("-")[0]
+    return runner.TesteeCommand(name, (python_of(environment), "-m", f"dsv3_plugin.conformance.testees.{name}"))
+
+
+def run(testees: Sequence[runner.TesteeCommand], checkpoint: Path, work_dir: Path, *cases: str) -> runner.Report:
+    return runner.run(testees, checkpoint, lambda name, what: None, keep=work_dir / "kept", only=cases)
+
+
+def own_model_served_when_switched_off(
+    engine: str, checkpoint: Path, work_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The class that an engine serves with `DSV3_PLUGIN=off`. The report must name it, and find its rows different."""
+    monkeypatch.setenv("DSV3_PLUGIN", "off")
+    report = run([REFERENCE, shipped_testee(engine)], checkpoint, work_dir, "prefill")
+    assert not report.passed
+    served = report.results[engine].served.model_class
+    assert report.problems == [f"{engine} served {served}, which is not dsv3-plugin's model"]
+    pair = next(c for c in report.verdicts[0].comparisons if (c.left, c.right) == ("reference", engine))
+    assert pair.different_rows > 0.9 * (pair.different_rows + pair.equal_rows)
+    assert "switched off by DSV3_PLUGIN" in (work_dir / "kept" / engine / "log.txt").read_text()
+    return served
+
+
+def cut_short(checkpoint: Path, target: Path) -> Path:
+    """A copy of a checkpoint whose file of tensors lacks its end."""
+    shutil.copytree(checkpoint, target)
+    file = target / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return target
+
+
+def predict_logits(checkpoint: Path, token_ids: list[int]) -> torch.Tensor:
+    """The reference's logits at every position, fp32 [tokens, vocab_size]."""
+    reader = CheckpointReader(checkpoint)
+    ops = bind_ops(reader.config, reader.profile(), torch.device("cpu"))
+    model = load_model(reader, ops)
+
+    def attend(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        ends = torch.tensor([0, len(latent)])
+        sizes = {"kv_lora_rank": reader.config.kv_lora_rank, "scale": softmax_scale(reader.config)}
+        return ops.mla_attention(q, latent.unsqueeze(0), torch.tensor([[0]]), ends[1:], ends, **sizes)
+
+    hidden = model(torch.tensor(token_ids), torch.arange(len(token_ids)), attend)
+    return model.lm_head(hidden)
+
+
+def predict_logprobs(checkpoint: Path, token_ids: list[int]) -> torch.Tensor:
+    """log-softmax of the reference's logits at every position, fp32 [tokens, vocab_size]."""
+    return torch.log_softmax(predict_logits(checkpoint, token_ids), dim=-1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def serving(command: Sequence[str], port: int, log: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """Run a server as a user would, who sets no number of threads; yields its address once it answers."""
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=out, env=variables | dict(environment))
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            if server.poll() is not None:
+                raise RuntimeError(f"the server ended with status {server.returncode}:\n{log.read_text()[-3000:]}")
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2).close()
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def post(address: str, path: str, body: dict[str, object]) -> dict[str, object]:
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
+
+
+def get(address: str, path: str) -> dict[str, object]:
+    with urllib.request.urlopen(address + path, timeout=120) as answer:
+        return json.load(answer)
