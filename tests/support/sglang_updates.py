@@ -4,8 +4,8 @@
 updates it gets, by all calls in turn, while requests run. What it sees goes to `RECORD` as one JSON object.
 
 `python tests/support/sglang_updates.py send PORT FOLDER ...` is a trainer that sends checkpoints through a process
-group: as one flat tensor a bucket where a name ends with `+`; where one ends with `!`, it kills itself in the middle. gloo takes
-no fp8 tensors but flat ones.
+group: as one flat tensor a bucket where a name ends with `+`; where one ends with `!`, it kills itself in the middle.
+gloo takes no fp8 tensors but flat ones.
 """
 
 from __future__ import annotations
