@@ -379,7 +379,7 @@ def test_mistake_in_mtp_is_caught(mistake: type[Float64Oracle], runs: Runs) -> N
 class ReplayedRouting(Float64Oracle):
     """The oracle with the reference's choices of experts: a rounding that flips one near tie replaces a whole expert.
 
-    The choices themselves are compared in fp32, and exactly in `test_ops`.
+    The choices themselves are compared in fp32, and exactly in `test_router`.
     """
 
     choices: Iterator[Tensor]
@@ -437,7 +437,7 @@ def spreads(oracle: type[ReplayedRouting], case: str, dtype: str, runs: Runs) ->
 
 # Each bound is 1.3 to 1.8 times the largest spread measured in any of its cases: 0.022 and 0.026 in bf16, 0.20 and 0.37
 # in FP8, where the margin is one token's. FP8 is that far away because activations of three bits of mantissa are (the
-# formula does not round them); what FP8 does exactly is compared in `test_ops`.
+# formula does not round them); what FP8 does exactly is compared in `test_fp8`.
 BOUNDS = {"bf16": Spread(0.03, 0.045), "fp8": Spread(0.27, 0.51)}
 
 

@@ -1,0 +1,102 @@
+"""Inputs that the contracts refuse, each by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from dsv3_plugin.errors import InputError
+from dsv3_plugin.ops import fp8, fused, mla_attention
+from dsv3_plugin.ops.combine import combine
+from dsv3_plugin.ops.linear import grouped_linear, head_linear, linear
+from dsv3_plugin.ops.rms_norm import rms_norm
+from dsv3_plugin.ops.rope import rope
+from dsv3_plugin.ops.router import route, router_linear
+from dsv3_plugin.ops.silu_and_mul import silu_and_mul
+
+Tensor = torch.Tensor
+
+X = torch.zeros(2, 256)
+HEADS_X = torch.zeros(2, 3, 8)
+Q8, S8 = fp8.quantize_fp8(X, "ue8m0")
+W8, WS8 = fp8.quantize_weight(torch.zeros(130, 256), "ue8m0")
+CACHE = torch.zeros(4, 16, 40)
+QUERIES = torch.zeros(3, 2, 40)
+
+
+def attention_of(
+    q: Tensor = QUERIES,
+    cache: Tensor = CACHE,
+    table: tuple[int, ...] = (0, 1),
+    length: int = 20,
+    starts: tuple[int, ...] = (0, 3),
+    scale: float = 1.0,
+) -> Tensor:
+    return mla_attention.mla_attention(
+        q, cache, torch.tensor([table]), torch.tensor([length]), torch.tensor(starts), kv_lora_rank=32, scale=scale
+    )
+
+
+choose = partial(route, num_experts_per_tok=2, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0)
+
+REFUSED: list[tuple[str, Callable[[], object]]] = [
+    (r"linear: x has shape \(2,\)", lambda: linear(X[:, 0].contiguous(), X)),
+    (r"linear: x is torch.float64", lambda: linear(X.double(), X.double())),
+    (r"linear: x of shape \(256, 2\) is not contiguous", lambda: linear(X.t(), torch.zeros(4, 2))),
+    (r"linear: weight is torch.bfloat16", lambda: linear(X, X.bfloat16())),
+    (r"linear: x has K=256, weight has K=128", lambda: linear(X, torch.zeros(4, 128))),
+    (r"linear: out_dtype is torch.bfloat16", lambda: linear(X, X, out_dtype=torch.bfloat16)),
+    (
+        r"head_linear: x of shape \(2, 3, 8\).*\(4, 5, 8\)",
+        lambda: head_linear(torch.zeros(2, 3, 8), torch.zeros(4, 5, 8)),
+    ),
+    (r"head_linear: weight is not", lambda: head_linear(HEADS_X, torch.zeros(3, 8, 5).transpose(1, 2))),
+    (r"grouped_linear: weight is torch.bfloat16", lambda: grouped_linear(X, torch.tensor([2]), X.bfloat16()[None])),
+    (r"grouped_linear: expert_counts sum to 3, x has 2", lambda: grouped_linear(X, torch.tensor([3]), X[None])),
+    (r"quantize_fp8: K=200", lambda: fp8.quantize_fp8(torch.zeros(2, 200), "ue8m0")),
+    (r"quantize_fp8: x is torch.float16", lambda: fp8.quantize_fp8(X.half(), "ue8m0")),
+    (r"fp8_linear: x is torch.float32", lambda: fp8.fp8_linear(X, S8, W8, WS8)),
+    (r"fp8_linear: weight is torch.float32", lambda: fp8.fp8_linear(Q8, S8, X, WS8)),
+    (r"fp8_linear: x has K=256, weight has K=128", lambda: fp8.fp8_linear(Q8, S8, W8[:, :128].contiguous(), WS8)),
+    (r"fp8_linear: x_scale has shape \(2, 1\)", lambda: fp8.fp8_linear(Q8, S8[:, :1], W8, WS8)),
+    (r"fp8_linear: weight_scale has shape \(1, 2\)", lambda: fp8.fp8_linear(Q8, S8, W8, WS8[:1])),
+    (r"rms_norm: weight is torch.bfloat16", lambda: rms_norm(X, torch.ones(256).bfloat16(), 1e-6)),
+    (r"rms_norm: weight has shape \(255,\)", lambda: rms_norm(X, torch.ones(255), 1e-6)),
+    (r"silu_and_mul: gate_up has an odd width 255", lambda: silu_and_mul(torch.zeros(2, 255))),
+    (r"rope: x of shape \(2, 1, 8\).*\(2, 3\)", lambda: rope(torch.zeros(2, 1, 8), X[:, :3], X[:, :3])),
+    (r"router_linear: x has K=256, weight has K=255", lambda: router_linear(X, torch.zeros(3, 255))),
+    (r"router_linear: weight is torch.bfloat16", lambda: router_linear(X, X.bfloat16())),
+    (r"add_rms_norm: x has shape \(2, 256\), addend \(1, 256\)", lambda: fused.add_rms_norm(X, X[:1], X[0], 1e-6)),
+    (r"add_rms_norm: x is torch.float32, addend", lambda: fused.add_rms_norm(X, X.bfloat16(), X[0], 1e-6)),
+    (r"route: logits is torch.bfloat16", lambda: choose(torch.zeros(1, 4).bfloat16(), torch.zeros(4))),
+    (r"route: e_score_correction_bias is torch.bfloat16", lambda: choose(X, torch.zeros(256).bfloat16())),
+    (r"route: e_score_correction_bias is .*\(3,\)", lambda: choose(X, torch.zeros(3))),
+    (r"combine: slots .*\[2, 2\].*\[2, 3\]", lambda: combine(X, torch.zeros(2, 2).long(), torch.zeros(2, 3), X)),
+    (r"combine: topk_weights is torch.bfloat16", lambda: combine(X, torch.zeros(2, 2).long(), X[:, :2].bfloat16(), X)),
+    (r"mla_attention: q has shape \(3, 40\)", lambda: attention_of(q=QUERIES[:, 0])),
+    (r"mla_attention: latent_cache has shape \(4, 16, 39\)", lambda: attention_of(cache=CACHE[..., :39])),
+    (r"mla_attention: latent_cache is torch.bfloat16", lambda: attention_of(cache=CACHE.bfloat16())),
+    (r"mla_attention: scale is 0.0, expected a positive", lambda: attention_of(scale=0.0)),
+    (r"mla_attention: scale is nan", lambda: attention_of(scale=float("nan"))),
+    (r"mla_attention: 1 seq_lens, 3 query_start_loc", lambda: attention_of(starts=(0, 1, 3))),
+    (r"mla_attention: query_start_loc ends at 2, q has 3", lambda: attention_of(starts=(0, 2))),
+    (r"mla_attention: query_start_loc .*\[1, 3\]", lambda: attention_of(starts=(1, 3))),
+    (r"mla_attention: request 0 has seq_len 2 and 3 queries", lambda: attention_of(length=2)),
+    (r"mla_attention: request 0 of 33 tokens needs 3 blocks of 16, .* has 2", lambda: attention_of(length=33)),
+    (r"mla_attention: request 0 of 20 tokens has block 4 at 1, .* has 4", lambda: attention_of(table=(0, 4))),
+    (r"mla_attention: request 0 of 20 tokens has block -1 at 1", lambda: attention_of(table=(0, -1))),
+]
+
+
+@pytest.mark.parametrize(("message", "call"), REFUSED, ids=[message for message, _ in REFUSED])
+def test_a_wrong_input_is_named(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        call()
+
+
+def test_the_inputs_beside_the_refused_ones_are_accepted() -> None:
+    assert attention_of().shape == (3, 2, 32)
+    assert fp8.fp8_linear(Q8, S8, W8, WS8).shape == (2, 130)
