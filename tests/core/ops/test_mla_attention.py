@@ -9,10 +9,7 @@ from bits import FLOATS, generator, normal, same_bits
 from plain import plain_fold
 
 from dsv3_plugin.ops import mla_attention, tile
-from dsv3_plugin.ops.elementary import (
-    LOG2_E,
-    exp2_of_nonpositive,
-)
+from dsv3_plugin.ops.elementary import LOG2_E, exp2_of_nonpositive
 
 Tensor = torch.Tensor
 

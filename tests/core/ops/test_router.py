@@ -9,9 +9,7 @@ import pytest
 import torch
 from bits import FLOATS, normal, same_bits
 
-from dsv3_plugin.ops.elementary import (
-    sigmoid,
-)
+from dsv3_plugin.ops.elementary import sigmoid
 from dsv3_plugin.ops.linear import linear
 from dsv3_plugin.ops.router import SLICE, route, router_linear
 

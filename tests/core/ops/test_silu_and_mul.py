@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from bits import normal, same_bits
 
-from dsv3_plugin.ops.elementary import (
-    sigmoid,
-)
+from dsv3_plugin.ops.elementary import sigmoid
 from dsv3_plugin.ops.silu_and_mul import silu_and_mul
 
 
