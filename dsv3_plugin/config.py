@@ -2,7 +2,7 @@
 
 Field names are those of `configuration_deepseek.py`. The same architecture is published under several
 `model_type`s (DeepSeek-V3/V3.1/R1, Moonlight, Kimi-K2); what they share is implemented, what they do not
-(sparse attention, softmax scoring, other quantisers) is refused here, by field, before any weight is read.
+(sparse attention, softmax scoring, other quantizers) is refused here, by field, before any weight is read.
 
 Engines, trainer and transformers read the same file, each in its own way. What two of them would read differently (two
 spellings of a field that disagree, a key that stands twice, a field that only some of them heed) is refused, too.

@@ -28,7 +28,7 @@ class Profile:
     dtype: torch.dtype
     """Dtype of activations, norms, embedding, router, attention and head."""
     scale_format: ScaleFormat | None = None
-    """Format of FP8 scales; None where linears are not quantised."""
+    """Format of FP8 scales; None where linears are not quantized."""
     reduction_slices: int = 1
     """Slices of the products that tensor-parallel ranks share (`dsv3_plugin.ops.slices`): a power of two. Any
     tensor-parallel size that divides it gives the same bits.

@@ -118,14 +118,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class MasterWeights:
-    """How a trainer multiplies with FP8 weights that it holds in the profile's dtype; each call quantises anew."""
+    """How a trainer multiplies with FP8 weights that it holds in the profile's dtype; each call quantizes anew."""
 
     linear: Callable[..., Any]
     """x [M, K], weight [N, K] to [M, N], with fp8_linear's `out_dtype`."""
     grouped_linear: Callable[..., Any]
     """x [M, K] sorted by expert, expert_counts [E], weight [E, N, K] to [M, N]."""
     quantized: Callable[..., Any]
-    """weight [N, K] to the numbers that it stands for once quantised, in its own dtype."""
+    """weight [N, K] to the numbers that it stands for once quantized, in its own dtype."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Ops:
 
     @property
     def quantizes_ahead(self) -> bool:
-        """Whether what makes an activation also quantises it, once for all FP8 projections that read it.
+        """Whether what makes an activation also quantizes it, once for all FP8 projections that read it.
 
         In training, and where products are cut into slices, each projection does that itself.
         """

@@ -85,7 +85,7 @@ def require_supported(transformer_config: Any, config: DeepseekV3Config, profile
     if profile.scale_format == "float32":
         raise EngineError(
             "training in fp8 needs power-of-two scales (scale_fmt ue8m0): a weight that is read with other scales"
-            " and quantised again is not the same"
+            " and quantized again is not the same"
         )
 
 

@@ -6,8 +6,8 @@ are one table, and any tensor, expert or pipeline parallel layout can load the r
 
 What is exact: bf16 and fp32 come back with equal bytes, each tensor in the dtype that it had (but for fp32 tensors of
 a bf16 model, which Megatron trains in bf16: a remark says so). FP8 weights are kept as the bf16 numbers that they stand
-for, and quantised again on the way back. With power-of-two scales every number comes back; every byte does, too, if
-each block's scale was the smallest that fits its largest value, as quantisers choose it. With fp32 scales neither
+for, and quantized again on the way back. With power-of-two scales every number comes back; every byte does, too, if
+each block's scale was the smallest that fits its largest value, as quantizers choose it. With fp32 scales neither
 holds, and only `dequantize` takes them: to a bf16 model, each number rounded once.
 """
 
@@ -88,7 +88,7 @@ def to_megatron(
         config = config.model_copy(update={"quantization_config": None})
     if profile_for(config).scale_format == "float32":
         raise CheckpointError(
-            f"{reader.path}: fp8 weights with fp32 scales (no scale_fmt ue8m0) do not survive quantising again;"
+            f"{reader.path}: fp8 weights with fp32 scales (no scale_fmt ue8m0) do not survive quantizing again;"
             " --dequantize converts them to a bf16 model"
         )
     specs = _pieces(config)
@@ -182,7 +182,7 @@ def to_hugging_face(
 
 
 def _pieces(config: DeepseekV3Config) -> dict[str, TensorSpec]:
-    """The tensors that Megatron has a place for, not quantised: all but the MTP layer's copies."""
+    """The tensors that Megatron has a place for, not quantized: all but the MTP layer's copies."""
     specs = checkpoint_tensors(config.model_copy(update={"quantization_config": None}))
     return {name: spec for name, spec in specs.items() if spec.targets}
 

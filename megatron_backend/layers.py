@@ -226,7 +226,7 @@ class SharedExpert(DenseMLP):
 
 
 class EHProjection(CoreModule):
-    """The MTP layer's projection of [embedding; hidden]; never quantised. Megatron gathers the ranks' outputs."""
+    """The MTP layer's projection of [embedding; hidden]; never quantized. Megatron gathers the ranks' outputs."""
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, binding: Binding, **_: Any) -> None:
         own_size = output_size // config.tensor_model_parallel_size

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints in and out of a Megatron model.
 
 Both ways work from the core's one table of tensors. A rank reads and writes what it holds: its pipeline stage's layers
-and its experts. FP8 weights are read as the numbers that they stand for, into bf16 master weights, and quantised again
+and its experts. FP8 weights are read as the numbers that they stand for, into bf16 master weights, and quantized again
 when they are written; with power-of-two scales neither step changes a number.
 """
 

@@ -25,7 +25,7 @@ from dsv3_plugin.registry import Ops
 def differentiable(ops: Ops) -> Ops:
     """`ops` with a backward pass for each operation; what they compute, and their provenance, stays.
 
-    In the FP8 profile layers built with the result hold their weights in the profile's dtype and quantise them in each
+    In the FP8 profile layers built with the result hold their weights in the profile's dtype and quantize them in each
     pass (`Ops.master_weights`).
     """
     rms_norm, route = differentiable_rms_norm(ops.rms_norm), differentiable_route(ops.route)

@@ -1,8 +1,8 @@
 """Training through block-scaled FP8: straight-through gradients.
 
-The layer holds a master weight in the profile's dtype. Each pass quantises it and the activations and multiplies with
-the bound FP8 kernel, so the forward is the server's on the quantised checkpoint. The gradient is that of the product
-of the two dequantised operands, and rounding counts as the identity.
+The layer holds a master weight in the profile's dtype. Each pass quantizes it and the activations and multiplies with
+the bound FP8 kernel, so the forward is the server's on the quantized checkpoint. The gradient is that of the product
+of the two dequantized operands, and rounding counts as the identity.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class _Maker:
         return profile_for(self.config).dtype
 
     def tensors(self, spec: TensorSpec) -> dict[str, torch.Tensor]:
-        """A weight, and its scales if it is quantised, as the file holds them."""
+        """A weight, and its scales if it is quantized, as the file holds them."""
         weight = self.draw(spec)
         if self.dtype(spec) != E4M3:
             return {spec.name: weight.to(self.dtype(spec))}

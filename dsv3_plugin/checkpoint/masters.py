@@ -1,6 +1,6 @@
 """A trainer's view of a checkpoint: it holds numbers, where an FP8 file holds values and scales.
 
-With power-of-two scales a value times its scale is a bf16 number, and quantising it again gives the same number. It
+With power-of-two scales a value times its scale is a bf16 number, and quantizing it again gives the same number. It
 gives the same bytes, too, if the block's scale was the smallest that fits its largest value.
 """
 
@@ -36,7 +36,7 @@ def numbers(reader: CheckpointReader, wanted: Callable[[str], bool]) -> Iterator
 
 
 def as_written(name: str, tensor: torch.Tensor, config: DeepseekV3Config) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a checkpoint of this configuration holds for a master weight: a weight, and its scale if it is quantised.
+    """What a checkpoint of this configuration holds for a master weight: a weight, and its scale if it is quantized.
 
     A router's bias stays in fp32, all else has the profile's dtype.
     """

@@ -95,7 +95,7 @@ class CheckpointReader:
         """Compare the files with the configuration; returns the headers.
 
         Raises `CheckpointError` that names the file or tensor for: unreadable files, missing or unknown tensors, a
-        wrong shape or dtype, fp32 weights where the configuration has no dtype, weights that are quantised where
+        wrong shape or dtype, fp32 weights where the configuration has no dtype, weights that are quantized where
         `quantization_config` says otherwise, a router bias that is not finite, and scales that are not positive,
         finite, or what `scale_fmt` says.
         """
@@ -161,7 +161,7 @@ class CheckpointReader:
                         yield file, name, shard.get_tensor(name)
 
     def _check_quantization(self, headers: dict[str, Header], specs: Mapping[str, TensorSpec]) -> None:
-        """Quantised exactly where the configuration says so. First, because else it would read as missing tensors."""
+        """Quantized exactly where the configuration says so. First, because else it would read as missing tensors."""
         self._check_exceptions(specs)
         for name, header in headers.items():
             scale = name + SCALE_SUFFIX
@@ -177,7 +177,7 @@ class CheckpointReader:
             if name in specs and specs[name].dtypes == (E4M3,) and header.dtype != E4M3:
                 raise CheckpointError(
                     f"{header.file}: {specs[name].mismatch(specs[name].shape, header.dtype)};"
-                    f" remove quantization_config from {self.path / 'config.json'} or quantise the weights"
+                    f" remove quantization_config from {self.path / 'config.json'} or quantize the weights"
                 )
 
     def _check_exceptions(self, specs: Mapping[str, TensorSpec]) -> None:

@@ -1,4 +1,4 @@
-"""Token embedding and output head. Neither is ever quantised, and MTP shares both."""
+"""Token embedding and output head. Neither is ever quantized, and MTP shares both."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Quantized(NamedTuple):
 
 
 Activation = torch.Tensor | Quantized
-"""What a projection reads: the profile's dtype [T, K], or quantised ahead (`Ops.quantizes_ahead`)."""
+"""What a projection reads: the profile's dtype [T, K], or quantized ahead (`Ops.quantizes_ahead`)."""
 
 
 def quantize(ops: Ops, x: Activation) -> Quantized:

@@ -1,4 +1,4 @@
-"""Block-scaled FP8 (DeepSeek-V3 report, section 3.3): quantisers and products.
+"""Block-scaled FP8 (DeepSeek-V3 report, section 3.3): quantizers and products.
 
 Values are e4m3. An activation has one scale for each 1x128 slice of a row, a weight one for each 128x128 block; a
 value times its scale is the number that it stands for. With `ue8m0` scales are powers of two, so that scaling is
@@ -53,7 +53,7 @@ def to_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_fp8(x: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise activations online: x [M, K], K a multiple of 128, to (e4m3 [M, K], fp32 scales [M, K / 128])."""
+    """Quantize activations online: x [M, K], K a multiple of 128, to (e4m3 [M, K], fp32 scales [M, K / 128])."""
     require_matrix("quantize_fp8", "x", x, (torch.bfloat16, torch.float32))
     require(x.shape[1] % FP8_BLOCK == 0, "quantize_fp8", f"K={x.shape[1]} is not a multiple of {FP8_BLOCK}")
     blocks = x.float().unflatten(1, (-1, FP8_BLOCK))
@@ -62,7 +62,7 @@ def quantize_fp8(x: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tens
 
 
 def quantize_weight(weight: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a weight [N, K] to (e4m3 [N, K], fp32 `weight_scale_inv` [ceil(N / 128), ceil(K / 128)])."""
+    """Quantize a weight [N, K] to (e4m3 [N, K], fp32 `weight_scale_inv` [ceil(N / 128), ceil(K / 128)])."""
     rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
     blocks = padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
@@ -89,7 +89,7 @@ def fp8_linear(
     *,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """Quantised x [M, K] with scales [M, K / 128] times weight [N, K] with scales [ceil(N / 128), K / 128], to [M, N]
+    """Quantized x [M, K] with scales [M, K / 128] times weight [N, K] with scales [ceil(N / 128), K / 128], to [M, N]
     of bf16, or of fp32, which keeps the unrounded sum (`dsv3_plugin.ops.slices`).
     """
     op = "fp8_linear"

@@ -19,7 +19,7 @@ RMS_NORM_FP8 = Contract("rms_norm_fp8", 1, "rms_norm, then quantize_fp8")
 ADD_RMS_NORM_FP8 = Contract("add_rms_norm_fp8", 1, "residual sum, then rms_norm, then quantize_fp8")
 SILU_AND_MUL_FP8 = Contract("silu_and_mul_fp8", 1, "silu_and_mul, then quantize_fp8")
 PERMUTE = Contract("permute", 1, "rows of activations")
-PERMUTE_FP8 = Contract("permute_fp8", 1, "rows of quantised activations and their scales")
+PERMUTE_FP8 = Contract("permute_fp8", 1, "rows of quantized activations and their scales")
 
 
 def add_rms_norm(
@@ -43,7 +43,7 @@ def rms_norm_fp8(
 def add_rms_norm_fp8(
     x: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, eps: float, scale_format: ScaleFormat
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, addend [M, K], weight [K] of one dtype, to what `add_rms_norm` gives and its second part quantised: (e4m3 [M,
+    """x, addend [M, K], weight [K] of one dtype, to what `add_rms_norm` gives and its second part quantized: (e4m3 [M,
     K], fp32 scales [M, K / 128]).
     """
     total, normalised = add_rms_norm(x, addend, weight, eps)

@@ -1,4 +1,4 @@
-"""Matrix products with unquantised weights: `linear`, `head_linear`, `grouped_linear`.
+"""Matrix products with unquantized weights: `linear`, `head_linear`, `grouped_linear`.
 
 Contract: operands in the profile's dtype; one running fp32 accumulator over ascending K; one rounding to the
 output dtype. On a CPU the sum over K is the library's for a tile of `tile.ROWS` rows.

@@ -7,7 +7,7 @@ Contract, for `Profile.reduction_slices` = n > 1:
   adds the n sums: neighbours first, then neighbouring pairs, each addition rounded to fp32. One rounding at the end.
 * Column-parallel products (`q_proj` or `q_b_proj`, `gate_up_proj` of the same MLPs, `eh_proj`, `lm_head`; the weight is
   cut along its rows) compute n equal slices of the outputs as products of their own, gate and up each: on a CPU an
-  unquantised product's bits depend on how many outputs it has. Those of an FP8 product do not.
+  unquantized product's bits depend on how many outputs it has. Those of an FP8 product do not.
 * Everything else is whole on every rank or, like attention and the absorbed halves of `kv_b_proj`, has one product a
   head. Routed experts are never cut.
 

@@ -444,7 +444,7 @@ def small_cases() -> Iterator[Case]:
 
             return Contenders(lambda: rms_norm.rms_norm(x, weight, 1e-6), {"vLLM rms_norm": peer(vllm)})
 
-        def quantise(m: int = m) -> Contenders:
+        def quantized(m: int = m) -> Contenders:
             x = bf16(m, _HIDDEN)
 
             def vllm() -> Call:
@@ -491,7 +491,7 @@ def small_cases() -> Iterator[Case]:
             )
 
         yield Case(f"RMSNorm {m} x 7168", norm, m * _HIDDEN * 4, rows=_norm_rows)
-        yield Case(f"quantise {m} x 7168", quantise, m * _HIDDEN * 3, rows=_quantise_rows)
+        yield Case(f"quantize {m} x 7168", quantized, m * _HIDDEN * 3, rows=_quantize_rows)
         yield Case(f"SwiGLU {m * _TOPK} x 4096", swiglu, m * _TOPK * _EXPERT_SIZE * 6, rows=_swiglu_rows)
         yield Case(f"route {m} x 256", choose, m * _EXPERTS * 4, rows=_route_rows)
         yield Case(f"combine T={m}", put_together, m * (_TOPK + 2) * _HIDDEN * 2, rows=_combine_rows)
@@ -535,7 +535,7 @@ def fused_cases(m: int) -> Iterator[Case]:
         theirs = partial(_custom_ops.rms_norm_per_block_quant, x, weight, 1e-6, E4M3, [1, 128], None, residual, True)
         return theirs
 
-    def norm_quantised() -> Contenders:
+    def norm_quantized() -> Contenders:
         x, weight = bf16(m, _HIDDEN), bf16(_HIDDEN)
         ours = partial(rms_norm.rms_norm_fp8, x, weight, 1e-6, "float32")
         return Contenders(ours, {"vLLM rms_norm_per_block_quant": peer(lambda: blockwise(x, weight))})
@@ -552,13 +552,13 @@ def fused_cases(m: int) -> Iterator[Case]:
         ours = partial(rms_norm.add_rms_norm, x, addend, weight, 1e-6)
         return Contenders(ours, {"vLLM fused_add_rms_norm": peer(vllm)})
 
-    def norm_of_sum_quantised() -> Contenders:
+    def norm_of_sum_quantized() -> Contenders:
         x, addend, weight = bf16(m, _HIDDEN), bf16(m, _HIDDEN), bf16(_HIDDEN)
         ours = partial(rms_norm.add_rms_norm_fp8, x, addend, weight, 1e-6, "float32")
         theirs = peer(lambda: blockwise(x, weight, addend.clone()))
         return Contenders(ours, {"vLLM rms_norm_per_block_quant, which writes no bf16": theirs})
 
-    def swiglu_quantised() -> Contenders:
+    def swiglu_quantized() -> Contenders:
         x = bf16(m * _TOPK, 2 * _EXPERT_SIZE)
 
         def vllm() -> Call:
@@ -574,7 +574,7 @@ def fused_cases(m: int) -> Iterator[Case]:
         x, rows = bf16(m, _HIDDEN), permutation(random_experts(m), _EXPERTS)[0]
         return Contenders(lambda: permute.permute(x, rows), {"torch": lambda: x[rows]})
 
-    def permuted_quantised() -> Contenders:
+    def permuted_quantized() -> Contenders:
         values, scales = quantize.quantize_fp8(bf16(m, _HIDDEN), "float32")
         rows = permutation(random_experts(m), _EXPERTS)[0]
         theirs = values.view(torch.int64)
@@ -594,18 +594,18 @@ def fused_cases(m: int) -> Iterator[Case]:
         return Contenders(ours, {"cuBLAS, then vLLM grouped_topk": peer(vllm)})
 
     row, expert_rows = m * _HIDDEN, m * _TOPK * _EXPERT_SIZE
-    yield Case(f"RMSNorm, quantised {m} x 7168", norm_quantised, row * 3, rows=_norm_quantised_rows)
+    yield Case(f"RMSNorm, quantized {m} x 7168", norm_quantized, row * 3, rows=_norm_quantized_rows)
     yield Case(f"RMSNorm of a sum {m} x 7168", norm_of_sum, row * 8, rows=_norm_of_sum_rows)
     yield Case(
-        f"RMSNorm of a sum, and quantised {m} x 7168", norm_of_sum_quantised, row * 9, rows=_norm_of_sum_quantised_rows
+        f"RMSNorm of a sum, and quantized {m} x 7168", norm_of_sum_quantized, row * 9, rows=_norm_of_sum_quantized_rows
     )
-    yield Case(f"SwiGLU, quantised {m * _TOPK} x 4096", swiglu_quantised, expert_rows * 5, rows=_swiglu_quantised_rows)
+    yield Case(f"SwiGLU, quantized {m * _TOPK} x 4096", swiglu_quantized, expert_rows * 5, rows=_swiglu_quantized_rows)
     yield Case(f"permute {m} x 7168 for 8 experts each", permuted, row * (_TOPK + 1) * 2, rows=_permute_rows)
     yield Case(
         f"permute in fp8 {m} x 7168 for 8 experts each",
-        permuted_quantised,
+        permuted_quantized,
         row * (_TOPK + 1),
-        rows=_permute_quantised_rows,
+        rows=_permute_quantized_rows,
     )
     moved = 2 * (row + _EXPERTS * _HIDDEN)
     operations = 2 * row * _EXPERTS
@@ -627,7 +627,7 @@ def _norm_rows() -> Rows:
     return Rows(_MOST_ROWS, lambda i: rms_norm.rms_norm(x[i], weight, 1e-6))
 
 
-def _norm_quantised_rows() -> Rows:
+def _norm_quantized_rows() -> Rows:
     x, weight = bf16(_MOST_ROWS, _HIDDEN), bf16(_HIDDEN)
     return Rows(_MOST_ROWS, lambda i: _side_by_side(rms_norm.rms_norm_fp8(x[i], weight, 1e-6, "float32")))
 
@@ -637,13 +637,13 @@ def _norm_of_sum_rows() -> Rows:
     return Rows(_MOST_ROWS, lambda i: _side_by_side(rms_norm.add_rms_norm(x[i], addend[i], weight, 1e-6)))
 
 
-def _norm_of_sum_quantised_rows() -> Rows:
+def _norm_of_sum_quantized_rows() -> Rows:
     x, addend, weight = bf16(_MOST_ROWS, _HIDDEN), bf16(_MOST_ROWS, _HIDDEN), bf16(_HIDDEN)
     fused_norm = partial(rms_norm.add_rms_norm_fp8, weight=weight, eps=1e-6, scale_format="float32")
     return Rows(_MOST_ROWS, lambda i: _side_by_side(fused_norm(x[i], addend[i])))
 
 
-def _quantise_rows() -> Rows:
+def _quantize_rows() -> Rows:
     x = bf16(_MOST_ROWS, _HIDDEN)
     return Rows(_MOST_ROWS, lambda i: _side_by_side(quantize.quantize_fp8(x[i], "float32")))
 
@@ -653,7 +653,7 @@ def _swiglu_rows() -> Rows:
     return Rows(_MOST_ROWS, lambda i: silu_and_mul.silu_and_mul(x[i]))
 
 
-def _swiglu_quantised_rows() -> Rows:
+def _swiglu_quantized_rows() -> Rows:
     x = bf16(_MOST_ROWS, 2 * _EXPERT_SIZE)
     return Rows(_MOST_ROWS, lambda i: _side_by_side(silu_and_mul.silu_and_mul_fp8(x[i], "float32")))
 
@@ -663,7 +663,7 @@ def _permute_rows() -> Rows:
     return Rows(_MOST_ROWS, lambda i: permute.permute(x, source[i]))
 
 
-def _permute_quantised_rows() -> Rows:
+def _permute_quantized_rows() -> Rows:
     values, scales = quantize.quantize_fp8(bf16(_MOST_ROWS, _HIDDEN), "float32")
     source = torch.randperm(_MOST_ROWS, device=_DEVICE)
     return Rows(_MOST_ROWS, lambda i: _side_by_side(permute.permute_fp8(values, scales, source[i])))
@@ -688,8 +688,8 @@ def moe_cases() -> Iterator[Case]:
 
     def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
         rows, slots, counts = permutation(ids, _EXPERTS)
-        quantised = permute.permute_fp8(*quantize.quantize_fp8(x, "float32"), rows)
-        b = silu_and_mul.silu_and_mul_fp8(fp8_linear.grouped_fp8_linear(*quantised, counts, *gate_up), "float32")
+        quantized = permute.permute_fp8(*quantize.quantize_fp8(x, "float32"), rows)
+        b = silu_and_mul.silu_and_mul_fp8(fp8_linear.grouped_fp8_linear(*quantized, counts, *gate_up), "float32")
         return combine.combine(fp8_linear.grouped_fp8_linear(*b, counts, *down), slots, weights, shared)
 
     def tokens_of(tokens: int) -> tuple[torch.Tensor, ...]:

@@ -91,7 +91,7 @@ _TITLES = {
     "attention": "Attention: B requests of S cached tokens, h heads, s_q new tokens each",
     "moe": "Routed experts of a layer, T tokens",
     "dense": "fp8 projections: tokens x columns x depth",
-    "small": "Norm, SwiGLU, quantisation, router and moves of rows",
+    "small": "Norm, SwiGLU, quantization, router and moves of rows",
     "bf16": "bf16 products: tokens x columns x depth",
     "grouped": "fp8 products of experts: experts x columns x depth",
 }

@@ -1,6 +1,6 @@
 """RMSNorm: one program a row, which stays in registers; its squares are folded as the contract says.
 
-Fused with what stands before and behind it in a layer: the residual sum, and quantisation to e4m3.
+Fused with what stands before and behind it in a layer: the residual sum, and quantization to e4m3.
 """
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
 
@@ -101,7 +101,7 @@ def add_rms_norm(
 def add_rms_norm_fp8(
     x: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, eps: float, scale_format: ScaleFormat
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, addend bf16 [M, K], weight bf16 [K], to their sum, its `rms_norm`, and that quantised: bf16 [M, K] twice, e4m3
+    """x, addend bf16 [M, K], weight bf16 [K], to their sum, its `rms_norm`, and that quantized: bf16 [M, K] twice, e4m3
     [M, K], fp32 scales [M, K / 128]. Raises `InputError`.
     """
     _require("add_rms_norm_fp8", x, weight, FP8_BLOCK)

@@ -1,4 +1,4 @@
-"""SwiGLU's elementwise part, and the same with its result quantised to e4m3."""
+"""SwiGLU's elementwise part, and the same with its result quantized to e4m3."""
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
 
 from __future__ import annotations

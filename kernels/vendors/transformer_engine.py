@@ -1,6 +1,6 @@
 """TransformerEngine as a provider of block-scaled fp8, as its recipe `Float8BlockScaling` uses it. Fast mode only.
 
-Its product is cuBLASLt's; its quantiser agrees with the contract in power-of-two scales.
+Its product is cuBLASLt's; its quantizer agrees with the contract in power-of-two scales.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _tensor(values: torch.Tensor, scales: torch.Tensor, block_scaling_dim: int) 
 
 
 def kernels() -> list[Kernel]:
-    """The quantiser and the dense product."""
+    """The quantizer and the dense product."""
     version = version_of(_DISTRIBUTION)
     return kernels_of(
         PROVIDER,

@@ -29,7 +29,7 @@ logger = logging.getLogger("sglang.dsv3_plugin")
 
 
 class CoreHead:
-    """Our head in the form of SGLang's quantisation methods, which is how its logits processor lets a model bring its
+    """Our head in the form of SGLang's quantization methods, which is how its logits processor lets a model bring its
     own: the fp32 sums are the logits.
     """
 

@@ -308,7 +308,7 @@ def test_fp32_scales_are_refused_and_dequantized(tmp_path: Path) -> None:
 
 
 def test_scales_that_contradict_the_configuration_are_refused(tmp_path: Path) -> None:
-    """fp32 scales under scale_fmt ue8m0: quantising again would change every weight."""
+    """fp32 scales under scale_fmt ue8m0: quantizing again would change every weight."""
     settings = read_config("tiny")
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
     settings["quantization_config"] = quantization

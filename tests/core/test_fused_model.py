@@ -48,15 +48,15 @@ def test_fused_operations_change_no_bit(tiny_checkpoint: TinyCheckpoint, monkeyp
     monkeypatch.setattr(Ops, "quantizes_ahead", False)
     assert torch.equal(logits(tiny_checkpoint, parts).view(torch.int32), expected.view(torch.int32))
     assert set(parts) == {"quantize_fp8"}
-    # Attention's output alone is left to its projection; the others are quantised once for all that read them.
+    # Attention's output alone is left to its projection; the others are quantized once for all that read them.
     print(
-        f"{parts.count('quantize_fp8')} activations quantised by projections, {fused.count('quantize_fp8')} when fused"
+        f"{parts.count('quantize_fp8')} activations quantized by projections, {fused.count('quantize_fp8')} when fused"
     )
     assert fused.count("quantize_fp8") < parts.count("quantize_fp8") / 4
 
 
 def unrounded(gate_up: torch.Tensor, scale_format: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """SwiGLU quantised without the rounding to bf16 between."""
+    """SwiGLU quantized without the rounding to bf16 between."""
     gate, up = gate_up.float().chunk(2, 1)
     return quantize_fp8((gate * gate.sigmoid() * up).contiguous(), scale_format)
 

@@ -202,7 +202,7 @@ def test_the_forward_keeps_its_bits(dtype: str, tiny_checkpoint: TinyCheckpoint)
 
 
 @pytest.mark.parametrize("profile", ["fp8"])
-def test_fp8_gradients_are_those_of_the_dequantised_product(profile: str, tiny_checkpoint: TinyCheckpoint) -> None:
+def test_fp8_gradients_are_those_of_the_dequantized_product(profile: str, tiny_checkpoint: TinyCheckpoint) -> None:
     reader = CheckpointReader(tiny_checkpoint(profile))
     weights = fp8_gradients.master_weights(bind_ops(reader.config, reader.profile(), torch.device("cpu")))
     generator = torch.Generator().manual_seed(0)

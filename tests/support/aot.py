@@ -107,8 +107,8 @@ _GROUPED = {"GROUPS": 256, "PADDED": 256, "ROWS": 16, "COLUMNS": 128}
 SOURCES: dict[str, Source] = {
     "rms_norm": _norm(),
     "add_rms_norm": _norm("addend", "total_out"),
-    "rms_norm, quantised": _norm("values", "scales", without=("out",)),
-    "add_rms_norm, quantised": _norm("addend", "total_out", "values", "scales"),
+    "rms_norm, quantized": _norm("values", "scales", without=("out",)),
+    "add_rms_norm, quantized": _norm("addend", "total_out", "values", "scales"),
     "quantize ue8m0": Source(
         quantize._quantize, "*bf16 *fp8e4nv *fp32 i32 i32 i32", {"GROUPS": 32, "UE8M0": True}, _EXACT
     ),
@@ -121,7 +121,7 @@ SOURCES: dict[str, Source] = {
         {"COLUMNS": 1024, "scales": None, "FP8": False, "UE8M0": False},
         _EXACT,
     ),
-    "silu_and_mul, quantised": Source(
+    "silu_and_mul, quantized": Source(
         silu_and_mul._silu_and_mul,
         "*bf16 *fp8e4nv *fp32 i32 i32",
         {"COLUMNS": 1024, "FP8": True, "UE8M0": False},
