@@ -63,15 +63,39 @@ class Setting:
     """
 
 
-def always(setting: Setting) -> str | None:
-    """A kernel that serves every setting."""
-    return None
+@dataclass(frozen=True)
+class Support:
+    """Whether a kernel supports a setting. True as a condition if it does; else `reason` says why not."""
+
+    reason: str | None = None
+
+    def __bool__(self) -> bool:
+        """Whether it is supported."""
+        return self.reason is None
 
 
-def whole_sums_only(setting: Setting) -> str | None:
+SUPPORTED = Support()
+
+IsSupported = Callable[[Setting], Support]
+"""What a provider says of a kernel: whether it supports a setting. Two of them join by `and`."""
+
+
+def unsupported(reason: str) -> Support:
+    """A kernel does not support a setting: `reason` is one line for the user, with what to install if that helps."""
+    return Support(reason)
+
+
+def always(setting: Setting) -> Support:
+    """A kernel that supports every setting."""
+    return SUPPORTED
+
+
+def whole_sums_only(setting: Setting) -> Support:
     """A kernel that cannot keep the sums of reduction slices apart (`dsv3_plugin.ops.slices`)."""
     slices = setting.profile.reduction_slices
-    return None if slices == 1 else f"keeps no fp32 sums of slices, {slices} reduction slices were asked for"
+    if slices == 1:
+        return SUPPORTED
+    return unsupported(f"keeps no fp32 sums of slices, {slices} reduction slices were asked for")
 
 
 def versions_of(*distributions: str) -> Callable[[], dict[str, str]]:
@@ -117,10 +141,9 @@ class Implementation:
 class Kernel:
     """What a provider offers for one operation.
 
-    `run` takes the arguments of the operation's reference in `dsv3_plugin.ops`. `refuses` returns why the kernel
-    cannot serve a setting, or None if it can: also that something is not installed, and what to install, so that a
-    model is refused when it is built and not in its first request. Among kernels that may serve, the highest `priority`
-    wins.
+    `run` takes the arguments of the operation's reference in `dsv3_plugin.ops`. `is_supported` says whether the kernel
+    supports a setting, and if not, why: also that something is not installed, and what to install, so that a model is
+    refused when it is built and not in its first request. Among kernels that may serve, the highest `priority` wins.
     """
 
     op: str
@@ -128,7 +151,7 @@ class Kernel:
     provider: str
     version: str
     run: Callable[..., Any]
-    refuses: Callable[[Setting], str | None] = always
+    is_supported: IsSupported = always
     implementations: tuple[Implementation, ...] = ()
     """All that `run` may hand to on this machine. If none is named, `run` is the one."""
     certificates: Path | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv3_plugin.hooks import Kernel, Setting, hookimpl
+from dsv3_plugin.hooks import SUPPORTED, Kernel, Setting, Support, hookimpl, unsupported
 from dsv3_plugin.ops import combine, fp8, fused, linear, mla_attention, rms_norm, rope, router, silu_and_mul
 from dsv3_plugin.ops.contract import Contract
 from dsv3_plugin.version import __version__
@@ -33,11 +33,11 @@ _REFERENCES = (
 )
 
 
-def only_cpu(setting: Setting) -> str | None:
+def only_cpu(setting: Setting) -> Support:
     """The reference's bits are defined on a CPU; on another device the library's sums are not its contract."""
     if setting.device_type == "cpu" and setting.arithmetic == "cpu":
-        return None
-    return f"defines the CPU arithmetic, not {setting.arithmetic} on {setting.device_type}"
+        return SUPPORTED
+    return unsupported(f"defines the CPU arithmetic, not {setting.arithmetic} on {setting.device_type}")
 
 
 def _kernel(contract: Contract, run: object) -> Kernel:
@@ -47,7 +47,7 @@ def _kernel(contract: Contract, run: object) -> Kernel:
         provider=PROVIDER,
         version=__version__,
         run=run,  # type: ignore[arg-type]
-        refuses=only_cpu,
+        is_supported=only_cpu,
     )
 
 

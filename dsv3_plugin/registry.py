@@ -20,7 +20,7 @@ import pluggy
 from dsv3_plugin import certificates, hooks, reference_kernels
 from dsv3_plugin.certificates import Certificate
 from dsv3_plugin.errors import KernelError
-from dsv3_plugin.hooks import Arithmetic, Kernel, Setting
+from dsv3_plugin.hooks import Arithmetic, Kernel, Setting, Support
 from dsv3_plugin.ops import combine, fp8, fused, linear, mla_attention, rms_norm, rope, router, silu_and_mul
 from dsv3_plugin.ops.contract import Contract
 from dsv3_plugin.ops.slices import Slices
@@ -254,10 +254,18 @@ def _offer(provider: pluggy.HookImpl) -> list[Kernel]:
     return kernels
 
 
-def refuses(kernel: Kernel, setting: Setting) -> str | None:
-    """What a kernel itself says of a setting. Raises `KernelError` that names its provider if it raises."""
+def is_supported(kernel: Kernel, setting: Setting) -> Support:
+    """What a kernel itself says of a setting. Raises `KernelError` that names its provider if it raises, or answers
+    something else.
+    """
     with hooks.errors_of(f"the kernel provider {kernel.provider} cannot tell whether its {kernel.op} serves"):
-        return kernel.refuses(setting)
+        answer: Any = kernel.is_supported(setting)
+    if not isinstance(answer, Support):
+        raise KernelError(
+            f"the kernel provider {kernel.provider} answers {type(answer).__name__} {answer!r:.80} where asked whether"
+            f" its {kernel.op} serves, not a dsv3_plugin.hooks.Support"
+        )
+    return answer
 
 
 def definitions(arithmetic: Arithmetic) -> dict[str, Kernel]:
@@ -308,7 +316,7 @@ def judge(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) -> C
     if kernel.contract_version != contract.version:
         refusal_ = f"meets contract version {kernel.contract_version}, version {contract.version} is needed"
     else:
-        refusal_ = refuses(kernel, setting)
+        refusal_ = is_supported(kernel, setting).reason
     if refusal_ is None and mode == "strict" and not is_the_contract:
         if kernel.uncertified is not None:
             refusal_ = f"has no certificate, which strict mode needs: {kernel.uncertified}"

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3_plugin.hooks import Setting, whole_sums_only
-
-Refusal = Callable[[Setting], str | None]
-"""Why a kernel cannot serve a setting, or None if it can."""
+from dsv3_plugin.hooks import SUPPORTED, IsSupported, Setting, Support, unsupported, whole_sums_only
 
 CERTIFICATES = Path(__file__).with_name("certificates.json")
 """Those that this package ships: written on a card by `dsv3 kernels check --certify`, never by hand."""
@@ -18,38 +15,49 @@ CERTIFICATES = Path(__file__).with_name("certificates.json")
 V3_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 
 
-def on_hopper_with(missing: Callable[[], str | None]) -> Refusal:
+def on_hopper_with(missing: Callable[[], str | None]) -> IsSupported:
     """A kernel that serves a Hopper card in bf16 or fp8 unless something is `missing`: what, and what to install."""
 
-    def refuses(setting: Setting) -> str | None:
+    def is_supported(setting: Setting) -> Support:
         if (setting.device_type, setting.arithmetic) != ("cuda", "sm90"):
-            return f"computes arithmetic sm90 on a GPU, not {setting.arithmetic} on {setting.device_type}"
+            return unsupported(f"computes arithmetic sm90 on a GPU, not {setting.arithmetic} on {setting.device_type}")
         if setting.capability != (9, 0):
-            return f"needs compute capability 9.0, this card has {setting.capability}"
+            return unsupported(f"needs compute capability 9.0, this card has {setting.capability}")
         if setting.profile.dtype != torch.bfloat16:
-            return f"the tensor core multiplies bf16 or fp8, the profile computes in {setting.profile.dtype}"
-        return missing() or whole_sums_only(setting)
+            dtype = setting.profile.dtype
+            return unsupported(f"the tensor core multiplies bf16 or fp8, the profile computes in {dtype}")
+        if lacking := missing():
+            return unsupported(lacking)
+        return whole_sums_only(setting)
 
-    return refuses
+    return is_supported
 
 
-def for_v3_latent(refuses: Refusal) -> Refusal:
+def for_v3_latent(is_supported: IsSupported) -> IsSupported:
     """The same, of an attention kernel that reads V3's latent only."""
 
-    def refuses_others(setting: Setting) -> str | None:
-        found = _latent(setting)
-        return refuses(setting) or (None if found == V3_LATENT else f"attends with {V3_LATENT}, the model has {found}")
+    def with_v3_latent(setting: Setting) -> Support:
+        return is_supported(setting) and _reads_v3(setting)
 
-    return refuses_others
+    return with_v3_latent
 
 
-def for_other_latents(refuses: Refusal) -> Refusal:
+def for_other_latents(is_supported: IsSupported) -> IsSupported:
     """The same, of an attention kernel that leaves V3's latent to another."""
 
-    def refuses_v3(setting: Setting) -> str | None:
-        return refuses(setting) or ("leaves V3's latent to mla_hopper" if _latent(setting) == V3_LATENT else None)
+    def with_another_latent(setting: Setting) -> Support:
+        return is_supported(setting) and _leaves_v3(setting)
 
-    return refuses_v3
+    return with_another_latent
+
+
+def _reads_v3(setting: Setting) -> Support:
+    found = _latent(setting)
+    return SUPPORTED if found == V3_LATENT else unsupported(f"attends with {V3_LATENT}, the model has {found}")
+
+
+def _leaves_v3(setting: Setting) -> Support:
+    return unsupported("leaves V3's latent to mla_hopper") if _latent(setting) == V3_LATENT else SUPPORTED
 
 
 def _latent(setting: Setting) -> dict[str, int | None]:

@@ -49,7 +49,7 @@ from dsv3_plugin.kernels import provider
 from dsv3_plugin.kernels.certify.cases import CASES, LARGE, ON_CPU, SMALL, Case, Sizes, in_fp32
 from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.profile import FP8_UE8M0, FP32
-from dsv3_plugin.registry import CONTRACTS, definitions, is_a_definition, offered_kernels, reference_of, refuses
+from dsv3_plugin.registry import CONTRACTS, definitions, is_a_definition, is_supported, offered_kernels, reference_of
 
 # One case of so many is computed on the CPU too where the model runs on the card.
 _ON_CPU_TOO = 16
@@ -105,7 +105,7 @@ class Target(NamedTuple):
         if self.kernel.op == "mla_attention":
             latents = [dict(zip(V3_LATENT, latent, strict=True)) for latent in LARGE.latents]
         settings = [setting for latent in latents for setting in where.settings(**latent)]
-        return [setting for setting in settings if refuses(self.kernel, setting) is None]
+        return [setting for setting in settings if is_supported(self.kernel, setting)]
 
     def sizes(self, where: Where) -> Sizes:
         """What its cases are drawn from."""
@@ -534,7 +534,7 @@ def _that_run(targets: list[Target], where: Where) -> list[Target]:
     not_checked: dict[tuple[str, str], list[str]] = {}
     for target in targets:
         if not target.settings(where):
-            reason = str(refuses(target.kernel, where.settings(**V3_LATENT)[0]))
+            reason = str(is_supported(target.kernel, where.settings(**V3_LATENT)[0]).reason)
             not_checked.setdefault((target.kernel.provider, reason), []).append(target.kernel.op)
     for (provider_name, reason), ops in not_checked.items():
         print(f"{provider_name}: not checked ({reason}): {', '.join(dict.fromkeys(ops))}", flush=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import FP8_BLOCK
-from dsv3_plugin.hooks import Kernel, Setting, whole_sums_only
+from dsv3_plugin.hooks import Kernel, Setting, Support, unsupported, whole_sums_only
 from dsv3_plugin.kernels.sm90 import tensor_core
 from dsv3_plugin.ops import combine, elementary, fp8, fused, linear, mla_attention, rms_norm, rope, router, silu_and_mul
 from dsv3_plugin.ops.contract import Contract, require, require_matrix
@@ -106,12 +106,13 @@ def _add_values(output: torch.Tensor, p: torch.Tensor, values: torch.Tensor) -> 
 attention = partial(mla_attention.mla_attention, products=mla_attention.Products(_scores, _add_values))
 
 
-def refuses(setting: Setting) -> str | None:
+def is_supported(setting: Setting) -> Support:
     """Serves a CPU that is asked for Hopper's arithmetic in bf16 or fp8."""
     if (setting.device_type, setting.arithmetic) != ("cpu", "sm90"):
-        return f"models arithmetic sm90 on a CPU, not {setting.arithmetic} on {setting.device_type}"
+        return unsupported(f"models arithmetic sm90 on a CPU, not {setting.arithmetic} on {setting.device_type}")
     if setting.profile.dtype != torch.bfloat16:
-        return f"the tensor core multiplies bf16 or fp8, the profile computes in {setting.profile.dtype}"
+        dtype = setting.profile.dtype
+        return unsupported(f"the tensor core multiplies bf16 or fp8, the profile computes in {dtype}")
     return whole_sums_only(setting)
 
 
@@ -148,7 +149,7 @@ def kernels() -> list[Kernel]:
             provider=PROVIDER,
             version=__version__,
             run=run,
-            refuses=refuses,
+            is_supported=is_supported,
         )
         for contract, run in _OPERATIONS
     ]

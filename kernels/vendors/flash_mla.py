@@ -79,5 +79,5 @@ def kernels() -> list[Kernel]:
         mla_attention,
         uncertified="cuts the keys by the batch: of 150 requests together 147 answer otherwise alone",
     )
-    refuses = for_v3_latent(on_hopper_with(missing))
-    return kernels_of(PROVIDER, version_of("vllm"), refuses, attention)
+    is_supported = for_v3_latent(on_hopper_with(missing))
+    return kernels_of(PROVIDER, version_of("vllm"), is_supported, attention)

@@ -6,8 +6,8 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dsv3_plugin.hooks import Implementation, Kernel
-from dsv3_plugin.kernels.hopper import CERTIFICATES, Refusal
+from dsv3_plugin.hooks import Implementation, IsSupported, Kernel
+from dsv3_plugin.kernels.hopper import CERTIFICATES
 from dsv3_plugin.ops.contract import Contract
 
 
@@ -32,7 +32,7 @@ class Offer(NamedTuple):
     priority: int = 0
 
 
-def kernels_of(provider: str, version: str | None, refuses: Refusal, *offers: Offer) -> list[Kernel]:
+def kernels_of(provider: str, version: str | None, is_supported: IsSupported, *offers: Offer) -> list[Kernel]:
     """The offers as kernels of one provider; `version` is None where it is not installed."""
     return [
         Kernel(
@@ -41,7 +41,7 @@ def kernels_of(provider: str, version: str | None, refuses: Refusal, *offers: Of
             provider=provider,
             version=version or "absent",
             run=offer.run,
-            refuses=refuses,
+            is_supported=is_supported,
             implementations=offer.implementations,
             certificates=CERTIFICATES,
             uncertified=offer.uncertified,

@@ -17,7 +17,7 @@ from dsv3_plugin.certificates import Certificate
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import KernelError
-from dsv3_plugin.hooks import Implementation, Kernel, Setting
+from dsv3_plugin.hooks import SUPPORTED, Implementation, Kernel, Setting, Support, unsupported
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.linear import LINEAR, linear
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32
@@ -53,7 +53,7 @@ def kernel(
         provider=provider,
         version="3.2",
         run=other_linear,
-        refuses=lambda setting: refusal,
+        is_supported=lambda setting: Support(refusal),
         priority=priority,
     )
 
@@ -311,11 +311,11 @@ def test_a_kernel_may_refuse_the_setting(mode: registry.Mode) -> None:
 def test_a_kernel_sees_the_setting() -> None:
     seen = []
 
-    def refuses(setting: Setting) -> str | None:
+    def is_supported(setting: Setting) -> Support:
         seen.append(setting)
-        return None
+        return SUPPORTED
 
-    bind(HOPPER, "fast", [Kernel(c.op, c.version, "lab", "1", print, refuses) for c in CONTRACTS])
+    bind(HOPPER, "fast", [Kernel(c.op, c.version, "lab", "1", print, is_supported) for c in CONTRACTS])
     assert seen == [HOPPER] * len(CONTRACTS)
 
 
@@ -421,9 +421,22 @@ def test_a_provider_that_is_broken_is_named_in_one_line(
 
 
 def test_a_kernel_that_cannot_tell_whether_it_serves_is_named() -> None:
-    offer = replace(kernel(), refuses=lambda setting: setting.dims["heads"])
+    offer = replace(kernel(), is_supported=lambda setting: Support(setting.dims["heads"]))
     with pytest.raises(KernelError, match=r"^the kernel provider fast_lab .* its linear serves: KeyError: 'heads'$"):
         bind(CPU_BF16, "strict", [offer, *REFERENCE])
+
+
+def test_support_reads_as_what_it_says() -> None:
+    assert SUPPORTED and not unsupported("lacks a card")
+    assert (SUPPORTED and unsupported("first") and unsupported("second")).reason == "first"
+
+
+@pytest.mark.parametrize("answer", [None, True, "needs a card"])
+def test_a_kernel_that_answers_something_else_than_support_is_named(answer: object) -> None:
+    """Twin: a text would count as true, and the kernel would serve where it says that it cannot."""
+    offer = replace(kernel(), is_supported=lambda setting: answer)  # type: ignore[arg-type, return-value]
+    with pytest.raises(KernelError, match=r"^the kernel provider fast_lab answers .* not a dsv3_plugin.hooks.Support$"):
+        bind(CPU_BF16, "fast", [offer, *REFERENCE])
 
 
 def test_a_user_who_stops_a_provider_stops_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

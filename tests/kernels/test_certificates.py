@@ -58,7 +58,7 @@ def h200(monkeypatch, tmp_path):
     monkeypatch.setattr(compiler, "missing", lambda: None)
     monkeypatch.setattr(deep_gemm, "missing", lambda: None)
     monkeypatch.setattr(deep_gemm, "_compiler", lambda: "nvcc 13.0.88")
-    monkeypatch.setattr(provider, "refuses", on_hopper_with(lambda: None))
+    monkeypatch.setattr(provider, "is_supported", on_hopper_with(lambda: None))
     monkeypatch.setenv(certificates.FILE_VARIABLE, str(tmp_path / "none.json"))
     return versions
 
@@ -227,8 +227,8 @@ def test_without_cuda_bindings_the_model_is_refused(certified, monkeypatch):
     compiler.missing.cache_clear()
     monkeypatch.setitem(sys.modules, "cuda", None)
     try:
-        refuses = provider.v3_attention().refuses
-        assert refuses(HOPPER) == "the package cuda-bindings is not installed: pip install cuda-bindings"
+        found = provider.v3_attention().is_supported(HOPPER)
+        assert found.reason == "the package cuda-bindings is not installed: pip install cuda-bindings"
         assert [part.name for part in own.parts("fp8_linear")] == ["triton.fp8_gluon", "triton.fp8_linear"]
         with pytest.raises(KernelError, match=r"cuda 0\.1\.0: the package cuda-bindings is not installed"):
             bind(HOPPER, "fast", [kernel for kernel in provider.dsv3_kernels() if kernel.provider == "cuda"])

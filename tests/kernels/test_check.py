@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dsv3_plugin.errors import InputError, KernelError
-from dsv3_plugin.hooks import Implementation, Kernel
+from dsv3_plugin.hooks import Implementation, Kernel, always
 from dsv3_plugin.kernels import hopper, provider
 from dsv3_plugin.kernels.certify import cases, check
 from dsv3_plugin.kernels.certify.check import Target
@@ -170,7 +170,7 @@ def test_each_implementation_of_a_kernel_is_checked_by_itself():
 
 def test_cases_tell_which_pages_and_dtypes_they_had():
     where = check.Where("cpu", "cpu", 0, "cpu")
-    kernel = replace(model_kernel("mla_attention"), provider="a lab", refuses=lambda setting: None)
+    kernel = replace(model_kernel("mla_attention"), provider="a lab", is_supported=always)
     (part,) = kernel.parts
     drawn = cases.SMALL._replace(requests=(1,))
     model = check.definitions("cpu")["mla_attention"]
@@ -278,7 +278,7 @@ def test_implementations_get_cases_that_they_take_and_few_that_they_are_compiled
     def sizes(kernel: Kernel) -> cases.Sizes:
         return Target(kernel, kernel.parts[0]).sizes(check.Where())
 
-    monkeypatch.setattr(provider, "refuses", hopper.on_hopper_with(lambda: None))
+    monkeypatch.setattr(provider, "is_supported", hopper.on_hopper_with(lambda: None))
     monkeypatch.setattr(provider.cuda, "missing", lambda: None)
     monkeypatch.setattr(flash_mla, "missing", lambda: None)
     monkeypatch.setattr(deep_gemm, "missing", lambda: None)

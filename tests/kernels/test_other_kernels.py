@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dsv3_plugin import registry
 from dsv3_plugin.certificates import Certificate, Subject
 from dsv3_plugin.errors import InputError, KernelError
-from dsv3_plugin.hooks import Kernel, Setting
+from dsv3_plugin.hooks import Kernel, Setting, always
 from dsv3_plugin.kernels import hopper, provider
 from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.kernels.vendors import cublas, deep_gemm, flash_mla, third_party
@@ -34,13 +34,13 @@ def test_each_can_be_certified_or_says_why_not(kernel):
         Setting("cuda", "sm90", BF16, (10, 0), V3_LATENT),
         Setting("cuda", "sm90", Profile("bf16", torch.bfloat16, reduction_slices=2), (9, 0), V3_LATENT),
     ):
-        assert kernel.refuses(elsewhere), elsewhere
+        assert not kernel.is_supported(elsewhere), elsewhere
 
 
 def test_what_is_not_installed_is_named():
-    refuses = hopper.on_hopper_with(lambda: "a lab's kernel is not installed")
-    assert refuses(HOPPER) == "a lab's kernel is not installed"
-    assert hopper.on_hopper_with(lambda: None)(HOPPER) is None
+    is_supported = hopper.on_hopper_with(lambda: "a lab's kernel is not installed")
+    assert is_supported(HOPPER).reason == "a lab's kernel is not installed"
+    assert hopper.on_hopper_with(lambda: None)(HOPPER)
     assert third_party.version_of("no-such-distribution", "pluggy")
     assert third_party.version_of("no-such-distribution") is None
 
@@ -48,9 +48,9 @@ def test_what_is_not_installed_is_named():
 def test_flash_mla_attends_with_the_latent_of_v3_only(monkeypatch):
     monkeypatch.setattr(flash_mla, "missing", lambda: None)
     (kernel,) = flash_mla.kernels()
-    assert kernel.refuses(HOPPER) is None
+    assert kernel.is_supported(HOPPER)
     other = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), {"kv_lora_rank": 128, "qk_rope_head_dim": 64})
-    assert "kv_lora_rank" in str(kernel.refuses(other))
+    assert "kv_lora_rank" in str(kernel.is_supported(other).reason)
 
 
 def test_strict_mode_never_takes_one_without_certificate(monkeypatch):
@@ -101,7 +101,7 @@ def test_strict_mode_refuses_where_only_such_a_kernel_serves():
 
 
 def _without_refusal(kernel: Kernel) -> Kernel:
-    return replace(kernel, refuses=lambda setting: None)
+    return replace(kernel, is_supported=always)
 
 
 def _first(kernel: Kernel) -> Kernel:

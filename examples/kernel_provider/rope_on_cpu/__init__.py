@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3_plugin.hooks import Kernel, Setting, hookimpl
+from dsv3_plugin.hooks import SUPPORTED, Kernel, Setting, Support, hookimpl, unsupported
 from dsv3_plugin.ops.rope import ROPE
 
 
@@ -30,9 +30,11 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
-def refuses(setting: Setting) -> str | None:
-    """Why it cannot serve a setting, or None if it can."""
-    return None if (setting.device_type, setting.arithmetic) == ("cpu", "cpu") else "computes on a CPU"
+def is_supported(setting: Setting) -> Support:
+    """Whether it can serve a setting, and if not, why."""
+    if (setting.device_type, setting.arithmetic) == ("cpu", "cpu"):
+        return SUPPORTED
+    return unsupported("computes on a CPU")
 
 
 @hookimpl
@@ -45,7 +47,7 @@ def dsv3_kernels() -> list[Kernel]:
             provider="rope-on-cpu",
             version="1.0",
             run=rope,
-            refuses=refuses,
+            is_supported=is_supported,
             certificates=Path(__file__).with_name("certificates.json"),
             priority=1,
         )
