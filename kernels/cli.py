@@ -15,7 +15,7 @@ from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Setting
 from dsv3_plugin.kernels import selection
 from dsv3_plugin.kernels.certify import check
-from dsv3_plugin.kernels.certify.check import DeviceName, this_machine
+from dsv3_plugin.kernels.certify.targets import DeviceName, this_machine
 from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, FP32

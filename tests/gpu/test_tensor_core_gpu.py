@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-from dsv3_plugin.kernels.certify.check import bits_differ
+from dsv3_plugin.kernels.certify.compare import bits_differ
 from dsv3_plugin.kernels.sm90 import tensor_core
 
 

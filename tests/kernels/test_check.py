@@ -14,10 +14,13 @@ import torch
 from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Implementation, Kernel, always
 from dsv3_plugin.kernels import hopper, provider
-from dsv3_plugin.kernels.certify import cases, check
-from dsv3_plugin.kernels.certify.check import Target
+from dsv3_plugin.kernels.certify import cases, check, compare, processes
+from dsv3_plugin.kernels.certify.findings import Broken, Finding, Result
+from dsv3_plugin.kernels.certify.targets import Target, Where, chosen
+from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.kernels.sm90 import sm90_model
 from dsv3_plugin.kernels.vendors import cublas, deep_gemm, flash_mla
+from dsv3_plugin.registry import CONTRACTS, definitions
 
 CASES, SEED = 3, 1
 
@@ -38,14 +41,14 @@ def with_one_bit_turned(kernel: Kernel) -> Kernel:
     return replace(kernel, run=run)
 
 
-def check_alike(*kernels: Kernel, cpu_every: int = 0) -> list[check.Finding]:
+def check_alike(*kernels: Kernel, cpu_every: int = 0) -> list[Finding]:
     targets = [Target(kernel, part) for kernel in kernels for part in kernel.parts]
-    return check.check_alike(targets, range(CASES), SEED, check.Where("cpu", "cpu", cpu_every))
+    return compare.check_alike(targets, range(CASES), SEED, Where("cpu", "cpu", cpu_every))
 
 
 def define(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
     """The definition of its operation from now on."""
-    monkeypatch.setattr(check, "definitions", lambda arithmetic: {kernel.op: kernel})
+    monkeypatch.setattr(compare, "definitions", lambda arithmetic: {kernel.op: kernel})
 
 
 @pytest.mark.parametrize("op", ["rope", "combine"])
@@ -136,9 +139,9 @@ def test_an_expectation_that_the_cpu_contradicts_fails(monkeypatch):
 
 def test_an_output_nobody_wrote_is_infinitely_far():
     expected = torch.ones(4)
-    assert check.largest_difference(expected, torch.tensor([1, 1, torch.nan, 1])) == torch.inf
-    assert check.largest_difference((expected, expected), (expected, expected * 1.5)) == 0.5
-    assert check.largest_difference(expected, expected) == 0
+    assert compare.largest_difference(expected, torch.tensor([1, 1, torch.nan, 1])) == torch.inf
+    assert compare.largest_difference((expected, expected), (expected, expected * 1.5)) == 0.5
+    assert compare.largest_difference(expected, expected) == 0
 
 
 def refuse(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -151,7 +154,7 @@ def test_shapes_are_refused_by_other_peoples_kernels_only():
     assert (result.cases, result.refused_cases) == (0, CASES)
     assert check.verdict([result])[0] == "no kernel that is meant to be equal was compared"
     (broken,) = check_alike(replace(other, provider="triton"))
-    assert broken == check.Broken("rope", "triton", "refuse", "InputError: not this shape")
+    assert broken == Broken("rope", "triton", "refuse", "InputError: not this shape")
 
 
 def test_each_implementation_of_a_kernel_is_checked_by_itself():
@@ -169,13 +172,13 @@ def test_each_implementation_of_a_kernel_is_checked_by_itself():
 
 
 def test_cases_tell_which_pages_and_dtypes_they_had():
-    where = check.Where("cpu", "cpu", 0, "cpu")
+    where = Where("cpu", "cpu", 0, "cpu")
     kernel = replace(model_kernel("mla_attention"), provider="a lab", is_supported=always)
     (part,) = kernel.parts
     drawn = cases.SMALL._replace(requests=(1,))
-    model = check.definitions("cpu")["mla_attention"]
+    model = definitions("cpu")["mla_attention"]
     define_parts = [Target(replace(kernel, run=model.run), replace(part, run=model.run))]
-    (result,) = check._check_group(define_parts, drawn, (torch.bfloat16, torch.float32), range(24), SEED, where)
+    (result,) = compare._check_group(define_parts, drawn, (torch.bfloat16, torch.float32), range(24), SEED, where)
     assert result.cases == 24 and not result.wrong_cases
     assert result.page_sizes == {1, 16, 32, 64} and result.dtypes == {"bfloat16", "float32"}
 
@@ -210,55 +213,55 @@ def test_the_model_runs_once_for_all_kernels_of_an_operation(monkeypatch):
     assert len(calls) == CASES
 
 
-def of_the_model(share: check.Share) -> list[check.Finding]:
+def of_the_model(share: processes.Share) -> list[Finding]:
     """What a process does for a share; that of the first ones of `combine` dies as one does whose kernel ends it."""
     if share.op == "combine" and share.numbers.start == 0:
         os._exit(3)
-    where = check.Where("cpu", "cpu", 0)
+    where = Where("cpu", "cpu", 0)
     kernel = model_kernel(share.op)
-    return check.check_alike([Target(kernel, *kernel.parts)], share.numbers, SEED, where)
+    return compare.check_alike([Target(kernel, *kernel.parts)], share.numbers, SEED, where)
 
 
 def test_processes_share_an_operations_cases_and_outlive_one_that_dies(monkeypatch):
-    monkeypatch.setattr(check, "_SHARE", 2)
-    shares = check.shares(["rope", "combine"], CASES)
+    monkeypatch.setattr(processes, "SHARE", 2)
+    shares = processes.shares(["rope", "combine"], CASES)
     assert [(share.op, share.numbers) for share in shares] == [
         ("rope", range(2)),
         ("combine", range(2)),
         ("rope", range(2, 3)),
         ("combine", range(2, 3)),
     ]
-    ended = list(check.in_processes(of_the_model, shares))
+    ended = list(processes.in_processes(of_the_model, shares))
     for op in ("rope", "combine"):
         assert [share.numbers.start for share, _ in ended if share.op == op] == [0, 2], "the first goes ahead"
-    findings = {found[0].op: found for found in check.by_operation(ended, 2)}
+    findings = {found[0].op: found for found in processes.by_operation(ended, 2)}
     (of_rope,) = findings["rope"]
     assert (of_rope.cases, of_rope.wrong_cases) == (CASES, 0)
     of_rest, died = findings["combine"]
-    assert of_rest.cases == 1 and died == check.Broken("combine", "all", "all", "the process died")
+    assert of_rest.cases == 1 and died == Broken("combine", "all", "all", "the process died")
     assert not check.verdict([of_rope, of_rest, died])[1]
 
 
 def test_results_of_shares_are_one_result():
     """The first fault is that of the lowest case, whichever process ended first."""
 
-    def share(start: int, **more: Any) -> tuple[check.Share, list[check.Finding]]:
-        result = check.Result("rope", "triton", "rope", 10, 100, **more)
-        other = check.Result("rope", "cublas", "rope", 9, exact=False)
-        return check.Share("rope", range(start, start + 10)), [result, other]
+    def share(start: int, **more: Any) -> tuple[processes.Share, list[Finding]]:
+        result = Result("rope", "triton", "rope", 10, 100, **more)
+        other = Result("rope", "cublas", "rope", 9, exact=False)
+        return processes.Share("rope", range(start, start + 10)), [result, other]
 
     late = share(10, wrong_cases=1, wrong_outputs=2, first_wrong="case 11", largest_difference=0.5)
     early = share(0, wrong_cases=2, wrong_outputs=3, first_wrong="case 4", largest_difference=0.25)
-    ((ours, theirs),) = check.by_operation([late, early], 2)
-    assert ours == check.Result(
+    ((ours, theirs),) = processes.by_operation([late, early], 2)
+    assert ours == Result(
         "rope", "triton", "rope", 20, 200, wrong_cases=3, wrong_outputs=5, first_wrong="case 4", largest_difference=0.5
     )
-    assert theirs.cases == 18 and not list(check.by_operation([late], 2))
+    assert theirs.cases == 18 and not list(processes.by_operation([late], 2))
 
 
 def test_all_that_are_meant_to_be_exact_are_checked_or_those_that_are_named():
     def providers(*names: str) -> set[str]:
-        targets = check.chosen(["linear", "mla_attention"], list(names) or None, check.Where())
+        targets = chosen(["linear", "mla_attention"], list(names) or None, Where())
         return {target.kernel.provider for target in targets}
 
     assert providers() == {"triton", "cuda", deep_gemm.PROVIDER}
@@ -268,21 +271,21 @@ def test_all_that_are_meant_to_be_exact_are_checked_or_those_that_are_named():
 
 
 def test_what_two_kernels_hand_to_is_checked_once():
-    names = [target.part.name for target in check.chosen(["linear"], None, check.Where())]
-    assert sorted(names) == ["bf16_linear", "deep_gemm.bf16_gemm_nt"]
-    names = [target.part.name for target in check.chosen(["linear"], [deep_gemm.PROVIDER], check.Where())]
-    assert sorted(names) == ["bf16_linear", "deep_gemm.bf16_gemm_nt"]
+    names = [target.part.name for target in chosen(["linear"], None, Where())]
+    assert sorted(names) == ["deep_gemm.bf16_gemm_nt", "triton.linear"]
+    names = [target.part.name for target in chosen(["linear"], [deep_gemm.PROVIDER], Where())]
+    assert sorted(names) == ["deep_gemm.bf16_gemm_nt", "triton.linear"]
 
 
 def test_implementations_get_cases_that_they_take_and_few_that_they_are_compiled_for(monkeypatch):
     def sizes(kernel: Kernel) -> cases.Sizes:
-        return Target(kernel, kernel.parts[0]).sizes(check.Where())
+        return Target(kernel, kernel.parts[0]).sizes(Where())
 
     monkeypatch.setattr(provider, "is_supported", hopper.on_hopper_with(lambda: None))
-    monkeypatch.setattr(provider.cuda, "missing", lambda: None)
+    monkeypatch.setattr(compiler, "missing", lambda: None)
     monkeypatch.setattr(flash_mla, "missing", lambda: None)
     monkeypatch.setattr(deep_gemm, "missing", lambda: None)
-    own = {kernel.op: kernel for kernel in map(provider.own_kernel, check.CONTRACTS)}
+    own = {kernel.op: kernel for kernel in map(provider.own_kernel, CONTRACTS)}
     assert sizes(provider.v3_attention()).latents == sizes(flash_mla.kernels()[0]).latents == ((512, 64),)
     of_any_latent = sizes(own["mla_attention"])
     assert of_any_latent.latents == ((128, 32), (64, 16)) and of_any_latent.requests == (1, 3)

@@ -19,7 +19,7 @@ if shutil.which("g++") is None:
 import emulation
 
 from dsv3_plugin.kernels.certify.cases import numbers
-from dsv3_plugin.kernels.certify.check import bits_differ
+from dsv3_plugin.kernels.certify.compare import bits_differ
 from dsv3_plugin.kernels.cuda import compiler, fp8_gemm
 from dsv3_plugin.kernels.cuda.fp8_gemm import Shape
 from dsv3_plugin.kernels.sm90 import sm90_model

@@ -15,7 +15,8 @@ from paths import ROOT
 
 from dsv3_plugin import certificates
 from dsv3_plugin.hooks import Setting
-from dsv3_plugin.kernels.certify import check
+from dsv3_plugin.kernels.certify import compare, earn
+from dsv3_plugin.kernels.certify.targets import DeviceName, chosen, where_of
 from dsv3_plugin.profile import BF16, FP32
 from dsv3_plugin.registry import Choice, bind
 
@@ -80,8 +81,8 @@ def test_a_provider_is_checked_certified_and_bound_and_a_change_ends_it(site):
     for rope in serving():
         assert rope.is_the_contract
         assert "its sources or its contract's constants have changed since" in " ".join(rope.refused)
-    where = check.where_of(check.DeviceName.cpu)
-    (target,) = check.chosen(None, ["rope-on-cpu"], where)
-    (result,) = check.check_alike([target], range(40), 0, where)
+    where = where_of(DeviceName.cpu)
+    (target,) = chosen(None, ["rope-on-cpu"], where)
+    (result,) = compare.check_alike([target], range(40), 0, where)
     assert result.failed and result.wrong_cases > 10
-    assert not check.earned([target], [result], 0, where)
+    assert not earn.earned([target], [result], 0, where)

@@ -15,7 +15,7 @@ if shutil.which("g++") is None:
 import emulation
 
 from dsv3_plugin.kernels.certify.cases import numbers
-from dsv3_plugin.kernels.certify.check import bits_differ
+from dsv3_plugin.kernels.certify.compare import bits_differ
 from dsv3_plugin.kernels.cuda import compiler, mla_hopper
 from dsv3_plugin.kernels.sm90 import sm90_model
 from dsv3_plugin.ops import mla_attention

@@ -16,7 +16,7 @@ from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Setting
 from dsv3_plugin.kernels import provider
 from dsv3_plugin.kernels.certify.cases import CASES, SMALL
-from dsv3_plugin.kernels.certify.check import bits_differ
+from dsv3_plugin.kernels.certify.compare import bits_differ
 from dsv3_plugin.kernels.sm90 import sm90_model
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32
 from dsv3_plugin.registry import bind

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dsv3_plugin.kernels.certify.check import bits_differ, recorded
+from dsv3_plugin.kernels.certify.compare import bits_differ
+from dsv3_plugin.kernels.certify.golden import recorded
 from dsv3_plugin.kernels.sm90 import sm90_model, tensor_core
 from dsv3_plugin.registry import CONTRACTS
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_model import PROFILES, contracts, logits
 
-from dsv3_plugin.kernels.certify.check import bits_differ
+from dsv3_plugin.kernels.certify.compare import bits_differ
 
 # Recorded on an NVIDIA H200: python tests/support/tiny_model.py tests/kernels/tiny_model_h200.safetensors
 RECORDING = Path(__file__).with_name("tiny_model_h200.safetensors")

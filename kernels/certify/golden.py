@@ -1,0 +1,54 @@
+"""Small cases and what a Hopper card printed, in a file for machines without one."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dsv3_plugin.kernels import provider
+from dsv3_plugin.kernels.certify.cases import CASES, SMALL, Case
+from dsv3_plugin.kernels.certify.compare import copied
+from dsv3_plugin.registry import CONTRACTS
+
+
+def record(path: Path, *, per_op: int = 2, device: str = "cuda") -> None:
+    """Write `per_op` small cases of each operation with the results of this package's own kernels."""
+    tensors: dict[str, torch.Tensor] = {}
+    versions = {contract.op: contract.version for contract in CONTRACTS}
+    plain: dict[str, str] = {"card": torch.cuda.get_device_name(), "contracts": json.dumps(versions)}
+    for kernel in map(provider.own_kernel, CONTRACTS):
+        for number in range(per_op):
+            name = f"{kernel.op}/{number}"
+            case = CASES[kernel.op](random.Random(f"golden/{name}"), SMALL)
+            # Views carry gaps of the tensors that they were cut from.
+            args = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in case.args]
+            results = kernel.run(*(copied(x, device) for x in args), **case.kwargs)
+            for i, x in enumerate(args):
+                if isinstance(x, torch.Tensor):
+                    tensors[f"{name}/arg{i}"] = x
+            for i, x in enumerate(results if isinstance(results, tuple) else (results,)):
+                tensors[f"{name}/out{i}"] = x.cpu().contiguous()
+            kwargs = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in case.kwargs.items()}
+            plain[name] = json.dumps([[None if isinstance(x, torch.Tensor) else x for x in args], kwargs])
+    save_file(tensors, path, metadata=plain)
+
+
+def recorded(path: Path) -> dict[str, tuple[Case, tuple[torch.Tensor, ...]]]:
+    """The cases of a file that `record` wrote, by name, each with what the GPU printed."""
+    cases: dict[str, tuple[Case, tuple[torch.Tensor, ...]]] = {}
+    with safe_open(path, "pt") as file:
+        for name, text in file.metadata().items():
+            if "/" not in name:
+                continue
+            plain, kwargs = json.loads(text)
+            args = [file.get_tensor(f"{name}/arg{i}") if x is None else x for i, x in enumerate(plain)]
+            if "out_dtype" in kwargs:
+                kwargs["out_dtype"] = getattr(torch, str(kwargs["out_dtype"]).removeprefix("torch."), None)
+            outs = sorted(key for key in file.keys() if key.startswith(f"{name}/out"))  # noqa: SIM118
+            cases[name] = Case(tuple(args), kwargs), tuple(file.get_tensor(key) for key in outs)
+    return cases
