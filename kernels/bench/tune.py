@@ -20,7 +20,9 @@ from typing import NamedTuple
 import torch
 
 from dsv3_plugin.errors import KernelError
-from dsv3_plugin.kernels.bench import bench, measure
+from dsv3_plugin.kernels.bench import measure
+from dsv3_plugin.kernels.bench.case import Weight, bf16, fp8_weight
+from dsv3_plugin.kernels.bench.measure import Call
 from dsv3_plugin.kernels.cuda import fp8_gemm
 from dsv3_plugin.kernels.cuda.fp8_gemm import Shape
 from dsv3_plugin.kernels.selection import Choice, Row, Table
@@ -49,9 +51,6 @@ _MOST_TOKENS = 65_536
 _PROCESSES = 16
 
 Report = Callable[[str], None]
-Call = Callable[[], torch.Tensor]
-Weight = tuple[torch.Tensor, torch.Tensor]
-"""e4m3 [N, K], or [E, N, K] of experts, and its scales."""
 
 
 class Product(NamedTuple):
@@ -84,7 +83,7 @@ class Product(NamedTuple):
     def weights(self) -> list[Weight]:
         """Random weights, so many that the cache does not hold them."""
         copies = 1 if self.groups else max(2, min(20, 300_000_000 // (self.columns * self.depth)))
-        return [bench.fp8_weight(*self.weight_size) for _ in range(copies)]
+        return [fp8_weight(*self.weight_size) for _ in range(copies)]
 
     def unwritten_weight(self) -> Weight:
         """A weight of any numbers."""
@@ -97,7 +96,7 @@ class Product(NamedTuple):
         choices = {"triton": Choice("triton"), "gluon": Choice("gluon")}
         choices |= {name: Choice("stream", shape) for name, shape in self.cuts().items()}
         tokens = self.rows * max(1, self.groups)
-        operands = [quantize.quantize_fp8(bench.bf16(tokens, self.depth), "float32") for _ in weights]
+        operands = [quantize.quantize_fp8(bf16(tokens, self.depth), "float32") for _ in weights]
         loads: list[tuple[torch.Tensor, ...]] = [()]
         if self.groups:
             even = torch.full((self.groups,), self.rows, device="cuda")

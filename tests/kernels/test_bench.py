@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: `make test` runs this in .envs/kernels")
 
 from dsv3_plugin.kernels.bench import bench, measure, scoreboard
-from dsv3_plugin.kernels.bench.bench import Case, Contenders
-from dsv3_plugin.kernels.bench.measure import RowBits, Time
+from dsv3_plugin.kernels.bench.case import Case, Contenders, peer, why_not
+from dsv3_plugin.kernels.bench.measure import Call, RowBits, Time
 
 OURS = torch.arange(6.0).bfloat16()
 THEIRS = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 7.0]).bfloat16()
@@ -20,7 +20,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of buffers of every contender that was timed."""
     timed: list[int] = []
 
-    def capture(calls: list[bench.Call]) -> str:
+    def capture(calls: list[Call]) -> str:
         calls[0]()
         timed.append(len(calls))
         return "a graph"
@@ -44,7 +44,7 @@ def case(**more: object) -> Case:
 
         return Contenders(
             lambda: OURS,
-            {"theirs": lambda: THEIRS, "absent": bench.peer(lambda: __import__("no_such_peer")), "breaks": breaks},
+            {"theirs": lambda: THEIRS, "absent": peer(lambda: __import__("no_such_peer")), "breaks": breaks},
             {"theirs": lambda: OURS},
             served=lambda: OURS,
         )
@@ -117,9 +117,9 @@ def test_a_case_that_fails_is_named_and_the_others_are_measured(clock, monkeypat
 
 def test_why_a_peer_was_not_timed_is_said_in_a_few_words():
     library = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic( x )`")
-    assert bench.why_not(library) == "does not take this shape"
-    assert bench.why_not(NotImplementedError("takes one token a request")) == "takes one token a request"
-    assert bench.why_not(ValueError("no such tile\nand a trace")) == "ValueError: no such tile"
+    assert why_not(library) == "does not take this shape"
+    assert why_not(NotImplementedError("takes one token a request")) == "takes one token a request"
+    assert why_not(ValueError("no such tile\nand a trace")) == "ValueError: no such tile"
 
 
 def test_tokens_ascend_in_each_projection():
