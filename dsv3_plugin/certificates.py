@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -23,13 +24,11 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from dsv3_plugin import sources
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Arithmetic, Implementation, Setting, errors_of, versions_of
-from dsv3_plugin.ops.contract import Contract
+from dsv3_plugin.ops.operation import Operation, operations
 
 FILE_VARIABLE = "DSV3_PLUGIN_CERTIFICATES"
 FEWEST_CASES = 100
 """A certificate is given for so many equal cases, not for fewer."""
-PAGES = frozenset({1, 32, 64})
-"""Keys of a page for which attention must have been compared: SGLang's, the suite's and vLLM's."""
 
 
 class Subject(BaseModel):
@@ -108,9 +107,8 @@ class Certificate(BaseModel):
             told.append(f"{self.cases} cases were compared, {FEWEST_CASES} are needed")
         if dtype_name(dtype) not in self.dtypes:
             told.append(f"it was not compared in {dtype_name(dtype)}")
-        if self.subject.operation == "mla_attention" and PAGES - set(self.page_sizes):
-            missing = ", ".join(map(str, sorted(PAGES - set(self.page_sizes))))
-            told.append(f"it was not compared with pages of {missing} keys")
+        if missing := sorted(operations()[self.subject.operation].page_sizes - set(self.page_sizes)):
+            told.append(f"it was not compared with pages of {', '.join(map(str, missing))} keys")
         return told
 
     def __str__(self) -> str:
@@ -128,8 +126,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def subject_of(part: Implementation, contract: Contract, reference: str, setting: Setting) -> Subject:
-    """An implementation as it is here and now; `reference` is the contract's own function, as `module:name`.
+def subject_of(part: Implementation, op: Operation[..., Any], setting: Setting) -> Subject:
+    """An implementation of `op` as it is here and now.
 
     Raises `KernelError` where its source is not to be found, or is not all that there is to it.
     """
@@ -142,10 +140,10 @@ def subject_of(part: Implementation, contract: Contract, reference: str, setting
     versions = part.versions or versions_of(*sources.libraries((part.entry,), without=part.without))
     with errors_of(f"settings and versions of {part.name} cannot be asked"):
         settings, found = part.settings(), versions()
-    code = sources.digest((part.entry,), without=part.without, constants_of=(reference,), settings=settings)
+    code = sources.digest((part.entry,), without=part.without, constants_of=op.defined_by, settings=settings)
     return Subject(
-        operation=contract.op,
-        contract_version=contract.version,
+        operation=op.name,
+        contract_version=op.version,
         arithmetic=setting.arithmetic,
         implementation=part.name,
         entry=part.entry,

@@ -32,8 +32,9 @@ from dsv3_plugin.engines import KILL_SWITCH, Level, Variable, switched_off, unte
 from dsv3_plugin.errors import DSV3Error, EngineError
 from dsv3_plugin.hooks import ENTRY_POINT_GROUP, Setting
 from dsv3_plugin.megatron_backend import doctor as megatron
+from dsv3_plugin.ops.operation import operations
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, FP32, SLICES_VARIABLE, Profile
-from dsv3_plugin.registry import CONTRACTS, MODE_VARIABLE, bind, mode_from_environment, offered_kernels, refusal
+from dsv3_plugin.registry import MODE_VARIABLE, bind, mode_from_environment, offered_kernels, refusal
 from dsv3_plugin.sglang_backend import doctor as sglang
 from dsv3_plugin.version import __version__
 from dsv3_plugin.vllm_backend import doctor as vllm
@@ -187,12 +188,11 @@ def _probe_kernels(profile: Profile) -> KernelsProbe:
     try:
         mode, kernels = mode_from_environment(), offered_kernels()
         ops = bind(setting, mode, kernels)
-        contracts = {contract.op: contract for contract in CONTRACTS}
         uncertified = [
             kernel
             for kernel in kernels
-            if refusal(kernel, contracts[kernel.op], setting, "strict") is not None
-            and refusal(kernel, contracts[kernel.op], setting, "fast") is None
+            if refusal(kernel, operations()[kernel.op], setting, "strict") is not None
+            and refusal(kernel, operations()[kernel.op], setting, "fast") is None
         ]
     except DSV3Error as error:
         return KernelsProbe(error=str(error))

@@ -141,9 +141,10 @@ class Implementation:
 class Kernel:
     """What a provider offers for one operation.
 
-    `run` takes the arguments of the operation's reference in `dsv3_plugin.ops`. `is_supported` says whether the kernel
-    supports a setting, and if not, why: also that something is not installed, and what to install, so that a model is
-    refused when it is built and not in its first request. Among kernels that may serve, the highest `priority` wins.
+    `run` takes the arguments of the operation's declaration in `dsv3_plugin.ops`; with `@implements(operation)` on it
+    mypy compares the two. `is_supported` says whether the kernel supports a setting, and if not, why: also that
+    something is not installed, and what to install, so that a model is refused when it is built and not in its first
+    request. Among kernels that may serve, the highest `priority` wins.
     """
 
     op: str

@@ -9,51 +9,31 @@ way the choice is recorded: `Ops.provenance` says what really runs, and why the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, get_args
 
 import pluggy
+import torch
 
 from dsv3_plugin import certificates, hooks, reference_kernels
 from dsv3_plugin.certificates import Certificate
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Arithmetic, Kernel, Setting, Support
-from dsv3_plugin.ops import combine, fp8, fused, linear, mla_attention, rms_norm, rope, router, silu_and_mul
-from dsv3_plugin.ops.contract import Contract
+from dsv3_plugin.ops.operation import Operation, operations
 from dsv3_plugin.ops.slices import Slices
+from dsv3_plugin.profile import ScaleFormat
 from dsv3_plugin.version import __version__
 
 Mode = Literal["strict", "fast"]
 MODE_VARIABLE = "DSV3_PLUGIN_MODE"
 
-CONTRACTS: tuple[Contract, ...] = (
-    linear.LINEAR,
-    linear.HEAD_LINEAR,
-    linear.GROUPED_LINEAR,
-    fp8.QUANTIZE_FP8,
-    fp8.FP8_LINEAR,
-    fp8.GROUPED_FP8_LINEAR,
-    rms_norm.RMS_NORM,
-    rope.ROPE,
-    silu_and_mul.SILU_AND_MUL,
-    router.ROUTER_LINEAR,
-    router.ROUTE,
-    router.MOE_ROUTER,
-    combine.COMBINE,
-    mla_attention.MLA_ATTENTION,
-    fused.ADD_RMS_NORM,
-    fused.RMS_NORM_FP8,
-    fused.ADD_RMS_NORM_FP8,
-    fused.SILU_AND_MUL_FP8,
-    fused.PERMUTE,
-    fused.PERMUTE_FP8,
-)
-_OPERATIONS = tuple(contract.op for contract in CONTRACTS)
+AnyOperation = Operation[..., Any]
+P = ParamSpec("P")
+R = TypeVar("R")
 _HOOK = hooks.dsv3_kernels.__name__
-_FP8_OPS = {contract.op for contract in CONTRACTS if "fp8" in contract.op}
 
 
 @dataclass(frozen=True)
@@ -116,51 +96,47 @@ class Choice:
         }
 
 
-@dataclass(frozen=True)
-class MasterWeights:
+class MasterWeights(Protocol):
     """How a trainer multiplies with FP8 weights that it holds in the profile's dtype; each call quantizes anew."""
 
-    linear: Callable[..., Any]
-    """x [M, K], weight [N, K] to [M, N], with fp8_linear's `out_dtype`."""
-    grouped_linear: Callable[..., Any]
-    """x [M, K] sorted by expert, expert_counts [E], weight [E, N, K] to [M, N]."""
-    quantized: Callable[..., Any]
-    """weight [N, K] to the numbers that it stands for once quantized, in its own dtype."""
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """x [M, K], weight [N, K] to [M, N], with fp8_linear's `out_dtype`."""
+
+    def grouped_linear(self, x: torch.Tensor, expert_counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [M, K] sorted by expert, expert_counts [E], weight [E, N, K] to [M, N]."""
+
+    def quantized(self, weight: torch.Tensor) -> torch.Tensor:
+        """weight [N, K] to the numbers that it stands for once quantized, in its own dtype."""
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The bound kernels of a model, one callable an operation, with the signature of its reference in
-    `dsv3_plugin.ops`.
-    """
+    """The bound kernels of a model: `ops[linear](x, weight)` calls that of `dsv3_plugin.ops.linear.linear`."""
 
     setting: Setting
     mode: Mode
     provenance: tuple[Choice, ...]
-    linear: Callable[..., Any]
-    head_linear: Callable[..., Any]
-    grouped_linear: Callable[..., Any]
-    rms_norm: Callable[..., Any]
-    rope: Callable[..., Any]
-    silu_and_mul: Callable[..., Any]
-    router_linear: Callable[..., Any]
-    route: Callable[..., Any]
-    moe_router: Callable[..., Any]
-    combine: Callable[..., Any]
-    mla_attention: Callable[..., Any]
-    quantize_fp8: Callable[..., Any]
-    fp8_linear: Callable[..., Any]
-    grouped_fp8_linear: Callable[..., Any]
-    add_rms_norm: Callable[..., Any]
-    rms_norm_fp8: Callable[..., Any]
-    add_rms_norm_fp8: Callable[..., Any]
-    silu_and_mul_fp8: Callable[..., Any]
-    permute: Callable[..., Any]
-    permute_fp8: Callable[..., Any]
+    kernels: Mapping[AnyOperation, Callable[..., Any]]
+    """One an operation, with the signature of its declaration."""
     slices: Slices
     """Of the products that tensor-parallel ranks share, those that this process holds."""
     master_weights: MasterWeights | None = None
     """Only in training, in the FP8 profile: the layers then hold no FP8 weights."""
+
+    def __getitem__(self, op: Operation[P, R]) -> Callable[P, R]:
+        """The kernel that is bound to an operation."""
+        return cast(Callable[P, R], self.kernels[op])
+
+    def with_kernel(self, op: Operation[P, R], run: Callable[P, R]) -> Ops:
+        """The same with another kernel of one operation."""
+        return replace(self, kernels={**self.kernels, op: run})
+
+    @property
+    def scale_format(self) -> ScaleFormat:
+        """Of the FP8 profile; no other has one."""
+        found = self.setting.profile.scale_format
+        assert found is not None, f"the {self.setting.profile.name} profile has no FP8 scales"
+        return found
 
     @property
     def quantizes_ahead(self) -> bool:
@@ -247,10 +223,9 @@ def _offer(provider: pluggy.HookImpl) -> list[Kernel]:
     for kernel in kernels:
         if not isinstance(kernel, Kernel):
             raise KernelError(f"{named} offers {type(kernel).__name__} {kernel!r:.80}, not a dsv3_plugin.hooks.Kernel")
-        if kernel.op not in _OPERATIONS:
-            raise KernelError(
-                f"{named} offers a kernel for {kernel.op!r}, which is no operation; they are {', '.join(_OPERATIONS)}"
-            )
+        if kernel.op not in operations():
+            names = ", ".join(operations())
+            raise KernelError(f"{named} offers a kernel for {kernel.op!r}, which is no operation; they are {names}")
     return kernels
 
 
@@ -285,12 +260,6 @@ def is_a_definition(kernel: Kernel) -> bool:
     return any(definition is not None and kernel.run is definition.run for definition in found)
 
 
-def reference_of(op: str) -> str:
-    """An operation's reference in `dsv3_plugin.ops`, whose constants are its contract's, as `module:name`."""
-    run = definitions("cpu")[op].run
-    return f"{run.__module__}:{run.__name__}"
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A kernel that was offered for an operation, and whether it may serve."""
@@ -308,13 +277,13 @@ class Candidate:
         return self.refusal is not None and any(isinstance(found, str) for found in self.found)
 
 
-def judge(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) -> Candidate:
+def judge(kernel: Kernel, op: AnyOperation, setting: Setting, mode: Mode) -> Candidate:
     """Whether a kernel may serve a setting; it is asked for certificates in strict mode, and only if all else fits."""
-    is_the_contract = kernel.run is definitions(setting.arithmetic)[contract.op].run
+    is_the_contract = kernel.run is definitions(setting.arithmetic)[op.name].run
     found: tuple[Certificate | str, ...] = ()
     refusal_: str | None
-    if kernel.contract_version != contract.version:
-        refusal_ = f"meets contract version {kernel.contract_version}, version {contract.version} is needed"
+    if kernel.contract_version != op.version:
+        refusal_ = f"meets contract version {kernel.contract_version}, version {op.version} is needed"
     else:
         refusal_ = is_supported(kernel, setting).reason
     if refusal_ is None and mode == "strict" and not is_the_contract:
@@ -322,8 +291,7 @@ def judge(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) -> C
             refusal_ = f"has no certificate, which strict mode needs: {kernel.uncertified}"
         else:
             try:
-                reference = reference_of(contract.op)
-                subjects = [certificates.subject_of(part, contract, reference, setting) for part in kernel.parts]
+                subjects = [certificates.subject_of(part, op, setting) for part in kernel.parts]
             except KernelError as error:
                 refusal_ = f"has no certificate, which strict mode needs: {error}"
             else:
@@ -341,16 +309,16 @@ def _lacking(kernel: Kernel, found: tuple[Certificate | str, ...]) -> str:
     return "; ".join(f"{name}: {why}" for name, why in of_part.items())
 
 
-def refusal(kernel: Kernel, contract: Contract, setting: Setting, mode: Mode) -> str | None:
-    """Why a kernel may not serve a setting, or None if it may."""
-    return judge(kernel, contract, setting, mode).refusal
+def refusal(kernel: Kernel, op: AnyOperation, setting: Setting, mode: Mode) -> str | None:
+    """Why a kernel of `op` may not serve a setting, or None if it may."""
+    return judge(kernel, op, setting, mode).refusal
 
 
 def candidates(
-    contract: Contract, setting: Setting, mode: Mode, kernels: Iterable[Kernel]
+    op: AnyOperation, setting: Setting, mode: Mode, kernels: Iterable[Kernel]
 ) -> tuple[Candidate | None, list[Candidate]]:
     """The kernel that serves an operation, if one may, and all that were offered for it."""
-    judged = [judge(kernel, contract, setting, mode) for kernel in kernels if kernel.op == contract.op]
+    judged = [judge(kernel, op, setting, mode) for kernel in kernels if kernel.op == op.name]
     admitted = [candidate for candidate in judged if candidate.refusal is None]
     return max(admitted, key=lambda candidate: candidate.kernel.priority, default=None), judged
 
@@ -363,26 +331,25 @@ def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] |
     """
     mode = mode or mode_from_environment()
     kernels = list(offered_kernels() if kernels is None else kernels)
-    bound: dict[str, Callable[..., Any]] = {}
+    bound: dict[AnyOperation, Callable[..., Any]] = {}
     provenance: list[Choice] = []
-    missing: dict[Contract, list[Candidate]] = {}
-    for contract in CONTRACTS:
-        if contract.op in _FP8_OPS and not setting.profile.is_fp8:
-            bound[contract.op] = partial(_not_bound, contract.op, setting.profile.name)
+    missing: dict[AnyOperation, list[Candidate]] = {}
+    for op in operations().values():
+        if op.fp8 and not setting.profile.is_fp8:
+            bound[op] = partial(_not_bound, op.name, setting.profile.name)
             continue
-        best, offered = candidates(contract, setting, mode, kernels)
+        best, offered = candidates(op, setting, mode, kernels)
         if best is None:
-            missing[contract] = offered
+            missing[op] = offered
             continue
-        bound[contract.op] = best.kernel.run
-        provenance.append(_choice(contract, best, offered))
+        bound[op] = best.kernel.run
+        provenance.append(_choice(op, best, offered))
     if missing:
         raise KernelError(_nothing_serves(missing, setting, mode, kernels))
-    slices = Slices(setting.profile.reduction_slices)
-    return Ops(setting=setting, mode=mode, provenance=tuple(provenance), slices=slices, master_weights=None, **bound)
+    return Ops(setting, mode, tuple(provenance), bound, Slices(setting.profile.reduction_slices))
 
 
-def _choice(contract: Contract, best: Candidate, offered: list[Candidate]) -> Choice:
+def _choice(op: AnyOperation, best: Candidate, offered: list[Candidate]) -> Choice:
     kernel = best.kernel
     parts = tuple(
         Part(part.name, part.shapes, found if isinstance(found, Certificate) else None)
@@ -394,8 +361,8 @@ def _choice(contract: Contract, best: Candidate, offered: list[Candidate]) -> Ch
         if candidate.refusal is None and candidate is not best
     )
     return Choice(
-        op=contract.op,
-        contract_version=contract.version,
+        op=op.name,
+        contract_version=op.version,
         provider=kernel.provider,
         version=kernel.version,
         parts=parts,
@@ -406,17 +373,17 @@ def _choice(contract: Contract, best: Candidate, offered: list[Candidate]) -> Ch
 
 
 def _nothing_serves(
-    missing: dict[Contract, list[Candidate]], setting: Setting, mode: Mode, kernels: list[Kernel]
+    missing: dict[AnyOperation, list[Candidate]], setting: Setting, mode: Mode, kernels: list[Kernel]
 ) -> str:
     """What a user reads where operations are left without a kernel, and what to do."""
     alike: dict[str, list[str]] = {}
-    for contract, offered in missing.items():
-        alike.setdefault("; ".join(_refusals(offered)) or "nothing offered", []).append(contract.op)
+    for op, offered in missing.items():
+        alike.setdefault("; ".join(_refusals(offered)) or "nothing offered", []).append(op.name)
     which = "; ".join(f"{', '.join(ops)} ({why})" for why, ops in alike.items())
     text = f"no kernel may serve in {mode} mode on {setting.device_type}: {which}"
     if command := certify_command(candidate for offered in missing.values() for candidate in offered):
         text += f". To certify them on this machine: {command}"
-    if any(candidates(contract, setting, "fast", kernels)[0] for contract in missing):
+    if any(candidates(op, setting, "fast", kernels)[0] for op in missing):
         text += f". {MODE_VARIABLE}=fast takes kernels without certificate"
     return text
 

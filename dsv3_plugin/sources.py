@@ -2,8 +2,9 @@
 
 Every name that the function uses is followed to the statement that defines it, and from there on: functions, classes,
 constants, what a module does when it is imported, CUDA sources that a string names and their includes. Comments, blank
-lines and docstrings do not count, nor do this package's checks of arguments (`require...`) and `Contract`s, whose
-versions are compared themselves. Other packages are not followed: their versions stand beside the digest.
+lines and docstrings do not count, nor do this package's checks of arguments (`require...`) and the decorators that
+declare an operation or its kernel: a contract's version is compared itself. Other packages are not followed: their
+versions stand beside the digest.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from dsv3_plugin.errors import KernelError
 _CORE = __package__ or "dsv3_plugin"
 # What a library wraps a kernel in says nothing of the kernel.
 _LIBRARIES = sys.stdlib_module_names | {"torch", "triton"}
+# Decorators that say what a function is, and leave it as it is.
+_DECLARATIONS = {f"{_CORE}.ops.operation:{name}" for name in ("operation", "matrix_operation", "implements")}
 _INCLUDE = re.compile(r'^\s*#include "(.+)"', re.MULTILINE)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
@@ -131,21 +134,17 @@ def _read(reference: str, packages: frozenset[str]) -> Iterator[tuple[str, str, 
 
 
 def _statement(parsed: _Module, name: str) -> Iterator[tuple[str, str, bool, list[str]]]:
-    statement = parsed.defined[name]
-    if _is_only_a_check(parsed.name, name, statement):
+    if _is_only_a_check(parsed.name, name):
         return
+    statement = parsed.defined[name]
     is_constant = isinstance(statement, _ASSIGNMENTS)
     yield f"{parsed.name}:{name}", parsed.text(statement), is_constant, parsed.uses(statement)
     for file in parsed.files(statement):
         yield f"{parsed.name}/{file.name}", _text_of(file), False, []
 
 
-def _is_only_a_check(module: str, name: str, statement: ast.stmt) -> bool:
-    if not module.startswith(f"{_CORE}.ops."):
-        return False
-    value = getattr(statement, "value", None)
-    is_contract = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "Contract"
-    return name.startswith("require") or is_contract
+def _is_only_a_check(module: str, name: str) -> bool:
+    return module.startswith(f"{_CORE}.ops.") and name.startswith("require")
 
 
 def file_of(module: str) -> Path | None:
@@ -181,6 +180,7 @@ class _Module:
         self._strings: dict[ast.stmt, list[str]] = {}
         for statement in tree.body:
             if isinstance(statement, _DEFINITIONS):
+                self._leave_out_declarations(statement)
                 self.defined[statement.name] = statement
             elif isinstance(statement, _ASSIGNMENTS):
                 for target in statement.targets if isinstance(statement, ast.Assign) else [statement.target]:
@@ -190,6 +190,17 @@ class _Module:
             elif not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant):
                 self.others.append(statement)
                 self.imported |= self._imports(statement)
+
+    def _leave_out_declarations(self, statement: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
+        kept = []
+        for decorator in statement.decorator_list:
+            called = decorator.func if isinstance(decorator, ast.Call) else decorator
+            if not isinstance(called, ast.Name) or self.imported.get(called.id) not in _DECLARATIONS:
+                kept.append(decorator)
+                continue
+            end = decorator.end_lineno or decorator.lineno
+            self.lines[decorator.lineno - 1 : end] = [""] * (end - decorator.lineno + 1)
+        statement.decorator_list = kept
 
     def _imports(self, statement: ast.stmt) -> dict[str, str]:
         """What the imports in a statement call by which name: `module:name`, or `module:`."""

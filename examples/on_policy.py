@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.layers.model import bind_ops
+from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.rope import softmax_scale
 
 TRAIN = Path(__file__).with_name("train_megatron.py")
@@ -185,7 +186,7 @@ def sample(checkpoint: Path, prompts: list[list[int]]) -> Samples:
     def attend(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         batch = torch.tensor([[0]]), torch.tensor([len(latent)]), torch.tensor([0, len(latent)])
         rank, scale = reader.config.kv_lora_rank, softmax_scale(reader.config)
-        return ops.mla_attention(q, latent.unsqueeze(0), *batch, kv_lora_rank=rank, scale=scale)
+        return ops[mla_attention](q, latent.unsqueeze(0), *batch, kv_lora_rank=rank, scale=scale)
 
     samples: Samples = []
     for prompt in prompts:

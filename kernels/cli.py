@@ -18,9 +18,9 @@ from dsv3_plugin.kernels.certify import check
 from dsv3_plugin.kernels.certify.targets import DeviceName, this_machine
 from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.kernels.hopper import V3_LATENT
+from dsv3_plugin.ops.operation import operations
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, FP32
 from dsv3_plugin.registry import (
-    CONTRACTS,
     Candidate,
     candidates,
     certify_command,
@@ -66,14 +66,14 @@ def list_kernels(
     for column in ("operation", "provider", "serves", "certificates"):
         table.add_column(column, overflow="fold")
     judged: list[Candidate] = []
-    for contract in CONTRACTS:
-        best, offered = candidates(contract, setting, mode, kernels)
+    for op in operations().values():
+        best, offered = candidates(op, setting, mode, kernels)
         judged += offered
         for candidate in offered:
             serves = "yes" if candidate is best else f"no: {candidate.refusal or 'another has priority'}"
             kernel = candidate.kernel
             table.add_row(
-                f"{contract.op} {contract.version}",
+                f"{op.name} {op.version}",
                 f"{kernel.provider} {kernel.version}",
                 serves,
                 _certificates(candidate),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dsv3_plugin.ops.contract import require
-from dsv3_plugin.ops.mla_attention import MLA_ATTENTION
+from dsv3_plugin.ops.checks import require
 from dsv3_plugin.ops.paged_batch import require_paged_batch
 
 
@@ -19,7 +18,7 @@ def check(
     scale: float,
 ) -> None:
     """Raise `InputError` for what the kernels cannot read, page numbers and lengths too: see `paged_batch`."""
-    op = MLA_ATTENTION.op
+    op = "mla_attention"
     require_paged_batch(op, q, latent_cache, block_table, seq_lens, query_start_loc, scale)
     require(q.dtype == torch.bfloat16, op, f"q is {q.dtype}, expected torch.bfloat16")
     require(q.is_contiguous(), op, f"q of shape {tuple(q.shape)} is not contiguous")

@@ -1,6 +1,7 @@
 """This package's own implementations of each operation: what of them a certificate is of, and where their code begins.
 
-Nothing here imports Triton.
+An operation's kernel in Triton is the function of its name in `triton/`, in the file that is called as that of its
+declaration. Nothing here imports Triton.
 """
 
 from __future__ import annotations
@@ -16,31 +17,9 @@ from typing import Any
 from dsv3_plugin.hooks import Implementation, versions_of
 from dsv3_plugin.kernels import selection
 from dsv3_plugin.kernels.cuda import compiler
+from dsv3_plugin.ops.fp8_linear import fp8_linear, grouped_fp8_linear
+from dsv3_plugin.ops.operation import Operation
 
-# Operation to the module that serves it; the function has the operation's name.
-MODULES = {
-    "linear": "triton.linear",
-    "head_linear": "triton.linear",
-    "grouped_linear": "triton.linear",
-    "quantize_fp8": "triton.quantize",
-    "fp8_linear": "triton.fp8_linear",
-    "grouped_fp8_linear": "triton.fp8_linear",
-    "rms_norm": "triton.rms_norm",
-    "rope": "triton.rope",
-    "silu_and_mul": "triton.silu_and_mul",
-    "router_linear": "triton.router",
-    "route": "triton.router",
-    "moe_router": "triton.router",
-    "combine": "triton.combine",
-    "mla_attention": "triton.mla_attention",
-    "add_rms_norm": "triton.rms_norm",
-    "rms_norm_fp8": "triton.rms_norm",
-    "add_rms_norm_fp8": "triton.rms_norm",
-    "silu_and_mul_fp8": "triton.silu_and_mul",
-    "permute": "triton.permute",
-    "permute_fp8": "triton.permute",
-}
-_FP8_PRODUCTS = ("fp8_linear", "grouped_fp8_linear")
 _PACKAGE = __package__
 _TRITON = versions_of("triton")
 
@@ -63,15 +42,19 @@ def missing() -> str | None:
     return None
 
 
-def parts(op: str, *, shapes: str = "every shape") -> tuple[Implementation, ...]:
+def triton_module(op: Operation[..., Any]) -> str:
+    """Where an operation's kernel in Triton is."""
+    return f"triton.{op.module}"
+
+
+def parts(op: Operation[..., Any], *, shapes: str = "every shape") -> tuple[Implementation, ...]:
     """What may compute an operation on this machine, in Triton or, where it is faster, in CUDA C++."""
-    if op in _FP8_PRODUCTS:
+    if op in (fp8_linear, grouped_fp8_linear):
         makers = ("stream", "gluon", "triton") if compiler.available() else ("gluon", "triton")
         return tuple(_fp8_product(op, maker) for maker in makers)
-    module = MODULES[op]
-    return (
-        Implementation(module, on_first_call(module, op), f"{_PACKAGE}.{module}:{op}", versions=_TRITON, shapes=shapes),
-    )
+    module = triton_module(op)
+    run, entry = on_first_call(module, op.name), f"{_PACKAGE}.{module}:{op.name}"
+    return (Implementation(module, run, entry, versions=_TRITON, shapes=shapes),)
 
 
 def mla_hopper() -> Implementation:
@@ -85,9 +68,9 @@ def mla_hopper() -> Implementation:
     )
 
 
-def _fp8_product(op: str, maker: str) -> Implementation:
+def _fp8_product(op: Operation[..., Any], maker: str) -> Implementation:
     """One of the makers between which `selection` decides."""
-    grouped = op == "grouped_fp8_linear"
+    grouped = op is grouped_fp8_linear
     front = f"{_PACKAGE}.triton.fp8_linear"
     launches = {
         "stream": f"{_PACKAGE}.cuda.fp8_gemm:launch",
@@ -101,7 +84,7 @@ def _fp8_product(op: str, maker: str) -> Implementation:
     return Implementation(
         selection.IMPLEMENTATIONS[maker],
         partial(on_first_call("triton.fp8_linear", "made_by"), maker, grouped),
-        f"{front}:{op}",
+        f"{front}:{op.name}",
         (*others, *decides),
         settings=partial(_cuts, grouped) if maker == "stream" else str,
         versions=compiler.versions if maker == "stream" else _TRITON,

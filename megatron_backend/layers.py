@@ -29,6 +29,8 @@ from dsv3_plugin.layers.mlp import MLP
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.megatron_backend.documents import packed_starts
 from dsv3_plugin.megatron_backend.tensor_parallel import all_tokens, cut_weights, own_tokens
+from dsv3_plugin.ops.mla_attention import mla_attention
+from dsv3_plugin.ops.rms_norm import rms_norm
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
 
@@ -114,7 +116,7 @@ class Norm(MegatronModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., hidden_size] to the same shape."""
-        return self.ops.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
+        return self.ops[rms_norm](x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
 
 
 class RecomputedMLA(MLA):
@@ -193,7 +195,7 @@ class _Sequences:
     def attend(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         """See `dsv3_plugin.layers.mla.Attend`."""
         config, ops = self.binding.config, self.binding.ops
-        return ops.mla_attention(
+        return ops[mla_attention](
             q,
             ops.slices.enter(latent).unsqueeze(1),
             self.pages,

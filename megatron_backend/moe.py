@@ -20,6 +20,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from dsv3_plugin.layers.moe import Experts, permutation
 from dsv3_plugin.megatron_backend.layers import Binding, make_trainable
+from dsv3_plugin.ops.combine import combine
+from dsv3_plugin.ops.router import route, router_linear
 
 
 class Router(TopKRouter):  # type: ignore[misc]
@@ -56,9 +58,11 @@ class Router(TopKRouter):  # type: ignore[misc]
         s, b, hidden = input.shape
         mask = None if padding_mask is None else padding_mask.reshape(-1)
         # Losses change no number on their way: they add their gradients to those of the logits and the weights.
-        logits = self.apply_z_loss(ops.router_linear(input.reshape(s * b, hidden), self.weight), mask)
-        bias = self.expert_bias if self.enable_expert_bias else logits.new_zeros(config.n_routed_experts)
-        topk_ids, topk_weights = ops.route(
+        logits = self.apply_z_loss(ops[router_linear](input.reshape(s * b, hidden), self.weight), mask)
+        bias = self.expert_bias
+        if bias is None:
+            bias = logits.new_zeros(config.n_routed_experts)
+        topk_ids, topk_weights = ops[route](
             logits,
             bias,
             num_experts_per_tok=config.num_experts_per_tok,
@@ -145,4 +149,4 @@ class MoE(MoELayer):  # type: ignore[misc]
         _, slots, _ = permutation(topk_ids, routing_map.shape[1])
         weights = self.token_dispatcher.probs.gather(1, topk_ids)
         shared = shared_expert_output.reshape(-1, shape[-1])
-        return self.binding.ops.combine(output, slots, weights, shared).view(shape)
+        return self.binding.ops[combine](output, slots, weights, shared).view(shape)

@@ -19,6 +19,7 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import EngineError
+from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
 
@@ -50,7 +51,7 @@ class LatentAttend:
         # [slots, 1, latent_dim]: blocks of one token, as `mla_attention` takes them.
         pages = self.pool.get_key_buffer(layer_idx - self.first_layer + self.pool.start_layer)
         pages[self.slots, 0] = latent
-        return self.ops.mla_attention(
+        return self.ops[mla_attention](
             q,
             pages,
             self.block_table,

@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.vllm_backend import compat
@@ -175,7 +176,7 @@ class LatentCache(nn.Module, AttentionLayerBase):
         tokens = metadata.num_actual_tokens
         cache = compat.latent_pages(self.kv_cache)
         cache[metadata.pages, metadata.offsets] = latent[:tokens]
-        out = self.ops.mla_attention(
+        out = self.ops[mla_attention](
             q[:tokens],
             cache,
             metadata.block_table,

@@ -28,6 +28,7 @@ from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.engines import class_name
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
+from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.profile import BF16, FP32
 from dsv3_plugin.registry import Ops
@@ -56,7 +57,7 @@ class PagedCache:
         assert self.batch is not None
         pages = self.pages[layer_idx]
         pages[self.batch.slots // self.block_size, self.batch.slots % self.block_size] = latent
-        return self.ops.mla_attention(
+        return self.ops[mla_attention](
             q,
             pages,
             self.batch.block_table,
@@ -204,7 +205,7 @@ class ReferenceTestee:
 
     def attend_all(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         """Attend a whole sequence to itself."""
-        return self.ops.mla_attention(
+        return self.ops[mla_attention](
             q,
             latent.unsqueeze(0),
             torch.tensor([[0]]),

@@ -11,28 +11,32 @@ from typing import Any
 
 import torch
 
-from dsv3_plugin.autograd.linear import product_gradients
 from dsv3_plugin.config import FP8_BLOCK
-from dsv3_plugin.ops.fp8 import dequantize_weight, quantize_weight
-from dsv3_plugin.ops.linear import split_by_expert
-from dsv3_plugin.registry import MasterWeights, Ops
+from dsv3_plugin.ops.fp8_linear import fp8_linear, grouped_fp8_linear
+from dsv3_plugin.ops.linear import product_gradients, split_by_expert
+from dsv3_plugin.ops.operation import BoundKernels
+from dsv3_plugin.ops.quantize import dequantize_weight, quantize_fp8, quantize_weight
+from dsv3_plugin.profile import ScaleFormat
+from dsv3_plugin.registry import Ops
 
 
-def master_weights(ops: Ops) -> MasterWeights:
-    """The three uses of a master weight, with the kernels of `ops`."""
-    scale_format = ops.setting.profile.scale_format
-    assert scale_format is not None
+class MasterWeights:
+    """The three uses of a master weight, with the kernels of `ops`: what `Ops.master_weights` is in training."""
 
-    def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-        return _Linear.apply(ops, x, weight, out_dtype)
+    def __init__(self, ops: Ops) -> None:
+        self.ops, self.scale_format = ops, ops.scale_format
 
-    def grouped_linear(x: torch.Tensor, expert_counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return _GroupedLinear.apply(ops, x, expert_counts, weight)
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """x [M, K], weight [N, K] to [M, N]."""
+        return _Linear.apply(self.ops, self.scale_format, x, weight, out_dtype)
 
-    def quantized(weight: torch.Tensor) -> torch.Tensor:
-        return _Quantized.apply(scale_format, weight)
+    def grouped_linear(self, x: torch.Tensor, expert_counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [M, K] sorted by expert, expert_counts [E], weight [E, N, K] to [M, N]."""
+        return _GroupedLinear.apply(self.ops, self.scale_format, x, expert_counts, weight)
 
-    return MasterWeights(linear, grouped_linear, quantized)
+    def quantized(self, weight: torch.Tensor) -> torch.Tensor:
+        """weight [N, K] to the numbers that it stands for once quantized, in its own dtype."""
+        return _Quantized.apply(self.scale_format, weight)
 
 
 def _dequantize_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -42,32 +46,42 @@ def _dequantize_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ops: Ops, x: torch.Tensor, weight: torch.Tensor, out_dtype: Any) -> torch.Tensor:
-        scale_format = ops.setting.profile.scale_format
-        assert scale_format is not None
-        operands = *ops.quantize_fp8(x, scale_format), *quantize_weight(weight, scale_format)
+    def forward(
+        ctx: Any,
+        ops: BoundKernels,
+        scale_format: ScaleFormat,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        operands = *ops[quantize_fp8](x, scale_format), *quantize_weight(weight, scale_format)
         ctx.save_for_backward(*operands)
         ctx.dtypes = x.dtype, weight.dtype
-        return ops.fp8_linear(*operands) if out_dtype is None else ops.fp8_linear(*operands, out_dtype=out_dtype)
+        return ops[fp8_linear](*operands, out_dtype=out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, x_scale, weight, weight_scale = ctx.saved_tensors
         gradients = product_gradients(grad, _dequantize_rows(x, x_scale), dequantize_weight(weight, weight_scale))
-        return None, gradients[0].to(ctx.dtypes[0]), gradients[1].to(ctx.dtypes[1]), None
+        return None, None, gradients[0].to(ctx.dtypes[0]), gradients[1].to(ctx.dtypes[1]), None
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ops: Ops, x: torch.Tensor, expert_counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        scale_format = ops.setting.profile.scale_format
-        assert scale_format is not None
-        quantized, scale = ops.quantize_fp8(x, scale_format)
+    def forward(
+        ctx: Any,
+        ops: BoundKernels,
+        scale_format: ScaleFormat,
+        x: torch.Tensor,
+        expert_counts: torch.Tensor,
+        weight: torch.Tensor,
+    ) -> torch.Tensor:
+        quantized, scale = ops[quantize_fp8](x, scale_format)
         weights, weight_scales = zip(*(quantize_weight(w, scale_format) for w in weight), strict=True)
         operands = quantized, scale, expert_counts, torch.stack(weights), torch.stack(weight_scales)
         ctx.save_for_backward(*operands)
         ctx.dtypes = x.dtype, weight.dtype
-        return ops.grouped_fp8_linear(*operands)
+        return ops[grouped_fp8_linear](*operands)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -82,12 +96,12 @@ class _GroupedLinear(torch.autograd.Function):
             dequantized = dequantize_weight(weight[e], weight_scale[e])
             of_rows, grad_weight[e] = product_gradients(grads[e], of_expert, dequantized)
             places[e].copy_(of_rows)
-        return None, grad_x, None, grad_weight
+        return None, None, grad_x, None, grad_weight
 
 
 class _Quantized(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scale_format: Any, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, scale_format: ScaleFormat, weight: torch.Tensor) -> torch.Tensor:
         return dequantize_weight(*quantize_weight(weight, scale_format)).to(weight.dtype)
 
     @staticmethod

@@ -23,7 +23,7 @@ from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.layers.model import derived_is_current
-from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.profile import Profile
 
 _MODULUS = 1 << 64

@@ -19,7 +19,7 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.layers.model import DeepseekV3, weights_changed
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
-from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.registry import Ops
 
 Write = Callable[[nn.Parameter, torch.Tensor, tuple[int | slice, ...]], None]

@@ -30,7 +30,7 @@ from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.tokenizer import tokenizer_files
 from dsv3_plugin.checkpoint.writer import DEFAULT_SHARD_BYTES, Progress, new_folder, write_weights
 from dsv3_plugin.config import FP8_BLOCK, DeepseekV3Config
-from dsv3_plugin.ops.fp8 import E4M3, quantize_weight
+from dsv3_plugin.ops.quantize import E4M3, quantize_weight
 from dsv3_plugin.profile import profile_for
 
 _EMBEDDING = "model.embed_tokens.weight"

@@ -13,7 +13,7 @@ import torch
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.ops.fp8 import E4M3, dequantize_weight, quantize_weight
+from dsv3_plugin.ops.quantize import E4M3, dequantize_weight, quantize_weight
 from dsv3_plugin.profile import profile_for
 
 

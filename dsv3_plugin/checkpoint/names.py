@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from dsv3_plugin.config import FP8_BLOCK, DeepseekV3Config
-from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.ops.quantize import E4M3
 
 Part = Literal["main", "mtp"]
 """`main` is `layers.model.DeepseekV3`, `mtp` is `layers.mtp.DeepseekV3MTP`."""

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, TensorSpec, checkpoint_tensors, copied_from
 from dsv3_plugin.config import DeepseekV3Config, read_json_object
 from dsv3_plugin.errors import CheckpointError, ConfigError
-from dsv3_plugin.ops.fp8 import E4M3, E4M3_MAX
+from dsv3_plugin.ops.quantize import E4M3, E4M3_MAX
 from dsv3_plugin.profile import Profile, profile_for
 
 SINGLE_FILE = "model.safetensors"

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from dsv3_plugin.config import FP8_BLOCK
-from dsv3_plugin.ops.fp8 import E4M3, dequantize_weight
+from dsv3_plugin.ops.fp8_linear import fp8_linear, grouped_fp8_linear
+from dsv3_plugin.ops.linear import grouped_linear, linear
+from dsv3_plugin.ops.quantize import E4M3, dequantize_weight, quantize_fp8
 from dsv3_plugin.ops.slices import tree_sum
 from dsv3_plugin.registry import Ops
 
@@ -32,7 +34,13 @@ def quantize(ops: Ops, x: Activation) -> Quantized:
     """x [T, K] as an FP8 product reads it."""
     if isinstance(x, Quantized):
         return x
-    return Quantized(*ops.quantize_fp8(x, ops.setting.profile.scale_format))
+    return Quantized(*ops[quantize_fp8](x, ops.scale_format))
+
+
+def _unquantized(x: Activation) -> torch.Tensor:
+    """x [T, K] as any other product reads it: nothing quantizes ahead for that one."""
+    assert isinstance(x, torch.Tensor)
+    return x
 
 
 def _ceil_blocks(size: int) -> int:
@@ -61,10 +69,10 @@ class Linear(nn.Module):
     def forward(self, x: Activation) -> torch.Tensor:
         """x [T, in_features] to [T, out_features]."""
         if not self.is_fp8:
-            return self.ops.linear(x, self.weight)
+            return self.ops[linear](_unquantized(x), self.weight)
         if self.masters is not None:
-            return self.masters.linear(x, self.weight)
-        return self.ops.fp8_linear(*quantize(self.ops, x), self.weight, self.weight_scale_inv)
+            return self.masters.linear(_unquantized(x), self.weight)
+        return self.ops[fp8_linear](*quantize(self.ops, x), self.weight, self.weight_scale_inv)
 
     def numbers(self) -> torch.Tensor:
         """The weight's numbers in the profile's dtype: FP8 values times their scales, rounded."""
@@ -111,11 +119,11 @@ class RowLinear(Linear):
         count = self.ops.slices.held
         weight = self.weight.chunk(count, 1)[index].contiguous()
         if not self.is_fp8:
-            return self.ops.linear(x, weight, out_dtype=torch.float32)
+            return self.ops[linear](x, weight, out_dtype=torch.float32)
         if self.masters is not None:
             return self.masters.linear(x, weight, out_dtype=torch.float32)
         scale = self.weight_scale_inv.chunk(count, 1)[index].contiguous()
-        return self.ops.fp8_linear(*quantize(self.ops, x), weight, scale, out_dtype=torch.float32)
+        return self.ops[fp8_linear](*quantize(self.ops, x), weight, scale, out_dtype=torch.float32)
 
 
 def linear_in_slices(
@@ -123,8 +131,8 @@ def linear_in_slices(
 ) -> torch.Tensor:
     """x [T, K] times weight [N, K], each of `slices` equal slices of N as a product of its own, to [T, N]."""
     if slices == 1:
-        return ops.linear(x, weight, out_dtype=out_dtype)
-    return torch.cat([ops.linear(x, rows, out_dtype=out_dtype) for rows in weight.chunk(slices)], dim=1)
+        return ops[linear](x, weight, out_dtype=out_dtype)
+    return torch.cat([ops[linear](x, rows, out_dtype=out_dtype) for rows in weight.chunk(slices)], dim=1)
 
 
 class GroupedLinear(nn.Module):
@@ -147,7 +155,7 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Activation, expert_counts: torch.Tensor) -> torch.Tensor:
         """x [S, in_features] sorted by expert, expert_counts [num_experts], to [S, out_features]."""
         if not self.is_fp8:
-            return self.ops.grouped_linear(x, expert_counts, self.weight)
+            return self.ops[grouped_linear](_unquantized(x), expert_counts, self.weight)
         if self.masters is not None:
-            return self.masters.grouped_linear(x, expert_counts, self.weight)
-        return self.ops.grouped_fp8_linear(*quantize(self.ops, x), expert_counts, self.weight, self.weight_scale_inv)
+            return self.masters.grouped_linear(_unquantized(x), expert_counts, self.weight)
+        return self.ops[grouped_fp8_linear](*quantize(self.ops, x), expert_counts, self.weight, self.weight_scale_inv)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dsv3_plugin.layers.linear import Activation, ColumnLinear, Quantized, RowLinear
+from dsv3_plugin.ops.silu_and_mul import silu_and_mul, silu_and_mul_fp8
 from dsv3_plugin.registry import Ops
 
 
@@ -26,6 +27,5 @@ class MLP(nn.Module):
 def swiglu(ops: Ops, gate_up: torch.Tensor) -> Activation:
     """gate_up [T, 2 I] to [T, I], as the projection behind it reads it."""
     if ops.quantizes_ahead:
-        return Quantized(*ops.silu_and_mul_fp8(gate_up, ops.setting.profile.scale_format))
-    activation: torch.Tensor = ops.silu_and_mul(gate_up)
-    return activation
+        return Quantized(*ops[silu_and_mul_fp8](gate_up, ops.scale_format))
+    return ops[silu_and_mul](gate_up)

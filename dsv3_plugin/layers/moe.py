@@ -8,6 +8,9 @@ from torch import nn
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.linear import Activation, GroupedLinear, Quantized
 from dsv3_plugin.layers.mlp import MLP, swiglu
+from dsv3_plugin.ops.combine import combine
+from dsv3_plugin.ops.permute import permute, permute_fp8
+from dsv3_plugin.ops.router import moe_router
 from dsv3_plugin.registry import Ops
 
 
@@ -28,7 +31,7 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, hidden] to (topk_ids int64 [T, k] ascending, topk_weights fp32 [T, k])."""
-        return self.ops.moe_router(
+        return self.ops[moe_router](
             x,
             self.weight,
             self.e_score_correction_bias,
@@ -69,11 +72,11 @@ class MoE(nn.Module):
         topk_ids, topk_weights = self.gate(x)
         rows, slots, expert_counts = permutation(topk_ids, self.gate.config.n_routed_experts)
         if isinstance(activation, Quantized):
-            permuted: Activation = Quantized(*self.ops.permute_fp8(*activation, rows))
+            permuted: Activation = Quantized(*self.ops[permute_fp8](*activation, rows))
         else:
-            permuted = self.ops.permute(activation, rows)
+            permuted = self.ops[permute](activation, rows)
         expert_out = self.experts(permuted, expert_counts)
-        return self.ops.combine(expert_out, slots, topk_weights, self.shared_experts(activation))
+        return self.ops[combine](expert_out, slots, topk_weights, self.shared_experts(activation))
 
 
 def permutation(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dsv3_plugin.layers.linear import Activation, Quantized
+from dsv3_plugin.ops.rms_norm import add_rms_norm, add_rms_norm_fp8, rms_norm, rms_norm_fp8
 from dsv3_plugin.registry import Ops
 
 
@@ -20,19 +21,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, size] to [T, size]."""
-        return self.ops.rms_norm(x, self.weight, self.eps)
+        return self.ops[rms_norm](x, self.weight, self.eps)
 
     def for_projection(self, x: torch.Tensor) -> Activation:
         """x [T, size], normalised, as projections read it."""
         if not self.ops.quantizes_ahead:
             return self(x)  # type: ignore[no-any-return]
-        return Quantized(*self.ops.rms_norm_fp8(x, self.weight, self.eps, self.ops.setting.profile.scale_format))
+        return Quantized(*self.ops[rms_norm_fp8](x, self.weight, self.eps, self.ops.scale_format))
 
     def of_sum(self, x: torch.Tensor, addend: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Activation]:
         """x, addend [T, size] to their sum, it normalised, and that as projections read it."""
         if not self.ops.quantizes_ahead:
-            total, normalised = self.ops.add_rms_norm(x, addend, self.weight, self.eps)
+            total, normalised = self.ops[add_rms_norm](x, addend, self.weight, self.eps)
             return total, normalised, normalised
-        scale_format = self.ops.setting.profile.scale_format
-        total, normalised, *quantized = self.ops.add_rms_norm_fp8(x, addend, self.weight, self.eps, scale_format)
-        return total, normalised, Quantized(*quantized)
+        fused = self.ops[add_rms_norm_fp8](x, addend, self.weight, self.eps, self.ops.scale_format)
+        total, normalised, values, scale = fused
+        return total, normalised, Quantized(values, scale)

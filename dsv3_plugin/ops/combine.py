@@ -7,13 +7,17 @@ order is by expert, not by arrival, so that no dispatch and no expert-parallel s
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import torch
 
-from dsv3_plugin.ops.contract import Contract, require
+from dsv3_plugin.ops.checks import require
+from dsv3_plugin.ops.drawing import Case, Sizes, generator, numbers
+from dsv3_plugin.ops.operation import BoundKernels, operation
 
-COMBINE = Contract("combine", 1, "weighted experts in ascending order, shared expert last, one rounding")
 
-
+@operation(version=1, summary="weighted experts in ascending order, shared expert last, one rounding")
 def combine(
     expert_out: torch.Tensor, slots: torch.Tensor, topk_weights: torch.Tensor, shared_out: torch.Tensor
 ) -> torch.Tensor:
@@ -25,3 +29,50 @@ def combine(
     for k in range(1, slots.shape[1]):
         acc = acc + topk_weights[:, k, None] * expert_out[slots[:, k]].float()
     return (acc + shared_out.float()).to(shared_out.dtype)
+
+
+class _Combine(torch.autograd.Function):
+    """In fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ops: BoundKernels,
+        expert_out: torch.Tensor,
+        slots: torch.Tensor,
+        topk_weights: torch.Tensor,
+        shared_out: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(expert_out, slots, topk_weights)
+        return ops[combine](expert_out, slots, topk_weights, shared_out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        expert_out, slots, topk_weights = ctx.saved_tensors
+        wide = grad.float().unsqueeze(1)
+        grad_expert = torch.zeros_like(expert_out)
+        # No two pairs of a token and an expert share a row.
+        grad_expert[slots] = (topk_weights.unsqueeze(2) * wide).to(expert_out.dtype)
+        grad_weights = (expert_out[slots].float() * wide).sum(2)
+        return None, grad_expert, None, grad_weights, grad
+
+
+@combine.gradient
+def _differentiable(
+    ops: BoundKernels,
+    expert_out: torch.Tensor,
+    slots: torch.Tensor,
+    topk_weights: torch.Tensor,
+    shared_out: torch.Tensor,
+) -> torch.Tensor:
+    return _Combine.apply(ops, expert_out, slots, topk_weights, shared_out)
+
+
+@combine.cases
+def _case(rng: random.Random, at: Sizes) -> Case:
+    """Experts in any order of rows."""
+    rows, topk, width = rng.choice(at.rows), rng.choice((1, 4, 8)), rng.choice(at.depths) + rng.choice((0, 72))
+    drawn = generator(rng)
+    slots = torch.randperm(rows * topk, generator=drawn).view(rows, topk)
+    weights = torch.rand(rows, topk, generator=drawn)
+    return combine.case(numbers(rng, rows * topk, width), slots, weights, numbers(rng, rows, width))

@@ -25,22 +25,18 @@ be told apart; who computes which split, and where, cannot either.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+import random
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from dsv3_plugin.ops.contract import Contract
+from dsv3_plugin.ops.drawing import MOST_PRODUCTS, Case, Sizes, numbers, size_of_numbers
 from dsv3_plugin.ops.elementary import LOG2_E, exp2_of_nonpositive, fma, fold_sum
+from dsv3_plugin.ops.operation import BoundKernels, matrix_operation
 from dsv3_plugin.ops.paged_batch import require_paged_batch
-from dsv3_plugin.ops.tile import tiled_linear
-
-MLA_ATTENTION = Contract(
-    "mla_attention",
-    3,
-    "absorbed causal attention, online softmax over 64-key blocks in splits of 1024 keys, maxima at multiples of 8",
-)
+from dsv3_plugin.ops.products import Products
 
 KEY_BLOCK = 64
 SPLIT_KEYS = 1024
@@ -48,27 +44,15 @@ MAXIMUM_STEP = 8
 """Maxima, in units of log 2, are multiples of it."""
 
 
-class Products(NamedTuple):
-    """The two matrix products: what differs between a CPU and a tensor core."""
-
-    scores: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    """Rows [R, C] and keys [KEY_BLOCK, C] to fp32 [R, KEY_BLOCK]."""
-    add_values: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    """Output fp32 [R, V], probabilities [R, KEY_BLOCK] and values [KEY_BLOCK, V] to fp32 [R, V]."""
-
-
-def _scores(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    return tiled_linear(rows.float(), keys.float())
-
-
-def _add_values(output: torch.Tensor, p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return output + tiled_linear(p.float(), values.float().t().contiguous())
-
-
-CPU_PRODUCTS = Products(_scores, _add_values)
-
-
+@matrix_operation(
+    version=3,
+    summary="absorbed causal attention, online softmax over 64-key blocks in splits of 1024 keys, maxima at multiples"
+    " of 8",
+    dims=("kv_lora_rank", "qk_rope_head_dim"),
+    page_sizes=(1, 32, 64),  # SGLang's, the suite's and vLLM's
+)
 def mla_attention(
+    products: Products,
     q: torch.Tensor,
     latent_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -77,11 +61,11 @@ def mla_attention(
     *,
     kv_lora_rank: int,
     scale: float,
-    products: Products = CPU_PRODUCTS,
 ) -> torch.Tensor:
     """Attend the last tokens of several requests to their cached prefixes.
 
     Args:
+        products: the machine's.
         q: [T, H, C], absorbed queries of all requests one after the other; C = kv_lora_rank + qk_rope_head_dim.
         latent_cache: [num_blocks, block_size, C] of q's dtype, with the queries' own tokens already written.
         block_table: integers [num_reqs, max_blocks], the blocks of each request in order.
@@ -89,11 +73,10 @@ def mla_attention(
         query_start_loc: integers [num_reqs + 1], where each request's queries start in q.
         kv_lora_rank: of the C numbers, how many are value too.
         scale: factor of the scores before the softmax, positive.
-        products: the machine's.
 
     Returns [T, H, kv_lora_rank] of q's dtype. Raises `InputError` where shapes, lengths or pages do not fit.
     """
-    require_paged_batch(MLA_ATTENTION.op, q, latent_cache, block_table, seq_lens, query_start_loc, scale)
+    require_paged_batch("mla_attention", q, latent_cache, block_table, seq_lens, query_start_loc, scale)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     block_size = latent_cache.shape[1]
     outputs = []
@@ -103,12 +86,12 @@ def mla_attention(
             continue
         blocks = block_table[request, : -(-length // block_size)].long()
         keys = latent_cache[blocks].flatten(0, 1)[:length]
-        outputs.append(attend(queries, keys, kv_lora_rank, scale, products))
+        outputs.append(attend(products, queries, keys, kv_lora_rank, scale))
     return torch.cat(outputs) if outputs else q.new_empty(0, q.shape[1], kv_lora_rank)
 
 
 def attend(
-    queries: torch.Tensor, keys: torch.Tensor, kv_lora_rank: int, scale: float, products: Products
+    products: Products, queries: torch.Tensor, keys: torch.Tensor, kv_lora_rank: int, scale: float
 ) -> torch.Tensor:
     """queries [T, H, C] are the last T tokens of keys [L, C]; to [T, H, kv_lora_rank]."""
     tokens, heads, _ = queries.shape
@@ -121,7 +104,7 @@ def attend(
         skip = max(0, start - first_position) * heads
         split = keys[start : start + SPLIT_KEYS]
         first = max(0, first_position - start)
-        triple = attend_split(rows[skip:], heads, first, split, kv_lora_rank, scale, products)
+        triple = attend_split(products, rows[skip:], heads, first, split, kv_lora_rank, scale)
         folded = triple if folded is None else folded.replace_tail(skip, fold(folded.tail(skip), triple))
     assert folded is not None
     return (folded.output * (1.0 / folded.total)).to(queries.dtype).unflatten(0, (tokens, heads))
@@ -162,13 +145,13 @@ def step_above(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def attend_split(
+    products: Products,
     rows: torch.Tensor,
     heads: int,
     first_position: int,
     keys: torch.Tensor,
     kv_lora_rank: int,
     scale: float,
-    products: Products,
 ) -> Triple:
     """rows [R, C] of tokens from `first_position` on, keys [n * KEY_BLOCK, C]; positions count from the first key."""
     positions = (first_position + torch.arange(len(rows), device=rows.device) // heads).unsqueeze(1)
@@ -182,13 +165,126 @@ def attend_split(
         skip = max(0, start - first_position) * heads
         old = triple.tail(skip)
         block = keys[start : start + KEY_BLOCK]
-        scores = products.scores(rows[skip:], block)
+        scores = products.linear(rows[skip:], block, torch.float32)
         key_positions = torch.arange(start, start + KEY_BLOCK, device=keys.device)
         scores = scores.masked_fill(key_positions > positions[skip:], -torch.inf)
         maximum = torch.maximum(old.maximum, step_above(scores.amax(1, keepdim=True), factor))
         p = exp2_of_nonpositive(fma(scores, factor, -maximum)).to(rows.dtype)
         alpha = exp2_of_nonpositive(old.maximum - maximum)
         total = old.total * alpha + fold_sum(p.float(), KEY_BLOCK)
-        output = products.add_values(old.output * alpha, p, block[:, :kv_lora_rank])
+        output = products.add_product(old.output * alpha, p, block[:, :kv_lora_rank])
         triple = triple.replace_tail(skip, Triple(maximum, total, output))
     return triple
+
+
+class _MLAAttention(torch.autograd.Function):
+    """Recomputed request by request in fp32. Correct, not fast: the probabilities [H, T, L] of one request are held at
+    once. The gradient of the cache has all its pages.
+
+    With p = softmax(q k^T * scale) and v the first `kv_lora_rank` numbers of k: dp = do v^T, ds = p (dp - sum(dp p)),
+    dq = ds k * scale, and a key, which is key and value at once, gets ds^T q * scale and, in its value part, p^T do.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ops: BoundKernels,
+        q: torch.Tensor,
+        latent_cache: torch.Tensor,
+        batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        kv_lora_rank: int,
+        scale: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, latent_cache, *batch)
+        ctx.kv_lora_rank, ctx.scale = kv_lora_rank, scale
+        return ops[mla_attention](q, latent_cache, *batch, kv_lora_rank=kv_lora_rank, scale=scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        q, latent_cache, block_table, seq_lens, query_start_loc = ctx.saved_tensors
+        block_size = latent_cache.shape[1]
+        grad_q = torch.zeros_like(q)
+        grad_cache = torch.zeros_like(latent_cache, dtype=torch.float32)
+        starts = query_start_loc.tolist()
+        for request, length in enumerate(seq_lens.tolist()):
+            rows = slice(starts[request], starts[request + 1])
+            blocks = block_table[request, : -(-length // block_size)].long()
+            keys = latent_cache[blocks].flatten(0, 1)[:length].float()
+            of_queries, of_keys = _attention_gradients(
+                grad[rows].float(), q[rows].float(), keys, ctx.kv_lora_rank, ctx.scale
+            )
+            grad_q[rows] = of_queries.to(q.dtype)
+            padded = F.pad(of_keys, (0, 0, 0, len(blocks) * block_size - length))
+            grad_cache.index_add_(0, blocks, padded.unflatten(0, (-1, block_size)))
+        return None, grad_q, grad_cache.to(latent_cache.dtype), None, None, None
+
+
+def _attention_gradients(
+    grad: torch.Tensor, q: torch.Tensor, keys: torch.Tensor, rank: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad [T, H, rank], q [T, H, C], the last T tokens of keys [L, C]; to (dq [T, H, C], dk [L, C]); all fp32."""
+    scores = torch.einsum("thc,lc->htl", q, keys) * scale
+    future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1 + len(keys) - len(q))
+    p = scores.masked_fill(future, -torch.inf).softmax(-1)
+    grad_p = torch.einsum("thr,lr->htl", grad, keys[:, :rank])
+    grad_scores = p * (grad_p - (grad_p * p).sum(-1, keepdim=True)) * scale
+    grad_keys = torch.einsum("htl,thc->lc", grad_scores, q)
+    grad_keys[:, :rank] += torch.einsum("htl,thr->lr", p, grad)
+    return torch.einsum("htl,lc->thc", grad_scores, keys), grad_keys
+
+
+@mla_attention.gradient
+def _differentiable(
+    ops: BoundKernels,
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    *,
+    kv_lora_rank: int,
+    scale: float,
+) -> torch.Tensor:
+    batch = block_table, seq_lens, query_start_loc
+    return _MLAAttention.apply(ops, q, latent_cache, batch, kv_lora_rank, scale)
+
+
+@mla_attention.cases
+def _case(rng: random.Random, at: Sizes) -> Case:
+    """Requests of prefill, verify and decode together, shuffled pages, unwritten memory behind each."""
+    heads, (rank, rotary) = rng.choice(at.heads), rng.choice(at.latents)
+    block_size = rng.choice((1, 16, 32, 64))
+    lengths, queries = [], []
+    budget = MOST_PRODUCTS // (heads * (2 * rank + rotary))
+    for _ in range(rng.choice(at.requests)):
+        count = min(rng.choice((1, 1, 2, 5, 70)), max(1, budget // 512), at.keys // 16)
+        # Few are long: the model takes its time for each block of keys.
+        length = count + int(max(0, min(at.keys, budget // count // 2 - count)) * rng.random() ** 3)
+        if budget < count * length:
+            break
+        budget -= count * length
+        queries.append(count)
+        lengths.append(length)
+    if not queries:
+        queries, lengths = [1], [rng.randint(1, 64)]
+    blocks = [-(-length // block_size) for length in lengths]
+    pages = list(range(sum(blocks) + 3))
+    rng.shuffle(pages)
+    table = torch.zeros(len(blocks), max(blocks) + 1, dtype=torch.int32)
+    for request, count in enumerate(blocks):
+        table[request, :count] = torch.tensor([pages.pop() for _ in range(count)])
+    cache = numbers(rng, sum(blocks) + 3, block_size, rank + rotary) * size_of_numbers(rng)
+    # What no request has written yet may hold anything.
+    for request, length in enumerate(lengths):
+        if length % block_size:
+            cache[table[request, blocks[request] - 1], length % block_size :] = math.nan
+    starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
+    return mla_attention.case(
+        numbers(rng, sum(queries), heads, rank + rotary) * 0.3,
+        cache,
+        table,
+        torch.tensor(lengths, dtype=torch.int32),
+        starts,
+        kv_lora_rank=rank,
+        scale=(rank + rotary) ** -0.5,
+    )

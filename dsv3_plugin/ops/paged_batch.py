@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from dsv3_plugin.ops.contract import require
+from dsv3_plugin.ops.checks import require
 
 
 class Sizes(NamedTuple):

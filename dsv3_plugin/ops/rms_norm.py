@@ -1,20 +1,29 @@
-"""Root-mean-square normalisation.
+"""Root-mean-square normalisation, and the same with what stands before and behind it in a layer.
 
-Contract: fp32 throughout. The squares are summed by `elementary.sum_row`; the factor is 1 / sqrt(mean + eps), a
-square root and a division, both correctly rounded; x times factor, times weight, one rounding to the input's dtype.
-(Hugging Face rounds x * factor to bf16 before the weight: two roundings.)
+Contract of `rms_norm`: fp32 throughout. The squares are summed by `elementary.sum_row`; the factor is
+1 / sqrt(mean + eps), a square root and a division, both correctly rounded; x times factor, times weight, one rounding
+to the input's dtype. (Hugging Face rounds x * factor to bf16 before the weight: two roundings.)
+
+The others are by definition operations one after the other, rounding to the profile's dtype between them included.
+A kernel saves launches and the way through memory, never a rounding.
 """
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import torch
 
-from dsv3_plugin.ops.contract import Contract, require, require_matrix
+from dsv3_plugin.ops.checks import require, require_matrix
+from dsv3_plugin.ops.drawing import SCALE_FORMATS, Case, Sizes, numbers
 from dsv3_plugin.ops.elementary import divide, sum_row
+from dsv3_plugin.ops.operation import BoundKernels, operation
+from dsv3_plugin.ops.quantize import quantize_fp8
+from dsv3_plugin.profile import ScaleFormat
 
-RMS_NORM = Contract("rms_norm", 2, "x / rms(x) * weight in fp32, one rounding")
 
-
+@operation(version=2, summary="x / rms(x) * weight in fp32, one rounding")
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [M, K], weight [K] of one dtype, to [M, K] of that dtype."""
     require_matrix("rms_norm", "x", x, (torch.float32, torch.bfloat16))
@@ -25,3 +34,95 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     # In fp64: ATen's vectorised fp32 root is off by an ulp in 0.6 % of its results.
     root = torch.sqrt((mean + eps).double()).float()
     return (wide * (1.0 / root) * weight.float()).to(x.dtype)
+
+
+@operation(version=1, summary="residual sum, then rms_norm")
+def add_rms_norm(
+    x: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, addend [M, K], weight [K] of one dtype, to (x + addend, its `rms_norm`), [M, K] of that dtype each."""
+    op = "add_rms_norm"
+    require(x.shape == addend.shape, op, f"x has shape {tuple(x.shape)}, addend {tuple(addend.shape)}")
+    require(x.dtype == addend.dtype, op, f"x is {x.dtype}, addend is {addend.dtype}")
+    total = x + addend
+    return total, rms_norm(total, weight, eps)
+
+
+@operation(version=1, summary="rms_norm, then quantize_fp8", fp8=True)
+def rms_norm_fp8(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, scale_format: ScaleFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K], weight [K] of one dtype, to (e4m3 [M, K], fp32 scales [M, K / 128])."""
+    return quantize_fp8(rms_norm(x, weight, eps), scale_format)
+
+
+@operation(version=1, summary="residual sum, then rms_norm, then quantize_fp8", fp8=True)
+def add_rms_norm_fp8(
+    x: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, eps: float, scale_format: ScaleFormat
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, addend [M, K], weight [K] of one dtype, to what `add_rms_norm` gives and its second part quantized: (e4m3 [M,
+    K], fp32 scales [M, K / 128]).
+    """
+    total, normalised = add_rms_norm(x, addend, weight, eps)
+    return total, normalised, *quantize_fp8(normalised, scale_format)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """In fp32: with r = 1 / rms(x) and h = dy * w, dx = r h - x r^3 mean(h x), and dw = sum of dy x r over the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: BoundKernels, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return ops[rms_norm](x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        wide, grad = x.float(), grad.float()
+        factor = (wide.square().mean(1, keepdim=True) + ctx.eps).rsqrt()
+        normalised, h = wide * factor, grad * weight.float()
+        grad_x = factor * (h - normalised * (h * normalised).mean(1, keepdim=True))
+        return None, grad_x.to(x.dtype), (grad * normalised).sum(0).to(weight.dtype), None
+
+
+@rms_norm.gradient
+def _differentiable_rms_norm(ops: BoundKernels, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return _RMSNorm.apply(ops, x, weight, eps)
+
+
+@add_rms_norm.gradient
+def _differentiable_add_rms_norm(
+    ops: BoundKernels, x: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x + addend
+    return total, _differentiable_rms_norm(ops, total, weight, eps)
+
+
+@rms_norm.cases
+def _rms_norm_case(rng: random.Random, at: Sizes) -> Case:
+    """Widths that fill no block of 128, and no power of two."""
+    width = rng.choice(at.depths) + rng.choice((0, 64, 72))
+    return rms_norm.case(numbers(rng, rng.choice(at.rows), width), numbers(rng, width), 1e-6)
+
+
+@add_rms_norm.cases
+def _add_rms_norm_case(rng: random.Random, at: Sizes) -> Case:
+    """The same behind a sum."""
+    (x, weight, eps), _ = rms_norm.draw(rng, at)
+    return add_rms_norm.case(x, numbers(rng, *x.shape), weight, eps)
+
+
+@rms_norm_fp8.cases
+def _rms_norm_fp8_case(rng: random.Random, at: Sizes) -> Case:
+    """Widths of whole scale blocks, no power of two; both scale formats."""
+    width = rng.choice(at.depths) + rng.choice((0, 128))
+    x, weight = numbers(rng, rng.choice(at.rows), width), numbers(rng, width)
+    return rms_norm_fp8.case(x, weight, 1e-6, rng.choice(SCALE_FORMATS))
+
+
+@add_rms_norm_fp8.cases
+def _add_rms_norm_fp8_case(rng: random.Random, at: Sizes) -> Case:
+    """The same behind a sum."""
+    (x, weight, eps, scale_format), _ = rms_norm_fp8.draw(rng, at)
+    return add_rms_norm_fp8.case(x, numbers(rng, *x.shape), weight, eps, scale_format)

@@ -9,13 +9,15 @@ length can change it.
 from __future__ import annotations
 
 import math
+import random
+from typing import Any
 
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config, YarnScaling
-from dsv3_plugin.ops.contract import Contract, require
-
-ROPE = Contract("rope", 1, "interleaved rotation in fp32, one rounding")
+from dsv3_plugin.ops.checks import require
+from dsv3_plugin.ops.drawing import Case, Sizes, generator, numbers
+from dsv3_plugin.ops.operation import BoundKernels, operation
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -61,6 +63,7 @@ def softmax_scale(config: DeepseekV3Config) -> float:
     return scale
 
 
+@operation(version=1, summary="interleaved rotation in fp32, one rounding")
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [M, H, P]; cos, sin fp32 [M, P / 2], the table's rows at the tokens' positions; to [M, H, P] of x's dtype."""
     require(
@@ -72,3 +75,32 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rotated.flatten(-2).to(x.dtype)
+
+
+class _Rope(torch.autograd.Function):
+    """The transposed rotation, by the negative angle. The table is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: BoundKernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.kernel = ops[rope]
+        return ctx.kernel(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return None, ctx.kernel(grad.contiguous(), cos, -sin), None, None
+
+
+@rope.gradient
+def _differentiable(ops: BoundKernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return _Rope.apply(ops, x, cos, sin)
+
+
+@rope.cases
+def _case(rng: random.Random, at: Sizes) -> Case:
+    """x is a view with gaps, as the layers pass it."""
+    rows, heads, pairs = rng.choice(at.rows), rng.choice(at.heads), rng.choice((16, 32))
+    angles = torch.rand(rows, pairs, generator=generator(rng)) * 7
+    wide = numbers(rng, rows, heads, 128 + 2 * pairs)
+    return rope.case(wide[..., 128:], angles.cos(), angles.sin())

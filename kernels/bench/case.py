@@ -13,7 +13,7 @@ from dsv3_plugin.hooks import Setting
 from dsv3_plugin.kernels import provider
 from dsv3_plugin.kernels.bench.measure import Call, Rows
 from dsv3_plugin.kernels.bench.scoreboard import Role
-from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.profile import FP8_FLOAT32
 from dsv3_plugin.registry import Ops, bind
 

@@ -14,7 +14,7 @@ import torch
 
 from dsv3_plugin.kernels.bench.case import TOPK, Weight
 from dsv3_plugin.kernels.bench.measure import Call
-from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.ops.quantize import E4M3
 
 
 def vllm_flash_mla(

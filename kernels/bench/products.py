@@ -29,7 +29,9 @@ from dsv3_plugin.kernels.bench.measure import Call, Rows
 from dsv3_plugin.kernels.triton import fp8_linear, linear, quantize
 from dsv3_plugin.kernels.vendors import cublas
 from dsv3_plugin.layers.moe import permutation
-from dsv3_plugin.ops import fused
+from dsv3_plugin.ops import fp8_linear as fp8_contracts
+from dsv3_plugin.ops import linear as contracts
+from dsv3_plugin.ops.permute import permute_fp8
 
 
 def dense_cases() -> Iterator[Case]:
@@ -61,7 +63,7 @@ def dense_cases() -> Iterator[Case]:
             return Contenders(
                 lambda: fp8_linear.fp8_linear(*x, *weight),
                 {"DeepGEMM": peer(deep_gemm), "cuBLASLt": peer(cublaslt)},
-                served=lambda: served().fp8_linear(*x, *weight),
+                served=lambda: served()[fp8_contracts.fp8_linear](*x, *weight),
             )
 
         moved = m * k + n * k + 2 * m * n
@@ -71,7 +73,7 @@ def dense_cases() -> Iterator[Case]:
 def _dense_rows(n: int, k: int) -> Rows:
     weight = fp8_weight(n, k)
     values, scales = quantize.quantize_fp8(bf16(MOST_ROWS, k), "float32")
-    return Rows(MOST_ROWS, lambda i: fp8_linear.fp8_linear(*fused.permute_fp8(values, scales, i), *weight))
+    return Rows(MOST_ROWS, lambda i: fp8_linear.fp8_linear(*permute_fp8(values, scales, i), *weight))
 
 
 _LOCAL_EXPERTS = 32
@@ -143,7 +145,7 @@ def _grouped_contenders(counts: torch.Tensor, weight: Weight, *, masked: bool) -
     return Contenders(
         lambda: fp8_linear.grouped_fp8_linear(*x, counts, *weight),
         theirs,
-        served=lambda: served().grouped_fp8_linear(*x, counts, *weight),
+        served=lambda: served()[fp8_contracts.grouped_fp8_linear](*x, counts, *weight),
     )
 
 
@@ -183,7 +185,7 @@ def bf16_cases() -> Iterator[Case]:
                 lambda: linear.linear(x, weight),
                 {"cuBLAS": lambda: F.linear(x, weight), "DeepGEMM": peer(deep_gemm)},
                 {"vLLM": peer(peers.vllm_invariant_matmul, x, weight)},
-                served=lambda: served().linear(x, weight),
+                served=lambda: served()[contracts.linear](x, weight),
             )
 
         moved = 2 * (m * k + n * k + m * n)

@@ -28,7 +28,7 @@ from dsv3_plugin.kernels.cuda.fp8_gemm import Shape
 from dsv3_plugin.kernels.selection import Choice, Row, Table
 from dsv3_plugin.kernels.triton import fp8_linear, quantize
 from dsv3_plugin.kernels.vendors import deep_gemm
-from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.ops.quantize import E4M3
 
 # DeepSeek-V3's projections (columns, depth), q_a and kv_a also as one, and its experts'.
 DENSE = (
@@ -102,14 +102,14 @@ class Product(NamedTuple):
             even = torch.full((self.groups,), self.rows, device="cuda")
             expert = torch.randint(self.groups, (tokens,), device="cuda")
             loads = [(even,), (torch.bincount(expert, minlength=self.groups),)]
-        own = fp8_linear.grouped_fp8_linear if self.groups else fp8_linear.fp8_linear
+        own = fp8_linear.grouped_fp8_linear_by if self.groups else fp8_linear.fp8_linear_by
         peer = deep_gemm.grouped_fp8_linear if self.groups else deep_gemm.product
         pairs = list(zip(operands, weights, strict=True))
 
         def of(make: Callable[..., torch.Tensor]) -> list[list[Call]]:
             return [[partial(make, *x, *load, *weight) for x, weight in pairs] for load in loads]
 
-        calls = {name: of(partial(own, choice=choice)) for name, choice in choices.items()}
+        calls = {name: of(partial(own, choice)) for name, choice in choices.items()}
         if deep_gemm.version():
             calls[deep_gemm.PROVIDER] = of(peer)
         return calls

@@ -31,7 +31,6 @@ import typer
 from dsv3_plugin import certificates
 from dsv3_plugin.certificates import FEWEST_CASES
 from dsv3_plugin.errors import KernelError
-from dsv3_plugin.kernels.certify.cases import CASES, LARGE
 from dsv3_plugin.kernels.certify.compare import check_alike
 from dsv3_plugin.kernels.certify.earn import earned, require_subjects, written
 from dsv3_plugin.kernels.certify.findings import Broken, Finding, Result, broke
@@ -39,6 +38,9 @@ from dsv3_plugin.kernels.certify.full_card import check_full_card
 from dsv3_plugin.kernels.certify.golden import record
 from dsv3_plugin.kernels.certify.processes import SHARE, Share, by_operation, in_processes, shares
 from dsv3_plugin.kernels.certify.targets import Device, DeviceName, Where, chosen, that_run, this_machine, where_of
+from dsv3_plugin.ops.drawing import LARGE
+from dsv3_plugin.ops.mla_attention import mla_attention
+from dsv3_plugin.ops.operation import operations
 
 _CASES, _CASES_OF_CERTIFICATE = 40, 1000
 
@@ -72,9 +74,9 @@ def main(
     ] = None,
 ) -> None:
     """Compare the kernels of all providers, or of some, with their contracts, bit for bit, in random cases."""
-    unknown = sorted(set(op or ()) - set(CASES))
+    unknown = sorted(set(op or ()) - set(operations()))
     if unknown:
-        raise KernelError(f"there is no operation {', '.join(unknown)}; the operations are {', '.join(CASES)}")
+        raise KernelError(f"there is no operation {', '.join(unknown)}; the operations are {', '.join(operations())}")
     device = device or this_machine()
     if device is DeviceName.hopper and this_machine() is not DeviceName.hopper:
         raise KernelError("the kernels to check run on a Hopper GPU, and this machine has none")
@@ -130,7 +132,7 @@ def check_share(share: Share, *, provider_names: list[str] | None, seed: int, wh
     torch.set_num_threads(1)
     targets = [target for target in chosen([share.op], provider_names, where) if target.settings(where)]
     findings = check_alike(targets, share.numbers, seed, where)
-    if (share.op, where.kernels, share.numbers.start) == ("mla_attention", "cuda", 0):
+    if (share.op, where.kernels, share.numbers.start) == (mla_attention.name, "cuda", 0):
         for target in (target for target in targets if LARGE.latents[0] in target.sizes(where).latents):
             try:
                 findings.append(check_full_card(target, seed))

@@ -14,9 +14,9 @@ import torch
 from dsv3_plugin import certificates
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.hooks import Implementation
-from dsv3_plugin.kernels.certify.cases import CASES, Case, Sizes, in_fp32
 from dsv3_plugin.kernels.certify.findings import MODEL_ON_CPU, Broken, Finding, Result, broke
 from dsv3_plugin.kernels.certify.targets import Target, Where
+from dsv3_plugin.ops.drawing import Case, Sizes, in_fp32
 from dsv3_plugin.registry import definitions
 
 
@@ -87,7 +87,7 @@ def check_case(target: Target, number: int, case: Case, expected: Any, device: s
         cases=1,
         outputs=sum(x.numel() for x in (expected if isinstance(expected, tuple) else (expected,))),
         seconds=time.perf_counter() - began,
-        page_sizes=frozenset({case.args[1].shape[1]} if target.kernel.op == "mla_attention" else ()),
+        page_sizes=frozenset({case.args[1].shape[1]} if target.op.page_sizes else ()),
     )
     if not faults:
         return result
@@ -143,7 +143,7 @@ def _check_group(
         dtype = dtypes[number % len(dtypes)]
         try:
             with torch.device(where.model):
-                case = CASES[model.op](random.Random(f"{model.op}/{seed}/{number}"), at)
+                case = targets[0].op.draw(random.Random(f"{model.op}/{seed}/{number}"), at)
             case = in_fp32(case) if dtype == torch.float32 else case
             expected = model.run(*case.args, **case.kwargs)
         except Exception as error:  # a kernel may have broken the card's state

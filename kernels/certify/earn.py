@@ -9,13 +9,11 @@ from dsv3_plugin.certificates import Certificate, Subject
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.kernels.certify.findings import ALL, MODEL_ON_CPU, Finding, Result
 from dsv3_plugin.kernels.certify.targets import Target, Where
-from dsv3_plugin.registry import CONTRACTS, reference_of
 
 
 def subject_of(target: Target, where: Where) -> Subject:
     """What a certificate of it would be of. Raises `KernelError` where it can get none."""
-    (contract,) = (contract for contract in CONTRACTS if contract.op == target.kernel.op)
-    return certificates.subject_of(target.part, contract, reference_of(contract.op), target.settings(where)[0])
+    return certificates.subject_of(target.part, target.op, target.settings(where)[0])
 
 
 def require_subjects(targets: list[Target], where: Where) -> None:

@@ -11,20 +11,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dsv3_plugin.kernels import provider
-from dsv3_plugin.kernels.certify.cases import CASES, SMALL, Case
 from dsv3_plugin.kernels.certify.compare import copied
-from dsv3_plugin.registry import CONTRACTS
+from dsv3_plugin.ops.drawing import SMALL, Case
+from dsv3_plugin.ops.operation import operations
 
 
 def record(path: Path, *, per_op: int = 2, device: str = "cuda") -> None:
     """Write `per_op` small cases of each operation with the results of this package's own kernels."""
     tensors: dict[str, torch.Tensor] = {}
-    versions = {contract.op: contract.version for contract in CONTRACTS}
+    versions = {op.name: op.version for op in operations().values()}
     plain: dict[str, str] = {"card": torch.cuda.get_device_name(), "contracts": json.dumps(versions)}
-    for kernel in map(provider.own_kernel, CONTRACTS):
+    for kernel in map(provider.own_kernel, operations().values()):
         for number in range(per_op):
             name = f"{kernel.op}/{number}"
-            case = CASES[kernel.op](random.Random(f"golden/{name}"), SMALL)
+            case = operations()[kernel.op].draw(random.Random(f"golden/{name}"), SMALL)
             # Views carry gaps of the tensors that they were cut from.
             args = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in case.args]
             results = kernel.run(*(copied(x, device) for x in args), **case.kwargs)

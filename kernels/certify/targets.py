@@ -10,8 +10,9 @@ import torch
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Arithmetic, Implementation, Kernel, Setting
 from dsv3_plugin.kernels import provider
-from dsv3_plugin.kernels.certify.cases import CASES, LARGE, ON_CPU, Sizes
 from dsv3_plugin.kernels.hopper import V3_LATENT
+from dsv3_plugin.ops.drawing import LARGE, ON_CPU, Sizes
+from dsv3_plugin.ops.operation import Operation, operations
 from dsv3_plugin.profile import FP8_UE8M0, FP32
 from dsv3_plugin.registry import is_a_definition, is_supported, offered_kernels
 
@@ -77,6 +78,11 @@ class Target(NamedTuple):
     part: Implementation
 
     @property
+    def op(self) -> Operation[..., Any]:
+        """What it computes."""
+        return operations()[self.kernel.op]
+
+    @property
     def is_meant_exact(self) -> bool:
         """Whether a bit that differs is a fault."""
         return self.kernel.uncertified is None
@@ -87,18 +93,18 @@ class Target(NamedTuple):
         return self.kernel.provider in (provider.PROVIDER, provider.CUDA_PROVIDER) and len(self.kernel.parts) == 1
 
     def settings(self, where: Where) -> list[Setting]:
-        """Those that its kernel serves; attention's with each latent of the cases."""
+        """Those that its kernel serves; with each latent of the cases, where it may be particular about that."""
         latents = [V3_LATENT]
-        if self.kernel.op == "mla_attention":
-            latents = [dict(zip(V3_LATENT, latent, strict=True)) for latent in LARGE.latents]
+        if self.op.dims:
+            latents = [dict(zip(self.op.dims, latent, strict=True)) for latent in LARGE.latents]
         settings = [setting for latent in latents for setting in where.settings(**latent)]
         return [setting for setting in settings if is_supported(self.kernel, setting)]
 
     def sizes(self, where: Where) -> Sizes:
         """What its cases are drawn from."""
         sizes = (ON_CPU if where.kernels == "cpu" else LARGE)._replace(**_FEW.get(self.part.name, {}))
-        if self.kernel.op == "mla_attention":
-            served = [tuple(setting.dims[name] for name in V3_LATENT) for setting in self.settings(where)]
+        if self.op.dims:
+            served = [tuple(setting.dims[name] for name in self.op.dims) for setting in self.settings(where)]
             return sizes._replace(latents=tuple(latent for latent in LARGE.latents if latent in served))
         return sizes
 
@@ -112,7 +118,7 @@ def chosen(ops: list[str] | None, provider_names: list[str] | None, where: Where
 
     Raises `KernelError` that names a provider that there is not.
     """
-    kernels = [kernel for kernel in offered_kernels() if kernel.op in CASES and not is_a_definition(kernel)]
+    kernels = [kernel for kernel in offered_kernels() if not is_a_definition(kernel)]
     providers = sorted({kernel.provider for kernel in kernels})
     if unknown := sorted(set(provider_names or ()) - set(providers)):
         raise KernelError(f"there is no provider {', '.join(unknown)}; the providers are {', '.join(providers)}")

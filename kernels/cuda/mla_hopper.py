@@ -12,9 +12,11 @@ import torch
 
 from dsv3_plugin.kernels import mla_inputs
 from dsv3_plugin.kernels.cuda import compiler
-from dsv3_plugin.ops.contract import require
+from dsv3_plugin.ops import mla_attention as contracts
+from dsv3_plugin.ops.checks import require
 from dsv3_plugin.ops.elementary import EXP2_POLYNOMIAL, LOG2_E
-from dsv3_plugin.ops.mla_attention import MAXIMUM_STEP, MLA_ATTENTION, SPLIT_KEYS
+from dsv3_plugin.ops.mla_attention import MAXIMUM_STEP, SPLIT_KEYS
+from dsv3_plugin.ops.operation import implements
 
 RANK = 512
 DIM = 576
@@ -80,6 +82,7 @@ def _processors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@implements(contracts.mla_attention)
 def mla_attention(
     q: torch.Tensor,
     latent_cache: torch.Tensor,
@@ -96,7 +99,7 @@ def mla_attention(
 
     Raises `InputError`.
     """
-    op = MLA_ATTENTION.op
+    op = "mla_attention"
     mla_inputs.check(q, latent_cache, block_table, seq_lens, query_start_loc, kv_lora_rank, scale)
     is_v3 = kv_lora_rank == RANK and q.shape[2] == DIM
     require(is_v3, op, f"this kernel attends with a latent of {RANK} + 64, not {kv_lora_rank} of {q.shape[2]}")

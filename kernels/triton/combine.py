@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 
 from dsv3_plugin.kernels.triton.elementary import EXACT
-from dsv3_plugin.ops.contract import require, require_matrix
+from dsv3_plugin.ops import combine as contracts
+from dsv3_plugin.ops.checks import require, require_matrix
+from dsv3_plugin.ops.operation import implements
 
 _COLUMNS = 1024
 
@@ -29,6 +31,7 @@ def _combine(expert_out, slots, weights, shared_out, out, width, TOPK: tl.conste
     tl.store(out + token * width + column, acc.to(out.dtype.element_ty), mask=inside)
 
 
+@implements(contracts.combine)
 def combine(
     expert_out: torch.Tensor, slots: torch.Tensor, topk_weights: torch.Tensor, shared_out: torch.Tensor
 ) -> torch.Tensor:

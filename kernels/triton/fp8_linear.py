@@ -22,8 +22,10 @@ from dsv3_plugin.kernels.cuda import fp8_gemm
 from dsv3_plugin.kernels.selection import Choice
 from dsv3_plugin.kernels.triton import fp8_gluon
 from dsv3_plugin.kernels.triton.tiles import find_group
-from dsv3_plugin.ops.contract import require, require_matrix
-from dsv3_plugin.ops.fp8 import E4M3, FP8_LINEAR, GROUPED_FP8_LINEAR
+from dsv3_plugin.ops import fp8_linear as contracts
+from dsv3_plugin.ops.checks import require, require_matrix
+from dsv3_plugin.ops.operation import implements
+from dsv3_plugin.ops.quantize import E4M3
 
 
 class Tile(NamedTuple):
@@ -224,17 +226,26 @@ def makers(columns: int, grouped: bool) -> tuple[str, ...]:
     return tuple(maker for maker in OWN_MAKERS if able[maker])
 
 
+@implements(contracts.fp8_linear)
 def fp8_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     *,
-    choice: Choice | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """x e4m3 [M, K] with x_scale fp32 [M, K / 128], weight e4m3 [N, K] with weight_scale fp32 [ceil(N / 128), K / 128],
-    to bf16 [M, N], by the kernel that `selection` finds, or by the given one. Raises `InputError`.
+    to bf16 [M, N], by the kernel that `selection` finds. Raises `InputError`.
     """
+    require(out_dtype == torch.bfloat16, "fp8_linear", f"out_dtype is {out_dtype}, expected torch.bfloat16")
+    return fp8_linear_by(None, x, x_scale, weight, weight_scale)
+
+
+def fp8_linear_by(
+    choice: Choice | None, x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
+) -> torch.Tensor:
+    """`fp8_linear` by the given kernel."""
     check("fp8_linear", x, x_scale, weight, weight_scale)
     (rows, depth), columns = x.shape, weight.shape[0]
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
@@ -274,21 +285,31 @@ def _launch(
     )
 
 
+@implements(contracts.grouped_fp8_linear)
 def grouped_fp8_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor,
     expert_counts: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    *,
-    choice: Choice | None = None,
 ) -> torch.Tensor:
     """x e4m3 [M, K] sorted by expert with x_scale fp32 [M, K / 128], expert_counts integers [E], weight e4m3 [E, N, K]
-    with weight_scale fp32 [E, ceil(N / 128), K / 128], to bf16 [M, N], by the kernel that `selection` finds, or by the
-    given one.
+    with weight_scale fp32 [E, ceil(N / 128), K / 128], to bf16 [M, N], by the kernel that `selection` finds.
 
     Raises `InputError`. That the counts sum to M is not checked: they stay on the device.
     """
+    return grouped_fp8_linear_by(None, x, x_scale, expert_counts, weight, weight_scale)
+
+
+def grouped_fp8_linear_by(
+    choice: Choice | None,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    expert_counts: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+) -> torch.Tensor:
+    """`grouped_fp8_linear` by the given kernel."""
     op = "grouped_fp8_linear"
     require(weight.dim() == 3, op, f"weight has shape {tuple(weight.shape)}, expected three dimensions")
     check(op, x, x_scale, weight, weight_scale)
@@ -315,14 +336,13 @@ def made_by(maker: str, grouped: bool, *args: torch.Tensor) -> torch.Tensor:
     one of the ways that serve, drawn by the shapes. Raises `InputError` for a shape that the maker does not take.
     """
     weight = args[-2]
-    op = GROUPED_FP8_LINEAR.op if grouped else FP8_LINEAR.op
+    op = "grouped_fp8_linear" if grouped else "fp8_linear"
     able = maker in makers(weight.shape[-2], grouped)
     require(able, op, f"{selection.IMPLEMENTATIONS[maker]} does not take {weight.shape[-2]} columns")
     draw = random.Random(str([tuple(x.shape) for x in args]))
     cut = draw.choice(selection.cuts_to_check(grouped))._replace(groups=len(weight) if grouped else 1).filled()
     choice = Choice(maker, cut if maker == "stream" else None)
-    serve = grouped_fp8_linear if grouped else fp8_linear
-    return serve(*args, choice=choice)  # type: ignore[operator]
+    return grouped_fp8_linear_by(choice, *args) if grouped else fp8_linear_by(choice, *args)
 
 
 def _launch_grouped(

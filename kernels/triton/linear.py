@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 from dsv3_plugin.kernels.triton.tiles import find_group
-from dsv3_plugin.ops.contract import require, require_matrix
+from dsv3_plugin.ops import linear as contracts
+from dsv3_plugin.ops.checks import require, require_matrix
+from dsv3_plugin.ops.operation import implements
 
 
 class Tile(NamedTuple):
@@ -153,6 +155,7 @@ def check(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None) 
     return out_dtype
 
 
+@implements(contracts.linear)
 def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     """x bf16 [M, K], weight bf16 [N, K], to [M, N] of bf16, or of fp32 if `out_dtype` says so. Raises `InputError`."""
     out_dtype = check(x, weight, out_dtype)
@@ -163,6 +166,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | No
     return out
 
 
+@implements(contracts.head_linear)
 def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x bf16 [M, H, K], any strides but 1 in K, weight bf16 [H, N, K], to bf16 [M, H, N]. Raises `InputError`."""
     op = "head_linear"
@@ -211,6 +215,7 @@ def _launch(
     )
 
 
+@implements(contracts.grouped_linear)
 def grouped_linear(x: torch.Tensor, expert_counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x bf16 [M, K] sorted by expert, expert_counts integers [E], weight bf16 [E, N, K], to bf16 [M, N].
 

@@ -13,8 +13,10 @@ import triton.language as tl
 
 from dsv3_plugin.kernels import mla_inputs
 from dsv3_plugin.kernels.triton.elementary import EXACT, divide, exp2_of_nonpositive, fold_sum
+from dsv3_plugin.ops import mla_attention as contracts
 from dsv3_plugin.ops.elementary import LOG2_E
 from dsv3_plugin.ops.mla_attention import KEY_BLOCK, MAXIMUM_STEP, SPLIT_KEYS
+from dsv3_plugin.ops.operation import implements
 
 _ROWS = 64
 
@@ -120,6 +122,7 @@ def _mla_attention(
         tl.store(target, result.to(out.dtype.element_ty), mask=row_inside[:, None] & (rank < RANK)[None, :])
 
 
+@implements(contracts.mla_attention)
 def mla_attention(
     q: torch.Tensor,
     latent_cache: torch.Tensor,

@@ -9,8 +9,10 @@ import triton.language as tl
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.kernels.triton.scales import empty_scales
-from dsv3_plugin.ops.contract import require, require_matrix
-from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.ops import permute as contracts
+from dsv3_plugin.ops.checks import require, require_matrix
+from dsv3_plugin.ops.operation import implements
+from dsv3_plugin.ops.quantize import E4M3
 
 _ROWS, _BLOCKS = 8, 8
 
@@ -44,6 +46,7 @@ def _permute(
         tl.store(scales_out + target[None, :] + block.to(tl.int64) * stride_out, scale, mask=inside)
 
 
+@implements(contracts.permute)
 def permute(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """x bf16 [M, K], row numbers [S], below M, which is not checked, to those rows [S, K]. Raises `InputError`."""
     require_matrix("permute", "x", x, (torch.bfloat16,))
@@ -53,6 +56,7 @@ def permute(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@implements(contracts.permute_fp8)
 def permute_fp8(values: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """values e4m3 [M, K], scales fp32 [M, K / 128], row numbers [S], below M, which is not checked, to those rows of
     both. Raises `InputError`.

@@ -10,8 +10,10 @@ import triton.language as tl
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.kernels.triton.elementary import EXACT, divide, negative, reciprocal_guess
 from dsv3_plugin.kernels.triton.scales import empty_scales
-from dsv3_plugin.ops.contract import require, require_matrix
-from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.ops import quantize as contracts
+from dsv3_plugin.ops.checks import require, require_matrix
+from dsv3_plugin.ops.operation import implements
+from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.profile import ScaleFormat
 
 _GROUPS = 32
@@ -78,6 +80,7 @@ def _quantize(x, values, scales, groups, row_groups, scale_stride, GROUPS: tl.co
     tl.store(target, scale, mask=inside)
 
 
+@implements(contracts.quantize_fp8)
 def quantize_fp8(x: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """x bf16 or fp32 [M, K] to (e4m3 [M, K], fp32 scales [M, K / 128]). Raises `InputError`."""
     op = "quantize_fp8"

@@ -14,8 +14,10 @@ from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.kernels.triton.elementary import EXACT, divide, round_to_bf16, sum_row, widen
 from dsv3_plugin.kernels.triton.quantize import quantize_groups
 from dsv3_plugin.kernels.triton.scales import empty_scales
-from dsv3_plugin.ops.contract import require, require_matrix
-from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.ops import rms_norm as contracts
+from dsv3_plugin.ops.checks import require, require_matrix
+from dsv3_plugin.ops.operation import implements
+from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.profile import ScaleFormat
 
 _WARPS = 4
@@ -66,6 +68,7 @@ def _rms_norm(
         tl.store(scales + tl.program_id(0) + block.to(tl.int64) * scale_stride, scale, mask=block < K // 128)
 
 
+@implements(contracts.rms_norm)
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x bf16 [M, K], weight bf16 [K], to bf16 [M, K]. Raises `InputError`."""
     _require("rms_norm", x, weight)
@@ -74,6 +77,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
+@implements(contracts.rms_norm_fp8)
 def rms_norm_fp8(
     x: torch.Tensor, weight: torch.Tensor, eps: float, scale_format: ScaleFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +91,7 @@ def rms_norm_fp8(
     return values, scales
 
 
+@implements(contracts.add_rms_norm)
 def add_rms_norm(
     x: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,6 +103,7 @@ def add_rms_norm(
     return total, out
 
 
+@implements(contracts.add_rms_norm_fp8)
 def add_rms_norm_fp8(
     x: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, eps: float, scale_format: ScaleFormat
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 
 from dsv3_plugin.kernels.triton.elementary import EXACT
-from dsv3_plugin.ops.contract import require
+from dsv3_plugin.ops import rope as contracts
+from dsv3_plugin.ops.checks import require
+from dsv3_plugin.ops.operation import implements
 
 _HEADS = 16
 
@@ -30,6 +32,7 @@ def _rope(
     tl.store(out + (token * heads + head[:, None, None]) * 2 * PAIRS + element, rotated, mask=inside)
 
 
+@implements(contracts.rope)
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x bf16 [M, H, P], any strides but 1 in P; cos, sin fp32 [M, P / 2]; to bf16 [M, H, P]. Raises `InputError`."""
     require(

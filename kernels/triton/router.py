@@ -18,7 +18,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dsv3_plugin.kernels.triton.elementary import EXACT, divide, sigmoid
-from dsv3_plugin.ops.contract import require, require_matrix
+from dsv3_plugin.ops import router as contracts
+from dsv3_plugin.ops.checks import require, require_matrix
+from dsv3_plugin.ops.operation import implements
 from dsv3_plugin.ops.router import SLICE
 
 
@@ -158,12 +160,14 @@ def choose_tile(rows: int) -> Tile:
     return Tile(64, 64, 64, 4, 5, False)
 
 
+@implements(contracts.router_linear)
 def router_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x bf16 [T, K], weight bf16 [E, K], to logits fp32 [T, E]. Raises `InputError`."""
     _require_operands("router_linear", x, weight)
     return _sum_slices(x, weight, choose_tile(len(x))._replace(apart=False)).squeeze(0)
 
 
+@implements(contracts.moe_router)
 def moe_router(
     x: torch.Tensor, weight: torch.Tensor, e_score_correction_bias: torch.Tensor, **settings: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,6 +212,7 @@ def _sum_slices(x: torch.Tensor, weight: torch.Tensor, tile: Tile) -> torch.Tens
     return sums
 
 
+@implements(contracts.route)
 def route(
     logits: torch.Tensor, e_score_correction_bias: torch.Tensor, **settings: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:

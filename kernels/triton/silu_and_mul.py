@@ -11,8 +11,10 @@ from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.kernels.triton.elementary import EXACT, round_to_bf16, sigmoid, widen
 from dsv3_plugin.kernels.triton.quantize import quantize_groups
 from dsv3_plugin.kernels.triton.scales import empty_scales
-from dsv3_plugin.ops.contract import require, require_matrix
-from dsv3_plugin.ops.fp8 import E4M3
+from dsv3_plugin.ops import silu_and_mul as contracts
+from dsv3_plugin.ops.checks import require, require_matrix
+from dsv3_plugin.ops.operation import implements
+from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.profile import ScaleFormat
 
 _COLUMNS, _COLUMNS_FP8 = 1024, 2048
@@ -38,6 +40,7 @@ def _silu_and_mul(
         tl.store(out + row * width + column, product.to(gate_up.dtype.element_ty), mask=inside)
 
 
+@implements(contracts.silu_and_mul)
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up bf16 [M, 2 I], the gate in the first I columns, to bf16 [M, I]. Raises `InputError`."""
     rows, width = _require("silu_and_mul", gate_up)
@@ -48,6 +51,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@implements(contracts.silu_and_mul_fp8)
 def silu_and_mul_fp8(gate_up: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_fp8` of `silu_and_mul`: gate_up bf16 [M, 2 I] to (e4m3 [M, I], fp32 scales [M, I / 128]).
 

@@ -13,15 +13,17 @@ from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.hooks import Kernel
 from dsv3_plugin.kernels.hopper import on_hopper_with
 from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of
-from dsv3_plugin.ops.contract import require
-from dsv3_plugin.ops.fp8 import FP8_LINEAR
-from dsv3_plugin.ops.linear import HEAD_LINEAR, LINEAR
+from dsv3_plugin.ops import fp8_linear as fp8_contracts
+from dsv3_plugin.ops import linear as contracts
+from dsv3_plugin.ops.checks import require
+from dsv3_plugin.ops.operation import implements
 
 PROVIDER = "cublas"
 # cuBLASLt's fp8 kernels store 16 columns at a time and read rows' scales in 16 bytes.
 _COLUMNS, _ROWS = 16, 4
 
 
+@implements(contracts.linear)
 def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     """x bf16 [M, K], weight bf16 [N, K], to [M, N] of bf16, or of fp32 if `out_dtype` says so."""
     if out_dtype in (None, x.dtype):
@@ -29,6 +31,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | No
     return torch.mm(x, weight.t(), out_dtype=out_dtype)
 
 
+@implements(contracts.head_linear)
 def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x bf16 [M, H, K], weight bf16 [H, N, K], to bf16 [M, H, N]."""
     out = x.new_empty(len(x), *weight.shape[:2])
@@ -36,13 +39,20 @@ def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@implements(fp8_contracts.fp8_linear)
 def fp8_linear(
-    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """x e4m3 [M, K] with x_scale fp32 [M, K / 128], weight e4m3 [N, K] with weight_scale fp32 [ceil(N / 128), K / 128],
     to bf16 [M, N]; N is a multiple of 16. Raises `InputError`.
     """
-    op, columns, blocks = FP8_LINEAR.op, weight.shape[0], x.shape[1] // FP8_BLOCK
+    require(out_dtype == torch.bfloat16, "fp8_linear", f"out_dtype is {out_dtype}, expected torch.bfloat16")
+    op, columns, blocks = "fp8_linear", weight.shape[0], x.shape[1] // FP8_BLOCK
     require(columns % _COLUMNS == 0, op, f"cuBLASLt needs weight rows in multiples of {_COLUMNS}, not {columns}")
     return product(*whole_rows(x, x_scale), weight, F.pad(weight_scale, (0, -blocks % 4)))[: len(x)]
 
@@ -74,7 +84,20 @@ def kernels() -> list[Kernel]:
         PROVIDER,
         version,
         on_hopper_with(lambda: None if version else "this torch is built without CUDA"),
-        Offer(LINEAR, linear, uncertified="splits K at few rows: of 128 x 256 outputs over K = 7168 0.3 % differ"),
-        Offer(HEAD_LINEAR, head_linear, uncertified="equal where drawn, but its kernel depends on the number of rows"),
-        Offer(FP8_LINEAR, fp8_linear, uncertified="differs in 0.027 % of the outputs at 16 rows", priority=-1),
+        Offer(
+            contracts.linear,
+            linear,
+            uncertified="splits K at few rows: of 128 x 256 outputs over K = 7168 0.3 % differ",
+        ),
+        Offer(
+            contracts.head_linear,
+            head_linear,
+            uncertified="equal where drawn, but its kernel depends on the number of rows",
+        ),
+        Offer(
+            fp8_contracts.fp8_linear,
+            fp8_linear,
+            uncertified="differs in 0.027 % of the outputs at 16 rows",
+            priority=-1,
+        ),
     )

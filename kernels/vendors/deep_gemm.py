@@ -23,9 +23,11 @@ from dsv3_plugin.kernels import own, selection
 from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.kernels.hopper import on_hopper_with
 from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of, version_of
-from dsv3_plugin.ops.contract import require
-from dsv3_plugin.ops.fp8 import E4M3, FP8_LINEAR, GROUPED_FP8_LINEAR
-from dsv3_plugin.ops.linear import LINEAR
+from dsv3_plugin.ops import fp8_linear as fp8_contracts
+from dsv3_plugin.ops import linear as contracts
+from dsv3_plugin.ops.checks import require
+from dsv3_plugin.ops.operation import implements
+from dsv3_plugin.ops.quantize import E4M3
 
 PROVIDER = "deep-gemm"
 _DISTRIBUTIONS = ("sgl-deep-gemm", "deep-gemm", "deep_gemm")
@@ -36,12 +38,19 @@ def version() -> str | None:
     return version_of(*_DISTRIBUTIONS)
 
 
+@implements(fp8_contracts.fp8_linear)
 def fp8_linear(
-    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """x e4m3 [M, K] with x_scale fp32 [M, K / 128], weight e4m3 [N, K] with weight_scale fp32 [ceil(N / 128), K / 128],
     to bf16 [M, N]. Raises `InputError`.
     """
+    require(out_dtype == torch.bfloat16, "fp8_linear", f"out_dtype is {out_dtype}, expected torch.bfloat16")
     from dsv3_plugin.kernels.triton import fp8_linear as ours
 
     ours.check("fp8_linear", x, x_scale, weight, weight_scale)
@@ -49,7 +58,7 @@ def fp8_linear(
     makers = (PROVIDER, *ours.makers(columns, grouped=False))
     choice = selection.choose(0, columns, depth, max(1, rows), makers)
     if choice.maker != PROVIDER:
-        return ours.fp8_linear(x, x_scale, weight, weight_scale, choice=choice)
+        return ours.fp8_linear_by(choice, x, x_scale, weight, weight_scale)
     return product(x, x_scale, weight, weight_scale)
 
 
@@ -62,6 +71,7 @@ def product(x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight
     return out
 
 
+@implements(fp8_contracts.grouped_fp8_linear)
 def grouped_fp8_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -78,7 +88,7 @@ def grouped_fp8_linear(
 
     from dsv3_plugin.kernels.triton import fp8_linear as ours
 
-    ours.check(GROUPED_FP8_LINEAR.op, x, x_scale, weight, weight_scale)
+    ours.check("grouped_fp8_linear", x, x_scale, weight, weight_scale)
     rows, columns, experts = len(x), weight.shape[1], len(weight)
     align = deep_gemm.get_mk_alignment_for_contiguous_layout()
     room = (rows + experts * (align - 1)) // align * align
@@ -101,6 +111,7 @@ def grouped_fp8_linear(
     return out[place]
 
 
+@implements(contracts.linear)
 def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     """x bf16 [M, K], weight bf16 [N, K], to [M, N] of bf16, or of fp32 if `out_dtype` says so; by DeepGEMM where rows
     are whole 16 bytes, else by this package's own kernel. Raises `InputError`.
@@ -128,7 +139,7 @@ def _bf16_product(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype)
 
 def linear_alone(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     """`linear` by DeepGEMM. Raises `InputError` for a shape that it does not take."""
-    require(_takes(x, weight), LINEAR.op, f"DeepGEMM takes whole 16 bytes a row, not {tuple(weight.shape)}")
+    require(_takes(x, weight), "linear", f"DeepGEMM takes whole 16 bytes a row, not {tuple(weight.shape)}")
     return _bf16_product(x, weight, out_dtype or x.dtype)
 
 
@@ -185,16 +196,22 @@ def kernels() -> list[Kernel]:
         "products in which selection.json finds it the fastest",
         f"{package}.selection:choose",
         f"{package}.triton.fp8_linear:makers",
-        f"{package}.triton.fp8_linear:fp8_linear",
+        f"{package}.triton.fp8_linear:fp8_linear_by",
     )
     grouped = _part("m_grouped_fp8_gemm_nt_contiguous", grouped_fp8_linear, "grouped_fp8_linear", "every shape")
     bf16 = _part("bf16_gemm_nt", linear_alone, "linear", "N and K in whole eights", f"{package}.triton.linear:linear")
-    own_dense, own_bf16 = own.parts(FP8_LINEAR.op), own.parts(LINEAR.op, shapes="other shapes")
+    own_dense, own_bf16 = own.parts(fp8_contracts.fp8_linear), own.parts(contracts.linear, shapes="other shapes")
     return kernels_of(
         PROVIDER,
         version(),
         on_hopper_with(missing),
-        Offer(FP8_LINEAR, fp8_linear, (dense, *own_dense), priority=10, served=partial(selection.served, False)),
-        Offer(GROUPED_FP8_LINEAR, grouped_fp8_linear, (grouped,), priority=-1),
-        Offer(LINEAR, linear, (bf16, *own_bf16), priority=10),
+        Offer(
+            fp8_contracts.fp8_linear,
+            fp8_linear,
+            (dense, *own_dense),
+            priority=10,
+            served=partial(selection.served, False),
+        ),
+        Offer(fp8_contracts.grouped_fp8_linear, grouped_fp8_linear, (grouped,), priority=-1),
+        Offer(contracts.linear, linear, (bf16, *own_bf16), priority=10),
     )

@@ -13,13 +13,15 @@ import torch
 from dsv3_plugin.hooks import Kernel
 from dsv3_plugin.kernels.hopper import V3_LATENT, for_v3_latent, on_hopper_with
 from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of, version_of
-from dsv3_plugin.ops.contract import require
-from dsv3_plugin.ops.mla_attention import MLA_ATTENTION
+from dsv3_plugin.ops import mla_attention as contracts
+from dsv3_plugin.ops.checks import require
+from dsv3_plugin.ops.operation import implements
 
 PROVIDER = "flash-mla"
 PAGE = 64
 
 
+@implements(contracts.mla_attention)
 def mla_attention(
     q: torch.Tensor,
     latent_cache: torch.Tensor,
@@ -36,7 +38,7 @@ def mla_attention(
     FlashMLA wants as many queries of every request. So requests with equal counts go together, and the counts are read
     from the device unless there is one request. Raises `InputError`.
     """
-    op = MLA_ATTENTION.op
+    op = "mla_attention"
     block_size = latent_cache.shape[1]
     require(block_size == PAGE, op, f"FlashMLA reads pages of {PAGE} keys, these have {block_size}")
     require(kv_lora_rank == V3_LATENT["kv_lora_rank"], op, f"FlashMLA reads a latent of 512, this has {kv_lora_rank}")
@@ -75,7 +77,7 @@ def missing() -> str | None:
 def kernels() -> list[Kernel]:
     """Attention."""
     attention = Offer(
-        MLA_ATTENTION,
+        contracts.mla_attention,
         mla_attention,
         uncertified="cuts the keys by the batch: of 150 requests together 147 answer otherwise alone",
     )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dsv3_plugin.hooks import Implementation, IsSupported, Kernel
 from dsv3_plugin.kernels.hopper import CERTIFICATES
-from dsv3_plugin.ops.contract import Contract
+from dsv3_plugin.ops.operation import Operation
 
 
 def version_of(*distributions: str) -> str | None:
@@ -24,7 +24,7 @@ def version_of(*distributions: str) -> str | None:
 class Offer(NamedTuple):
     """One operation of a provider; the fields as in `Kernel`."""
 
-    contract: Contract
+    op: Operation[..., Any]
     run: Callable[..., Any]
     implementations: tuple[Implementation, ...] = ()
     uncertified: str | None = None
@@ -36,8 +36,8 @@ def kernels_of(provider: str, version: str | None, is_supported: IsSupported, *o
     """The offers as kernels of one provider; `version` is None where it is not installed."""
     return [
         Kernel(
-            op=offer.contract.op,
-            contract_version=offer.contract.version,
+            op=offer.op.name,
+            contract_version=offer.op.version,
             provider=provider,
             version=version or "absent",
             run=offer.run,

@@ -13,7 +13,11 @@ import torch.nn.functional as F
 from dsv3_plugin.hooks import Kernel
 from dsv3_plugin.kernels.hopper import on_hopper_with
 from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of, version_of
-from dsv3_plugin.ops.fp8 import E4M3, FP8_LINEAR, QUANTIZE_FP8
+from dsv3_plugin.ops import fp8_linear as contracts
+from dsv3_plugin.ops import quantize as quantize_contracts
+from dsv3_plugin.ops.checks import require
+from dsv3_plugin.ops.operation import implements
+from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.profile import ScaleFormat
 
 PROVIDER = "transformer-engine"
@@ -22,18 +26,26 @@ _DISTRIBUTION = "transformer-engine-torch"
 _ROWS, _SCALES = 8, 4
 
 
+@implements(quantize_contracts.quantize_fp8)
 def quantize_fp8(x: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """x bf16 or fp32 [M, K] to (e4m3 [M, K], fp32 scales [M, K / 128], a transposed view)."""
     quantized = _quantizer(scale_format == "ue8m0", block_scaling_dim=1).quantize(x)
     return quantized._rowwise_data.view(E4M3), quantized._rowwise_scale_inv[:, : len(x)].t()
 
 
+@implements(contracts.fp8_linear)
 def fp8_linear(
-    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """x e4m3 [M, K] with x_scale fp32 [M, K / 128], weight e4m3 [N, K] with weight_scale fp32 [ceil(N / 128), K / 128],
     to bf16 [M, N].
     """
+    require(out_dtype == torch.bfloat16, "fp8_linear", f"out_dtype is {out_dtype}, expected torch.bfloat16")
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
     missing = -len(x) % _ROWS
@@ -83,6 +95,16 @@ def kernels() -> list[Kernel]:
         PROVIDER,
         version,
         on_hopper_with(lambda: None if version else "TransformerEngine for torch is not installed"),
-        Offer(QUANTIZE_FP8, quantize_fp8, uncertified="differs with fp32 scales, and far from 1", priority=-1),
-        Offer(FP8_LINEAR, fp8_linear, uncertified="is cuBLASLt's product, which differs at few rows", priority=-2),
+        Offer(
+            quantize_contracts.quantize_fp8,
+            quantize_fp8,
+            uncertified="differs with fp32 scales, and far from 1",
+            priority=-1,
+        ),
+        Offer(
+            contracts.fp8_linear,
+            fp8_linear,
+            uncertified="is cuBLASLt's product, which differs at few rows",
+            priority=-2,
+        ),
     )

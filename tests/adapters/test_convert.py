@@ -20,7 +20,7 @@ from dsv3_plugin.checkpoint.make import make_checkpoint
 from dsv3_plugin.checkpoint.names import SCALE_SUFFIX
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.ops.fp8 import E4M3, dequantize_weight
+from dsv3_plugin.ops.quantize import E4M3, dequantize_weight
 
 PYTHON = ROOT / ".envs" / "megatron" / "bin" / "python"
 DTYPES = ("bf16", "fp32", "fp8")

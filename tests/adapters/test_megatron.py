@@ -314,7 +314,7 @@ for part in parts.values():
 def attend(layer_idx, q, latent):
     batch = torch.tensor([[0]]), torch.tensor([len(latent)]), torch.tensor([0, len(latent)])
     rank, scale = config.kv_lora_rank, softmax_scale(config)
-    return ops.mla_attention(q, latent.unsqueeze(0), *batch, kv_lora_rank=rank, scale=scale)
+    return ops[mla_attention](q, latent.unsqueeze(0), *batch, kv_lora_rank=rank, scale=scale)
 
 hidden = parts["main"](ids, positions, attend)
 drafted = parts["mtp"](labels[:-1], positions[:-1], hidden[:-1], attend)

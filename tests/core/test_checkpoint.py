@@ -31,7 +31,8 @@ from dsv3_plugin.layers.mlp import MLP
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.moe import MoE, Router
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
-from dsv3_plugin.ops.fp8 import dequantize_weight
+from dsv3_plugin.ops.mla_attention import mla_attention
+from dsv3_plugin.ops.quantize import dequantize_weight
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.profile import BF16, FP32, Profile
 from dsv3_plugin.registry import Ops
@@ -183,7 +184,7 @@ class OneRequest:
             self.cache[layer_idx, 0, start:end] = latent
             batch = torch.tensor([[0]]), torch.tensor([end]), torch.tensor([0, len(latent)])
             rank, scale = self.config.kv_lora_rank, softmax_scale(self.config)
-            out: torch.Tensor = self.model.ops.mla_attention(
+            out: torch.Tensor = self.model.ops[mla_attention](
                 q, self.cache[layer_idx], *batch, kv_lora_rank=rank, scale=scale
             )
             return out

@@ -28,6 +28,7 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.mla import Attend
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.layers.moe import Router
+from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
 
@@ -157,7 +158,7 @@ def attend_all(ops: Ops, config: DeepseekV3Config) -> Attend:
     """Attend one sequence to itself."""
 
     def attend(layer_idx: int, q: Tensor, latent: Tensor) -> Tensor:
-        return ops.mla_attention(
+        return ops[mla_attention](
             q,
             latent.unsqueeze(0),
             torch.tensor([[0]]),

@@ -19,9 +19,11 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import SUPPORTED, Implementation, Kernel, Setting, Support, unsupported
 from dsv3_plugin.layers.model import bind_ops
-from dsv3_plugin.ops.linear import LINEAR, linear
+from dsv3_plugin.ops.fp8_linear import fp8_linear
+from dsv3_plugin.ops.linear import linear
+from dsv3_plugin.ops.operation import operations
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32
-from dsv3_plugin.registry import CONTRACTS, MODE_VARIABLE, Choice, Ops, bind, mode_from_environment
+from dsv3_plugin.registry import MODE_VARIABLE, Choice, Ops, bind, mode_from_environment
 from dsv3_plugin.version import __version__
 
 CPU_BF16 = Setting("cpu", "cpu", BF16)
@@ -61,7 +63,7 @@ def kernel(
 def certificate(setting: Setting = CPU_BF16, **changes: object) -> Certificate:
     """That of `other_linear` on this machine, as a check with enough equal cases would write it."""
     (part,) = kernel().parts
-    subject = certificates.subject_of(part, LINEAR, registry.reference_of("linear"), setting)
+    subject = certificates.subject_of(part, linear, setting)
     plain = Certificate(
         subject=subject,
         seed=0,
@@ -94,18 +96,18 @@ def without(op: str) -> list[Kernel]:
 def test_the_reference_serves_every_operation_on_a_cpu() -> None:
     ops = bind(CPU_FP8, "strict", REFERENCE)
     assert ops.mode == "strict" and ops.setting == CPU_FP8
-    assert [c.op for c in ops.provenance] == [contract.op for contract in CONTRACTS]
+    assert [c.op for c in ops.provenance] == list(operations())
     assert {(c.provider, c.is_the_contract) for c in ops.provenance} == {("reference", True)}
     assert all(c.refused == () for c in ops.provenance)
-    assert ops.linear is linear
-    assert ops.describe().startswith(f"{OURS}: linear, head_linear, ")
+    assert ops[linear] is linear
+    assert ops.describe().startswith(f"{OURS}: combine, fp8_linear, ")
 
 
 def test_fp8_operations_are_bound_in_the_fp8_profile_only() -> None:
     ops = bind(CPU_BF16, "strict", REFERENCE)
-    assert {contract.op for contract in CONTRACTS} - {c.op for c in ops.provenance} == FP8_OPS
+    assert set(operations()) - {c.op for c in ops.provenance} == FP8_OPS
     with pytest.raises(KernelError, match=r"^fp8_linear was called in the bf16 profile"):
-        ops.fp8_linear(1, 2, x=3)
+        ops[fp8_linear](1, 2, x=3)  # type: ignore[arg-type]
 
 
 def test_strict_mode_says_what_was_measured_of_a_kernel_without_certificate() -> None:
@@ -121,7 +123,7 @@ UNKNOWN = "has no certificate, which strict mode needs: it was compared with the
 
 def test_strict_mode_passes_over_what_has_no_certificate(users_file: Path) -> None:
     ops = bind(CPU_BF16, "strict", [kernel(), *REFERENCE])
-    assert ops.linear is linear
+    assert ops[linear] is linear
     assert choice(ops).provider == "reference"
     assert choice(ops).refused == (f"fast_lab 3.2: {UNKNOWN}",)
 
@@ -140,20 +142,20 @@ def test_fast_mode_admits_by_priority() -> None:
     offers = [kernel("slow_lab", priority=1), kernel("fast_lab", priority=10), *REFERENCE]
     for kernels in (offers, offers[::-1]):
         ops = bind(CPU_BF16, "fast", kernels)
-        assert ops.linear is other_linear
+        assert ops[linear] is other_linear
         assert choice(ops).provider == "fast_lab" and choice(ops).version == "3.2"
         assert [part.certificate for part in choice(ops).parts] == [None]
         refused = {"slow_lab 3.2: lower priority than fast_lab", f"{OURS}: lower priority than fast_lab"}
         assert set(choice(ops).refused) == refused
         assert choice(ops, "rope").provider == "reference"
-    assert bind(CPU_BF16, "fast", [kernel(priority=-1), *REFERENCE]).linear is linear
+    assert bind(CPU_BF16, "fast", [kernel(priority=-1), *REFERENCE])[linear] is linear
     assert f"fast_lab 3.2: linear by other_linear; {OURS}: head_linear" in bind(CPU_BF16, "fast", offers).describe()
 
 
 def test_a_certified_kernel_serves_in_strict_mode(users_file: Path) -> None:
     certificates.write(users_file, [certificate()])
     ops = bind(CPU_BF16, "strict", [kernel(), *REFERENCE])
-    assert ops.linear is other_linear
+    assert ops[linear] is other_linear
     (part,) = choice(ops).parts
     assert (part.implementation, part.certificate) == ("other_linear", certificate())
     assert str(choice(ops)) == "fast_lab 3.2 (other_linear)"
@@ -162,9 +164,9 @@ def test_a_certified_kernel_serves_in_strict_mode(users_file: Path) -> None:
 def test_a_provider_ships_certificates_of_its_own(users_file: Path, tmp_path: Path) -> None:
     shipped = tmp_path / "shipped.json"
     offer = replace(kernel(), certificates=shipped)
-    assert bind(CPU_BF16, "strict", [offer, *REFERENCE]).linear is linear
+    assert bind(CPU_BF16, "strict", [offer, *REFERENCE])[linear] is linear
     certificates.write(shipped, [certificate()])
-    assert bind(CPU_BF16, "strict", [offer, *REFERENCE]).linear is other_linear
+    assert bind(CPU_BF16, "strict", [offer, *REFERENCE])[linear] is other_linear
 
 
 SUBJECT = certificate().subject
@@ -187,12 +189,12 @@ OTHERS = {
 def test_a_certificate_of_something_else_is_none(users_file: Path, why: str) -> None:
     certificates.write(users_file, [certificate(**OTHERS[why])])
     ops = bind(CPU_BF16, "strict", [kernel(), *REFERENCE])
-    assert ops.linear is linear
+    assert ops[linear] is linear
     (refused,) = choice(ops).refused
     assert re.match(f"fast_lab 3.2: has no certificate, which strict mode needs: {why}", refused)
     # The twin: beside the one that holds it does no harm.
     certificates.write(users_file, [certificate()])
-    assert bind(CPU_BF16, "strict", [kernel(), *REFERENCE]).linear is other_linear
+    assert bind(CPU_BF16, "strict", [kernel(), *REFERENCE])[linear] is other_linear
 
 
 def test_what_an_adapter_answers_is_plain_data(users_file: Path) -> None:
@@ -268,7 +270,7 @@ def test_what_has_a_state_has_no_certificate_until_its_provider_names_it(users_f
     # The twin: with the state in `settings` it is another subject for each.
     def digest(scale: float) -> str:
         part = Implementation("scaled", STATEFUL[name], f"{__name__}:other_linear", settings=lambda: repr(scale))
-        return certificates.subject_of(part, LINEAR, registry.reference_of("linear"), CPU_BF16).digest
+        return certificates.subject_of(part, linear, CPU_BF16).digest
 
     assert digest(1.0) == digest(1.0) != digest(2.0)
 
@@ -283,7 +285,7 @@ def test_settings_that_cannot_be_asked_are_named(users_file: Path) -> None:
 def test_the_source_of_a_partial_is_found() -> None:
     def digest(run: Callable[..., object]) -> str:
         (part,) = replace(kernel(), run=run).parts
-        return certificates.subject_of(part, LINEAR, registry.reference_of("linear"), CPU_BF16).digest
+        return certificates.subject_of(part, linear, CPU_BF16).digest
 
     plain = digest(other_linear)
     with_dtype = digest(partial(other_linear, out_dtype=torch.float32))
@@ -315,15 +317,16 @@ def test_a_kernel_sees_the_setting() -> None:
         seen.append(setting)
         return SUPPORTED
 
-    bind(HOPPER, "fast", [Kernel(c.op, c.version, "lab", "1", print, is_supported) for c in CONTRACTS])
-    assert seen == [HOPPER] * len(CONTRACTS)
+    kernels = [Kernel(op.name, op.version, "lab", "1", print, is_supported) for op in operations().values()]
+    bind(HOPPER, "fast", kernels)
+    assert seen == [HOPPER] * len(operations())
 
 
 def test_cuda_without_kernels_lists_every_operation() -> None:
     with pytest.raises(KernelError) as error:
         bind(HOPPER, "strict", REFERENCE)
     message = str(error.value)
-    every = ", ".join(contract.op for contract in CONTRACTS)
+    every = ", ".join(operations())
     assert message == (
         f"no kernel may serve in strict mode on cuda: {every} ({OURS}: defines the CPU arithmetic, not sm90 on cuda)"
     )
@@ -344,7 +347,7 @@ def test_the_mode_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     assert mode_from_environment() == "strict"
     monkeypatch.setenv(MODE_VARIABLE, "fast")
     assert mode_from_environment() == "fast"
-    assert bind(CPU_BF16, None, [kernel(), *REFERENCE]).linear is other_linear
+    assert bind(CPU_BF16, None, [kernel(), *REFERENCE])[linear] is other_linear
     monkeypatch.setenv(MODE_VARIABLE, "Strict")
     with pytest.raises(KernelError, match=r"^DSV3_PLUGIN_MODE='Strict'; use strict or fast$"):
         bind(CPU_BF16, None, REFERENCE)
@@ -375,7 +378,7 @@ def install(monkeypatch: pytest.MonkeyPatch, root: Path, name: str, source: str)
 def test_an_installed_provider_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, tmp_path, "good_lab", PROVIDER)
     ops = bind(CPU_BF16, "fast")
-    assert ops.linear is print
+    assert ops[linear] is print
     assert choice(ops).provider == "lab" and f"{OURS}: lower priority than lab" in choice(ops).refused
 
 

@@ -17,7 +17,7 @@ from dsv3_plugin.errors import ConfigError, KernelError
 from dsv3_plugin.layers import linear as layers
 from dsv3_plugin.layers.mlp import MLP
 from dsv3_plugin.layers.model import bind_ops
-from dsv3_plugin.ops.fp8 import E4M3, quantize_weight
+from dsv3_plugin.ops.quantize import E4M3, quantize_weight
 from dsv3_plugin.ops.slices import Slices, tree_sum
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32, Profile, profile_for
 from dsv3_plugin.registry import Ops

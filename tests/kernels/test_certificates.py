@@ -26,13 +26,13 @@ from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.kernels.hopper import CERTIFICATES, V3_LATENT, on_hopper_with
 from dsv3_plugin.kernels.sm90 import sm90_model
 from dsv3_plugin.kernels.vendors import deep_gemm
-from dsv3_plugin.ops.linear import LINEAR
+from dsv3_plugin.ops.fp8_linear import fp8_linear
+from dsv3_plugin.ops.operation import operations
 from dsv3_plugin.profile import BF16, FP8_UE8M0
-from dsv3_plugin.registry import CONTRACTS, Ops, bind, reference_of
+from dsv3_plugin.registry import Ops, bind
 
 HOPPER = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), V3_LATENT)
 OTHER_LATENT = Setting("cuda", "sm90", BF16, (9, 0), {"kv_lora_rank": 128, "qk_rope_head_dim": 32})
-CONTRACT = {contract.op: contract for contract in CONTRACTS}
 VERSIONS = {
     "dsv3-plugin": "0.1.0",
     "triton": "3.6.0",
@@ -70,7 +70,7 @@ def all_certificates() -> list[Certificate]:
     kernels = [kernel for kernel in provider.dsv3_kernels() if kernel.implementations]
     return [
         Certificate(
-            subject=certificates.subject_of(part, CONTRACT[kernel.op], reference_of(kernel.op), HOPPER),
+            subject=certificates.subject_of(part, operations()[kernel.op], HOPPER),
             seed=0,
             cases=1000,
             refused_cases=0,
@@ -177,7 +177,7 @@ def test_another_torch_is_refused(certified, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.12.0+cu130")
     message = why_not()
     assert "torch is 2.12.0+cu130, with 2.11.0+cu130 it was compared" in message
-    assert all(contract.op in message for contract in CONTRACTS)
+    assert all(op.name in message for op in operations().values())
 
 
 def test_another_deep_gemm_leaves_its_products_to_ours(certified, h200):
@@ -234,7 +234,7 @@ def test_without_cuda_bindings_the_model_is_refused(certified, monkeypatch):
     try:
         found = provider.v3_attention().is_supported(HOPPER)
         assert found.reason == "the package cuda-bindings is not installed: pip install cuda-bindings"
-        assert [part.name for part in own.parts("fp8_linear")] == ["triton.fp8_gluon", "triton.fp8_linear"]
+        assert [part.name for part in own.parts(fp8_linear)] == ["triton.fp8_gluon", "triton.fp8_linear"]
         with pytest.raises(KernelError, match=r"cuda 0\.1\.0: the package cuda-bindings is not installed"):
             bind(HOPPER, "fast", [kernel for kernel in provider.dsv3_kernels() if kernel.provider == "cuda"])
     finally:
@@ -449,7 +449,7 @@ def test_an_implementation_earns_one_when_all_its_cases_are_equal(certified):
 
 def test_a_file_keeps_the_certificates_of_other_code_and_machines(certified, tmp_path):
     file = tmp_path / "certificates.json"
-    rope, linear = (next(c for c in all_certificates() if c.subject.operation == op) for op in ("rope", LINEAR.op))
+    rope, linear = (next(c for c in all_certificates() if c.subject.operation == op) for op in ("rope", "linear"))
     elsewhere = rope.model_copy(update={"subject": rope.subject.model_copy(update={"card": "another card"})})
     certificates.write(file, [rope, linear])
     certificates.write(file, [elsewhere, rope.model_copy(update={"cases": 2000})])

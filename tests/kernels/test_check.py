@@ -14,13 +14,15 @@ import torch
 from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Implementation, Kernel, always
 from dsv3_plugin.kernels import hopper, provider
-from dsv3_plugin.kernels.certify import cases, check, compare, processes
+from dsv3_plugin.kernels.certify import check, compare, processes
 from dsv3_plugin.kernels.certify.findings import Broken, Finding, Result
 from dsv3_plugin.kernels.certify.targets import Target, Where, chosen
 from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.kernels.sm90 import sm90_model
 from dsv3_plugin.kernels.vendors import cublas, deep_gemm, flash_mla
-from dsv3_plugin.registry import CONTRACTS, definitions
+from dsv3_plugin.ops import drawing
+from dsv3_plugin.ops.operation import operations
+from dsv3_plugin.registry import definitions
 
 CASES, SEED = 3, 1
 
@@ -175,7 +177,7 @@ def test_cases_tell_which_pages_and_dtypes_they_had():
     where = Where("cpu", "cpu", 0, "cpu")
     kernel = replace(model_kernel("mla_attention"), provider="a lab", is_supported=always)
     (part,) = kernel.parts
-    drawn = cases.SMALL._replace(requests=(1,))
+    drawn = drawing.SMALL._replace(requests=(1,))
     model = definitions("cpu")["mla_attention"]
     define_parts = [Target(replace(kernel, run=model.run), replace(part, run=model.run))]
     (result,) = compare._check_group(define_parts, drawn, (torch.bfloat16, torch.float32), range(24), SEED, where)
@@ -278,18 +280,18 @@ def test_what_two_kernels_hand_to_is_checked_once():
 
 
 def test_implementations_get_cases_that_they_take_and_few_that_they_are_compiled_for(monkeypatch):
-    def sizes(kernel: Kernel) -> cases.Sizes:
+    def sizes(kernel: Kernel) -> drawing.Sizes:
         return Target(kernel, kernel.parts[0]).sizes(Where())
 
     monkeypatch.setattr(provider, "is_supported", hopper.on_hopper_with(lambda: None))
     monkeypatch.setattr(compiler, "missing", lambda: None)
     monkeypatch.setattr(flash_mla, "missing", lambda: None)
     monkeypatch.setattr(deep_gemm, "missing", lambda: None)
-    own = {kernel.op: kernel for kernel in map(provider.own_kernel, CONTRACTS)}
+    own = {kernel.op: kernel for kernel in map(provider.own_kernel, operations().values())}
     assert sizes(provider.v3_attention()).latents == sizes(flash_mla.kernels()[0]).latents == ((512, 64),)
     of_any_latent = sizes(own["mla_attention"])
     assert of_any_latent.latents == ((128, 32), (64, 16)) and of_any_latent.requests == (1, 3)
-    assert sizes(own["linear"]) == cases.LARGE
+    assert sizes(own["linear"]) == drawing.LARGE
     few = sizes(next(kernel for kernel in deep_gemm.kernels() if kernel.op == "linear"))._replace(rows=(7, 99))
-    weights = {cases.linear_case(random.Random(number), few).args[1].shape for number in range(100)}
+    weights = {operations()["linear"].draw(random.Random(number), few).args[1].shape for number in range(100)}
     assert 12 < len(weights) <= 36

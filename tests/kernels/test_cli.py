@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from dsv3_plugin.cli import app
 from dsv3_plugin.errors import KernelError
-from dsv3_plugin.registry import CONTRACTS, MODE_VARIABLE
+from dsv3_plugin.ops.operation import operations
+from dsv3_plugin.registry import MODE_VARIABLE
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -22,7 +23,7 @@ def test_list_names_who_serves_each_operation(device, provider):
     result = run("list", "--profile", "fp8", "--device", device)
     assert result.exit_code == 0, result.output
     serving = [line for line in result.output.splitlines() if "│ yes" in line]
-    assert len(serving) == len(CONTRACTS)
+    assert len(serving) == len(operations())
     assert all(provider in line for line in serving)
     assert "DeepGEMM" in result.output or "deep-gemm" in result.output
 

@@ -18,12 +18,13 @@ if shutil.which("g++") is None:
 
 import emulation
 
-from dsv3_plugin.kernels.certify.cases import numbers
 from dsv3_plugin.kernels.certify.compare import bits_differ
 from dsv3_plugin.kernels.cuda import compiler, fp8_gemm
 from dsv3_plugin.kernels.cuda.fp8_gemm import Shape
 from dsv3_plugin.kernels.sm90 import sm90_model
-from dsv3_plugin.ops.fp8 import E4M3, quantize_fp8, quantize_weight
+from dsv3_plugin.ops.drawing import numbers
+from dsv3_plugin.ops.fp8_linear import fp8_linear, grouped_fp8_linear
+from dsv3_plugin.ops.quantize import E4M3, quantize_fp8, quantize_weight
 from dsv3_plugin.profile import ScaleFormat
 
 
@@ -80,9 +81,9 @@ def vanishing(rows: int, columns: int, depth: int) -> tuple[Any, ...]:
 def expected(args: tuple[Any, ...]) -> torch.Tensor:
     *operands, counts = args
     if counts is None:
-        return sm90_model.fp8_linear(*operands)
+        return sm90_model.model_of(fp8_linear)(*operands)
     x, x_scale, weight, weight_scale = operands
-    return sm90_model.grouped_fp8_linear(x, x_scale, counts, weight, weight_scale)
+    return sm90_model.model_of(grouped_fp8_linear)(x, x_scale, counts, weight, weight_scale)
 
 
 # A way to cut the kernel with its ring cut short so that it wraps, multiprocessors, and a product.

@@ -14,11 +14,11 @@ if shutil.which("g++") is None:
 
 import emulation
 
-from dsv3_plugin.kernels.certify.cases import numbers
 from dsv3_plugin.kernels.certify.compare import bits_differ
 from dsv3_plugin.kernels.cuda import compiler, mla_hopper
 from dsv3_plugin.kernels.sm90 import sm90_model
 from dsv3_plugin.ops import mla_attention
+from dsv3_plugin.ops.drawing import numbers
 
 SCALE = 576**-0.5
 Batch = tuple[torch.Tensor, ...]
@@ -47,7 +47,7 @@ def batch(lengths: list[int], queries: list[int], heads: int, block_size: int, s
 
 
 def expected(case: Batch, scale: float = SCALE) -> torch.Tensor:
-    return sm90_model.attention(*case, kv_lora_rank=512, scale=scale)
+    return sm90_model.model_of(mla_attention.mla_attention)(*case, kv_lora_rank=512, scale=scale)
 
 
 # Lengths, queries, heads, page size, multiprocessors. With one multiprocessor a tile's splits are walked in order.

@@ -15,8 +15,8 @@ from dsv3_plugin.hooks import Kernel, Setting, always
 from dsv3_plugin.kernels import hopper, provider
 from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.kernels.vendors import cublas, deep_gemm, flash_mla, third_party
-from dsv3_plugin.ops.fp8 import E4M3
 from dsv3_plugin.ops.mla_attention import mla_attention
+from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32, Profile
 from dsv3_plugin.registry import bind
 

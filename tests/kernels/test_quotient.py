@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv3_plugin.ops.elementary import fma
-from dsv3_plugin.ops.fp8 import scale_for, to_e4m3
+from dsv3_plugin.ops.quantize import scale_for, to_e4m3
 
 # Exponents of amax: subnormal, scales at and near the smallest, small, one, large, the largest.
 EXPONENTS = (0, 1, 8, 9, 10, 60, 127, 200, 254)

@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Setting
 from dsv3_plugin.kernels import provider
-from dsv3_plugin.kernels.certify.cases import CASES, SMALL
 from dsv3_plugin.kernels.certify.compare import bits_differ
 from dsv3_plugin.kernels.sm90 import sm90_model
+from dsv3_plugin.ops.drawing import SMALL
+from dsv3_plugin.ops.operation import operations
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32
 from dsv3_plugin.registry import bind
 
@@ -29,7 +30,7 @@ TOKEN_ARGUMENTS = {"fp8_linear": (0, 1), "rope": (0, 1, 2)}
 
 @pytest.mark.parametrize("op", ROW_WISE)
 def test_a_row_does_not_depend_on_its_batch(op):
-    case = CASES[op](random.Random(op), SMALL._replace(rows=(5,)))
+    case = operations()[op].draw(random.Random(op), SMALL._replace(rows=(5,)))
     order = torch.tensor([3, 0, 4])
     own = TOKEN_ARGUMENTS.get(op, (0,))
     fewer = [x[order].contiguous() if i in own else x for i, x in enumerate(case.args)]
@@ -41,7 +42,7 @@ def test_a_row_does_not_depend_on_its_batch(op):
 @pytest.mark.parametrize("op", MODEL)
 def test_temporaries_are_made_where_the_operands_are(op):
     """The card may run the model too. A tensor on the default device, here one without memory, would break it."""
-    case = CASES[op](random.Random(op), SMALL)
+    case = operations()[op].draw(random.Random(op), SMALL)
     expected = MODEL[op](*case.args, **case.kwargs)
     with torch.device("meta"):
         assert torch.zeros(1).is_meta, "the twin: what forgets its device is on this one"
@@ -67,7 +68,7 @@ class OnlyWhatEveryDeviceRoundsAlike(TorchFunctionMode):
 
 @pytest.mark.parametrize("op", MODEL)
 def test_a_gpu_rounds_what_the_model_is_made_of_as_a_cpu_does(op):
-    case = CASES[op](random.Random(op), SMALL)
+    case = operations()[op].draw(random.Random(op), SMALL)
     with OnlyWhatEveryDeviceRoundsAlike():
         MODEL[op](*case.args, **case.kwargs)
 

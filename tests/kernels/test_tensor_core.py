@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dsv3_plugin.kernels.certify.compare import bits_differ
 from dsv3_plugin.kernels.certify.golden import recorded
 from dsv3_plugin.kernels.sm90 import sm90_model, tensor_core
-from dsv3_plugin.registry import CONTRACTS
+from dsv3_plugin.ops.operation import operations
 
 # Recorded on an NVIDIA H200, 2026-11-22:
 #   dsv3 kernels check --record tests/kernels/golden_h200.safetensors
@@ -22,7 +22,7 @@ RECORDING = Path(__file__).with_name("golden_h200.safetensors")
 GOLDEN = recorded(RECORDING)
 with safe_open(RECORDING, "pt") as file:
     RECORDED_CONTRACTS = json.loads(file.metadata()["contracts"])
-CONTRACT_VERSIONS = {contract.op: contract.version for contract in CONTRACTS}
+CONTRACT_VERSIONS = {op.name: op.version for op in operations().values()}
 # Recorded on an NVIDIA H200, 2026-11-22:
 #   python tests/gpu/instructions.py tests/kernels/instructions_h200.safetensors
 INSTRUCTIONS = load_file(Path(__file__).with_name("instructions_h200.safetensors"))

@@ -8,6 +8,7 @@ import torch
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
+from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.rope import softmax_scale
 
 
@@ -19,7 +20,7 @@ def draft_digest(model: DeepseekV3MTP, config: DeepseekV3Config) -> str:
     page, end = torch.tensor([[0]]), torch.tensor([0, count])
 
     def attend(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        return model.ops.mla_attention(q, latent.unsqueeze(0), page, end[1:], end, **sizes)
+        return model.ops[mla_attention](q, latent.unsqueeze(0), page, end[1:], end, **sizes)
 
     token_ids = torch.arange(50, 50 + count)
     hidden = torch.randn(count, config.hidden_size, generator=torch.Generator().manual_seed(0))

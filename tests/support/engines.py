@@ -23,6 +23,7 @@ from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance import runner
 from dsv3_plugin.layers.model import bind_ops
+from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.rope import softmax_scale
 
 ENVIRONMENTS = ROOT / ".envs"
@@ -78,7 +79,7 @@ def predict_logits(checkpoint: Path, token_ids: list[int]) -> torch.Tensor:
     def attend(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         ends = torch.tensor([0, len(latent)])
         sizes = {"kv_lora_rank": reader.config.kv_lora_rank, "scale": softmax_scale(reader.config)}
-        return ops.mla_attention(q, latent.unsqueeze(0), torch.tensor([[0]]), ends[1:], ends, **sizes)
+        return ops[mla_attention](q, latent.unsqueeze(0), torch.tensor([[0]]), ends[1:], ends, **sizes)
 
     hidden = model(torch.tensor(token_ids), torch.arange(len(token_ids)), attend)
     return model.lm_head(hidden)

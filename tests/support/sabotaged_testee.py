@@ -20,6 +20,7 @@ from dsv3_plugin.conformance.protocol import Case, Job, Served
 from dsv3_plugin.conformance.testees import program, reference
 from dsv3_plugin.conformance.testees.reference import ReferenceTestee
 from dsv3_plugin.ops import tile
+from dsv3_plugin.ops.mla_attention import mla_attention
 
 SABOTAGE, _, ARGUMENT = sys.argv.pop(1).partition(":")
 
@@ -55,7 +56,7 @@ class SabotagedTestee(ReferenceTestee):
         if SABOTAGE == "ulp":
             self.model.model.get_submodule(ARGUMENT).register_forward_hook(bump, prepend=True)
         if SABOTAGE == "page":
-            attention = self.ops.mla_attention
+            attention = self.ops[mla_attention]
 
             def off_by_one(q: Any, cache: Any, block_table: Any, seq_lens: Any, *args: Any, **kwargs: Any) -> Any:
                 pages = cache.clone()
@@ -63,7 +64,7 @@ class SabotagedTestee(ReferenceTestee):
                 pages[block_table[0, block], offset] = cache[block_table[0, 0], 0]
                 return attention(q, pages, block_table, seq_lens, *args, **kwargs)
 
-            object.__setattr__(self.ops, "mla_attention", off_by_one)
+            self.ops.kernels[mla_attention] = off_by_one  # type: ignore[index]
 
     def served(self) -> Served:
         served = super().served()

@@ -20,10 +20,12 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.hooks import Setting
 from dsv3_plugin.kernels import provider
 from dsv3_plugin.layers.model import DeepseekV3, weights_changed
-from dsv3_plugin.ops.fp8 import quantize_weight
+from dsv3_plugin.ops.mla_attention import mla_attention
+from dsv3_plugin.ops.operation import operations
+from dsv3_plugin.ops.quantize import quantize_weight
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, Profile
-from dsv3_plugin.registry import CONTRACTS, bind
+from dsv3_plugin.registry import bind
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -125,7 +127,9 @@ def logits(
         def attend(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
             caches[layer_idx].view(-1, config.latent_dim)[slots] = latent
             rank, scale = config.kv_lora_rank, softmax_scale(config)
-            return model.ops.mla_attention(q, caches[layer_idx], table, lengths, starts, kv_lora_rank=rank, scale=scale)
+            return model.ops[mla_attention](
+                q, caches[layer_idx], table, lengths, starts, kv_lora_rank=rank, scale=scale
+            )
 
         return model.lm_head(model(ids, positions, attend)).cpu()
 
@@ -136,7 +140,7 @@ def logits(
 
 def contracts() -> str:
     """The version of every operation's contract, as a recording names them."""
-    return json.dumps({contract.op: contract.version for contract in CONTRACTS})
+    return json.dumps({op.name: op.version for op in operations().values()})
 
 
 if __name__ == "__main__":

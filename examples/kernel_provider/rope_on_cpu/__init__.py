@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 
 from dsv3_plugin.hooks import SUPPORTED, Kernel, Setting, Support, hookimpl, unsupported
-from dsv3_plugin.ops.rope import ROPE
+from dsv3_plugin.ops import rope as contracts
+from dsv3_plugin.ops.operation import implements
 
 
+@implements(contracts.rope)
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [M, H, P]; cos, sin fp32 [M, P / 2]; to [M, H, P] of x's dtype, as `dsv3_plugin.ops.rope` says."""
     pairs = x.float().unflatten(-1, (-1, 2))
@@ -39,10 +41,10 @@ def is_supported(setting: Setting) -> Support:
 
 @hookimpl
 def dsv3_kernels() -> list[Kernel]:
-    """What this provider offers. `ROPE.version` would promise contracts that nobody has written yet."""
+    """What this provider offers. `contracts.rope.version` would promise contracts that nobody has written yet."""
     return [
         Kernel(
-            op=ROPE.op,
+            op=contracts.rope.name,
             contract_version=1,
             provider="rope-on-cpu",
             version="1.0",

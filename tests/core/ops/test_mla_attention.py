@@ -8,7 +8,7 @@ import torch
 from bits import FLOATS, generator, normal, same_bits
 from plain import plain_fold
 
-from dsv3_plugin.ops import mla_attention, tile
+from dsv3_plugin.ops import mla_attention, products, tile
 from dsv3_plugin.ops.elementary import LOG2_E, exp2_of_nonpositive
 
 Tensor = torch.Tensor
@@ -156,9 +156,9 @@ def split_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter splits for fewer queries, as a kernel chooses that fills its card."""
     honest = mla_attention.attend
 
-    def by_batch(queries: Tensor, *args: object) -> Tensor:
+    def by_batch(machine: products.Products, queries: Tensor, *args: object) -> Tensor:
         monkeypatch.setattr(mla_attention, "SPLIT_KEYS", 1024 if len(queries) > 8 else 256)
-        return honest(queries, *args)  # type: ignore[arg-type]
+        return honest(machine, queries, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(mla_attention, "attend", by_batch)
 
@@ -189,7 +189,7 @@ def test_another_order_of_the_fold_is_caught() -> None:
     rows = q[-20:].flatten(0, 1)
     keys = torch.nn.functional.pad(keys, (0, 0, 0, -len(keys) % 64))
     a, b, c = (
-        mla_attention.attend_split(rows, HEADS, 3080 - start, part, LATENT, SCALE, mla_attention.CPU_PRODUCTS)
+        mla_attention.attend_split(products.CPU, rows, HEADS, 3080 - start, part, LATENT, SCALE)
         for start, part in zip((0, 1024, 2048), keys.split(1024), strict=False)
     )
     fold = mla_attention.fold

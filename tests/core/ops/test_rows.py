@@ -9,7 +9,8 @@ import pytest
 import torch
 from bits import FLOATS, SCALE_FORMATS, generator, normal, same_bits
 
-from dsv3_plugin.ops import fp8
+from dsv3_plugin.ops import fp8_linear as fp8
+from dsv3_plugin.ops import quantize
 from dsv3_plugin.ops.linear import grouped_linear, head_linear, linear
 from dsv3_plugin.ops.rms_norm import rms_norm
 from dsv3_plugin.ops.router import router_linear
@@ -32,13 +33,13 @@ def row_operations(dtype: torch.dtype, columns: int, outputs: int) -> Iterator[t
     yield "silu_and_mul", silu_and_mul
     yield "router_linear", lambda x: router_linear(x, weight)
     for scale_format in SCALE_FORMATS:
-        pair = fp8.quantize_weight(weight, scale_format)
+        pair = quantize.quantize_weight(weight, scale_format)
         yield f"fp8_linear {scale_format}", partial(quantized_linear, scale_format, *pair)
 
 
 def quantized_linear(scale_format: ScaleFormat, weight: Tensor, weight_scale: Tensor, x: Tensor) -> Tensor:
     """Both operations of an FP8 projection."""
-    return fp8.fp8_linear(*fp8.quantize_fp8(x, scale_format), weight, weight_scale)
+    return fp8.fp8_linear(*quantize.quantize_fp8(x, scale_format), weight, weight_scale)
 
 
 OPERATIONS = [name for name, _ in row_operations(torch.float32, 128, 8)]

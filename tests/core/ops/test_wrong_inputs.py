@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from dsv3_plugin.errors import InputError
-from dsv3_plugin.ops import fp8, fused, mla_attention
+from dsv3_plugin.ops import fp8_linear as fp8
+from dsv3_plugin.ops import mla_attention, quantize
+from dsv3_plugin.ops import rms_norm as norms
 from dsv3_plugin.ops.combine import combine
 from dsv3_plugin.ops.linear import grouped_linear, head_linear, linear
 from dsv3_plugin.ops.rms_norm import rms_norm
@@ -21,8 +23,8 @@ Tensor = torch.Tensor
 
 X = torch.zeros(2, 256)
 HEADS_X = torch.zeros(2, 3, 8)
-Q8, S8 = fp8.quantize_fp8(X, "ue8m0")
-W8, WS8 = fp8.quantize_weight(torch.zeros(130, 256), "ue8m0")
+Q8, S8 = quantize.quantize_fp8(X, "ue8m0")
+W8, WS8 = quantize.quantize_weight(torch.zeros(130, 256), "ue8m0")
 CACHE = torch.zeros(4, 16, 40)
 QUERIES = torch.zeros(3, 2, 40)
 
@@ -56,8 +58,8 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (r"head_linear: weight is not", lambda: head_linear(HEADS_X, torch.zeros(3, 8, 5).transpose(1, 2))),
     (r"grouped_linear: weight is torch.bfloat16", lambda: grouped_linear(X, torch.tensor([2]), X.bfloat16()[None])),
     (r"grouped_linear: expert_counts sum to 3, x has 2", lambda: grouped_linear(X, torch.tensor([3]), X[None])),
-    (r"quantize_fp8: K=200", lambda: fp8.quantize_fp8(torch.zeros(2, 200), "ue8m0")),
-    (r"quantize_fp8: x is torch.float16", lambda: fp8.quantize_fp8(X.half(), "ue8m0")),
+    (r"quantize_fp8: K=200", lambda: quantize.quantize_fp8(torch.zeros(2, 200), "ue8m0")),
+    (r"quantize_fp8: x is torch.float16", lambda: quantize.quantize_fp8(X.half(), "ue8m0")),
     (r"fp8_linear: x is torch.float32", lambda: fp8.fp8_linear(X, S8, W8, WS8)),
     (r"fp8_linear: weight is torch.float32", lambda: fp8.fp8_linear(Q8, S8, X, WS8)),
     (r"fp8_linear: x has K=256, weight has K=128", lambda: fp8.fp8_linear(Q8, S8, W8[:, :128].contiguous(), WS8)),
@@ -69,8 +71,8 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (r"rope: x of shape \(2, 1, 8\).*\(2, 3\)", lambda: rope(torch.zeros(2, 1, 8), X[:, :3], X[:, :3])),
     (r"router_linear: x has K=256, weight has K=255", lambda: router_linear(X, torch.zeros(3, 255))),
     (r"router_linear: weight is torch.bfloat16", lambda: router_linear(X, X.bfloat16())),
-    (r"add_rms_norm: x has shape \(2, 256\), addend \(1, 256\)", lambda: fused.add_rms_norm(X, X[:1], X[0], 1e-6)),
-    (r"add_rms_norm: x is torch.float32, addend", lambda: fused.add_rms_norm(X, X.bfloat16(), X[0], 1e-6)),
+    (r"add_rms_norm: x has shape \(2, 256\), addend \(1, 256\)", lambda: norms.add_rms_norm(X, X[:1], X[0], 1e-6)),
+    (r"add_rms_norm: x is torch.float32, addend", lambda: norms.add_rms_norm(X, X.bfloat16(), X[0], 1e-6)),
     (r"route: logits is torch.bfloat16", lambda: choose(torch.zeros(1, 4).bfloat16(), torch.zeros(4))),
     (r"route: e_score_correction_bias is torch.bfloat16", lambda: choose(X, torch.zeros(256).bfloat16())),
     (r"route: e_score_correction_bias is .*\(3,\)", lambda: choose(X, torch.zeros(3))),

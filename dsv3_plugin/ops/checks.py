@@ -1,21 +1,10 @@
-"""What a kernel promises, and how much of the promise is checked before a launch."""
+"""What is checked of an operation's arguments before a launch."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
 from dsv3_plugin.errors import InputError
-
-
-@dataclass(frozen=True)
-class Contract:
-    """The name and the version of an operation's arithmetic. Any change of a bit is a new version."""
-
-    op: str
-    version: int
-    summary: str
 
 
 def require(condition: bool, op: str, message: str) -> None:
