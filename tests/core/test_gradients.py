@@ -15,8 +15,8 @@ from conftest import TinyCheckpoint
 from float64_oracle import Float64Oracle, float64_tensors
 from torch.nn.functional import cross_entropy
 
-from dsv3_plugin.autograd import fp8 as fp8_gradients
 from dsv3_plugin.autograd.bind import differentiable
+from dsv3_plugin.autograd.fp8 import MasterWeights
 from dsv3_plugin.checkpoint.loader import load_model, load_mtp, load_weights
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
@@ -211,7 +211,7 @@ def test_the_forward_keeps_its_bits(dtype: str, tiny_checkpoint: TinyCheckpoint)
 @pytest.mark.parametrize("profile", ["fp8"])
 def test_fp8_gradients_are_those_of_the_dequantized_product(profile: str, tiny_checkpoint: TinyCheckpoint) -> None:
     reader = CheckpointReader(tiny_checkpoint(profile))
-    weights = fp8_gradients.master_weights(bind_ops(reader.config, reader.profile(), torch.device("cpu")))
+    weights = MasterWeights(bind_ops(reader.config, reader.profile(), torch.device("cpu")))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 256, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(3, 128, 256, generator=generator).bfloat16().requires_grad_()
@@ -244,15 +244,12 @@ def assert_close(found: torch.Tensor | None, expected: torch.Tensor) -> None:
 
 def test_attention_gradients_of_chunks_and_shared_pages() -> None:
     """Two requests on one page, the second a chunk with a cached prefix, against autograd in float64."""
-    from dsv3_plugin.autograd.mla_attention import differentiable_mla_attention
-    from dsv3_plugin.ops.mla_attention import mla_attention
-
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(7, 2, 6, generator=generator).requires_grad_()
     cache = torch.randn(4, 4, 6, generator=generator).requires_grad_()
     table, lengths, starts = torch.tensor([[2, 0], [2, 3]]), torch.tensor([5, 8]), torch.tensor([0, 5, 7])
     grad = torch.randn(7, 2, 4, generator=generator)
-    run = differentiable_mla_attention(mla_attention)
+    run = mla_attention.differentiable({mla_attention: mla_attention})
     run(q, cache, table, lengths, starts, kv_lora_rank=4, scale=0.5).backward(grad)
 
     wide_q, wide_cache = q.detach().double().requires_grad_(), cache.detach().double().requires_grad_()

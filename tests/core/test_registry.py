@@ -149,7 +149,9 @@ def test_fast_mode_admits_by_priority() -> None:
         assert set(choice(ops).refused) == refused
         assert choice(ops, "rope").provider == "reference"
     assert bind(CPU_BF16, "fast", [kernel(priority=-1), *REFERENCE])[linear] is linear
-    assert f"fast_lab 3.2: linear by other_linear; {OURS}: head_linear" in bind(CPU_BF16, "fast", offers).describe()
+    described = bind(CPU_BF16, "fast", offers).describe()
+    assert described.startswith(f"{OURS}: combine, head_linear, ")
+    assert described.endswith("; fast_lab 3.2: linear by other_linear")
 
 
 def test_a_certified_kernel_serves_in_strict_mode(users_file: Path) -> None:
@@ -202,7 +204,7 @@ def test_what_an_adapter_answers_is_plain_data(users_file: Path) -> None:
     picks = replace(kernel(), served=lambda: {"1 x 2": "other_linear"})
     record = json.loads(json.dumps(bind(CPU_BF16, "strict", [picks, *REFERENCE]).record()))
     assert (record["mode"], record["profile"], record["device_type"]) == ("strict", "bf16", "cpu")
-    of_linear, of_head = record["operations"][:2]
+    of_linear, of_head = (each for each in record["operations"] if each["operation"] in ("linear", "head_linear"))
     assert of_linear["provider"] == "fast_lab" and of_linear["served_so_far"] == {"1 x 2": "other_linear"}
     (implementation,) = of_linear["implementations"]
     assert implementation["certificate"]["subject"]["card"] == SUBJECT.card
@@ -406,7 +408,7 @@ BROKEN = {
     "offers nothing": (HOOK + "[None]\n", r" offers NoneType None, not a dsv3_plugin\.hooks\.Kernel$"),
     "misspells an operation": (
         HOOK + "[Kernel('ropee', 1, 'lab', '1', print)]\n",
-        " offers a kernel for 'ropee', which is no operation; they are linear, ",
+        " offers a kernel for 'ropee', which is no operation; they are combine, ",
     ),
 }
 

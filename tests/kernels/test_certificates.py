@@ -313,6 +313,9 @@ def edited(h200, monkeypatch, copies):
 
 
 MATH = {"triton.router", "triton.silu_and_mul"}
+PRODUCTS = {"triton.linear", "triton.router", "triton.mla_attention", "cuda.mla_hopper", "deep_gemm.bf16_gemm_nt"}
+PRODUCTS |= {"cuda.fp8_gemm", "triton.fp8_gluon", "triton.fp8_linear", "deep_gemm.fp8_gemm_nt"}
+PRODUCTS |= {"deep_gemm.m_grouped_fp8_gemm_nt_contiguous"}
 EDITS = {
     # A kernel's own constants and code.
     "kernels/cuda/mla_hopper.cu": ("{", "{ ;", {"cuda.mla_hopper"}),
@@ -333,6 +336,7 @@ EDITS = {
     # Contracts' constants.
     "ops/mla_attention.py": ("SPLIT_KEYS = 1024", "SPLIT_KEYS = 512", {"triton.mla_attention", "cuda.mla_hopper"}),
     "ops/router.py": ("SLICE = ", "SLICE = 2 * ", {"triton.router"}),
+    "ops/tile.py": ("ROWS = 64", "ROWS = 32", PRODUCTS),
     "ops/elementary.py": (
         "0.001326472731307149",
         "0.001326472731307150",
@@ -368,7 +372,15 @@ def test_strict_mode_refuses_what_has_changed_since(certified, edited):
         ("kernels/cuda/mla_units.cuh", "{\n", "{\n// Another comment.\n"),
         ("kernels/certify/processes.py", "SHARE = 32", "SHARE = 16"),
         ("kernels/cuda/compiler.py", "pip install cuda-bindings", "pip install cuda-python"),
-        ("ops/contract.py", "expected two", "wanted two"),
+        ("ops/checks.py", "expected two", "wanted two"),
+        # Of a declaration all but what the reference computes.
+        ("ops/rope.py", 'summary="interleaved', 'summary="Interleaved'),
+        ("ops/rope.py", "cos, -sin", "cos, sin"),
+        ("ops/rope.py", "generator(rng)) * 7", "generator(rng)) * 8"),
+        ("ops/mla_attention.py", "page_sizes=(1, 32, 64)", "page_sizes=(1, 64)"),
+        ("ops/drawing.py", "MOST_PRODUCTS = 1 << 25", "MOST_PRODUCTS = 1 << 24"),
+        ("ops/operation.py", "functools.update_wrapper", "_ = functools.update_wrapper"),
+        ("kernels/triton/rope.py", "@implements(contracts.rope)\n", ""),
         ("ops/paged_batch.py", "expected a positive number", "not above zero"),
         ("config.py", "class DeepseekV3Config", "X = 1\n\n\nclass DeepseekV3Config"),
     ],
