@@ -40,7 +40,7 @@ lint: .envs/core/.ready
 
 # A broken link fails.
 docs: .envs/core/.ready
-	$(CORE)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(CORE)/mkdocs build --strict
 
 docs-serve: .envs/core/.ready
 	$(CORE)/mkdocs serve

@@ -8,10 +8,8 @@ A page says where, and on GitHub names what stands there:
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -22,10 +20,9 @@ from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
 from dsv3_plugin.kernels.bench import scoreboard
-from dsv3_plugin.ops.operation import Operation, operations
 
 ROOT = Path(__file__).parents[2]
-_MARK = re.compile(r"<!-- drawn by docs/hooks/tables\.py: (?P<name>\w+)(?: (?P<argument>\w+))? -->")
+_MARK = re.compile(r"^<!-- drawn by docs/hooks/tables\.py: (?P<name>\w+)(?: (?P<argument>\w+))? -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -38,58 +35,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return "\n".join(TABLES[match["name"]](*argument))
 
     return _MARK.sub(table, markdown)
-
-
-def contracts() -> Iterator[str]:
-    """Every operation's contract, from its declaration, after a table of all."""
-    yield from ("| operation | version | contract |", "|---|---|---|")
-    yield from (f"| [`{op.name}`](#{op.name}) | {op.version} | {op.summary} |" for op in operations())
-    for module, declared in groupby(operations(), key=lambda op: op.__module__):
-        title, text = _prose(inspect.getdoc(sys.modules[module])).split("\n", 1)
-        yield from ("", f"## {title.rstrip('.').replace('`', '')}", "", text.strip())
-        for op in declared:
-            yield from ("", f"### {op.name} {{#{op.name}}}", "", f"Contract version {op.version}: {op.summary}.", "")
-            yield from ("```python", _signature(op), "```", "", _prose(inspect.getdoc(op)))
-
-
-def _signature(op: Operation[..., object]) -> str:
-    """As it is written."""
-
-    def named(annotation: object) -> str:
-        return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-
-    signature, arguments, keyword_only = op.signature, [], False
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
-            arguments.append("*")
-            keyword_only = True
-        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        arguments.append(f"{parameter.name}: {named(parameter.annotation)}{default}")
-    returned = named(signature.return_annotation)
-    line = f"{op.name}({', '.join(arguments)}) -> {returned}"
-    if len(line) <= 88:
-        return line
-    return f"{op.name}(\n    " + ",\n    ".join(arguments) + f",\n) -> {returned}"
-
-
-def _prose(docstring: str | None) -> str:
-    """A docstring as markdown: its sections are lists."""
-    lines: list[str] = []
-    in_section = False
-    for line in (docstring or "").replace("**", r"\*\*").splitlines():
-        if line in ("Args:", "Returns:"):
-            in_section = True
-            lines += ["", line, ""]
-        elif in_section and line.startswith("    "):
-            # A further line of an argument is indented deeper.
-            lines.append(line if line.startswith("     ") else f"* {line.strip()}")
-        else:
-            in_section &= not line
-            # A list needs an empty line before it.
-            if line.startswith("* ") and lines and lines[-1] and not lines[-1].startswith(("* ", "  ")):
-                lines.append("")
-            lines.append(line)
-    return "\n".join(lines)
 
 
 def numbers() -> Iterator[str]:
@@ -146,13 +91,16 @@ def refusals(backend: str) -> Iterator[str]:
         and isinstance(node.targets[0], ast.Name)
         and isinstance(node.value, ast.Constant)
     }
-    found: dict[str, list[str]] = {}
+    found: dict[tuple[str, str], list[str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "refused":
             reason, *names = node.args
-            found.setdefault(_text(reason, constants), []).extend(name for each in names for name in _names(each))
-    yield from ("| why | options |", "|---|---|")
-    yield from (f"| {why} | {', '.join(f'`{name}`' for name in names)} |" for why, names in sorted(found.items()))
+            passes = next((word.value for word in node.keywords if word.arg == "unless"), None)
+            row = _text(reason, constants), _values(passes) if passes else ""
+            found.setdefault(row, []).extend(name for each in names for name in _names(each))
+    yield from ("| why | options | values that pass |", "|---|---|---|")
+    for (why, passes), names in sorted(found.items()):
+        yield f"| {why} | {', '.join(f'`{name}`' for name in names)} | {passes} |"
 
 
 def _text(node: ast.expr, constants: dict[str, str]) -> str:
@@ -163,8 +111,17 @@ def _text(node: ast.expr, constants: dict[str, str]) -> str:
     return str(ast.literal_eval(node))
 
 
+def _values(node: ast.expr) -> str:
+    """The values in `unless`, beside None and False."""
+    try:
+        values = ast.literal_eval(node)
+    except ValueError:
+        return "those of the checkpoint"
+    return ", ".join(f"`{value if value != '' else repr(value)}`" for value in values)
+
+
 def _names(node: ast.expr) -> Iterable[str]:
-    """The options of one argument: `"name"`, `*("name", ...)`, `*_in("section", "name", ...)`, `*_names("name ...")`."""
+    """Of an argument `"name"`, `*("name", ...)`, `*_in("section", "name", ...)` or `*_names("name name ...")`."""
     if isinstance(node, ast.Starred):
         return _names(node.value)
     if isinstance(node, ast.Call):
@@ -175,7 +132,6 @@ def _names(node: ast.expr) -> Iterable[str]:
 
 
 TABLES: dict[str, Callable[..., Iterator[str]]] = {
-    "contracts": contracts,
     "numbers": numbers,
     "refusals": refusals,
     "versions": versions,
