@@ -18,7 +18,7 @@ export UV_COMPILE_BYTECODE := 1
 # Sums depend on the number of threads.
 export OMP_NUM_THREADS := 1
 
-.PHONY: conformance test lint bench environments clean
+.PHONY: conformance test lint docs docs-serve bench environments release clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -27,7 +27,7 @@ conformance: $(DTYPES:%=$(WORK)/small-%) $(TESTEES:%=.envs/%/.ready) .envs/core/
 		$(CORE)/dsv3 conformance run $(TESTEES:%=--testee %) --checkpoint $(WORK)/small-$$dtype; \
 	done
 
-test: lint environments
+test: lint docs environments
 	$(CORE)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 	.envs/kernels/bin/python -m pytest tests/kernels/test_aot.py tests/kernels/test_bad_input.py tests/kernels/test_bench.py \
 		tests/gpu/test_tensor_core_gpu.py tests/kernels/test_tune.py
@@ -37,6 +37,16 @@ lint: .envs/core/.ready
 	$(CORE)/ruff format --check .
 	rm -rf $(WORK)/wheel && $(UV) pip install --quiet --python $(CORE)/python --no-deps --target $(WORK)/wheel .
 	cd $(WORK)/wheel && MYPYPATH=. $(CURDIR)/$(CORE)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p dsv3_plugin
+
+# A broken link fails.
+docs: .envs/core/.ready
+	NO_MKDOCS_2_WARNING=1 $(CORE)/mkdocs build --strict
+
+docs-serve: .envs/core/.ready
+	$(CORE)/mkdocs serve
+
+release: .envs/tools/.ready
+	TORCH_BACKEND="$(TORCH_BACKEND)" PYTHON=$(PYTHON) .ci/release $(VERSION)
 
 bench: .envs/core/.ready
 	$(CORE)/dsv3 bench linear

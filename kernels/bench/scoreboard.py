@@ -87,7 +87,7 @@ HEADER = (
 )
 
 
-_TITLES = {
+TITLES = {
     "attention": "Attention: B requests of S cached tokens, h heads, s_q new tokens each",
     "moe": "Routed experts of a layer, T tokens",
     "dense": "fp8 projections: tokens x columns x depth",
@@ -109,7 +109,7 @@ def markdown(board: Scoreboard) -> str:
         "![times beside the fastest public kernel's](scoreboard.svg)",
     ]
     for group, records in groupby(board.records, key=lambda record: record.group):
-        lines += ["", f"## {_TITLES.get(group, group)}", "", *HEADER]
+        lines += ["", f"## {TITLES.get(group, group)}", "", *HEADER]
         lines += [row(list(case)) for _, case in groupby(records, key=lambda record: record.case)]
     return "\n".join(lines) + "\n"
 
@@ -232,7 +232,7 @@ def _lines(board: Scoreboard) -> list[_Line]:
                 times = model.median_us / best, invariant and invariant / best, model.floor_us / best
                 found.append(_Line(name, False, *times))
         if found:
-            lines += [_Line(_TITLES.get(group, group), is_title=True), *found]
+            lines += [_Line(TITLES.get(group, group), is_title=True), *found]
     return lines
 
 

