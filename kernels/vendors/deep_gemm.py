@@ -22,7 +22,8 @@ from dsv3_plugin.hooks import Implementation, Kernel, versions_of
 from dsv3_plugin.kernels import own, selection
 from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.kernels.hopper import on_hopper_with
-from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of, version_of
+from dsv3_plugin.kernels.installed import version_of
+from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of
 from dsv3_plugin.ops.contract import require
 from dsv3_plugin.ops.fp8 import E4M3, FP8_LINEAR, GROUPED_FP8_LINEAR
 from dsv3_plugin.ops.linear import LINEAR

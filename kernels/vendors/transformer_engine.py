@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from dsv3_plugin.hooks import Kernel
 from dsv3_plugin.kernels.hopper import on_hopper_with
-from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of, version_of
+from dsv3_plugin.kernels.installed import version_of
+from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of
 from dsv3_plugin.ops.fp8 import E4M3, FP8_LINEAR, QUANTIZE_FP8
 from dsv3_plugin.profile import ScaleFormat
 
