@@ -18,7 +18,7 @@ export UV_COMPILE_BYTECODE := 1
 # Sums depend on the number of threads.
 export OMP_NUM_THREADS := 1
 
-.PHONY: conformance test lint bench environments clean
+.PHONY: conformance test check lint bench environments clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -31,6 +31,10 @@ test: lint environments
 	$(CORE)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 	.envs/kernels/bin/python -m pytest tests/kernels/test_aot.py tests/kernels/test_bad_input.py tests/kernels/test_bench.py \
 		tests/gpu/test_tensor_core_gpu.py tests/kernels/test_tune.py
+
+# What changed since main: lint, types and the nearest tests, in under two minutes; it says what it did not run.
+check: lint
+	$(CORE)/python tests/support/affected.py $(WORK)/wheel
 
 lint: .envs/core/.ready
 	$(CORE)/ruff check .

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+from installed import install
+from paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PYPROJECT = ROOT / "pyproject.toml"
 
 
 @pytest.fixture
-def installed(tmp_path: Path) -> Path:
-    """A folder with a copy of the package's modules where an installation puts them."""
-    folders = tomllib.loads(PYPROJECT.read_text())["tool"]["setuptools"]["package-dir"]
-    for package in ["dsv3_plugin", *sorted(folders)]:
-        shutil.copytree(
-            ROOT / folders.get(package, package),
-            tmp_path / package.replace(".", "/"),
-            ignore=shutil.ignore_patterns("__pycache__"),
-            dirs_exist_ok=True,
-        )
-    return tmp_path
+def copy(tmp_path: Path) -> Path:
+    return install(tmp_path)
 
 
 def lint_imports(folder: Path) -> tuple[int, list[str]]:
@@ -36,8 +26,8 @@ def lint_imports(folder: Path) -> tuple[int, list[str]]:
     return done.returncode, broken
 
 
-def test_imports_go_down_only(installed):
-    assert lint_imports(installed) == (0, [])
+def test_imports_go_down_only(copy):
+    assert lint_imports(copy) == (0, [])
 
 
 @pytest.mark.parametrize(
@@ -58,14 +48,14 @@ def test_imports_go_down_only(installed):
         ("registry.py", "import triton.language as tl", "Only kernels are written in Triton"),
     ],
 )
-def test_an_import_that_goes_up_is_caught(installed, module, line, contract):
+def test_an_import_that_goes_up_is_caught(copy, module, line, contract):
     # Inside a function too, where no cycle makes it fail.
-    with (installed / "dsv3_plugin" / module).open("a") as file:
+    with (copy / "dsv3_plugin" / module).open("a") as file:
         file.write(f"\n\ndef _sabotage():\n    {line}\n")
-    status, broken = lint_imports(installed)
+    status, broken = lint_imports(copy)
     assert status == 1 and contract in broken
 
 
-def test_a_module_without_a_place_is_caught(installed):
-    (installed / "dsv3_plugin/elsewhere.py").touch()
-    assert lint_imports(installed)[0] == 1
+def test_a_module_without_a_place_is_caught(copy):
+    (copy / "dsv3_plugin/elsewhere.py").touch()
+    assert lint_imports(copy)[0] == 1
