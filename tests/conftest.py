@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from dsv3_plugin.checkpoint.presets import read_config
 
 # The arithmetic of a CPU is that of one thread; set before any test computes something.
 torch.set_num_threads(1)
+
+_STARTED = time.monotonic()
 
 TinyCheckpoint = Callable[[str], Path]
 
@@ -38,3 +41,13 @@ def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = read_config("small") | {"vocab_size": 1024, "num_hidden_layers": 2, "num_nextn_predict_layers": 0}
     make_checkpoint(config, path, 1, dtype=CheckpointDtype("bf16"))
     return path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, help="Skip what has not begun after so many seconds, and say so.")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    seconds = item.config.getoption("--seconds")
+    if seconds and time.monotonic() - _STARTED > seconds:
+        pytest.skip(f"not run: {seconds:g} seconds were over; `make test` runs all")

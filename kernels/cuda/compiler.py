@@ -19,7 +19,7 @@ import torch
 
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import versions_of
-from dsv3_plugin.kernels.vendors.third_party import version_of
+from dsv3_plugin.kernels.installed import version_of
 
 _FOLDER = Path(__file__).parent
 _ARCHITECTURE = "sm_90a"

@@ -22,7 +22,8 @@ from dsv3_plugin.hooks import Implementation, Kernel, versions_of
 from dsv3_plugin.kernels import own, selection
 from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.kernels.hopper import on_hopper_with
-from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of, version_of
+from dsv3_plugin.kernels.installed import version_of
+from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of
 from dsv3_plugin.ops import fp8_linear as fp8_contracts
 from dsv3_plugin.ops import linear as contracts
 from dsv3_plugin.ops.checks import require

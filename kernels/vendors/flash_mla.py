@@ -12,7 +12,8 @@ import torch
 
 from dsv3_plugin.hooks import Kernel
 from dsv3_plugin.kernels.hopper import V3_LATENT, for_v3_latent, on_hopper_with
-from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of, version_of
+from dsv3_plugin.kernels.installed import version_of
+from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of
 from dsv3_plugin.ops import mla_attention as contracts
 from dsv3_plugin.ops.checks import require
 from dsv3_plugin.ops.operation import implements

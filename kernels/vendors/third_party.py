@@ -1,24 +1,13 @@
-"""What the providers of other people's kernels share: what is installed, and kernels made of what they offer."""
+"""What the providers of other people's kernels share: kernels made of what they offer."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dsv3_plugin.hooks import Implementation, IsSupported, Kernel
 from dsv3_plugin.kernels.hopper import CERTIFICATES
 from dsv3_plugin.ops.operation import Operation
-
-
-def version_of(*distributions: str) -> str | None:
-    """The version of the first of `distributions` that is installed, or None."""
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 class Offer(NamedTuple):

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from dsv3_plugin.hooks import Kernel
 from dsv3_plugin.kernels.hopper import on_hopper_with
-from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of, version_of
+from dsv3_plugin.kernels.installed import version_of
+from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of
 from dsv3_plugin.ops import fp8_linear as contracts
 from dsv3_plugin.ops import quantize as quantize_contracts
 from dsv3_plugin.ops.checks import require

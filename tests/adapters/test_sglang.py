@@ -35,7 +35,7 @@ from dsv3_plugin.checkpoint.fingerprint import fingerprint_of_checkpoint
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.cli import app
+from dsv3_plugin.commands.cli import app
 from dsv3_plugin.conformance.sampling import processed_logprobs
 from dsv3_plugin.sglang_backend import plugin
 

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from dsv3_plugin.checkpoint.fingerprint import fingerprint_of_checkpoint
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.cli import app
+from dsv3_plugin.commands.cli import app
 
 ALL_BUT_SAMPLER = (
     *("prefill", "decode", "batch", "chunked_prefill", "prefix_cache", "prefix_cache_chunked", "sampled"),

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from engines import python_of
 
-from dsv3_plugin import doctor
-from dsv3_plugin.doctor import EngineProbe, Finding, KernelsProbe, Probe
+from dsv3_plugin.commands import doctor
+from dsv3_plugin.commands.doctor import EngineProbe, Finding, KernelsProbe, Probe
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.version import __version__
 
@@ -80,7 +80,7 @@ class TestFindings:
                 "no kernel may serve",
                 "dsv3 kernels list",
             ),
-            ("cannot be asked: Killed", "cannot be asked: Killed", "python -m dsv3_plugin.doctor"),
+            ("cannot be asked: Killed", "cannot be asked: Killed", "python -m dsv3_plugin.commands.doctor"),
         ],
     )
     def test_each_fault_is_one_problem_with_advice(self, found: Probe | str, text: str, advice: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dsv3_plugin.cli import app
+from dsv3_plugin.commands.cli import app
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.ops.operation import operations
 from dsv3_plugin.registry import MODE_VARIABLE

@@ -54,7 +54,7 @@ def test_a_provider_is_checked_certified_and_bound_and_a_change_ends_it(site):
         why = "has no certificate, which strict mode needs: it was compared with the contract nowhere"
         assert f"rope-on-cpu 1.0: {why}" in rope.refused
 
-    main = "from dsv3_plugin.cli import main; main()"
+    main = "from dsv3_plugin.commands.cli import main; main()"
     # What the refusal tells its user to type, with fewer cases.
     words = certificates.command(["rope-on-cpu"]).split()[1:]
     paths = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])

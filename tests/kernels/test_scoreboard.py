@@ -9,7 +9,7 @@ import torch
 from engines import python_of
 from typer.testing import CliRunner
 
-from dsv3_plugin.cli import app
+from dsv3_plugin.commands.cli import app
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.kernels.bench import scoreboard
 from dsv3_plugin.kernels.bench.measure import Rows, compare_rows, differing_bits
@@ -86,8 +86,17 @@ def test_the_plot_names_every_case(tmp_path):
     """In Megatron's environment, which has matplotlib."""
     data, plot = tmp_path / "data.json", tmp_path / "plot.svg"
     data.write_text(BOARD.model_dump_json())
-    command = [python_of("megatron"), "-m", "dsv3_plugin.cli", "bench", "report", str(data), "--plot", str(plot)]
-    code = f"import sys; sys.argv[1:] = {command[3:]!r}; from dsv3_plugin.cli import main; main()"
+    command = [
+        python_of("megatron"),
+        "-m",
+        "dsv3_plugin.commands.cli",
+        "bench",
+        "report",
+        str(data),
+        "--plot",
+        str(plot),
+    ]
+    code = f"import sys; sys.argv[1:] = {command[3:]!r}; from dsv3_plugin.commands.cli import main; main()"
     subprocess.run([command[0], "-c", code], check=True)
     text = plot.read_text()
     assert all(

@@ -12,11 +12,11 @@ from typing import NoReturn
 
 import typer
 
-from dsv3_plugin.bench import app as bench_app
 from dsv3_plugin.checkpoint.cli import app as checkpoint_app
 from dsv3_plugin.checkpoint.fingerprint_cli import main as fingerprint
+from dsv3_plugin.commands.bench import app as bench_app
+from dsv3_plugin.commands.doctor import main as doctor
 from dsv3_plugin.conformance.cli import app as conformance_app
-from dsv3_plugin.doctor import main as doctor
 from dsv3_plugin.errors import DSV3Error
 from dsv3_plugin.kernels.cli import app as kernels_app
 from dsv3_plugin.megatron_backend.cli import app as convert_app

@@ -243,7 +243,7 @@ def ask(python: str) -> Probe | str:
         answer = Path(folder) / "probe.json"
         try:
             done = subprocess.run(
-                [python, "-P", "-m", "dsv3_plugin.doctor", str(answer)],
+                [python, "-P", "-m", "dsv3_plugin.commands.doctor", str(answer)],
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -262,7 +262,9 @@ def diagnose(probes: Mapping[str, Probe | str], variables: Mapping[str, str]) ->
     findings: list[Finding] = []
     for place, found in probes.items():
         if isinstance(found, str):
-            findings.append(Finding("problem", place, found, f"look at `{place}/bin/python -m dsv3_plugin.doctor`"))
+            findings.append(
+                Finding("problem", place, found, f"look at `{place}/bin/python -m dsv3_plugin.commands.doctor`")
+            )
             continue
         if found.package != __version__:
             findings.append(
