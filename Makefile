@@ -39,7 +39,7 @@ check: lint
 lint: .envs/core/.ready
 	$(CORE)/ruff check .
 	$(CORE)/ruff format --check .
-	rm -rf $(WORK)/wheel && $(UV) pip install --quiet --python $(CORE)/python --no-deps --target $(WORK)/wheel .
+	rm -rf $(WORK)/wheel build && $(UV) pip install --quiet --python $(CORE)/python --no-deps --target $(WORK)/wheel .
 	cd $(WORK)/wheel && $(CURDIR)/$(CORE)/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
 	cd $(WORK)/wheel && MYPYPATH=. $(CURDIR)/$(CORE)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p dsv3_plugin
 

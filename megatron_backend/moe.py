@@ -18,9 +18,10 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
 
-from dsv3_plugin.layers.moe import Experts, permutation
+from dsv3_plugin.layers.moe import Experts
 from dsv3_plugin.megatron_backend.layers import Binding, make_trainable
 from dsv3_plugin.ops.combine import combine
+from dsv3_plugin.ops.permute import permutation
 from dsv3_plugin.ops.router import route, router_linear
 
 

@@ -9,7 +9,7 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.linear import Activation, GroupedLinear, Quantized
 from dsv3_plugin.layers.mlp import MLP, swiglu
 from dsv3_plugin.ops.combine import combine
-from dsv3_plugin.ops.permute import permute, permute_fp8
+from dsv3_plugin.ops.permute import permutation, permute, permute_fp8
 from dsv3_plugin.ops.router import moe_router
 from dsv3_plugin.registry import Ops
 
@@ -77,17 +77,3 @@ class MoE(nn.Module):
             permuted = self.ops[permute](activation, rows)
         expert_out = self.experts(permuted, expert_counts)
         return self.ops[combine](expert_out, slots, topk_weights, self.shared_experts(activation))
-
-
-def permutation(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sort (token, expert) pairs by expert, and by token within an expert.
-
-    topk_ids [T, k] to (rows int64 [T k], the token of each sorted pair; slots int64 [T, k], where each token's pairs
-    went; expert_counts int64 [num_experts]).
-    """
-    experts, order = torch.sort(topk_ids.flatten(), stable=True)
-    slots = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
-    # Not `bincount`, which a CUDA graph cannot hold.
-    ends = torch.searchsorted(experts, torch.arange(num_experts, device=experts.device), right=True)
-    counts = ends.diff(prepend=ends.new_zeros(1))
-    return order // topk_ids.shape[1], slots.view_as(topk_ids), counts

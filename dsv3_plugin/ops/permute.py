@@ -26,6 +26,20 @@ def permute_fp8(values: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor) 
     return values.view(torch.uint8)[rows].view(values.dtype), scales[rows]
 
 
+def permutation(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sort (token, expert) pairs by expert, and by token within an expert.
+
+    topk_ids [T, k] to (rows int64 [T k], the token of each sorted pair; slots int64 [T, k], where each token's pairs
+    went; expert_counts int64 [num_experts]).
+    """
+    experts, order = torch.sort(topk_ids.flatten(), stable=True)
+    slots = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    # Not `bincount`, which a CUDA graph cannot hold.
+    ends = torch.searchsorted(experts, torch.arange(num_experts, device=experts.device), right=True)
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    return order // topk_ids.shape[1], slots.view_as(topk_ids), counts
+
+
 @permute.gradient
 def _differentiable(ops: BoundKernels, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return permute(x, rows)  # which torch differentiates

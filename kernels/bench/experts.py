@@ -24,7 +24,7 @@ from dsv3_plugin.kernels.bench.case import (
 )
 from dsv3_plugin.kernels.bench.measure import Rows
 from dsv3_plugin.kernels.triton import combine, fp8_linear, permute, quantize, silu_and_mul
-from dsv3_plugin.layers.moe import permutation
+from dsv3_plugin.ops.permute import permutation
 
 
 def moe_cases() -> Iterator[Case]:

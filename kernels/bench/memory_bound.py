@@ -26,7 +26,7 @@ from dsv3_plugin.kernels.bench.case import (
 from dsv3_plugin.kernels.bench.measure import Rows
 from dsv3_plugin.kernels.triton import combine, permute, quantize, rms_norm, router, silu_and_mul
 from dsv3_plugin.kernels.vendors import transformer_engine
-from dsv3_plugin.layers.moe import permutation
+from dsv3_plugin.ops.permute import permutation
 
 _VOCABULARY, _TEMPERATURE = 129280, 0.7
 

@@ -28,10 +28,9 @@ from dsv3_plugin.kernels.bench.case import (
 from dsv3_plugin.kernels.bench.measure import Call, Rows
 from dsv3_plugin.kernels.triton import fp8_linear, linear, quantize
 from dsv3_plugin.kernels.vendors import cublas
-from dsv3_plugin.layers.moe import permutation
 from dsv3_plugin.ops import fp8_linear as fp8_contracts
 from dsv3_plugin.ops import linear as contracts
-from dsv3_plugin.ops.permute import permute_fp8
+from dsv3_plugin.ops.permute import permutation, permute_fp8
 
 
 def dense_cases() -> Iterator[Case]:
