@@ -10,7 +10,7 @@ the lower index wins.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 import triton
@@ -169,15 +169,15 @@ def router_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @implements(contracts.moe_router)
 def moe_router(
-    x: torch.Tensor, weight: torch.Tensor, e_score_correction_bias: torch.Tensor, **settings: Any
+    x: torch.Tensor, weight: torch.Tensor, e_score_correction_bias: torch.Tensor, **routing: Unpack[contracts.Routing]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x bf16 [T, K], weight bf16 [E, K], bias fp32 [E] and the settings of `route`, to its result.
+    """x bf16 [T, K], weight bf16 [E, K], bias fp32 [E] and `route`'s settings, to its result.
 
     Raises `InputError`.
     """
     _require_operands("moe_router", x, weight)
     sums = _sum_slices(x, weight, choose_tile(len(x)))
-    return _choose("moe_router", sums, e_score_correction_bias, follows=True, **settings)
+    return _choose("moe_router", sums, e_score_correction_bias, follows=True, **routing)
 
 
 def _require_operands(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -214,7 +214,7 @@ def _sum_slices(x: torch.Tensor, weight: torch.Tensor, tile: Tile) -> torch.Tens
 
 @implements(contracts.route)
 def route(
-    logits: torch.Tensor, e_score_correction_bias: torch.Tensor, **settings: Any
+    logits: torch.Tensor, e_score_correction_bias: torch.Tensor, **routing: Unpack[contracts.Routing]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logits fp32 [M, E], bias fp32 [E] and the settings of the contract, to (topk_ids int64 [M, k] ascending,
     topk_weights fp32 [M, k]). Raises `InputError`.
@@ -222,7 +222,7 @@ def route(
     require(logits.dim() == 2, "route", f"logits has shape {tuple(logits.shape)}, expected two dimensions")
     require(logits.dtype == torch.float32, "route", f"logits is {logits.dtype}, expected torch.float32")
     require(logits.is_contiguous(), "route", f"logits of shape {tuple(logits.shape)} is not contiguous")
-    return _choose("route", logits.unsqueeze(0), e_score_correction_bias, follows=False, **settings)
+    return _choose("route", logits.unsqueeze(0), e_score_correction_bias, follows=False, **routing)
 
 
 def _choose(
