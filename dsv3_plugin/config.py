@@ -233,8 +233,15 @@ class DeepseekV3Config(BaseModel):
 
     @property
     def latent_dim(self) -> int:
-        """Width of one cached token: the compressed key/value and the shared rotary key."""
+        """What attention reads of a cached token: the compressed key/value and the shared rotary key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def cached_dim(self) -> int:
+        """Width of a cached token in every layer, by which engines size their pages: `latent_dim`, and behind it what
+        a relative's layers keep to select keys by.
+        """
+        return self.latent_dim
 
     @property
     def shared_intermediate_size(self) -> int:

@@ -30,9 +30,8 @@ from safetensors.torch import load_file, save_file
 
 from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.layers.attend import attend_to_itself
 from dsv3_plugin.layers.model import bind_ops
-from dsv3_plugin.ops.mla_attention import mla_attention
-from dsv3_plugin.ops.rope import softmax_scale
 
 TRAIN = Path(__file__).with_name("train_megatron.py")
 ENVIRONMENTS = Path(__file__).parent.parent / ".envs"
@@ -182,11 +181,7 @@ def sample(checkpoint: Path, prompts: list[list[int]]) -> Samples:
     ops = bind_ops(reader.config, reader.profile(), torch.device("cpu"))
     model = load_model(reader, ops)
     generator = torch.Generator().manual_seed(1)
-
-    def attend(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        batch = torch.tensor([[0]]), torch.tensor([len(latent)]), torch.tensor([0, len(latent)])
-        rank, scale = reader.config.kv_lora_rank, softmax_scale(reader.config)
-        return ops[mla_attention](q, latent.unsqueeze(0), *batch, kv_lora_rank=rank, scale=scale)
+    attend = attend_to_itself(ops, reader.config)
 
     samples: Samples = []
     for prompt in prompts:

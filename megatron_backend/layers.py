@@ -23,15 +23,16 @@ from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import InputError
+from dsv3_plugin.layers.attend import Attend, Select, attend_to_pages, select_all
 from dsv3_plugin.layers.linear import Activation, ColumnLinear, linear_in_slices
-from dsv3_plugin.layers.mla import MLA, Attend
+from dsv3_plugin.layers.mla import MLA
 from dsv3_plugin.layers.mlp import MLP
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.megatron_backend.documents import packed_starts
+from dsv3_plugin.megatron_backend.sequences import SequencesOfPass
 from dsv3_plugin.megatron_backend.tensor_parallel import all_tokens, cut_weights, own_tokens
-from dsv3_plugin.ops.mla_attention import mla_attention
+from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.rms_norm import rms_norm
-from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
 
 
@@ -43,6 +44,7 @@ class Binding:
     """Differentiable."""
     config: DeepseekV3Config
     rotary: RotaryTable
+    sequences: SequencesOfPass
 
 
 def make_trainable(parameter: nn.Parameter, config: Any, *, random_state: str | None = None) -> None:
@@ -130,8 +132,10 @@ class RecomputedMLA(MLA):
     def forward(self, x: Activation, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         """See `MLA.forward`."""
 
-        def attend_and_discard(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-            out = attend(layer_idx, q, latent)
+        def attend_and_discard(
+            layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
+        ) -> torch.Tensor:
+            out = attend(layer_idx, q, cached, select)
             self.checkpoint.discard_output_and_register_recompute(out)
             return out
 
@@ -163,47 +167,32 @@ class Attention(CoreModule):
         """
         hidden_states = all_tokens(hidden_states, self.config)
         s, b = hidden_states.shape[:2]
+        starts: torch.Tensor | None = attention_mask
         if packed_seq_params is not None:
             starts = packed_starts(packed_seq_params)
-        elif attention_mask is not None:
-            if attention_mask.dtype != torch.int64:
-                raise InputError("attention takes the starts of documents (document_starts), not a mask")
-            starts = attention_mask
-        else:
-            starts = torch.arange(b + 1, device=hidden_states.device) * s
-        sequences = _Sequences(self.binding, starts)
+        elif starts is not None and starts.dtype != torch.int64:
+            raise InputError("attention takes the starts of documents (document_starts), not a mask")
+        sequences = self.binding.sequences.of(starts, b, s, hidden_states.device)
         x = hidden_states.transpose(0, 1).reshape(b * s, -1)
-        out = self.core(x, *self.binding.rotary(sequences.positions), sequences.attend)
+        attend = _WholeSequences(self.binding, sequences.batch)
+        out = self.core(x, *self.binding.rotary(sequences.positions), attend)
         return own_tokens(out.view(b, s, -1).transpose(0, 1).contiguous(), self.config), None
 
 
-class _Sequences:
-    """Whole sequences, one after the other: the core's `Attend`. Each latent vector is a page of the cache."""
+class _WholeSequences:
+    """The core's `Attend`: nothing is kept, what a layer caches for a token is a page of its own."""
 
-    def __init__(self, binding: Binding, starts: torch.Tensor) -> None:
+    def __init__(self, binding: Binding, batch: PagedBatch) -> None:
         self.binding = binding
-        self.starts = starts
-        self.lengths = starts[1:] - starts[:-1]
-        longest, limit = int(self.lengths.max()), binding.config.max_position_embeddings
-        if longest > limit:
-            raise InputError(f"a sequence of {longest} tokens exceeds max_position_embeddings={limit}")
-        tokens = torch.arange(int(starts[-1]), device=starts.device)
-        self.positions = tokens - torch.repeat_interleave(starts[:-1], self.lengths)
-        last = tokens[-1]
-        self.pages = (starts[:-1, None] + torch.arange(longest, device=starts.device)).clamp_max(last)
+        self.batch = batch
 
-    def attend(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        """See `dsv3_plugin.layers.mla.Attend`."""
-        config, ops = self.binding.config, self.binding.ops
-        return ops[mla_attention](
-            q,
-            ops.slices.enter(latent).unsqueeze(1),
-            self.pages,
-            self.lengths,
-            self.starts,
-            kv_lora_rank=config.kv_lora_rank,
-            scale=softmax_scale(config),
-        )
+    def __call__(
+        self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
+    ) -> torch.Tensor:
+        """See `dsv3_plugin.layers.attend.Attend`."""
+        ops = self.binding.ops
+        pages = ops.slices.enter(cached).unsqueeze(1)
+        return attend_to_pages(ops, self.binding.config, q, pages, self.batch, select)
 
 
 class DenseMLP(CoreModule):

@@ -23,6 +23,7 @@ from dsv3_plugin.megatron_backend.layers import Binding, OutputLayer
 from dsv3_plugin.megatron_backend.names import checkpoint_key
 from dsv3_plugin.megatron_backend.optimizer import restore_exactly
 from dsv3_plugin.megatron_backend.pipeline import require_embedding_group
+from dsv3_plugin.megatron_backend.sequences import SequencesOfPass
 from dsv3_plugin.megatron_backend.tensor_parallel import share
 from dsv3_plugin.profile import Profile, profile_for
 
@@ -83,6 +84,7 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
         """
         if inference_context is not None or kwargs.get("inference_params") is not None:
             raise InputError("a trainer's model has no cache: it computes whole sequences")
+        self.binding.sequences.begin()
         ranks = self.config.tensor_model_parallel_size
         if input_ids is not None and input_ids.shape[1] % ranks:
             raise InputError(
@@ -152,7 +154,7 @@ def build_model(
     # The core's parameters and tables are created where the default device is.
     with device:
         return DeepseekV3GPTModel(
-            Binding(ops, config, RotaryTable(config)),
+            Binding(ops, config, RotaryTable(config), SequencesOfPass(config.max_position_embeddings)),
             transformer_config,
             pre_process=pre_process,
             post_process=post_process,

@@ -3,13 +3,14 @@
 SGLang keeps one vector a token in a pool of slots, and a table of the slots of each request; a slot is a page of one
 token. A pass brings the tokens of several requests, at consecutive positions each, so a request's length is its last
 position plus one, in every phase: prefill, chunks, decode, draft, verification. `LatentAttend` writes the vectors and
-calls the bound `mla_attention`: it moves data and computes nothing, and needs none of SGLang's attention backends.
+calls `attend_to_pages`: it moves data and computes nothing, and needs none of SGLang's attention backends.
 `LatentBackend` is the backend of that kind to choose. It also carries the block tables into CUDA graphs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.engines import is_ours
 from dsv3_plugin.errors import EngineError
-from dsv3_plugin.ops.mla_attention import mla_attention
-from dsv3_plugin.ops.rope import softmax_scale
+from dsv3_plugin.layers.attend import Select, attend_to_pages, select_all
+from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.registry import Ops
 
 NAME = "dsv3"
@@ -35,31 +37,33 @@ class LatentAttend:
         backend = get_attn_backend()
         self.ops = ops
         self.config = config
-        self.scale = softmax_scale(config)
         self.first_layer = first_layer
         self.pool = backend.token_to_kv_pool
         self.slots = forward_batch.out_cache_loc
         counts = query_counts(forward_batch, len(positions))
         ends = counts.cumsum(0)
-        self.query_start_loc = torch.cat((ends.new_zeros(1), ends))
-        # All rows with which SGLang pads a graph are at position 0: their requests are as long as their queries.
-        self.seq_lens = torch.maximum(positions[ends - 1] + 1, counts)
-        self.block_table = block_tables(backend, forward_batch.req_pool_indices)
-
-    def __call__(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        """See `dsv3_plugin.layers.mla.Attend`."""
-        # [slots, 1, latent_dim]: blocks of one token, as `mla_attention` takes them.
-        pages = self.pool.get_key_buffer(layer_idx - self.first_layer + self.pool.start_layer)
-        pages[self.slots, 0] = latent
-        return self.ops[mla_attention](
-            q,
-            pages,
-            self.block_table,
-            self.seq_lens,
-            self.query_start_loc,
-            kv_lora_rank=self.config.kv_lora_rank,
-            scale=self.scale,
+        self.batch = PagedBatch(
+            block_table=block_tables(backend, forward_batch.req_pool_indices),
+            # All rows with which SGLang pads a graph are at position 0: their requests are as long as their queries.
+            seq_lens=torch.maximum(positions[ends - 1] + 1, counts),
+            query_start_loc=torch.cat((ends.new_zeros(1), ends)),
+            num_tokens=len(positions),
+            num_blocks=len(self.pages(first_layer)),
+            block_size=1,
+            host_query_start_loc=host_starts(forward_batch, len(positions)),
         )
+
+    def pages(self, layer_idx: int) -> torch.Tensor:
+        """A layer's slots as blocks of one token, [slots, 1, cached_dim]."""
+        return self.pool.get_key_buffer(layer_idx - self.first_layer + self.pool.start_layer)
+
+    def __call__(
+        self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
+    ) -> torch.Tensor:
+        """See `dsv3_plugin.layers.attend.Attend`."""
+        pages = self.pages(layer_idx)
+        pages[self.slots, 0] = cached
+        return attend_to_pages(self.ops, self.config, q, pages, self.batch, select)
 
 
 def query_counts(forward_batch: Any, tokens: int) -> torch.Tensor:
@@ -69,6 +73,15 @@ def query_counts(forward_batch: Any, tokens: int) -> torch.Tensor:
         return forward_batch.extend_seq_lens
     # Decode, draft and verification: the same number for each.
     return torch.full_like(requests, tokens // max(len(requests), 1))
+
+
+def host_starts(forward_batch: Any, tokens: int) -> tuple[int, ...] | None:
+    """Where each request's tokens start, and their end, if SGLang knows it without asking the device."""
+    mode, requests = forward_batch.forward_mode, len(forward_batch.req_pool_indices)
+    if mode.is_extend() and not mode.is_target_verify():
+        counts = forward_batch.extend_seq_lens_cpu
+        return None if counts is None else tuple(accumulate(counts, initial=0))
+    return tuple(tokens // max(requests, 1) * i for i in range(requests + 1))
 
 
 def block_tables(backend: Any, requests: torch.Tensor) -> torch.Tensor:
@@ -131,6 +144,17 @@ class DraftSteps:
         self.init_cuda_graph_state = backend.init_cuda_graph_state
         self.init_forward_metadata_out_graph = backend.init_forward_metadata_out_graph
         self.init_forward_metadata_in_graph = backend.init_forward_metadata_in_graph
+
+
+def size_slots(load_model: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `ModelRunner.load_model`: SGLang sizes the slots of its pool by two numbers of config.json, which say what
+    attention reads; what a slot holds is the model's to say.
+    """
+    loaded = load_model(runner, *args, **kwargs)
+    if is_ours(runner.model):
+        config: DeepseekV3Config = runner.model.config
+        runner.model_config.kv_lora_rank = config.cached_dim - config.qk_rope_head_dim
+    return loaded
 
 
 def create_decode_backend(original: Callable[[Any], Any], factory: Any) -> Any:

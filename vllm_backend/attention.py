@@ -1,8 +1,8 @@
 """The latent cache as a vLLM attention layer.
 
 vLLM allocates the pages and tells, for each step, which tokens belong to which request (`query_start_loc`,
-`seq_lens`, `block_table`) and where to write them (`slot_mapping`). The layer writes the latent vectors and calls the
-bound `mla_attention`: it moves data and computes nothing. It does not use vLLM's attention backends, so it runs on
+`seq_lens`, `block_table`) and where to write them (`slot_mapping`). The layer writes what is cached and calls
+`attend_to_pages`: it moves data and computes nothing. It does not use vLLM's attention backends, so it runs on
 every platform, size and dtype that the kernels serve.
 """
 
@@ -21,20 +21,17 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.ops.mla_attention import mla_attention
-from dsv3_plugin.ops.rope import softmax_scale
+from dsv3_plugin.layers.attend import Select, attend_to_pages, select_all
+from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.vllm_backend import compat
 
 
 @dataclass
 class LatentMetadata:
-    """One step's batch, as `mla_attention` takes it, and where its tokens are kept."""
+    """One step's batch, the same for all layers, and where its tokens are kept."""
 
-    num_actual_tokens: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
+    batch: PagedBatch
     pages: torch.Tensor
     offsets: torch.Tensor
 
@@ -54,6 +51,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size = kv_cache_spec.block_size
         caches = vllm_config.compilation_config.static_forward_context
+        self.cache = caches[layer_names[0]]
         self.weight_loaders = {caches[name].weight_loader for name in layer_names}
         scheduler = vllm_config.scheduler_config
         self.seq_lens = torch.zeros(scheduler.max_num_seqs, dtype=torch.int32, device=device)
@@ -77,12 +75,18 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         tokens, requests = common.num_actual_tokens, common.num_reqs
         # A slot of -1 marks a token that must not be kept: it goes to page 0, which vLLM gives to no request.
         slots = common.slot_mapping[:tokens].clamp(min=0)
-        return LatentMetadata(
-            num_actual_tokens=tokens,
-            query_start_loc=common.query_start_loc[: requests + 1],
+        batch = PagedBatch(
+            block_table=common.block_table_tensor[:requests],
             # Copied: the draft loop changes vLLM's tensor in place between its steps.
             seq_lens=self.seq_lens[:requests].copy_(common.seq_lens[:requests]),
-            block_table=common.block_table_tensor[:requests],
+            query_start_loc=common.query_start_loc[: requests + 1],
+            num_tokens=tokens,
+            num_blocks=len(compat.latent_pages(self.cache.kv_cache)),
+            block_size=self.block_size,
+            host_query_start_loc=tuple(common.query_start_loc_cpu[: requests + 1].tolist()),
+        )
+        return LatentMetadata(
+            batch=batch,
             pages=self.pages[:tokens].copy_(slots // self.block_size),
             offsets=self.offsets[:tokens].copy_(slots % self.block_size),
         )
@@ -146,7 +150,6 @@ class LatentCache(nn.Module, AttentionLayerBase):
         self.config = config
         self.weight_loader = weight_loader
         self.layer_name = prefix
-        self.scale = softmax_scale(config)
         self.kv_cache = torch.tensor([])
         context = vllm_config.compilation_config.static_forward_context
         if prefix in context:
@@ -162,27 +165,19 @@ class LatentCache(nn.Module, AttentionLayerBase):
         return MLAAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=1,
-            head_size=self.config.latent_dim,
+            head_size=self.config.cached_dim,
             dtype=self.ops.setting.profile.dtype,
             cache_dtype_str="auto",
         )
 
-    def forward(self, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        """q [T, H, latent_dim], latent [T, latent_dim] to [T, H, kv_lora_rank]; rows that vLLM padded are zero."""
+    def forward(self, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all) -> torch.Tensor:
+        """q [T, H, latent_dim], cached [T, cached_dim] to [T, H, kv_lora_rank]; rows that vLLM padded are zero."""
         by_layer = get_forward_context().attn_metadata
         if by_layer is None:  # vLLM's memory profiling and warm-up
             return q.new_zeros(*q.shape[:2], self.config.kv_lora_rank)
         metadata: LatentMetadata = by_layer[self.layer_name]
-        tokens = metadata.num_actual_tokens
-        cache = compat.latent_pages(self.kv_cache)
-        cache[metadata.pages, metadata.offsets] = latent[:tokens]
-        out = self.ops[mla_attention](
-            q[:tokens],
-            cache,
-            metadata.block_table,
-            metadata.seq_lens,
-            metadata.query_start_loc,
-            kv_lora_rank=self.config.kv_lora_rank,
-            scale=self.scale,
-        )
+        tokens = metadata.batch.num_tokens
+        pages = compat.latent_pages(self.kv_cache)
+        pages[metadata.pages, metadata.offsets] = cached[:tokens]
+        out = attend_to_pages(self.ops, self.config, q[:tokens], pages, metadata.batch, select)
         return torch.cat((out, out.new_zeros(len(q) - tokens, *out.shape[1:]))) if tokens < len(q) else out

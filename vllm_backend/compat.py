@@ -44,5 +44,5 @@ def batch_invariance_warning() -> str | None:
 
 
 def latent_pages(kv_cache: torch.Tensor) -> torch.Tensor:
-    """The bound cache as [num_blocks, block_size, latent_dim]; since 0.29 vLLM adds a head dimension of one."""
+    """The bound cache as [num_blocks, block_size, cached_dim]; since 0.29 vLLM adds a head dimension of one."""
     return kv_cache.squeeze(1) if kv_cache.dim() == 4 else kv_cache

@@ -16,6 +16,7 @@ from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import ConfigError, EngineError
+from dsv3_plugin.layers.attend import Select, select_all
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.profile import profile_for
@@ -58,9 +59,11 @@ class LatentCaches(nn.Module):
             {str(i): LatentCache(ops, config, vllm_config, name, weight_loader) for i, name in names.items()}
         )
 
-    def forward(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        """See `dsv3_plugin.layers.mla.Attend`."""
-        return self.caches[str(layer_idx)](q, latent)
+    def forward(
+        self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
+    ) -> torch.Tensor:
+        """See `dsv3_plugin.layers.attend.Attend`."""
+        return self.caches[str(layer_idx)](q, cached, select)
 
 
 def _filled_by_vllm(vllm_config: VllmConfig) -> bool:

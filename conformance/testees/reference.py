@@ -26,10 +26,10 @@ from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, Tok
 from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.engines import class_name
+from dsv3_plugin.layers.attend import Select, attend_to_itself, attend_to_pages, select_all
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
-from dsv3_plugin.ops.mla_attention import mla_attention
-from dsv3_plugin.ops.rope import softmax_scale
+from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.profile import BF16, FP32
 from dsv3_plugin.registry import Ops
 
@@ -41,31 +41,24 @@ class PagedCache:
     """The latent vectors of all layers in pages, and which pages hold which prefix."""
 
     def __init__(self, ops: Ops, config: DeepseekV3Config, num_layers: int, num_blocks: int, block_size: int) -> None:
-        shape = num_layers, num_blocks, block_size, config.latent_dim
+        shape = num_layers, num_blocks, block_size, config.cached_dim
         self.ops = ops
         self.config = config
         self.block_size = block_size
-        self.scale = softmax_scale(config)
         # NaN, so that a page that is read before it is written shows.
         self.pages = torch.full(shape, torch.nan, dtype=ops.setting.profile.dtype)
         self.free = list(range(num_blocks))
         self.block_of_prefix: dict[int, int] = {}
         self.batch: Batch | None = None
 
-    def attend(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        """Store the batch's latent vectors and attend: the core's `Attend`."""
+    def attend(
+        self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
+    ) -> torch.Tensor:
+        """Store what is cached for the batch's tokens and attend: the core's `Attend`."""
         assert self.batch is not None
         pages = self.pages[layer_idx]
-        pages[self.batch.slots // self.block_size, self.batch.slots % self.block_size] = latent
-        return self.ops[mla_attention](
-            q,
-            pages,
-            self.batch.block_table,
-            self.batch.seq_lens,
-            self.batch.query_start_loc,
-            kv_lora_rank=self.config.kv_lora_rank,
-            scale=self.scale,
-        )
+        pages[self.batch.slots // self.block_size, self.batch.slots % self.block_size] = cached
+        return attend_to_pages(self.ops, self.config, q, pages, self.batch.paged, select)
 
     def cached_blocks(self, token_ids: list[int]) -> list[int]:
         """Pages that hold the longest known prefix of `token_ids`, in whole blocks."""
@@ -84,14 +77,12 @@ class PagedCache:
 
 
 class Batch(NamedTuple):
-    """The tokens of one pass, flattened, as `mla_attention` takes them."""
+    """The tokens of one pass, flattened, where they are kept, and the batch as attention takes it."""
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
+    paged: PagedBatch
 
 
 @dataclass
@@ -196,24 +187,13 @@ class ReferenceTestee:
         keys = [RowKey(index, p, prefix_digest(token_ids[: p + 1])) for p in range(len(token_ids))]
         positions = torch.arange(len(inputs))
         self.layers.keys = keys[:-1]
-        hidden = self.model(torch.tensor(inputs), positions, self.attend_all)
+        attend = attend_to_itself(self.ops, self.config)
+        hidden = self.model(torch.tensor(inputs), positions, attend)
         self.layers.keys = None
         recorder.add("logits", keys[:-1], self.model.lm_head(hidden))
         if self.mtp is not None:
-            drafted = self.mtp(torch.tensor(successors), positions, hidden, self.attend_all)
+            drafted = self.mtp(torch.tensor(successors), positions, hidden, attend)
             recorder.add("mtp.0", keys[1:], self.mtp.lm_head(drafted))
-
-    def attend_all(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        """Attend a whole sequence to itself."""
-        return self.ops[mla_attention](
-            q,
-            latent.unsqueeze(0),
-            torch.tensor([[0]]),
-            torch.tensor([len(latent)]),
-            torch.tensor([0, len(latent)]),
-            kv_lora_rank=self.config.kv_lora_rank,
-            scale=softmax_scale(self.config),
-        )
 
 
 class Engine:
@@ -283,7 +263,7 @@ class Engine:
 
         kept: list[Piece] = []
         kept_rows: list[int] = []
-        for piece, first_row in zip(pieces, batch.query_start_loc.tolist(), strict=False):
+        for piece, first_row in zip(pieces, batch.paged.read_query_start_loc(), strict=False):
             count = self.accept(piece, {row - first_row: of_row for row, of_row in logits_of.items()})
             kept.append(Piece(piece.sequence, piece.start, piece.token_ids[:count]))
             kept_rows += range(first_row, first_row + count)
@@ -315,14 +295,20 @@ class Engine:
             for piece in pieces
             for p in range(piece.start, piece.start + len(piece.token_ids))
         ]
-        lengths = torch.tensor([0] + [len(piece.token_ids) for piece in pieces])
+        queries = [len(piece.token_ids) for piece in pieces]
+        paged = PagedBatch(
+            block_table=torch.tensor([p.sequence.blocks + [0] * (width - len(p.sequence.blocks)) for p in pieces]),
+            seq_lens=torch.tensor([piece.start + len(piece.token_ids) for piece in pieces]),
+            query_start_loc=torch.tensor([0, *queries]).cumsum(0),
+            num_tokens=len(positions),
+            num_blocks=self.cache.pages.shape[1],
+            block_size=size,
+        )
         return Batch(
             input_ids=torch.tensor([token for piece in pieces for token in piece.token_ids]),
             positions=torch.tensor(positions),
             slots=torch.tensor(slots),
-            block_table=torch.tensor([p.sequence.blocks + [0] * (width - len(p.sequence.blocks)) for p in pieces]),
-            seq_lens=torch.tensor([piece.start + len(piece.token_ids) for piece in pieces]),
-            query_start_loc=lengths.cumsum(0),
+            paged=paged,
         )
 
     def observe(self, tracker: TokenTracker, piece: Piece, shift: int) -> list[RowKey]:
@@ -374,7 +360,7 @@ class Engine:
             keys = [self.observe(self.seen_by_draft, piece, 1)[-1] for piece in successors]
             batch = self.cache.batch = self.batch(successors)
             hidden = mtp(batch.input_ids, batch.positions, hidden, self.cache.attend)
-            hidden = hidden[batch.query_start_loc[1:] - 1]
+            hidden = hidden[batch.paged.query_start_loc[1:] - 1]
             logits = mtp.lm_head(hidden)
             self.recorder.add(f"mtp.{step}", keys, logits)
             drafts = logits.argmax(1).tolist()

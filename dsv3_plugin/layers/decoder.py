@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.layers.mla import MLA, Attend
+from dsv3_plugin.layers.attend import Attend
+from dsv3_plugin.layers.mla import MLA
 from dsv3_plugin.layers.mlp import MLP
 from dsv3_plugin.layers.moe import MoE
 from dsv3_plugin.layers.norm import RMSNorm

@@ -6,27 +6,16 @@ so that attention reads the cached latent vectors themselves and prefill, decode
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.layers.attend import Attend
 from dsv3_plugin.layers.linear import Activation, ColumnLinear, Linear, RowLinear
 from dsv3_plugin.layers.norm import RMSNorm
 from dsv3_plugin.ops.linear import head_linear
 from dsv3_plugin.ops.rope import rope
 from dsv3_plugin.registry import Ops
-
-
-class Attend(Protocol):
-    """What an engine supplies for each forward pass."""
-
-    def __call__(self, layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        """Write latent [T, latent_dim] to layer `layer_idx`'s cache, then attend q [T, H, latent_dim] to it.
-
-        Returns [T, H, kv_lora_rank], the result of the bound `mla_attention`.
-        """
 
 
 class MLA(nn.Module):

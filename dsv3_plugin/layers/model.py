@@ -7,9 +7,10 @@ from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.hooks import Arithmetic, Setting
+from dsv3_plugin.layers.attend import Attend
 from dsv3_plugin.layers.decoder import DecoderLayer
 from dsv3_plugin.layers.embedding import Embedding, Head
-from dsv3_plugin.layers.mla import MLA, Attend
+from dsv3_plugin.layers.mla import MLA
 from dsv3_plugin.layers.norm import RMSNorm
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.ops.tile import pin_one_thread

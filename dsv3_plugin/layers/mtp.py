@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.layers.attend import Attend
 from dsv3_plugin.layers.decoder import DecoderLayer
 from dsv3_plugin.layers.embedding import Embedding, Head
 from dsv3_plugin.layers.linear import ColumnLinear
-from dsv3_plugin.layers.mla import Attend
 from dsv3_plugin.layers.norm import RMSNorm
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.registry import Ops

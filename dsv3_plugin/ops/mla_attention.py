@@ -20,7 +20,7 @@ of b * 2**(m_b - m), every product and sum rounded. At the end output * (1 / sum
 are further apart than 2**x reaches, and a row may be NaN.
 
 A block or a split that a query does not see leaves it as it is, bit for bit, so chunks, batches and cache hits cannot
-be told apart; who computes which split, and where, cannot either.
+be told apart; who computes which split, and where, cannot either. A key that is not selected is as one after the query.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from dsv3_plugin.ops.checks import require
 from dsv3_plugin.ops.drawing import MOST_PRODUCTS, Case, Sizes, numbers, size_of_numbers
 from dsv3_plugin.ops.elementary import LOG2_E, exp2_of_nonpositive, fma, fold_sum
+from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
 from dsv3_plugin.ops.operation import BoundKernels, matrix_operation
-from dsv3_plugin.ops.paged_batch import require_paged_batch
+from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.products import Products
 
 KEY_BLOCK = 64
@@ -45,7 +47,7 @@ MAXIMUM_STEP = 8
 
 
 @matrix_operation(
-    version=3,
+    version=4,
     summary="absorbed causal attention, online softmax over 64-key blocks in splits of 1024 keys, maxima at multiples"
     " of 8",
     dims=("kv_lora_rank", "qk_rope_head_dim"),
@@ -55,9 +57,8 @@ def mla_attention(
     products: Products,
     q: torch.Tensor,
     latent_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    batch: PagedBatch,
+    keys: KeySelection = ALL_KEYS,
     *,
     kv_lora_rank: int,
     scale: float,
@@ -68,34 +69,62 @@ def mla_attention(
         products: the machine's.
         q: [T, H, C], absorbed queries of all requests one after the other; C = kv_lora_rank + qk_rope_head_dim.
         latent_cache: [num_blocks, block_size, C] of q's dtype, with the queries' own tokens already written.
-        block_table: integers [num_reqs, max_blocks], the blocks of each request in order.
-        seq_lens: integers [num_reqs], tokens of each request including its queries.
-        query_start_loc: integers [num_reqs + 1], where each request's queries start in q.
+        batch: the requests, on q's device.
+        keys: which of the keys a query attends to, of those up to its own; at least one.
         kv_lora_rank: of the C numbers, how many are value too.
         scale: factor of the scores before the softmax, positive.
 
-    Returns [T, H, kv_lora_rank] of q's dtype. Raises `InputError` where shapes, lengths or pages do not fit.
+    Returns [T, H, kv_lora_rank] of q's dtype. Raises `InputError` where the arguments do not fit each other.
     """
-    require_paged_batch("mla_attention", q, latent_cache, block_table, seq_lens, query_start_loc, scale)
-    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    block_size = latent_cache.shape[1]
+    require_inputs(q, latent_cache, batch, keys, scale)
+    starts = batch.read_query_start_loc()
     outputs = []
-    for request, length in enumerate(lengths):
-        queries = q[starts[request] : starts[request + 1]]
-        if len(queries) == 0:
+    for request, length in enumerate(batch.read_seq_lens()):
+        rows = slice(starts[request], starts[request + 1])
+        if rows.start == rows.stop:
             continue
-        blocks = block_table[request, : -(-length // block_size)].long()
-        keys = latent_cache[blocks].flatten(0, 1)[:length]
-        outputs.append(attend(products, queries, keys, kv_lora_rank, scale))
+        blocks = batch.block_table[request, : -(-length // batch.block_size)].long()
+        cached = latent_cache[blocks].flatten(0, 1)[:length]
+        outputs.append(attend(products, q[rows], cached, kv_lora_rank, scale, keys.mask(rows, length)))
     return torch.cat(outputs) if outputs else q.new_empty(0, q.shape[1], kv_lora_rank)
 
 
+def require_inputs(
+    q: torch.Tensor, latent_cache: torch.Tensor, batch: PagedBatch, keys: KeySelection, scale: float
+) -> None:
+    """Raise `InputError` unless the arguments of `mla_attention` fit each other; no number on a device is read."""
+    op = mla_attention.name
+    require(q.dim() == 3, op, f"q has shape {tuple(q.shape)}, expected [tokens, heads, dim]")
+    require(len(q) == batch.num_tokens, op, f"q has {len(q)} tokens, the batch {batch.num_tokens}")
+    require(
+        latent_cache.shape == (batch.num_blocks, batch.block_size, q.shape[2]),
+        op,
+        f"latent_cache has shape {tuple(latent_cache.shape)}, the batch {batch.num_blocks} blocks of"
+        f" {batch.block_size}, q dim {q.shape[2]}",
+    )
+    require(latent_cache.dtype == q.dtype, op, f"latent_cache is {latent_cache.dtype}, q is {q.dtype}")
+    require(batch.device == q.device, op, f"the batch is on {batch.device}, q is on {q.device}")
+    require(scale > 0, op, f"scale is {scale}, expected a positive number")
+    if keys.positions is not None:
+        count = len(keys.positions)
+        require(count == len(q), op, f"the selection of keys is for {count} queries, q has {len(q)}")
+
+
 def attend(
-    products: Products, queries: torch.Tensor, keys: torch.Tensor, kv_lora_rank: int, scale: float
+    products: Products,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    kv_lora_rank: int,
+    scale: float,
+    selected: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """queries [T, H, C] are the last T tokens of keys [L, C]; to [T, H, kv_lora_rank]."""
+    """queries [T, H, C] are the last T tokens of keys [L, C], selected bool [T, L]; to [T, H, kv_lora_rank]."""
     tokens, heads, _ = queries.shape
     first_position = len(keys) - tokens
+    if selected is not None:
+        blind = ~selected.tril(first_position).any(1)
+        require(not blind.any(), mla_attention.name, "a query selects none of the keys up to its own")
+        selected = F.pad(selected, (0, -len(keys) % KEY_BLOCK))
     rows = queries.flatten(0, 1)
     keys = F.pad(keys, (0, 0, 0, -len(keys) % KEY_BLOCK))
     folded: Triple | None = None
@@ -104,7 +133,8 @@ def attend(
         skip = max(0, start - first_position) * heads
         split = keys[start : start + SPLIT_KEYS]
         first = max(0, first_position - start)
-        triple = attend_split(products, rows[skip:], heads, first, split, kv_lora_rank, scale)
+        chosen = None if selected is None else selected[skip // heads :, start : start + SPLIT_KEYS]
+        triple = attend_split(products, rows[skip:], heads, first, split, kv_lora_rank, scale, chosen)
         folded = triple if folded is None else folded.replace_tail(skip, fold(folded.tail(skip), triple))
     assert folded is not None
     return (folded.output * (1.0 / folded.total)).to(queries.dtype).unflatten(0, (tokens, heads))
@@ -128,12 +158,18 @@ class Triple(NamedTuple):
         """`tail` in the place of the rows from `first` on."""
         return Triple(*(torch.cat((x[:first], y)) for x, y in zip(self, tail, strict=True)))
 
+    def where(self, rows: torch.Tensor, other: Triple) -> Triple:
+        """`other` in the place of the rows where rows [R, 1] is False."""
+        return Triple(*(torch.where(rows, x, y) for x, y in zip(self, other, strict=True)))
+
 
 def fold(a: Triple, b: Triple) -> Triple:
-    """The triple of two neighbouring ranges of keys, b behind a."""
+    """The triple of two ranges of keys, b behind a. A range of which a row sees no key leaves the other as it is."""
     maximum = torch.maximum(a.maximum, b.maximum)
     of_a, of_b = exp2_of_nonpositive(a.maximum - maximum), exp2_of_nonpositive(b.maximum - maximum)
-    return Triple(maximum, a.total * of_a + b.total * of_b, a.output * of_a + b.output * of_b)
+    both = Triple(maximum, a.total * of_a + b.total * of_b, a.output * of_a + b.output * of_b)
+    # A sum is zero only without a key: the largest probability of a row is far above the smallest number.
+    return a.where(b.total == 0, b.where(a.total == 0, both))
 
 
 def step_above(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -152,8 +188,11 @@ def attend_split(
     keys: torch.Tensor,
     kv_lora_rank: int,
     scale: float,
+    selected: torch.Tensor | None = None,
 ) -> Triple:
-    """rows [R, C] of tokens from `first_position` on, keys [n * KEY_BLOCK, C]; positions count from the first key."""
+    """rows [R, C] of tokens from `first_position` on, keys [n * KEY_BLOCK, C], of which selected bool
+    [R / heads, n * KEY_BLOCK]; positions count from the first key.
+    """
     positions = (first_position + torch.arange(len(rows), device=rows.device) // heads).unsqueeze(1)
     triple = Triple(
         rows.new_full((len(rows), 1), -torch.inf, dtype=torch.float32),
@@ -167,19 +206,26 @@ def attend_split(
         block = keys[start : start + KEY_BLOCK]
         scores = products.linear(rows[skip:], block, torch.float32)
         key_positions = torch.arange(start, start + KEY_BLOCK, device=keys.device)
-        scores = scores.masked_fill(key_positions > positions[skip:], -torch.inf)
+        unseen = key_positions > positions[skip:]
+        if selected is not None:
+            chosen = selected[skip // heads :, start : start + KEY_BLOCK]
+            unseen = unseen | ~chosen.repeat_interleave(heads, 0)
+        scores = scores.masked_fill(unseen, -torch.inf)
         maximum = torch.maximum(old.maximum, step_above(scores.amax(1, keepdim=True), factor))
         p = exp2_of_nonpositive(fma(scores, factor, -maximum)).to(rows.dtype)
         alpha = exp2_of_nonpositive(old.maximum - maximum)
         total = old.total * alpha + fold_sum(p.float(), KEY_BLOCK)
         output = products.add_product(old.output * alpha, p, block[:, :kv_lora_rank])
-        triple = triple.replace_tail(skip, Triple(maximum, total, output))
+        new = Triple(maximum, total, output)
+        if selected is not None:
+            new = old.where(unseen.all(1, keepdim=True), new)
+        triple = triple.replace_tail(skip, new)
     return triple
 
 
 class _MLAAttention(torch.autograd.Function):
     """Recomputed request by request in fp32. Correct, not fast: the probabilities [H, T, L] of one request are held at
-    once. The gradient of the cache has all its pages.
+    once. The gradient of the cache has all its pages; a selection of keys is a constant.
 
     With p = softmax(q k^T * scale) and v the first `kv_lora_rank` numbers of k: dp = do v^T, ds = p (dp - sum(dp p)),
     dq = ds k * scale, and a key, which is key and value at once, gets ds^T q * scale and, in its value part, p^T do.
@@ -191,41 +237,56 @@ class _MLAAttention(torch.autograd.Function):
         ops: BoundKernels,
         q: torch.Tensor,
         latent_cache: torch.Tensor,
-        batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        batch: PagedBatch,
+        keys: KeySelection,
         kv_lora_rank: int,
         scale: float,
     ) -> torch.Tensor:
-        ctx.save_for_backward(q, latent_cache, *batch)
-        ctx.kv_lora_rank, ctx.scale = kv_lora_rank, scale
-        return ops[mla_attention](q, latent_cache, *batch, kv_lora_rank=kv_lora_rank, scale=scale)
+        ctx.save_for_backward(q, latent_cache)
+        ctx.batch, ctx.keys, ctx.kv_lora_rank, ctx.scale = batch, keys, kv_lora_rank, scale
+        return ops[mla_attention](q, latent_cache, batch, keys, kv_lora_rank=kv_lora_rank, scale=scale)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        q, latent_cache, block_table, seq_lens, query_start_loc = ctx.saved_tensors
-        block_size = latent_cache.shape[1]
+        q, latent_cache = ctx.saved_tensors
+        batch: PagedBatch = ctx.batch
         grad_q = torch.zeros_like(q)
         grad_cache = torch.zeros_like(latent_cache, dtype=torch.float32)
-        starts = query_start_loc.tolist()
-        for request, length in enumerate(seq_lens.tolist()):
+        starts = batch.read_query_start_loc()
+        for request, length in enumerate(batch.read_seq_lens()):
             rows = slice(starts[request], starts[request + 1])
-            blocks = block_table[request, : -(-length // block_size)].long()
-            keys = latent_cache[blocks].flatten(0, 1)[:length].float()
+            blocks = batch.block_table[request, : -(-length // batch.block_size)].long()
+            cached = latent_cache[blocks].flatten(0, 1)[:length].float()
             of_queries, of_keys = _attention_gradients(
-                grad[rows].float(), q[rows].float(), keys, ctx.kv_lora_rank, ctx.scale
+                grad[rows].float(),
+                q[rows].float(),
+                cached,
+                ctx.kv_lora_rank,
+                ctx.scale,
+                ctx.keys.mask(rows, length),
             )
             grad_q[rows] = of_queries.to(q.dtype)
-            padded = F.pad(of_keys, (0, 0, 0, len(blocks) * block_size - length))
-            grad_cache.index_add_(0, blocks, padded.unflatten(0, (-1, block_size)))
-        return None, grad_q, grad_cache.to(latent_cache.dtype), None, None, None
+            padded = F.pad(of_keys, (0, 0, 0, len(blocks) * batch.block_size - length))
+            grad_cache.index_add_(0, blocks, padded.unflatten(0, (-1, batch.block_size)))
+        return None, grad_q, grad_cache.to(latent_cache.dtype), None, None, None, None
 
 
 def _attention_gradients(
-    grad: torch.Tensor, q: torch.Tensor, keys: torch.Tensor, rank: int, scale: float
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    rank: int,
+    scale: float,
+    selected: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """grad [T, H, rank], q [T, H, C], the last T tokens of keys [L, C]; to (dq [T, H, C], dk [L, C]); all fp32."""
+    """grad [T, H, rank], q [T, H, C], the last T tokens of keys [L, C], selected bool [T, L] or None for all; to
+    (dq [T, H, C], dk [L, C]); all fp32.
+    """
     scores = torch.einsum("thc,lc->htl", q, keys) * scale
-    future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1 + len(keys) - len(q))
-    p = scores.masked_fill(future, -torch.inf).softmax(-1)
+    unseen = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1 + len(keys) - len(q))
+    if selected is not None:
+        unseen |= ~selected
+    p = scores.masked_fill(unseen, -torch.inf).softmax(-1)
     grad_p = torch.einsum("thr,lr->htl", grad, keys[:, :rank])
     grad_scores = p * (grad_p - (grad_p * p).sum(-1, keepdim=True)) * scale
     grad_keys = torch.einsum("htl,thc->lc", grad_scores, q)
@@ -238,15 +299,13 @@ def _differentiable(
     ops: BoundKernels,
     q: torch.Tensor,
     latent_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    batch: PagedBatch,
+    keys: KeySelection = ALL_KEYS,
     *,
     kv_lora_rank: int,
     scale: float,
 ) -> torch.Tensor:
-    batch = block_table, seq_lens, query_start_loc
-    return _MLAAttention.apply(ops, q, latent_cache, batch, kv_lora_rank, scale)
+    return _MLAAttention.apply(ops, q, latent_cache, batch, keys, kv_lora_rank, scale)
 
 
 @mla_attention.cases
@@ -279,12 +338,6 @@ def _case(rng: random.Random, at: Sizes) -> Case:
         if length % block_size:
             cache[table[request, blocks[request] - 1], length % block_size :] = math.nan
     starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
-    return mla_attention.case(
-        numbers(rng, sum(queries), heads, rank + rotary) * 0.3,
-        cache,
-        table,
-        torch.tensor(lengths, dtype=torch.int32),
-        starts,
-        kv_lora_rank=rank,
-        scale=(rank + rotary) ** -0.5,
-    )
+    q = numbers(rng, sum(queries), heads, rank + rotary) * 0.3
+    batch = PagedBatch.of(q, cache, table, torch.tensor(lengths, dtype=torch.int32), starts)
+    return mla_attention.case(q, cache, batch, kv_lora_rank=rank, scale=(rank + rotary) ** -0.5)

@@ -1,118 +1,173 @@
-"""What attention asks of a batch over a paged cache, before anything is launched.
+"""One step's requests over a paged cache, as attention takes them: checked once, and the same value for every layer.
 
-Page numbers and lengths stand on the device. Reading them waits for it, so they are read once for all layers: the
-tensors checked last are remembered, and the same ones, unchanged, are not read again. While a CUDA graph is captured
-nothing can be read; what a replay finds in them is for the engine to keep right.
+The numbers lie where the kernels read them: on the device, in a CUDA graph in buffers that stay. Reading them back
+would wait for the device, so that is done on a CPU only. Elsewhere what can be seen without it is checked: shapes,
+dtypes, and the copies that an engine holds in host memory anyway.
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 from dsv3_plugin.ops.checks import require
 
+_NAME = "PagedBatch"
 
-class Sizes(NamedTuple):
-    """What the numbers of a batch have to fit."""
 
-    tokens: int
+@dataclass(frozen=True, eq=False)
+class PagedBatch:
+    """The queries of some requests, one request after the other, and the pages of their keys.
+
+    Raises `InputError`, which names the value, where the numbers do not fit each other as far as they can be seen.
+    """
+
+    block_table: torch.Tensor
+    """int32 or int64 [num_reqs, max_blocks], the blocks of each request in order."""
+    seq_lens: torch.Tensor
+    """int32 or int64 [num_reqs], tokens of each request, its queries included."""
+    query_start_loc: torch.Tensor
+    """int32 or int64 [num_reqs + 1], where each request's queries start; from 0."""
+    num_tokens: int
+    """Rows of queries. In a CUDA graph rows of padding, which belong to no request, may come last."""
     num_blocks: int
+    """Of the cache."""
     block_size: int
+    """Keys of a block."""
+    host_seq_lens: tuple[int, ...] | None = None
+    """The same numbers as `seq_lens`, if the engine has them; on a CPU they are read."""
+    host_query_start_loc: tuple[int, ...] | None = None
+    """The same numbers as `query_start_loc`, if the engine has them; on a CPU they are read."""
+
+    def __post_init__(self) -> None:
+        """Check what can be seen."""
+        self._check_tensors()
+        if self.is_on_cpu:
+            object.__setattr__(self, "host_seq_lens", tuple(self.seq_lens.tolist()))
+            object.__setattr__(self, "host_query_start_loc", tuple(self.query_start_loc.tolist()))
+        self._check_host_copies()
+        if self.is_on_cpu:
+            self._check_blocks()
+
+    @classmethod
+    def of(
+        cls,
+        q: torch.Tensor,
+        pages: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+    ) -> PagedBatch:
+        """The batch of queries [T, ...] over pages [num_blocks, block_size, ...], whose sizes it has."""
+        return cls(block_table, seq_lens, query_start_loc, len(q), *pages.shape[:2])
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """block_table, seq_lens, query_start_loc."""
+        return self.block_table, self.seq_lens, self.query_start_loc
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """num_tokens, num_blocks, block_size."""
+        return self.num_tokens, self.num_blocks, self.block_size
+
+    @property
+    def num_reqs(self) -> int:
+        """Requests, those included that have no queries."""
+        return len(self.seq_lens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers lie."""
+        return self.seq_lens.device
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether reading a number waits for nothing."""
+        return self.device.type == "cpu"
+
+    def read_seq_lens(self) -> tuple[int, ...]:
+        """`seq_lens` in host memory; waits for the device if the engine gave no copy."""
+        return tuple(self.seq_lens.tolist()) if self.host_seq_lens is None else self.host_seq_lens
+
+    def read_query_start_loc(self) -> tuple[int, ...]:
+        """`query_start_loc` in host memory; waits for the device if the engine gave no copy."""
+        copy = self.host_query_start_loc
+        return tuple(self.query_start_loc.tolist()) if copy is None else copy
+
+    def __repr__(self) -> str:
+        """Sizes, not numbers."""
+        width = self.block_table.shape[1]
+        return (
+            f"{_NAME}({self.num_reqs} requests, {self.num_tokens} tokens, {width} columns,"
+            f" {self.num_blocks} blocks of {self.block_size})"
+        )
+
+    def _check_tensors(self) -> None:
+        table, lengths, starts = self.tensors
+        require(
+            lengths.dim() == 1 and table.dim() == 2 and len(table) == len(lengths),
+            _NAME,
+            f"block_table of shape {tuple(table.shape)} for seq_lens of shape {tuple(lengths.shape)}",
+        )
+        require(
+            starts.shape == (len(lengths) + 1,),
+            _NAME,
+            f"{len(lengths)} seq_lens, query_start_loc of shape {tuple(starts.shape)}",
+        )
+        require(self.block_size > 0, _NAME, f"block_size is {self.block_size}, expected a positive number")
+        for name, x in zip(("block_table", "seq_lens", "query_start_loc"), self.tensors, strict=True):
+            require(x.dtype in (torch.int32, torch.int64), _NAME, f"{name} is {x.dtype}, expected int32 or int64")
+            require(x.device == self.device, _NAME, f"{name} is on {x.device}, seq_lens on {self.device}")
+
+    def _check_host_copies(self) -> None:
+        starts, lengths = self.host_query_start_loc, self.host_seq_lens
+        for name, copy, count in (("seq_lens", lengths, self.num_reqs), ("query_start_loc", starts, self.num_reqs + 1)):
+            require(copy is None or len(copy) == count, _NAME, f"host_{name} is not of {self.num_reqs} requests")
+        if starts is None:
+            return
+        ends_well = starts[-1] == self.num_tokens or (starts[-1] < self.num_tokens and not self.is_on_cpu)
+        require(ends_well, _NAME, f"query_start_loc ends at {starts[-1]}, there are {self.num_tokens} tokens")
+        ascends = starts[0] == 0 and list(starts) == sorted(starts)
+        require(ascends, _NAME, f"query_start_loc {list(starts)} does not ascend from 0")
+        if lengths is None:
+            return
+        width = self.block_table.shape[1]
+        for request, length in enumerate(lengths):
+            queries = starts[request + 1] - starts[request]
+            if queries == 0:
+                continue
+            require(length >= queries, _NAME, f"request {request} has seq_len {length} and {queries} queries")
+            blocks = -(-length // self.block_size)
+            told = f"request {request} of {length} tokens"
+            require(
+                blocks <= width, _NAME, f"{told} needs {blocks} blocks of {self.block_size}, block_table has {width}"
+            )
+
+    def _check_blocks(self) -> None:
+        """Those that hold a key of a request with queries."""
+        table = self.block_table
+        blocks = ((self.seq_lens + self.block_size - 1) // self.block_size).where(self.query_start_loc.diff() > 0, 0)
+        used = torch.arange(table.shape[1], device=table.device) < blocks[:, None]
+        wrong = ((table < 0) | (table >= self.num_blocks)) & used
+        if wrong.any():
+            request, number = wrong.nonzero()[0].tolist()
+            told = f"request {request} of {int(self.seq_lens[request])} tokens"
+            block = int(table[request, number])
+            require(False, _NAME, f"{told} has block {block} at {number}, the cache has {self.num_blocks}")
 
 
-class _Checked:
-    """A batch's tensors, as they were when they were read."""
-
-    def __init__(self, tensors: tuple[torch.Tensor, ...], sizes: Sizes) -> None:
-        self.tensors = [weakref.ref(x) for x in tensors]
-        self.state = self._state(tensors, sizes)
-
-    def covers(self, tensors: tuple[torch.Tensor, ...], sizes: Sizes) -> bool:
-        """Whether these are the same tensors and nothing was written to them since."""
-        same = all(ref() is x for ref, x in zip(self.tensors, tensors, strict=True))
-        return same and self.state == self._state(tensors, sizes)
-
-    @staticmethod
-    def _state(tensors: tuple[torch.Tensor, ...], sizes: Sizes) -> tuple[object, ...]:
-        # Tensors made in inference mode do not count what is written to them.
-        return sizes, *(None if x.is_inference() else x._version for x in tensors)
-
-
-_last: _Checked | None = None
-
-
-def require_paged_batch(
-    op: str,
-    q: torch.Tensor,
-    latent_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    scale: float,
-) -> None:
-    """Raise `InputError`, which names `op` and the value, unless the arguments of `mla_attention` fit each other."""
-    global _last
-    require(q.dim() == 3, op, f"q has shape {tuple(q.shape)}, expected [tokens, heads, dim]")
-    require(
-        latent_cache.dim() == 3 and latent_cache.shape[2] == q.shape[2],
-        op,
-        f"latent_cache has shape {tuple(latent_cache.shape)}, q has dim {q.shape[2]}",
+def whole_sequence(tokens: int, device: torch.device | None = None) -> PagedBatch:
+    """One request without a past: all its `tokens` are queries, and one page holds them."""
+    starts = torch.tensor([0, tokens], device=device)
+    return PagedBatch(
+        block_table=torch.zeros(1, 1, dtype=torch.int64, device=device),
+        seq_lens=starts[1:],
+        query_start_loc=starts,
+        num_tokens=tokens,
+        num_blocks=1,
+        block_size=tokens,
+        host_seq_lens=(tokens,),
+        host_query_start_loc=(0, tokens),
     )
-    require(latent_cache.dtype == q.dtype, op, f"latent_cache is {latent_cache.dtype}, q is {q.dtype}")
-    require(scale > 0, op, f"scale is {scale}, expected a positive number")
-    requests = len(seq_lens)
-    require(
-        block_table.dim() == 2 and len(block_table) == requests,
-        op,
-        f"block_table of shape {tuple(block_table.shape)} for {requests} seq_lens",
-    )
-    require(len(query_start_loc) == requests + 1, op, f"{requests} seq_lens, {len(query_start_loc)} query_start_loc")
-    tensors = block_table, seq_lens, query_start_loc
-    for name, x in zip(("block_table", "seq_lens", "query_start_loc"), tensors, strict=True):
-        require(x.dtype in (torch.int32, torch.int64), op, f"{name} is {x.dtype}, expected int32 or int64")
-        require(x.device == q.device, op, f"{name} is on {x.device}, q is on {q.device}")
-    sizes = Sizes(len(q), *latent_cache.shape[:2])
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    if _last is None or not _last.covers(tensors, sizes):
-        if not _fits(*tensors, sizes):
-            _explain(op, block_table.cpu(), seq_lens.cpu(), query_start_loc.cpu(), sizes)
-        _last = _Checked(tensors, sizes)
-
-
-def _fits(block_table: torch.Tensor, seq_lens: torch.Tensor, query_start_loc: torch.Tensor, sizes: Sizes) -> bool:
-    """Whether all numbers do; the device is waited for once."""
-    queries = query_start_loc.diff()
-    blocks = ((seq_lens + sizes.block_size - 1) // sizes.block_size).where(queries > 0, 0)
-    used = torch.arange(block_table.shape[1], device=blocks.device) < blocks[:, None]
-    wrong = (
-        (query_start_loc[0] != 0)
-        | (query_start_loc[-1] != sizes.tokens)
-        | (queries < 0).any()
-        | ((seq_lens < queries) & (queries > 0)).any()
-        | (blocks > block_table.shape[1]).any()
-        | (((block_table < 0) | (block_table >= sizes.num_blocks)) & used).any()
-    )
-    return not wrong.item()
-
-
-def _explain(
-    op: str, block_table: torch.Tensor, seq_lens: torch.Tensor, query_start_loc: torch.Tensor, sizes: Sizes
-) -> None:
-    """Raise for the first number that does not fit."""
-    starts, room = query_start_loc.tolist(), block_table.shape[1]
-    require(starts[-1] == sizes.tokens, op, f"query_start_loc ends at {starts[-1]}, q has {sizes.tokens} tokens")
-    require(starts[0] == 0 and starts == sorted(starts), op, f"query_start_loc {starts} does not ascend from 0")
-    for request, (length, queries) in enumerate(zip(seq_lens.tolist(), query_start_loc.diff().tolist(), strict=True)):
-        if queries == 0:
-            continue
-        require(length >= queries, op, f"request {request} has seq_len {length} and {queries} queries")
-        blocks = -(-length // sizes.block_size)
-        told = f"request {request} of {length} tokens"
-        require(blocks <= room, op, f"{told} needs {blocks} blocks of {sizes.block_size}, block_table has {room}")
-        for number, block in enumerate(block_table[request, :blocks].tolist()):
-            fits = 0 <= block < sizes.num_blocks
-            require(fits, op, f"{told} has block {block} at {number}, latent_cache has {sizes.num_blocks}")

@@ -11,6 +11,7 @@ from dsv3_plugin.kernels.bench import peers
 from dsv3_plugin.kernels.bench.case import DEVICE, MOST_ROWS, Case, Contenders, bf16, peer
 from dsv3_plugin.kernels.bench.measure import Rows
 from dsv3_plugin.kernels.cuda import mla_hopper
+from dsv3_plugin.ops.paged_batch import PagedBatch
 
 
 def attention_cases() -> Iterator[Case]:
@@ -32,9 +33,10 @@ def attention_cases() -> Iterator[Case]:
             starts = torch.arange(requests + 1, device=DEVICE, dtype=torch.int32) * queries
             q = bf16(requests * queries, heads, 576)
             scale = 192**-0.5
+            batch = PagedBatch.of(q, cache, table, lengths, starts)
             paged = cache, table, lengths, scale
             return Contenders(
-                lambda: mla_hopper.mla_attention(q, cache, table, lengths, starts, kv_lora_rank=512, scale=scale),
+                lambda: mla_hopper.mla_attention(q, cache, batch, kv_lora_rank=512, scale=scale),
                 {"FlashMLA": peer(peers.vllm_flash_mla, q.view(requests, queries, heads, 576), *paged)},
                 {"vLLM (Triton, one split)": peer(peers.vllm_one_split, q, *paged)},
             )
@@ -57,7 +59,8 @@ def _attention_rows(heads: int) -> Rows:
 
     def decode(rows: torch.Tensor) -> torch.Tensor:
         starts = torch.arange(len(rows) + 1, device=DEVICE, dtype=torch.int32)
-        return attend(q[rows], cache, table[request[rows]], seen[rows], starts)
+        own = q[rows]
+        return attend(own, cache, PagedBatch.of(own, cache, table[request[rows]], seen[rows], starts))
 
     starts = torch.arange(requests + 1, device=DEVICE, dtype=torch.int32) * chunk
-    return Rows(MOST_ROWS, decode, lambda: attend(q, cache, table, lengths, starts))
+    return Rows(MOST_ROWS, decode, partial(attend, q, cache, PagedBatch.of(q, cache, table, lengths, starts)))

@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +18,7 @@ from dsv3_plugin.hooks import Implementation
 from dsv3_plugin.kernels.certify.findings import MODEL_ON_CPU, Broken, Finding, Result, broke
 from dsv3_plugin.kernels.certify.targets import Target, Where
 from dsv3_plugin.ops.drawing import Case, Sizes, in_fp32
+from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.registry import definitions
 
 
@@ -40,7 +42,10 @@ def largest_difference(expected: Any, actual: Any) -> float:
 
 
 def copied(value: Any, device: str) -> Any:
-    """A copy of a tensor with its strides on `device`; anything else as it is."""
+    """A copy of a tensor with its strides, or of a batch's tensors, on `device`; anything else as it is."""
+    if isinstance(value, PagedBatch):
+        table, lengths, starts = (copied(x, device) for x in value.tensors)
+        return replace(value, block_table=table, seq_lens=lengths, query_start_loc=starts)
     if not isinstance(value, torch.Tensor):
         return value
     if value.is_contiguous() or value.element_size() == 1:
@@ -52,6 +57,8 @@ def copied(value: Any, device: str) -> Any:
 
 def is_changed(before: Any, after: Any) -> bool:
     """Whether a call wrote into this argument."""
+    if isinstance(before, PagedBatch):
+        return bits_differ(before.tensors, after.tensors) > 0
     return isinstance(before, torch.Tensor) and bits_differ(before, after) > 0
 
 

@@ -9,6 +9,7 @@ import torch
 from dsv3_plugin.kernels.certify.compare import bits_differ, largest_difference
 from dsv3_plugin.kernels.certify.findings import Result
 from dsv3_plugin.kernels.certify.targets import Target
+from dsv3_plugin.ops.paged_batch import PagedBatch
 
 
 def check_full_card(target: Target, seed: int, device: str = "cuda") -> Result:
@@ -25,11 +26,14 @@ def check_full_card(target: Target, seed: int, device: str = "cuda") -> Result:
     q = torch.randn(requests, heads, 576, generator=generator, device=device, dtype=torch.bfloat16)
     starts = torch.arange(requests + 1, device=device, dtype=torch.int32)
     sizes = {"kv_lora_rank": 512, "scale": 576**-0.5}
-    together = target.part.run(q, cache, table, lengths, starts, **sizes)
-    alone = [
-        target.part.run(q[i : i + 1], cache, table[i : i + 1], lengths[i : i + 1], starts[:2], **sizes)
-        for i in range(requests)
-    ]
+
+    def attend(own: slice) -> torch.Tensor:
+        batch = PagedBatch.of(q[own], cache, table[own], lengths[own], starts[: len(q[own]) + 1])
+        out: torch.Tensor = target.part.run(q[own], cache, batch, **sizes)
+        return out
+
+    together = attend(slice(requests))
+    alone = [attend(slice(i, i + 1)) for i in range(requests)]
     wrong = [bits_differ(out, together[i : i + 1]) for i, out in enumerate(alone)]
     first_wrong = next((f"request {i} of {int(lengths[i])} keys: {n} outputs" for i, n in enumerate(wrong) if n), "")
     seconds = time.perf_counter() - began

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from dsv3_plugin.kernels import provider
 from dsv3_plugin.kernels.certify.compare import copied
 from dsv3_plugin.ops.drawing import SMALL, Case
+from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.operation import operations
+from dsv3_plugin.ops.paged_batch import PagedBatch
 
 
 def record(path: Path, *, per_op: int = 2, device: str = "cuda") -> None:
@@ -28,6 +30,7 @@ def record(path: Path, *, per_op: int = 2, device: str = "cuda") -> None:
             # Views carry gaps of the tensors that they were cut from.
             args = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in case.args]
             results = kernel.run(*(copied(x, device) for x in args), **case.kwargs)
+            args = [part for x in args for part in (x.tensors if isinstance(x, PagedBatch) else (x,))]
             for i, x in enumerate(args):
                 if isinstance(x, torch.Tensor):
                     tensors[f"{name}/arg{i}"] = x
@@ -49,6 +52,9 @@ def recorded(path: Path) -> dict[str, tuple[Case, tuple[torch.Tensor, ...]]]:
             args = [file.get_tensor(f"{name}/arg{i}") if x is None else x for i, x in enumerate(plain)]
             if "out_dtype" in kwargs:
                 kwargs["out_dtype"] = getattr(torch, str(kwargs["out_dtype"]).removeprefix("torch."), None)
+            if name.startswith(f"{mla_attention.name}/"):
+                q, cache, *numbers = args
+                args = [q, cache, PagedBatch.of(q, cache, *numbers)]
             outs = sorted(key for key in file.keys() if key.startswith(f"{name}/out"))  # noqa: SIM118
             cases[name] = Case(tuple(args), kwargs), tuple(file.get_tensor(key) for key in outs)
     return cases

@@ -15,8 +15,10 @@ from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.ops import mla_attention as contracts
 from dsv3_plugin.ops.checks import require
 from dsv3_plugin.ops.elementary import EXP2_POLYNOMIAL, LOG2_E
+from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
 from dsv3_plugin.ops.mla_attention import MAXIMUM_STEP, SPLIT_KEYS
 from dsv3_plugin.ops.operation import implements
+from dsv3_plugin.ops.paged_batch import PagedBatch
 
 RANK = 512
 DIM = 576
@@ -86,21 +88,19 @@ def _processors(device: int) -> int:
 def mla_attention(
     q: torch.Tensor,
     latent_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    batch: PagedBatch,
+    keys: KeySelection = ALL_KEYS,
     *,
     kv_lora_rank: int,
     scale: float,
 ) -> torch.Tensor:
-    """q bf16 [T, H, 576], latent_cache bf16 [num_blocks, block_size, 576] whose keys lie at multiples of 16 bytes,
-    block_table [num_reqs, max_blocks], seq_lens [num_reqs] and query_start_loc [num_reqs + 1] int32 or int64; to bf16
-    [T, H, 512].
+    """q bf16 [T, H, 576], latent_cache bf16 [num_blocks, block_size, 576] whose keys lie at multiples of 16 bytes, all
+    of which are attended to; to bf16 [T, H, 512].
 
     Raises `InputError`.
     """
     op = "mla_attention"
-    mla_inputs.check(q, latent_cache, block_table, seq_lens, query_start_loc, kv_lora_rank, scale)
+    mla_inputs.check(q, latent_cache, batch, keys, kv_lora_rank, scale)
     is_v3 = kv_lora_rank == RANK and q.shape[2] == DIM
     require(is_v3, op, f"this kernel attends with a latent of {RANK} + 64, not {kv_lora_rank} of {q.shape[2]}")
     strides = latent_cache.stride()[:2]
@@ -108,27 +108,19 @@ def mla_attention(
     require(aligned, op, f"latent_cache with strides {strides} has keys that begin at no multiple of 16 bytes")
     out = q.new_empty(*q.shape[:2], kv_lora_rank)
     if out.numel():
-        launch(q, latent_cache, block_table, seq_lens, query_start_loc, out, scale)
+        launch(q, latent_cache, batch, out, scale)
     return out
 
 
-def launch(
-    q: torch.Tensor,
-    latent_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    out: torch.Tensor,
-    scale: float,
-) -> None:
+def launch(q: torch.Tensor, latent_cache: torch.Tensor, batch: PagedBatch, out: torch.Tensor, scale: float) -> None:
     """The same of checked arguments, to out."""
     tokens, heads, _ = q.shape
     pages, block_size, _ = latent_cache.shape
-    requests = len(seq_lens)
+    requests = batch.num_reqs
     processors = _processors(q.device.index)
     # Bounds: a request adds at most one tile that is not full, and is not longer than its row of pages.
     tiles = tokens * heads // _ROWS + (min(requests, tokens) if heads % _ROWS else 0)
-    splits = -(-block_table.shape[1] * block_size // SPLIT_KEYS)
+    splits = -(-batch.block_table.shape[1] * block_size // SPLIT_KEYS)
     # Enough tiles for nearly two rounds keep the card busy: then splits need not be stored apart.
     capacity = 0 if splits == 1 or tiles >= 1.75 * processors else min(tiles * splits, _PARTS * processors)
     grid = min(processors, tiles * splits if capacity else tiles)
@@ -137,12 +129,10 @@ def launch(
     stats = q.new_empty(capacity * _ROWS * 2, dtype=torch.float32)
     apart = q.new_empty(1, dtype=torch.int32)
     box_rows = min(_KEYS, block_size & -block_size)
-    batch = _Batch(
-        block_table.data_ptr(),
-        seq_lens.data_ptr(),
-        query_start_loc.data_ptr(),
-        block_table.stride(0),
-        *(x.dtype == torch.int64 for x in (block_table, seq_lens, query_start_loc)),
+    described = _Batch(
+        *(x.data_ptr() for x in batch.tensors),
+        batch.block_table.stride(0),
+        *(x.dtype == torch.int64 for x in batch.tensors),
         requests,
         heads,
         block_size,
@@ -163,11 +153,13 @@ def launch(
         (2 * latent_cache.stride(1), 128, 2 * latent_cache.stride(0)),
         (128, box_rows, _TILES_A_COPY if box_rows == _KEYS else 1, 1),
     )
-    compiler.launch(PROGRAM, "attend", compiler.Launch(grid, 512, _SHARED_BYTES, early=True), (q_map, key_map, batch))
+    compiler.launch(
+        PROGRAM, "attend", compiler.Launch(grid, 512, _SHARED_BYTES, early=True), (q_map, key_map, described)
+    )
     if capacity:
         rows = tokens * heads
         blocks = min(rows, 8 * processors)
         # `fold` comes to multiprocessors that `attend` has left. It takes their shared memory: that spreads it.
         groups = min(_GROUPS, compiler.shared_bytes_each(-(-blocks // processors)) // _GROUP_BYTES)
         how = compiler.Launch(blocks, 128, groups * _GROUP_BYTES, early=True)
-        compiler.launch(PROGRAM, "fold", how, (batch, rows, groups))
+        compiler.launch(PROGRAM, "fold", how, (described, rows, groups))

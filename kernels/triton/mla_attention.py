@@ -15,8 +15,10 @@ from dsv3_plugin.kernels import mla_inputs
 from dsv3_plugin.kernels.triton.elementary import EXACT, divide, exp2_of_nonpositive, fold_sum
 from dsv3_plugin.ops import mla_attention as contracts
 from dsv3_plugin.ops.elementary import LOG2_E
+from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
 from dsv3_plugin.ops.mla_attention import KEY_BLOCK, MAXIMUM_STEP, SPLIT_KEYS
 from dsv3_plugin.ops.operation import implements
+from dsv3_plugin.ops.paged_batch import PagedBatch
 
 _ROWS = 64
 
@@ -126,21 +128,19 @@ def _mla_attention(
 def mla_attention(
     q: torch.Tensor,
     latent_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    batch: PagedBatch,
+    keys: KeySelection = ALL_KEYS,
     *,
     kv_lora_rank: int,
     scale: float,
 ) -> torch.Tensor:
-    """q bf16 [T, H, C], latent_cache bf16 [num_blocks, block_size, C] with any strides but 1 in C, block_table
-    [num_reqs, max_blocks], seq_lens [num_reqs] and query_start_loc [num_reqs + 1] int32 or int64;
-    to bf16 [T, H, kv_lora_rank].
+    """q bf16 [T, H, C], latent_cache bf16 [num_blocks, block_size, C] with any strides but 1 in C, all of whose keys
+    are attended to; to bf16 [T, H, kv_lora_rank].
 
     Raises `InputError`.
     """
-    mla_inputs.check(q, latent_cache, block_table, seq_lens, query_start_loc, kv_lora_rank, scale)
-    requests = len(seq_lens)
+    mla_inputs.check(q, latent_cache, batch, keys, kv_lora_rank, scale)
+    requests = batch.num_reqs
     tokens, heads, dim = q.shape
     out = q.new_empty(tokens, heads, kv_lora_rank)
     if out.numel():
@@ -149,16 +149,14 @@ def mla_attention(
         _mla_attention[grid](
             q,
             latent_cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
+            *batch.tensors,
             out,
             scale * LOG2_E,
             heads,
             latent_cache.stride(0),
             latent_cache.stride(1),
-            block_table.stride(0),
-            latent_cache.shape[1],
+            batch.block_table.stride(0),
+            batch.block_size,
             requests,
             triton.next_power_of_2(requests),
             kv_lora_rank,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from importlib.machinery import PathFinder
+from itertools import pairwise
 
 import torch
 
@@ -16,7 +17,10 @@ from dsv3_plugin.kernels.installed import version_of
 from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of
 from dsv3_plugin.ops import mla_attention as contracts
 from dsv3_plugin.ops.checks import require
+from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
+from dsv3_plugin.ops.mla_attention import require_inputs
 from dsv3_plugin.ops.operation import implements
+from dsv3_plugin.ops.paged_batch import PagedBatch
 
 PROVIDER = "flash-mla"
 PAGE = 64
@@ -26,30 +30,31 @@ PAGE = 64
 def mla_attention(
     q: torch.Tensor,
     latent_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    batch: PagedBatch,
+    keys: KeySelection = ALL_KEYS,
     *,
     kv_lora_rank: int,
     scale: float,
 ) -> torch.Tensor:
-    """q bf16 [T, H, 576], latent_cache bf16 [num_blocks, 64, 576], block_table [num_reqs, max_blocks], seq_lens
-    [num_reqs], query_start_loc [num_reqs + 1], to bf16 [T, H, 512].
+    """q bf16 [T, H, 576], latent_cache bf16 [num_blocks, 64, 576], all of whose keys are attended to; to bf16
+    [T, H, 512].
 
     FlashMLA wants as many queries of every request. So requests with equal counts go together, and the counts are read
-    from the device unless there is one request. Raises `InputError`.
+    from the device if the engine gave no copy and there are several requests. Raises `InputError`.
     """
     op = "mla_attention"
-    block_size = latent_cache.shape[1]
-    require(block_size == PAGE, op, f"FlashMLA reads pages of {PAGE} keys, these have {block_size}")
+    require(keys.positions is None, op, "FlashMLA's dense decode attends to all keys, not to a selection of them")
+    require_inputs(q, latent_cache, batch, keys, scale)
+    require(batch.block_size == PAGE, op, f"FlashMLA reads pages of {PAGE} keys, these have {batch.block_size}")
     require(kv_lora_rank == V3_LATENT["kv_lora_rank"], op, f"FlashMLA reads a latent of 512, this has {kv_lora_rank}")
-    tables, lengths = block_table.to(torch.int32), seq_lens.to(torch.int32)
+    tables, lengths = batch.block_table.to(torch.int32), batch.seq_lens.to(torch.int32)
     if len(lengths) == 1:
         return _attend(q.unsqueeze(0), latent_cache, tables, lengths, scale).squeeze(0)
     out = q.new_empty(*q.shape[:2], kv_lora_rank)
-    starts, counts = query_start_loc[:-1], query_start_loc.diff()
-    for count in sorted(set(counts.tolist()) - {0}):
-        alike = (counts == count).nonzero().flatten()
+    starts = batch.query_start_loc[:-1]
+    counts = [end - start for start, end in pairwise(batch.read_query_start_loc())]
+    for count in sorted(set(counts) - {0}):
+        alike = torch.tensor([i for i, own in enumerate(counts) if own == count], device=q.device)
         rows = starts[alike, None] + torch.arange(count, device=q.device)
         out[rows] = _attend(q[rows], latent_cache, tables[alike], lengths[alike], scale)
     return out

@@ -284,11 +284,11 @@ from dsv3_plugin.autograd.bind import differentiable
 from dsv3_plugin.checkpoint.loader import load_model, load_mtp
 from dsv3_plugin.checkpoint.names import checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.layers.attend import attend_to_itself
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.megatron_backend.config import transformer_config
 from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.weights import load_checkpoint, local_tensors
-from dsv3_plugin.ops.rope import softmax_scale
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 parallel_state.initialize_model_parallel(create_gloo_process_groups=True)
@@ -311,11 +311,7 @@ parts = {"main": load_model(reader, ops), "mtp": load_mtp(reader, ops)}
 for part in parts.values():
     part.requires_grad_(True)
 
-def attend(layer_idx, q, latent):
-    batch = torch.tensor([[0]]), torch.tensor([len(latent)]), torch.tensor([0, len(latent)])
-    rank, scale = config.kv_lora_rank, softmax_scale(config)
-    return ops[mla_attention](q, latent.unsqueeze(0), *batch, kv_lora_rank=rank, scale=scale)
-
+attend = attend_to_itself(ops, config)
 hidden = parts["main"](ids, positions, attend)
 drafted = parts["mtp"](labels[:-1], positions[:-1], hidden[:-1], attend)
 loss = cross_entropy(parts["main"].lm_head(hidden), labels)

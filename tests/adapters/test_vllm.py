@@ -241,7 +241,8 @@ class Loader:
 
 
 scheduler = SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=32)
-layers = SimpleNamespace(static_forward_context={"layer": SimpleNamespace(weight_loader=Loader())})
+layer = SimpleNamespace(weight_loader=Loader(), kv_cache=torch.zeros(5, 16, 8))
+layers = SimpleNamespace(static_forward_context={"layer": layer})
 config = SimpleNamespace(
     scheduler_config=scheduler,
     compilation_config=layers,
@@ -257,20 +258,21 @@ def step(slots, seq_lens):
         num_actual_tokens=len(slots),
         num_reqs=len(seq_lens),
         query_start_loc=torch.arange(len(seq_lens) + 1),
+        query_start_loc_cpu=torch.arange(len(seq_lens) + 1),
         seq_lens=torch.tensor(seq_lens),
-        block_table_tensor=torch.zeros(len(seq_lens), 2),
+        block_table_tensor=torch.zeros(len(seq_lens), 2, dtype=torch.int32),
         slot_mapping=torch.tensor(slots),
     )
 
 
 def tensors(made):
-    return {name: getattr(made, name) for name in ("pages", "offsets", "seq_lens")}
+    return {"pages": made.pages, "offsets": made.offsets, "seq_lens": made.batch.seq_lens}
 
 
 first = tensors(builder.build_for_cudagraph_capture(step([37, 16], [6, 1])))
 asked_by_capture = list(asked)
 kept = {name: (x.data_ptr(), x) for name, x in first.items()}
-second = tensors(builder.build(0, step([15, 64, -1], [16, 5, 0])))
+second = tensors(builder.build(0, step([15, 64, -1], [16, 5, 1])))
 print(json.dumps({
     "asked": [asked_by_capture, asked],
     "values": {name: x.tolist() for name, x in second.items()},
@@ -288,7 +290,7 @@ def test_a_step_s_metadata_stays_where_a_cuda_graph_reads_it(environment: str) -
     done = subprocess.run([python_of(environment), "-c", METADATA_PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["values"] == {"pages": [0, 4, 0], "offsets": [15, 0, 0], "seq_lens": [16, 5, 0]}
+    assert told["values"] == {"pages": [0, 4, 0], "offsets": [15, 0, 0], "seq_lens": [16, 5, 1]}
     assert told["asked"] == [[], ["whole"]]
     assert told["same address"] == [True] * 3
     assert told["as a graph reads it"] == {"pages": [0, 4], "offsets": [15, 0], "seq_lens": [16, 5]}

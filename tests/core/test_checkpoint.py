@@ -25,15 +25,15 @@ from dsv3_plugin.checkpoint.presets import PRESETS, read_config
 from dsv3_plugin.checkpoint.reader import INDEX_FILE, SINGLE_FILE, CheckpointReader, value_problem
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError, ConfigError
+from dsv3_plugin.layers.attend import Select, attend_to_pages, select_all
 from dsv3_plugin.layers.decoder import DecoderLayer
 from dsv3_plugin.layers.mla import MLA
 from dsv3_plugin.layers.mlp import MLP
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.moe import MoE, Router
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
-from dsv3_plugin.ops.mla_attention import mla_attention
+from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.quantize import dequantize_weight
-from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.profile import BF16, FP32, Profile
 from dsv3_plugin.registry import Ops
 
@@ -173,21 +173,25 @@ class OneRequest:
 
     def __init__(self, model: DeepseekV3 | DeepseekV3MTP, config: DeepseekV3Config) -> None:
         self.model, self.config = model, config
-        shape = config.num_hidden_layers + 1, 1, 512, config.latent_dim
+        shape = config.num_hidden_layers + 1, 1, 512, config.cached_dim
         self.cache = torch.zeros(shape, dtype=model.ops.setting.profile.dtype)
 
     def __call__(self, start: int, ids: list[int], *hidden: torch.Tensor) -> torch.Tensor:
         """The normalised hidden states of tokens at positions from `start` on."""
 
-        def attend(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-            end = start + len(latent)
-            self.cache[layer_idx, 0, start:end] = latent
-            batch = torch.tensor([[0]]), torch.tensor([end]), torch.tensor([0, len(latent)])
-            rank, scale = self.config.kv_lora_rank, softmax_scale(self.config)
-            out: torch.Tensor = self.model.ops[mla_attention](
-                q, self.cache[layer_idx], *batch, kv_lora_rank=rank, scale=scale
-            )
-            return out
+        end = start + len(ids)
+        batch = PagedBatch(
+            torch.tensor([[0]]),
+            torch.tensor([end]),
+            torch.tensor([0, len(ids)]),
+            num_tokens=len(ids),
+            num_blocks=1,
+            block_size=self.cache.shape[2],
+        )
+
+        def attend(layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all) -> torch.Tensor:
+            self.cache[layer_idx, 0, start:end] = cached
+            return attend_to_pages(self.model.ops, self.config, q, self.cache[layer_idx], batch, select)
 
         hidden_states: torch.Tensor = self.model(
             torch.tensor(ids), torch.arange(start, start + len(ids)), *hidden, attend

@@ -20,16 +20,17 @@ from dsv3_plugin.autograd.fp8 import MasterWeights
 from dsv3_plugin.checkpoint.loader import load_model, load_mtp, load_weights
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.layers.mla import Attend
+from dsv3_plugin.layers.attend import attend_to_itself
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.ops.combine import combine
 from dsv3_plugin.ops.linear import grouped_linear, head_linear
 from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.operation import Operation
+from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.quantize import dequantize_weight, quantize_fp8, quantize_weight
 from dsv3_plugin.ops.rms_norm import rms_norm
-from dsv3_plugin.ops.rope import rope, softmax_scale
+from dsv3_plugin.ops.rope import rope
 from dsv3_plugin.ops.router import moe_router
 from dsv3_plugin.ops.silu_and_mul import silu_and_mul
 from dsv3_plugin.registry import Ops
@@ -40,23 +41,6 @@ MTP_WEIGHT = 0.3
 BOUND = 2e-5
 
 Break = Callable[[Ops], Ops]
-
-
-def attend_all(ops: Ops, config: object) -> Attend:
-    """Attend one sequence to itself."""
-
-    def attend(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        batch = torch.tensor([[0]]), torch.tensor([len(latent)]), torch.tensor([0, len(latent)])
-        scale = softmax_scale(config)  # type: ignore[arg-type]
-        return ops[mla_attention](
-            q,
-            latent.unsqueeze(0),
-            *batch,
-            kv_lora_rank=config.kv_lora_rank,
-            scale=scale,  # type: ignore[attr-defined]
-        )
-
-    return attend
 
 
 def loss_of(logits: torch.Tensor, mtp_logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -78,7 +62,7 @@ def our_gradients(checkpoint: Path, broken: Break = lambda ops: ops) -> dict[str
     parameters = {"main": dict(main.named_parameters()), "mtp": dict(mtp.named_parameters())}
     for parameter in (*main.parameters(), *mtp.parameters()):
         parameter.requires_grad_(True)
-    tokens, positions, attend = tokens_of(checkpoint), torch.arange(TOKENS), attend_all(ops, config)
+    tokens, positions, attend = tokens_of(checkpoint), torch.arange(TOKENS), attend_to_itself(ops, config)
     hidden = main(tokens[:-2], positions, attend)
     drafted = mtp(tokens[1:-1], positions, hidden, attend)
     loss_of(main.lm_head(hidden), mtp.lm_head(drafted), tokens).backward()
@@ -201,7 +185,7 @@ def test_the_forward_keeps_its_bits(dtype: str, tiny_checkpoint: TinyCheckpoint)
         models = masters(reader, kernels) if kernels.master_weights else (load_model(reader, kernels),)
         main = models[0]
         mtp = models[1] if len(models) > 1 else load_mtp(reader, kernels)
-        attend = attend_all(kernels, reader.config)
+        attend = attend_to_itself(kernels, reader.config)
         hidden = main(tokens[:-2], positions, attend)
         outputs.append((main.lm_head(hidden), mtp.lm_head(mtp(tokens[1:-1], positions, hidden, attend))))
     assert torch.equal(outputs[0][0], outputs[1][0])
@@ -250,7 +234,8 @@ def test_attention_gradients_of_chunks_and_shared_pages() -> None:
     table, lengths, starts = torch.tensor([[2, 0], [2, 3]]), torch.tensor([5, 8]), torch.tensor([0, 5, 7])
     grad = torch.randn(7, 2, 4, generator=generator)
     run = mla_attention.differentiable({mla_attention: mla_attention})
-    run(q, cache, table, lengths, starts, kv_lora_rank=4, scale=0.5).backward(grad)
+    batch = PagedBatch.of(q, cache, table, lengths, starts)
+    run(q, cache, batch, kv_lora_rank=4, scale=0.5).backward(grad)
 
     wide_q, wide_cache = q.detach().double().requires_grad_(), cache.detach().double().requires_grad_()
     outputs = []

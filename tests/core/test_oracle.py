@@ -25,12 +25,9 @@ from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.layers.mla import Attend
+from dsv3_plugin.layers.attend import attend_to_itself
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.layers.moe import Router
-from dsv3_plugin.ops.mla_attention import mla_attention
-from dsv3_plugin.ops.rope import softmax_scale
-from dsv3_plugin.registry import Ops
 
 Tensor = torch.Tensor
 TOKENS = 130
@@ -125,7 +122,7 @@ class Runs:
         ops = bind_ops(reader.config, reader.profile(), torch.device("cpu"))
         model, mtp = load_model(reader, ops), load_mtp(reader, ops)
         token_ids, positions = tokens(reader.config), torch.arange(TOKENS)
-        attend = attend_all(ops, reader.config)
+        attend = attend_to_itself(ops, reader.config)
         choices: list[Tensor] = []
         for module in (*model.modules(), *mtp.modules()):
             if isinstance(module, Router):
@@ -152,23 +149,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def tokens(config: DeepseekV3Config) -> Tensor:
     """[TOKENS + 1], the last one for MTP alone."""
     return torch.randint(config.vocab_size, (TOKENS + 1,), generator=torch.Generator().manual_seed(2))
-
-
-def attend_all(ops: Ops, config: DeepseekV3Config) -> Attend:
-    """Attend one sequence to itself."""
-
-    def attend(layer_idx: int, q: Tensor, latent: Tensor) -> Tensor:
-        return ops[mla_attention](
-            q,
-            latent.unsqueeze(0),
-            torch.tensor([[0]]),
-            torch.tensor([len(latent)]),
-            torch.tensor([0, len(latent)]),
-            kv_lora_rank=config.kv_lora_rank,
-            scale=softmax_scale(config),
-        )
-
-    return attend
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: `make test` runs this in .envs/kernels")
 
 from dsv3_plugin.errors import InputError
+from dsv3_plugin.kernels.cuda import mla_hopper
 from dsv3_plugin.kernels.triton import (
     combine,
     fp8_linear,
@@ -20,6 +21,9 @@ from dsv3_plugin.kernels.triton import (
     router,
     silu_and_mul,
 )
+from dsv3_plugin.kernels.vendors import flash_mla
+from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
+from dsv3_plugin.ops.paged_batch import PagedBatch
 
 
 def bf16(*shape: int) -> torch.Tensor:
@@ -132,17 +136,30 @@ ATTENTION = {"kv_lora_rank": 512, "scale": 0.1}
 
 
 @pytest.mark.parametrize(
-    ("q", "page", "message"),
+    ("q", "message"),
     [
-        (bf16(1, 4, 576), 3, "mla_attention: request 0 of 20 tokens has block 3 at 1, latent_cache has 3"),
-        (fp32(1, 4, 576), 2, "mla_attention: latent_cache is torch.bfloat16, q is torch.float32"),
-        (bf16(1, 8, 576)[:, ::2], 2, r"mla_attention: q of shape \(1, 4, 576\) is not contiguous"),
+        (fp32(1, 4, 576), "mla_attention: latent_cache is torch.bfloat16, q is torch.float32"),
+        (bf16(1, 8, 576)[:, ::2], r"mla_attention: q of shape \(1, 4, 576\) is not contiguous"),
+        (bf16(2, 4, 576), "mla_attention: q has 2 tokens, the batch 1"),
     ],
 )
-def test_attention_names_pages_and_dtypes(q, page, message):
-    batch = torch.tensor([[0, page]]), torch.tensor([20]), torch.tensor([0, 1])
+def test_attention_names_what_does_not_fit(q, message):
+    cache = bf16(3, 16, 576)
+    batch = PagedBatch.of(q[:1], cache, torch.tensor([[0, 2]]), torch.tensor([20]), torch.tensor([0, 1]))
     with pytest.raises(InputError, match=message):
-        mla_attention.mla_attention(q, bf16(3, 16, 576), *batch, **ATTENTION)
+        mla_attention.mla_attention(q, cache, batch, **ATTENTION)
+
+
+@pytest.mark.parametrize("attend", [mla_attention.mla_attention, mla_hopper.mla_attention, flash_mla.mla_attention])
+def test_dense_kernels_decline_a_selection_before_any_launch(attend, monkeypatch):
+    """The twin: without a selection they come as far as their launch, which has no card here."""
+    q, cache = bf16(1, 4, 576), bf16(3, 64, 576)
+    batch = PagedBatch.of(q, cache, torch.tensor([[0, 2]]), torch.tensor([100]), torch.tensor([0, 1]))
+    with pytest.raises(InputError, match="attends to all keys, not to a selection of them"):
+        attend(q, cache, batch, KeySelection(torch.tensor([[99]])), **ATTENTION)
+    with pytest.raises(Exception) as found:
+        attend(q, cache, batch, ALL_KEYS, **ATTENTION)
+    assert not isinstance(found.value, InputError)
 
 
 def test_no_rows_are_no_error():

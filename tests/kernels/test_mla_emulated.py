@@ -19,9 +19,10 @@ from dsv3_plugin.kernels.cuda import compiler, mla_hopper
 from dsv3_plugin.kernels.sm90 import sm90_model
 from dsv3_plugin.ops import mla_attention
 from dsv3_plugin.ops.drawing import numbers
+from dsv3_plugin.ops.paged_batch import PagedBatch
 
 SCALE = 576**-0.5
-Batch = tuple[torch.Tensor, ...]
+Case = tuple[torch.Tensor, torch.Tensor, PagedBatch]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return emulation.build(tmp_path_factory.mktemp("emulated"))
 
 
-def batch(lengths: list[int], queries: list[int], heads: int, block_size: int, seed: int = 0) -> Batch:
+def batch(lengths: list[int], queries: list[int], heads: int, block_size: int, seed: int = 0) -> Case:
     """Requests on shuffled pages; what they have not written is NaN."""
     rng = random.Random(seed)
     blocks = [-(-length // block_size) for length in lengths]
@@ -43,11 +44,11 @@ def batch(lengths: list[int], queries: list[int], heads: int, block_size: int, s
             cache[table[request, count - 1], lengths[request] % block_size :] = torch.nan
     q = numbers(rng, sum(queries), heads, 576) * 0.3
     starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
-    return q, cache, table, torch.tensor(lengths, dtype=torch.int32), starts
+    return q, cache, PagedBatch.of(q, cache, table, torch.tensor(lengths, dtype=torch.int32), starts)
 
 
-def expected(case: Batch, scale: float = SCALE) -> torch.Tensor:
-    return sm90_model.model_of(mla_attention.mla_attention)(*case, kv_lora_rank=512, scale=scale)
+def expected(case: Case, scale: float = SCALE) -> torch.Tensor:
+    return sm90_model.attention(*case, kv_lora_rank=512, scale=scale)
 
 
 # Lengths, queries, heads, page size, multiprocessors. With one multiprocessor a tile's splits are walked in order.
@@ -75,15 +76,16 @@ def test_prints_the_bits_of_hopper(name: str, library: Any, monkeypatch: pytest.
 
 
 def test_wide_integers_and_gaps_in_the_cache(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, cache, *integers = batch([200], [1], 16, 64)
+    q, cache, narrow = batch([200], [1], 16, 64)
     wide = torch.full((len(cache), 64, 600), torch.nan, dtype=torch.bfloat16)
     wide[..., 8:584] = cache
-    out = emulation.attend(monkeypatch, library, 2, q, wide[..., 8:584], *(x.long() for x in integers), scale=SCALE)
-    assert bits_differ(expected((q, cache, *integers)), out) == 0
+    of_int64 = PagedBatch.of(q, cache, *(x.long() for x in narrow.tensors))
+    out = emulation.attend(monkeypatch, library, 2, q, wide[..., 8:584], of_int64, scale=SCALE)
+    assert bits_differ(expected((q, cache, narrow)), out) == 0
 
 
 @pytest.fixture
-def small_splits(monkeypatch: pytest.MonkeyPatch) -> Batch:
+def small_splits(monkeypatch: pytest.MonkeyPatch) -> Case:
     """A batch of 40 splits, which are one block each, lest they be many keys."""
     program = mla_hopper.PROGRAM
     parameters = tuple((name, 64 if name == "SPLIT_KEYS" else value) for name, value in program.parameters)
@@ -98,7 +100,7 @@ def small_splits(monkeypatch: pytest.MonkeyPatch) -> Batch:
 
 @pytest.mark.parametrize("room", [40, 16])
 def test_folds_more_splits_than_a_warp_has_lanes(
-    room: int, small_splits: Batch, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    room: int, small_splits: Case, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 40 splits, all are on their way at once, or 16."""
     monkeypatch.setattr(compiler, "shared_bytes_each", lambda blocks: room * mla_hopper.RANK * 4)
@@ -115,7 +117,7 @@ SABOTAGED_FOLD = {
 
 @pytest.mark.parametrize("name", SABOTAGED_FOLD)
 def test_a_sabotaged_fold_is_caught(
-    name: str, small_splits: Batch, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, small_splits: Case, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = emulation.build(tmp_path, [SABOTAGED_FOLD[name]])
     out = emulation.attend(monkeypatch, library, 8, *small_splits, scale=SCALE)

@@ -16,6 +16,7 @@ from dsv3_plugin.kernels import hopper, provider
 from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.kernels.vendors import cublas, deep_gemm, flash_mla, third_party
 from dsv3_plugin.ops.mla_attention import mla_attention
+from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32, Profile
 from dsv3_plugin.registry import bind
@@ -112,10 +113,10 @@ def test_bad_input_is_named():
     values = torch.zeros(2, 128).to(torch.float8_e4m3fn)
     with pytest.raises(InputError, match="cuBLASLt needs weight rows in multiples of 16, not 24"):
         cublas.fp8_linear(values, torch.ones(2, 1), torch.zeros(24, 128).to(values.dtype), torch.ones(1, 1))
-    q, starts = torch.zeros(1, 4, 576), torch.tensor([0, 1])
-    attend = {"scale": 1.0, "kv_lora_rank": 512}
+    q, pages, starts = torch.zeros(1, 4, 576), torch.zeros(4, 16, 576), torch.tensor([0, 1])
+    batch = PagedBatch.of(q, pages, torch.zeros(1, 1, dtype=torch.int64), starts[1:], starts)
     with pytest.raises(InputError, match="FlashMLA reads pages of 64 keys, these have 16"):
-        flash_mla.mla_attention(q, torch.zeros(4, 16, 576), torch.zeros(1, 1), starts[1:], starts, **attend)
+        flash_mla.mla_attention(q, pages, batch, scale=1.0, kv_lora_rank=512)
 
 
 def test_products_of_torch_are_the_operations_to_rounding():
@@ -143,7 +144,9 @@ def test_cublaslt_gets_rows_in_whole_fours():
 def attend_alike(q, latent_cache, block_table, seq_lens, scale):
     """What FlashMLA is asked for, by the reference: q [num_reqs, queries, H, 576]."""
     starts = torch.arange(len(q) + 1) * q.shape[1]
-    out = mla_attention(q.flatten(0, 1), latent_cache, block_table, seq_lens, starts, kv_lora_rank=512, scale=scale)
+    rows = q.flatten(0, 1)
+    batch = PagedBatch.of(rows, latent_cache, block_table, seq_lens, starts)
+    out = mla_attention(rows, latent_cache, batch, kv_lora_rank=512, scale=scale)
     return out.unflatten(0, q.shape[:2])
 
 
@@ -156,9 +159,10 @@ def test_flash_mla_gets_requests_with_as_many_queries_together(monkeypatch, coun
     cache = torch.randn(3 * requests, 64, 576, generator=generator)
     table = torch.randperm(3 * requests, generator=generator).view(requests, 3)
     q = torch.randn(int(starts[-1]), 2, 576, generator=generator)
-    arguments = (q, cache, table, lengths, starts)
+    arguments = (q, cache, PagedBatch.of(q, cache, table, lengths, starts))
     expected = mla_attention(*arguments, kv_lora_rank=512, scale=0.05)
     assert torch.equal(flash_mla.mla_attention(*arguments, kv_lora_rank=512, scale=0.05), expected)
     # The twin: the same queries given to the requests in another order are other rows.
-    other = flash_mla.mla_attention(q, cache, table.flip(0), lengths, starts, kv_lora_rank=512, scale=0.05)
+    shuffled = PagedBatch.of(q, cache, table.flip(0), lengths, starts)
+    other = flash_mla.mla_attention(q, cache, shuffled, kv_lora_rank=512, scale=0.05)
     assert requests == 1 or not torch.equal(other, expected)

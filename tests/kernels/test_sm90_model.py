@@ -19,6 +19,7 @@ from dsv3_plugin.kernels.certify.compare import bits_differ
 from dsv3_plugin.kernels.sm90 import sm90_model
 from dsv3_plugin.ops.drawing import SMALL
 from dsv3_plugin.ops.operation import operations
+from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32
 from dsv3_plugin.registry import bind
 
@@ -85,7 +86,8 @@ def test_what_a_gpu_rounds_in_another_way_is_seen(otherwise):
 def attention(q, cache, length):
     table = torch.arange(len(cache)).unsqueeze(0)
     starts, lengths = torch.tensor([0, len(q)]), torch.tensor([length])
-    return MODEL["mla_attention"](q, cache, table, lengths, starts, kv_lora_rank=64, scale=0.1)
+    batch = PagedBatch.of(q, cache, table, lengths, starts)
+    return MODEL["mla_attention"](q, cache, batch, kv_lora_rank=64, scale=0.1)
 
 
 def test_chunks_of_a_prompt_and_single_tokens_give_equal_bits():

@@ -7,23 +7,16 @@ import hashlib
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.layers.attend import attend_to_itself
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
-from dsv3_plugin.ops.mla_attention import mla_attention
-from dsv3_plugin.ops.rope import softmax_scale
 
 
 @torch.inference_mode()
 def draft_digest(model: DeepseekV3MTP, config: DeepseekV3Config) -> str:
     """Of the draft's logits for some tokens and hidden states."""
     count = 6
-    sizes = {"kv_lora_rank": config.kv_lora_rank, "scale": softmax_scale(config)}
-    page, end = torch.tensor([[0]]), torch.tensor([0, count])
-
-    def attend(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        return model.ops[mla_attention](q, latent.unsqueeze(0), page, end[1:], end, **sizes)
-
     token_ids = torch.arange(50, 50 + count)
     hidden = torch.randn(count, config.hidden_size, generator=torch.Generator().manual_seed(0))
     states = hidden.to(model.ops.setting.profile.dtype)
-    logits = model.lm_head(model(token_ids, torch.arange(count), states, attend))
+    logits = model.lm_head(model(token_ids, torch.arange(count), states, attend_to_itself(model.ops, config)))
     return hashlib.sha256(logits.numpy().tobytes()).hexdigest()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.kernels.cuda import compiler, mla_hopper
+from dsv3_plugin.ops.paged_batch import PagedBatch
 
 _OWN = Path(__file__).with_name("emulated")
 _KERNELS = Path(mla_hopper.__file__).parent
@@ -62,20 +63,28 @@ def build(folder: Path, replacements: Sequence[tuple[str, str]] = ()) -> Any:
     return compile_kernel(folder, mla_hopper.PROGRAM, "mla_emulated.cpp", replacements)
 
 
-def attend(monkeypatch: Any, library: Any, processors: int, *args: torch.Tensor, scale: float) -> torch.Tensor:
+def attend(
+    monkeypatch: Any,
+    library: Any,
+    processors: int,
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    batch: PagedBatch,
+    *,
+    scale: float,
+) -> torch.Tensor:
     """`mla_attention` of tensors on a CPU by the emulated kernels, on a card of so many multiprocessors."""
 
     def launch(program: compiler.Program, name: str, how: compiler.Launch, arguments: Sequence[Any]) -> None:
         if name == "attend":
             library.emulate_attend(how.grid, *(ctypes.byref(x) for x in arguments))
         else:
-            batch, rows, groups = arguments
-            library.emulate_fold(min(how.grid, 3), ctypes.byref(batch), rows, groups)
+            described, rows, groups = arguments
+            library.emulate_fold(min(how.grid, 3), ctypes.byref(described), rows, groups)
 
     monkeypatch.setattr(compiler, "launch", launch)
     monkeypatch.setattr(compiler, "tensor_map", tensor_map)
     monkeypatch.setattr(mla_hopper, "_processors", lambda device: processors)
-    q = args[0]
     out = torch.full((*q.shape[:2], mla_hopper.RANK), torch.nan, dtype=torch.bfloat16)
-    mla_hopper.launch(*args, out, scale)
+    mla_hopper.launch(q, latent_cache, batch, out, scale)
     return out

@@ -22,9 +22,8 @@ from paths import ROOT
 from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance import runner
+from dsv3_plugin.layers.attend import attend_to_itself
 from dsv3_plugin.layers.model import bind_ops
-from dsv3_plugin.ops.mla_attention import mla_attention
-from dsv3_plugin.ops.rope import softmax_scale
 
 ENVIRONMENTS = ROOT / ".envs"
 REFERENCE = runner.TesteeCommand("reference", (sys.executable, "-m", "dsv3_plugin.conformance.testees.reference"))
@@ -75,13 +74,7 @@ def predict_logits(checkpoint: Path, token_ids: list[int]) -> torch.Tensor:
     reader = CheckpointReader(checkpoint)
     ops = bind_ops(reader.config, reader.profile(), torch.device("cpu"))
     model = load_model(reader, ops)
-
-    def attend(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        ends = torch.tensor([0, len(latent)])
-        sizes = {"kv_lora_rank": reader.config.kv_lora_rank, "scale": softmax_scale(reader.config)}
-        return ops[mla_attention](q, latent.unsqueeze(0), torch.tensor([[0]]), ends[1:], ends, **sizes)
-
-    hidden = model(torch.tensor(token_ids), torch.arange(len(token_ids)), attend)
+    hidden = model(torch.tensor(token_ids), torch.arange(len(token_ids)), attend_to_itself(ops, reader.config))
     return model.lm_head(hidden)
 
 

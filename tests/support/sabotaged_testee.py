@@ -58,11 +58,11 @@ class SabotagedTestee(ReferenceTestee):
         if SABOTAGE == "page":
             attention = self.ops[mla_attention]
 
-            def off_by_one(q: Any, cache: Any, block_table: Any, seq_lens: Any, *args: Any, **kwargs: Any) -> Any:
+            def off_by_one(q: Any, cache: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
                 pages = cache.clone()
-                block, offset = divmod(int(seq_lens[0]) - 1, cache.shape[1])
-                pages[block_table[0, block], offset] = cache[block_table[0, 0], 0]
-                return attention(q, pages, block_table, seq_lens, *args, **kwargs)
+                block, offset = divmod(int(batch.seq_lens[0]) - 1, batch.block_size)
+                pages[batch.block_table[0, block], offset] = cache[batch.block_table[0, 0], 0]
+                return attention(q, pages, batch, *args, **kwargs)
 
             self.ops.kernels[mla_attention] = off_by_one  # type: ignore[index]
 

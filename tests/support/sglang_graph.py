@@ -177,9 +177,9 @@ def main() -> None:
         print(f"{mode.name} equals an eager pass:", [compare(server, graph, batch) for batch in batches])
         server.backend.init_cuda_graph_state(2, 2)
         again = graph.replay(batches[1])[0]
-        stays = again.block_table.data_ptr() == graph.recorded.block_table.data_ptr()
+        stays = again.batch.block_table.data_ptr() == graph.recorded.batch.block_table.data_ptr()
         print(f"{mode.name} reads where it was recorded:", stays)
-        print(f"{mode.name} pads with requests as long as their queries:", again.seq_lens[2:].tolist())
+        print(f"{mode.name} pads with requests as long as their queries:", again.batch.seq_lens[2:].tolist())
 
         # The twins.
         with patch.object(attention, "block_tables", lambda backend, requests: server.slots[requests]):

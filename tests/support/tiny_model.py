@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.hooks import Setting
 from dsv3_plugin.kernels import provider
+from dsv3_plugin.layers.attend import Select, attend_to_pages, select_all
 from dsv3_plugin.layers.model import DeepseekV3, weights_changed
-from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.operation import operations
+from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.quantize import quantize_weight
-from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, Profile
 from dsv3_plugin.registry import bind
 
@@ -110,7 +110,7 @@ def logits(
     pages = torch.randperm(PAGES, generator=generator).to(torch.int32)
     table = pages[: 4 * len(PROMPTS)].view(len(PROMPTS), -1).to(device)
     tokens = [torch.randint(0, config.vocab_size, (n + 3,), generator=generator) for n in PROMPTS]
-    shape = PAGES, PAGE, config.latent_dim
+    shape = PAGES, PAGE, config.cached_dim
     caches = [
         torch.full(shape, torch.nan, dtype=torch.bfloat16, device=device) for _ in range(config.num_hidden_layers)
     ]
@@ -124,12 +124,11 @@ def logits(
         starts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))).to(torch.int32).to(device)
         lengths = torch.tensor([b for _, b in spans], dtype=torch.int32, device=device)
 
-        def attend(layer_idx: int, q: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-            caches[layer_idx].view(-1, config.latent_dim)[slots] = latent
-            rank, scale = config.kv_lora_rank, softmax_scale(config)
-            return model.ops[mla_attention](
-                q, caches[layer_idx], table, lengths, starts, kv_lora_rank=rank, scale=scale
-            )
+        batch = PagedBatch(table, lengths, starts, num_tokens=int(counts.sum()), num_blocks=PAGES, block_size=PAGE)
+
+        def attend(layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all) -> torch.Tensor:
+            caches[layer_idx].view(-1, config.cached_dim)[slots] = cached
+            return attend_to_pages(model.ops, config, q, caches[layer_idx], batch, select)
 
         return model.lm_head(model(ids, positions, attend)).cpu()
 

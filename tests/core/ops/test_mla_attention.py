@@ -10,6 +10,8 @@ from plain import plain_fold
 
 from dsv3_plugin.ops import mla_attention, products, tile
 from dsv3_plugin.ops.elementary import LOG2_E, exp2_of_nonpositive
+from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
+from dsv3_plugin.ops.paged_batch import PagedBatch
 
 Tensor = torch.Tensor
 
@@ -31,19 +33,19 @@ def poisoned_pages(keys: list[Tensor], block_size: int, seed: int) -> tuple[Tens
     return cache, table
 
 
-def attend(queries: list[Tensor], keys: list[Tensor], block_size: int = 64, seed: int = 0) -> list[Tensor]:
+def attend(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    block_size: int = 64,
+    seed: int = 0,
+    chosen: KeySelection = ALL_KEYS,
+) -> list[Tensor]:
     """The last tokens of each request, all in one batch."""
     cache, table = poisoned_pages(keys, block_size, seed)
     counts = [len(q) for q in queries]
-    out = mla_attention.mla_attention(
-        torch.cat(queries),
-        cache,
-        table,
-        torch.tensor([len(k) for k in keys]),
-        torch.tensor([0, *counts]).cumsum(0),
-        kv_lora_rank=LATENT,
-        scale=SCALE,
-    )
+    q, lengths = torch.cat(queries), torch.tensor([len(k) for k in keys])
+    batch = PagedBatch.of(q, cache, table, lengths, torch.tensor([0, *counts]).cumsum(0))
+    out = mla_attention.mla_attention(q, cache, batch, chosen, kv_lora_rank=LATENT, scale=SCALE)
     return list(out.split(counts))
 
 
@@ -261,3 +263,63 @@ def test_scores_that_fp32_barely_tells_apart() -> None:
 
 def test_attention_of_nothing() -> None:
     assert attend([torch.empty(0, HEADS, LATENT + ROTARY)], [normal(5, LATENT + ROTARY)])[0].shape == (0, HEADS, LATENT)
+
+
+# A selection of keys
+
+
+def every_key(tokens: int, length: int) -> Tensor:
+    """Positions [tokens, length] of all keys of a request, in an order of their own in each row."""
+    return torch.rand(tokens, length, generator=generator(5)).argsort(1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_key_selected_is_no_selection(dtype: torch.dtype, long: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Bit for bit, past a border of splits too. The twin: with one key of them less the bits are others."""
+    q, keys = sequence(150, 0, dtype)
+    (whole,) = attend([q], [keys], 16)
+    positions = every_key(150, 150)
+    assert same_bits(attend([q], [keys], 16, chosen=KeySelection(positions))[0], whole)
+    less = KeySelection(positions.masked_fill(positions == 7, -1))
+    (found,) = attend([q], [keys], 16, chosen=less)
+    assert same_bits(found[:7], whole[:7])
+    assert all(not same_bits(found[i], whole[i]) for i in range(7, 150))
+    if dtype == torch.bfloat16:
+        q, keys, whole = long
+        every = KeySelection(every_key(70, 3100).to(torch.int32))
+        assert same_bits(attend([q[-70:]], [keys], chosen=every)[0], whole[-70:])
+
+
+def test_a_selection_in_plain_fp32() -> None:
+    """A key left out is as one after the query, and a block or split of which nothing is seen leaves no trace."""
+    q, keys = sequence(3100, 0, torch.bfloat16)
+    for seen in (1, 64, 100, 1024, 1025, 2100):
+        first = KeySelection(torch.arange(seen).unsqueeze(0))
+        (found,) = attend([q[-1:]], [keys], chosen=first)
+        assert same_bits(found[0], plain_attention(q[-1], keys[:seen])), seen
+    for skipped in (64, 1024, 2048, 3008):
+        last = KeySelection(torch.arange(skipped, 3100).unsqueeze(0))
+        (found,) = attend([q[-1:]], [keys], chosen=last)
+        alone = plain_attention(q[-1], keys[skipped:])
+        # Where splits are cut at other keys, the last bits are others.
+        assert same_bits(found[0], alone) or skipped % 1024
+        assert (found[0].float() - alone.float()).abs().max() < 2e-2
+    middle = KeySelection(torch.cat((torch.arange(10), torch.arange(2060, 2070))).unsqueeze(0))
+    (found,) = attend([q[-1:]], [keys], chosen=middle)
+    near = float64_attention(q[-1:], torch.cat((keys[:10], keys[2060:2070])))[0]
+    assert (found[0].double() - near).abs().max() < 2e-2
+
+
+def test_a_selection_is_of_its_request_and_batch_mates_change_no_bit() -> None:
+    (q, keys), (mate_q, mate_keys) = sequence(200, 0, torch.float32), sequence(90, 1, torch.float32)
+    window = torch.arange(190, 200).unsqueeze(1) - torch.arange(20)
+    of_mate = torch.arange(88, 90).unsqueeze(1) - torch.arange(20)
+    (alone,) = attend([q[-10:]], [keys], chosen=KeySelection(window))
+    both = KeySelection(torch.cat((of_mate, window)))
+    mate, found = attend([mate_q[-2:], q[-10:]], [mate_keys, keys], 16, chosen=both)
+    assert same_bits(found, alone)
+    assert same_bits(mate, attend([mate_q[-2:]], [mate_keys], chosen=KeySelection(of_mate))[0])
+    # The twin: the queries' selections in another order.
+    mixed = KeySelection(torch.cat((of_mate, window.flip(0))))
+    _, other = attend([mate_q[-2:], q[-10:]], [mate_keys, keys], 16, chosen=mixed)
+    assert not same_bits(other, alone)

@@ -13,7 +13,9 @@ from dsv3_plugin.ops import fp8_linear as fp8
 from dsv3_plugin.ops import mla_attention, quantize
 from dsv3_plugin.ops import rms_norm as norms
 from dsv3_plugin.ops.combine import combine
+from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
 from dsv3_plugin.ops.linear import grouped_linear, head_linear, linear
+from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.rms_norm import rms_norm
 from dsv3_plugin.ops.rope import rope
 from dsv3_plugin.ops.router import route, router_linear
@@ -29,17 +31,17 @@ CACHE = torch.zeros(4, 16, 40)
 QUERIES = torch.zeros(3, 2, 40)
 
 
+BATCH = PagedBatch.of(QUERIES, CACHE, torch.tensor([[0, 1]]), torch.tensor([20]), torch.tensor([0, 3]))
+
+
 def attention_of(
-    q: Tensor = QUERIES,
-    cache: Tensor = CACHE,
-    table: tuple[int, ...] = (0, 1),
-    length: int = 20,
-    starts: tuple[int, ...] = (0, 3),
-    scale: float = 1.0,
+    q: Tensor = QUERIES, cache: Tensor = CACHE, keys: KeySelection = ALL_KEYS, scale: float = 1.0
 ) -> Tensor:
-    return mla_attention.mla_attention(
-        q, cache, torch.tensor([table]), torch.tensor([length]), torch.tensor(starts), kv_lora_rank=32, scale=scale
-    )
+    return mla_attention.mla_attention(q, cache, BATCH, keys, kv_lora_rank=32, scale=scale)
+
+
+def selection_of(*positions: int, queries: int = 3) -> Tensor:
+    return attention_of(keys=KeySelection(torch.tensor([positions] * queries)))
 
 
 choose = partial(route, num_experts_per_tok=2, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0)
@@ -80,16 +82,16 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (r"combine: topk_weights is torch.bfloat16", lambda: combine(X, torch.zeros(2, 2).long(), X[:, :2].bfloat16(), X)),
     (r"mla_attention: q has shape \(3, 40\)", lambda: attention_of(q=QUERIES[:, 0])),
     (r"mla_attention: latent_cache has shape \(4, 16, 39\)", lambda: attention_of(cache=CACHE[..., :39])),
+    (r"mla_attention: latent_cache has shape \(3, 16, 40\), .* 4 blocks of 16", lambda: attention_of(cache=CACHE[:3])),
+    (r"mla_attention: q has 2 tokens, the batch 3", lambda: attention_of(q=QUERIES[:2])),
+    (r"mla_attention: the batch is on cpu, q is on meta", lambda: attention_of(QUERIES.to("meta"), CACHE.to("meta"))),
+    (r"mla_attention: the selection of keys is for 2 queries, q has 3", lambda: selection_of(0, queries=2)),
+    (r"mla_attention: a query selects none of the keys up to its own", lambda: selection_of(-1, 18)),
+    (r"KeySelection: positions are torch.float32 of shape \(2, 2\)", lambda: KeySelection(X[:, :2])),
+    (r"KeySelection: positions are torch.int64 of shape \(3,\)", lambda: KeySelection(torch.zeros(3).long())),
     (r"mla_attention: latent_cache is torch.bfloat16", lambda: attention_of(cache=CACHE.bfloat16())),
     (r"mla_attention: scale is 0.0, expected a positive", lambda: attention_of(scale=0.0)),
     (r"mla_attention: scale is nan", lambda: attention_of(scale=float("nan"))),
-    (r"mla_attention: 1 seq_lens, 3 query_start_loc", lambda: attention_of(starts=(0, 1, 3))),
-    (r"mla_attention: query_start_loc ends at 2, q has 3", lambda: attention_of(starts=(0, 2))),
-    (r"mla_attention: query_start_loc .*\[1, 3\]", lambda: attention_of(starts=(1, 3))),
-    (r"mla_attention: request 0 has seq_len 2 and 3 queries", lambda: attention_of(length=2)),
-    (r"mla_attention: request 0 of 33 tokens needs 3 blocks of 16, .* has 2", lambda: attention_of(length=33)),
-    (r"mla_attention: request 0 of 20 tokens has block 4 at 1, .* has 4", lambda: attention_of(table=(0, 4))),
-    (r"mla_attention: request 0 of 20 tokens has block -1 at 1", lambda: attention_of(table=(0, -1))),
 ]
 
 
@@ -101,4 +103,5 @@ def test_a_wrong_input_is_named(message: str, call: Callable[[], object]) -> Non
 
 def test_the_inputs_beside_the_refused_ones_are_accepted() -> None:
     assert attention_of().shape == (3, 2, 32)
+    assert selection_of(-1, 17).shape == (3, 2, 32)
     assert fp8.fp8_linear(Q8, S8, W8, WS8).shape == (2, 130)

@@ -1,0 +1,66 @@
+"""Where a layer's attention meets an engine's pages.
+
+An engine's `Attend` does two things for each layer: it writes what is cached for the step's tokens, and calls
+`attend_to_pages` with its pages and with the `PagedBatch` that it built for the step. What is cached, and which keys of
+it are attended to, is the layer's affair. So a relative with sparse attention needs no engine's help: its layer caches
+its indexer's keys behind the latent vectors (`cached_dim`), and hands on a function that selects by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
+from dsv3_plugin.ops.mla_attention import mla_attention
+from dsv3_plugin.ops.paged_batch import PagedBatch, whole_sequence
+from dsv3_plugin.ops.rope import softmax_scale
+from dsv3_plugin.registry import Ops
+
+Select = Callable[[torch.Tensor, PagedBatch], KeySelection]
+"""Pages [num_blocks, block_size, cached_dim], with the step's tokens written, and the batch, to the keys of its
+`num_tokens` queries. An engine may have padded what the layer was given: rows behind `num_tokens` are none of it."""
+
+
+def select_all(pages: torch.Tensor, batch: PagedBatch) -> KeySelection:
+    """DeepSeek-V3's own: no choice."""
+    return ALL_KEYS
+
+
+class Attend(Protocol):
+    """What an engine supplies for each forward pass."""
+
+    def __call__(
+        self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
+    ) -> torch.Tensor:
+        """Write cached [T, cached_dim] to layer `layer_idx`'s pages, then attend q [T, H, latent_dim] to the keys that
+        `select` chooses of them.
+
+        Returns [T, H, kv_lora_rank], the result of `attend_to_pages`.
+        """
+
+
+def attend_to_pages(
+    ops: Ops, config: DeepseekV3Config, q: torch.Tensor, pages: torch.Tensor, batch: PagedBatch, select: Select
+) -> torch.Tensor:
+    """Attend q [num_tokens, H, latent_dim] to pages [num_blocks, block_size, cached_dim], which hold the step's tokens.
+
+    A key is the first `latent_dim` numbers of a token. Returns [num_tokens, H, kv_lora_rank].
+    """
+    latent = pages if pages.shape[-1] == config.latent_dim else pages[..., : config.latent_dim]
+    return ops[mla_attention](
+        q, latent, batch, select(pages, batch), kv_lora_rank=config.kv_lora_rank, scale=softmax_scale(config)
+    )
+
+
+def attend_to_itself(ops: Ops, config: DeepseekV3Config) -> Attend:
+    """An `Attend` for one whole sequence, without a cache: what a layer caches is a page of its own."""
+
+    def attend(layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all) -> torch.Tensor:
+        batch = whole_sequence(len(cached), cached.device)
+        return attend_to_pages(ops, config, q, cached.unsqueeze(0), batch, select)
+
+    return attend

@@ -1,0 +1,29 @@
+"""The servers' attention code: a layer with sparse attention needs none of it changed, and no step reads a number of
+its device.
+"""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from conftest import TinyCheckpoint
+from engines import python_of
+from paths import SUPPORT
+
+
+@pytest.mark.parametrize("environment", ["vllm", "vllm-0.27.1", "sglang", "sglang-0.5.17", "sglang-0.5.23"])
+def test_a_sparse_layer_and_a_step_without_reads(environment: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    program = SUPPORT / f"attention_in_{environment.partition('-')[0]}.py"
+    done = subprocess.run(
+        [python_of(environment), str(program), str(tiny_checkpoint("bf16"))], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "sparse equals whole sequences: True" in lines, done.stdout
+    # Only requests with tokens are part of a pass of SGLang.
+    starts = (0, 1, 2) if "sglang" in environment else (0, 1, 2, 2)
+    told = {"ran": True, "host_query_start_loc": starts}
+    # The twins.
+    assert "without the selection: False" in lines, done.stdout
+    assert f"reads: {told | {'checked as on a CPU': 'raises', 'seq_lens': 'raises'}}" in lines, done.stdout
