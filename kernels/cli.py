@@ -111,8 +111,8 @@ def tune_kernels(
     console = Console()
     tune.tune(output, console.print)
     console.print(
-        f"Wrote {output}; the table in use is {selection.TABLE}. One of other cuts in its place wants new certificates:"
-        " dsv3 kernels check --certify FILE."
+        f"Wrote {output}; the table in use is {selection.TABLE}. Another in its place, with other tile configurations,"
+        " wants new certificates: dsv3 kernels check --certify FILE."
     )
 
 

@@ -50,8 +50,8 @@ def triton_module(op: Operation[..., Any]) -> str:
 def parts(op: Operation[..., Any], *, shapes: str = "every shape") -> tuple[Implementation, ...]:
     """What may compute an operation on this machine, in Triton or, where it is faster, in CUDA C++."""
     if op in (fp8_linear, grouped_fp8_linear):
-        makers = ("stream", "gluon", "triton") if compiler.available() else ("gluon", "triton")
-        return tuple(_fp8_product(op, maker) for maker in makers)
+        backends = ("cuda", "gluon", "triton") if compiler.available() else ("gluon", "triton")
+        return tuple(_fp8_product(op, backend) for backend in backends)
     module = triton_module(op)
     run, entry = on_first_call(module, op.name), f"{_PACKAGE}.{module}:{op.name}"
     return (Implementation(module, run, entry, versions=_TRITON, shapes=shapes),)
@@ -68,30 +68,30 @@ def mla_hopper() -> Implementation:
     )
 
 
-def _fp8_product(op: Operation[..., Any], maker: str) -> Implementation:
-    """One of the makers between which `selection` decides."""
+def _fp8_product(op: Operation[..., Any], backend: str) -> Implementation:
+    """One of the backends between which `selection` decides."""
     grouped = op is grouped_fp8_linear
     front = f"{_PACKAGE}.triton.fp8_linear"
     launches = {
-        "stream": f"{_PACKAGE}.cuda.fp8_gemm:launch",
+        "cuda": f"{_PACKAGE}.cuda.fp8_gemm:launch",
         "gluon": f"{_PACKAGE}.triton.fp8_gluon:launch",
         "triton": f"{front}:_launch_grouped" if grouped else f"{front}:_launch",
     }
-    others = [launch for name, launch in launches.items() if name != maker]
-    decides = [f"{_PACKAGE}.selection:choose", f"{front}:makers"]
-    if maker != "stream":
-        others.append(f"{_PACKAGE}.selection:Choice")  # it holds how fp8_gemm.cu is cut
+    others = [launch for name, launch in launches.items() if name != backend]
+    decides = [f"{_PACKAGE}.selection:choose", f"{front}:backends"]
+    if backend != "cuda":
+        others.append(f"{_PACKAGE}.selection:Choice")  # it holds the tile configuration of fp8_gemm.cu
     return Implementation(
-        selection.IMPLEMENTATIONS[maker],
-        partial(on_first_call("triton.fp8_linear", "made_by"), maker, grouped),
+        selection.IMPLEMENTATIONS[backend],
+        partial(on_first_call("triton.fp8_linear", "by_backend"), backend, grouped),
         f"{front}:{op.name}",
         (*others, *decides),
-        settings=partial(_cuts, grouped) if maker == "stream" else str,
-        versions=compiler.versions if maker == "stream" else _TRITON,
+        settings=partial(_configs, grouped) if backend == "cuda" else str,
+        versions=compiler.versions if backend == "cuda" else _TRITON,
         shapes="products in which selection.json finds it the fastest",
     )
 
 
-def _cuts(grouped: bool) -> str:
-    """The ways to cut fp8_gemm.cu that are compared, and serve."""
-    return "\n".join(sorted(map(repr, selection.cuts_to_check(grouped))))
+def _configs(grouped: bool) -> str:
+    """The tile configurations of fp8_gemm.cu that are compared, and serve."""
+    return "\n".join(sorted(map(repr, selection.configs_to_check(grouped))))

@@ -1,8 +1,8 @@
-"""Which maker of fp8 products serves which shape: read off times that were measured, as all makers print equal bits.
+"""Which backend of the fp8 products serves which shape: read off measured times, as all backends print equal bits.
 
-selection.json holds them for one card: for each measured product the microseconds of every maker, and how the kernel
-of fp8_gemm.cu was cut. `dsv3 kernels tune` writes it. A product that was not measured takes the row of the nearest
-one that was.
+selection.json holds them for one card: for each measured product the microseconds of every backend, and the
+tile configuration of fp8_gemm.cu. `dsv3 kernels tune` writes it. A product that was not measured takes the row of the
+nearest one that was.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from dsv3_plugin.kernels.cuda.fp8_gemm import DENSE_SAMPLE, GROUPED_SAMPLE, Shape
+from dsv3_plugin.kernels.cuda.fp8_gemm import DENSE_SAMPLE, GROUPED_SAMPLE, TileConfig
 
 TABLE = Path(__file__).with_name("selection.json")
 _PEER = "deep-gemm"
-_MAKERS = ("stream", "gluon", "triton", _PEER)
+_BACKENDS = ("cuda", "gluon", "triton", _PEER)
 IMPLEMENTATIONS = {
-    "stream": "cuda.fp8_gemm",
+    "cuda": "cuda.fp8_gemm",
     "gluon": "triton.fp8_gluon",
     "triton": "triton.fp8_linear",
     _PEER: "deep_gemm.fp8_gemm_nt",
 }
-"""What certificates call the makers."""
+"""What certificates call the backends."""
 
 
 class Row(BaseModel):
@@ -40,17 +40,17 @@ class Row(BaseModel):
     rows: int
     """Tokens, of one expert on average if there are several."""
     microseconds: dict[str, float]
-    stream: dict[str, int]
-    """Parameters of `fp8_gemm.Shape`; none where it was not measured."""
+    tile_config: dict[str, int]
+    """Parameters of `fp8_gemm.TileConfig`; none where it was not measured."""
 
     @property
     def product(self) -> tuple[int, int, int]:
         """Experts, columns and depth."""
         return self.groups, self.columns, self.depth
 
-    def shape(self) -> Shape:
-        """How fp8_gemm.cu is cut."""
-        return Shape(**self.stream, groups=max(1, self.groups)).filled()
+    def config(self) -> TileConfig:
+        """Of fp8_gemm.cu."""
+        return TileConfig(**self.tile_config, groups=max(1, self.groups)).filled()
 
 
 class Table(BaseModel):
@@ -73,9 +73,9 @@ class Table(BaseModel):
             [
                 f"# fp8 products on an {self.card}",
                 "",
-                "Microseconds of each maker of a product, as `dsv3 kernels tune` measures them: medians over replays",
+                "Microseconds of each backend of a product, as `dsv3 kernels tune` measures them: medians over replays",
                 "of a CUDA graph, weights not in the cache. The fastest is bold; `own / deep-gemm` compares the",
-                "fastest of this package with it. Every maker printed the same bits. Made of",
+                "fastest of this package with it. Every backend printed the same bits. Made of",
                 "[selection.json](selection.json) by `dsv3 kernels selection`.",
                 "",
                 *_lines("M x N x K", dense),
@@ -91,27 +91,27 @@ class Table(BaseModel):
 def _lines(product: str, rows: list[Row]) -> list[str]:
     """A table of products."""
     lines = [
-        f"| {product} | {' | '.join(_MAKERS)} | own / deep-gemm | cut of stream |",
-        "|" + "---|" * (len(_MAKERS) + 3),
+        f"| {product} | {' | '.join(_BACKENDS)} | own / deep-gemm | tile configuration of cuda |",
+        "|" + "---|" * (len(_BACKENDS) + 3),
     ]
     for row in rows:
         times = row.microseconds
         fastest = min(times.values())
-        cells = [f"{times[m]:.1f}" if m in times else "-" for m in _MAKERS]
-        cells = [f"**{cell}**" if times.get(m) == fastest else cell for m, cell in zip(_MAKERS, cells, strict=True)]
-        own = min((time for maker, time in times.items() if maker != _PEER), default=math.inf)
+        cells = [f"{times[m]:.1f}" if m in times else "-" for m in _BACKENDS]
+        cells = [f"**{cell}**" if times.get(m) == fastest else cell for m, cell in zip(_BACKENDS, cells, strict=True)]
+        own = min((time for backend, time in times.items() if backend != _PEER), default=math.inf)
         cells.append(f"{own / times[_PEER]:.2f}" if _PEER in times else "-")
-        cells.append(", ".join(f"{name} {value}" for name, value in row.stream.items()) or "-")
+        cells.append(", ".join(f"{name} {value}" for name, value in row.tile_config.items()) or "-")
         name = f"{row.groups} x " if row.groups else ""
         lines.append(f"| {name}{row.rows} x {row.columns} x {row.depth} | {' | '.join(cells)} |")
     return lines
 
 
 class Choice(NamedTuple):
-    """A maker's name, and how fp8_gemm.cu is cut if that is the maker."""
+    """A backend, and the tile configuration of fp8_gemm.cu if it is that one."""
 
-    maker: str
-    shape: Shape | None = None
+    backend: str
+    config: TileConfig | None = None
 
 
 def read(file: Path) -> Table:
@@ -126,15 +126,15 @@ def table() -> Table:
 
 
 @functools.cache
-def cuts_to_check(grouped: bool) -> tuple[Shape, ...]:
-    """Ways to cut fp8_gemm.cu for any number of experts: those that serve, and a sample of all kinds."""
-    serving = [Shape(**row.stream) for row in table().rows if row.stream and (row.groups > 0) == grouped]
+def configs_to_check(grouped: bool) -> tuple[TileConfig, ...]:
+    """Tile configurations of fp8_gemm.cu for any number of experts: those that serve, and a sample of all kinds."""
+    serving = [TileConfig(**row.tile_config) for row in table().rows if row.tile_config and (row.groups > 0) == grouped]
     return tuple(dict.fromkeys([*(GROUPED_SAMPLE if grouped else DENSE_SAMPLE), *serving]))
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(groups: int, columns: int, depth: int, rows: int, makers: tuple[str, ...]) -> Choice:
-    """The fastest of `makers` in the nearest measured product; `rows` are those of one expert, on average.
+def choose(groups: int, columns: int, depth: int, rows: int, backends: tuple[str, ...]) -> Choice:
+    """The fastest of `backends` in the nearest measured product; `rows` are those of one expert, on average.
 
     fp8_gemm.cu serves measured products only: there its bits were compared as well.
     """
@@ -146,24 +146,24 @@ def choose(groups: int, columns: int, depth: int, rows: int, makers: tuple[str, 
 
     nearest = min(measured, key=distance).product
     alike = [row for row in measured if row.product == nearest]
-    # Not fewer tokens than asked for, where there is such a row: a kernel cut for few is slow with many.
+    # Not fewer tokens than asked for, where there is such a row: tiles for few are slow with many.
     row = min(alike, key=lambda row: (row.rows < rows, abs(row.rows - rows)))
     exact = nearest == (groups, columns, depth)
-    able = [maker for maker in makers if maker != "stream" or (exact and row.stream)]
-    maker = min(able, key=lambda maker: row.microseconds.get(maker, math.inf))
-    fewest, most = _chosen.get((groups, columns, depth, maker), (rows, rows))
-    _chosen[groups, columns, depth, maker] = min(fewest, rows), max(most, rows)
-    return Choice(maker, row.shape() if maker == "stream" else None)
+    able = [backend for backend in backends if backend != "cuda" or (exact and row.tile_config)]
+    backend = min(able, key=lambda backend: row.microseconds.get(backend, math.inf))
+    fewest, most = _chosen.get((groups, columns, depth, backend), (rows, rows))
+    _chosen[groups, columns, depth, backend] = min(fewest, rows), max(most, rows)
+    return Choice(backend, row.config() if backend == "cuda" else None)
 
 
-# Experts, columns, depth and maker, with the fewest and the most rows for which it was chosen.
+# Experts, columns, depth and backend, with the fewest and the most rows for which it was chosen.
 _chosen: dict[tuple[int, int, int, str], tuple[int, int]] = {}
 
 
 def served(grouped: bool) -> dict[str, str]:
     """The products that were asked for so far, each with the implementation that `choose` found."""
     return {
-        f"{groups} experts x " * grouped + f"{fewest} to {most} rows x {columns} x {depth}": IMPLEMENTATIONS[maker]
-        for (groups, columns, depth, maker), (fewest, most) in sorted(_chosen.items())
+        f"{groups} experts x " * grouped + f"{fewest} to {most} rows x {columns} x {depth}": IMPLEMENTATIONS[backend]
+        for (groups, columns, depth, backend), (fewest, most) in sorted(_chosen.items())
         if (groups > 0) == grouped
     }

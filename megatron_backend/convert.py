@@ -32,7 +32,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dsv3_plugin.checkpoint.masters import as_written, numbers
+from dsv3_plugin.checkpoint.masters import as_written, dequantize_weights
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, Target, TensorSpec, checkpoint_tensors, copied_from
 from dsv3_plugin.checkpoint.reader import IGNORED_SUFFIX, CheckpointReader, Header, some_names
 from dsv3_plugin.checkpoint.writer import (
@@ -104,7 +104,7 @@ def to_megatron(
     with new_folder(destination, total) as folder, _one_process():
         done = 0
         state: dict[str, Any] = {}
-        for name, tensor in numbers(reader, specs.__contains__):
+        for name, tensor in dequantize_weights(reader, specs.__contains__):
             data = tensor.to(_dtype(name, config))
             if config.quantization_config and not torch.equal(data.to(tensor.dtype), tensor):
                 raise CheckpointError(f"{reader.path}: {name} has numbers beyond bf16's, which do not survive")

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from torch import nn
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint_of_tensors
-from dsv3_plugin.checkpoint.masters import as_written, numbers
+from dsv3_plugin.checkpoint.masters import as_written, dequantize_weights
 from dsv3_plugin.checkpoint.names import Part, Target, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import SINGLE_FILE, CheckpointReader
 from dsv3_plugin.checkpoint.writer import copy_side_files, write_index
@@ -83,7 +83,7 @@ def load_checkpoint(model: Chunks, path: str | Path) -> None:
     reader = CheckpointReader(path)
     reader.validate()
     places = local_tensors(model, reader.config)
-    for name, tensor in numbers(reader, places.__contains__):
+    for name, tensor in dequantize_weights(reader, places.__contains__):
         places[name].copy_(_own_part(tensor, places[name].shape))
 
 

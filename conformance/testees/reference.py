@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from dsv3_plugin.checkpoint.loader import load_model, load_mtp, load_weights
-from dsv3_plugin.checkpoint.masters import numbers
+from dsv3_plugin.checkpoint.masters import dequantize_weights
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.protocol import Case, Job, Request, Served, prefix_digest
@@ -149,7 +149,7 @@ class ReferenceTestee:
             # Its FP8 weights as the numbers that they stand for.
             self.config = self.config.model_copy(update={"quantization_config": None})
             self.model = DeepseekV3(self.ops, self.config)
-            load_weights(self.model, self.config, numbers(reader, lambda name: True), part="main")
+            load_weights(self.model, self.config, dequantize_weights(reader, lambda name: True), part="main")
         self.block_size = job.block_size
         self.layers = LayerRecorder(self.model.model, self.config.num_hidden_layers)
 

@@ -17,7 +17,7 @@ from dsv3_plugin.ops.quantize import E4M3, dequantize_weight, quantize_weight
 from dsv3_plugin.profile import profile_for
 
 
-def numbers(reader: CheckpointReader, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+def dequantize_weights(reader: CheckpointReader, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
     """The wanted weights of a checkpoint; fp8 weights as the fp32 numbers that they stand for.
 
     Memory is needed for one tensor, and for an fp8 weight or scale until its other half comes.

@@ -74,8 +74,8 @@ class Linear(nn.Module):
             return self.masters.linear(_unquantized(x), self.weight)
         return self.ops[fp8_linear](*quantize(self.ops, x), self.weight, self.weight_scale_inv)
 
-    def numbers(self) -> torch.Tensor:
-        """The weight's numbers in the profile's dtype: FP8 values times their scales, rounded."""
+    def dequantize(self) -> torch.Tensor:
+        """The weight in the profile's dtype: FP8 values times their scales, rounded."""
         if not self.is_fp8:
             return self.weight
         if self.masters is not None:

@@ -63,7 +63,7 @@ class MLA(nn.Module):
 
     def _absorb(self) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
-        weight = self.kv_b_proj.numbers().view(config.num_attention_heads, -1, config.kv_lora_rank)
+        weight = self.kv_b_proj.dequantize().view(config.num_attention_heads, -1, config.kv_lora_rank)
         w_uk, w_uv = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         return w_uk.transpose(1, 2).contiguous(), w_uv.contiguous()
 

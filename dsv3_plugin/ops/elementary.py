@@ -113,10 +113,10 @@ def fold_sum(x: torch.Tensor, lanes: int) -> torch.Tensor:
     is left.
     """
     size = x.shape[-1]
-    slices = -(-size // lanes)
-    x = torch.nn.functional.pad(x, (0, slices * lanes - size)).unflatten(-1, (slices, lanes))
+    rows = -(-size // lanes)
+    x = torch.nn.functional.pad(x, (0, rows * lanes - size)).unflatten(-1, (rows, lanes))
     total = x[..., 0, :]
-    for i in range(1, slices):
+    for i in range(1, rows):
         total = total + x[..., i, :]
     while lanes > 1:
         lanes //= 2

@@ -1,6 +1,6 @@
 """Block-scaled FP8 numbers (DeepSeek-V3 report, section 3.3), and activations quantized online: `quantize_fp8`.
 
-Values are e4m3. An activation has one scale for each 1x128 slice of a row, a weight one for each 128x128 block; a
+Values are e4m3. An activation has one scale for each 1x128 group of a row, a weight one for each 128x128 block; a
 value times its scale is the number that it stands for. With `ue8m0` scales are powers of two, so that scaling is
 exact and all such kernels agree; with `float32` they are any fp32 number, as in the released V3 checkpoints.
 

@@ -1,9 +1,9 @@
 """The router: its logits, and the choice: sigmoid scores, aux-loss-free bias, group-limited top-k (DeepSeek-V3 report,
 equations 12 to 16).
 
-Contract of the logits: K is cut into slices of `SLICE` products at absolute positions. Each slice is summed from zero,
-as in `linear`, and kept in fp32; the slices are added to zero in ascending order. So a device may sum them at the same
-time, and few tokens need not wait for one long chain.
+Contract of the logits: K is cut into chunks of `K_CHUNK` products at absolute positions. Each chunk is summed from
+zero, as in `linear`, and kept in fp32; the chunks are added to zero in ascending order. So a device may sum them at the
+same time, and few tokens need not wait for one long chain.
 
 Contract of the choice: fp32 logits and bias. score = `elementary.sigmoid`(logit). For the *choice only*, bias is added;
 a group's score is the sum of its two best biased scores; groups outside the best `topk_group` get -inf (not 0: a biased
@@ -26,7 +26,7 @@ from dsv3_plugin.ops.linear import LinearFunction
 from dsv3_plugin.ops.operation import BoundKernels, matrix_operation, operation
 from dsv3_plugin.ops.products import Products
 
-SLICE = 512
+K_CHUNK = 512
 
 
 class Routing(TypedDict):
@@ -39,15 +39,15 @@ class Routing(TypedDict):
     routed_scaling_factor: float
 
 
-@matrix_operation(version=1, summary="x @ weight.T in slices of 512 of K, added in ascending order in fp32")
+@matrix_operation(version=1, summary="x @ weight.T in chunks of 512 of K, added in ascending order in fp32")
 def router_linear(products: Products, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [T, K], weight [E, K] of one dtype, to logits fp32 [T, E]."""
     require_matrix("router_linear", "x", x, products.dtypes)
     require_matrix("router_linear", "weight", weight, (x.dtype,))
     require(x.shape[1] == weight.shape[1], "router_linear", f"x has K={x.shape[1]}, weight has K={weight.shape[1]}")
     total = torch.zeros(len(x), len(weight), dtype=torch.float32, device=x.device)
-    for part, rows in zip(x.split(SLICE, 1), weight.split(SLICE, 1), strict=True):
-        total = total + products.linear(part.contiguous(), rows.contiguous(), torch.float32)
+    for columns, rows in zip(x.split(K_CHUNK, 1), weight.split(K_CHUNK, 1), strict=True):
+        total = total + products.linear(columns.contiguous(), rows.contiguous(), torch.float32)
     return total
 
 
@@ -154,7 +154,7 @@ def _differentiable_moe_router(
 
 @router_linear.cases
 def _router_linear_case(rng: random.Random, at: Sizes) -> Case:
-    """Depths that fill no slice."""
+    """Depths that fill no chunk of K."""
     rows, columns, depth = sizes(rng, at)
     depth += rng.choice((0, 0, 8, 120))
     size = size_of_numbers(rng)

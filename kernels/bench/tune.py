@@ -2,7 +2,7 @@
 
 Every kernel prints the same bits, so that the table is about speed alone; a kernel whose bits differ from the Triton
 kernel's is reported and left out. What is compiled when first called is called first in several processes, which leave
-it in the compilers' caches; then the products are timed one after the other, and their makers in turns.
+it in the compilers' caches; then the products are timed one after the other, and their backends in turns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dsv3_plugin.kernels.bench import measure
 from dsv3_plugin.kernels.bench.case import Weight, bf16, fp8_weight
 from dsv3_plugin.kernels.bench.measure import Call
 from dsv3_plugin.kernels.cuda import fp8_gemm
-from dsv3_plugin.kernels.cuda.fp8_gemm import Shape
+from dsv3_plugin.kernels.cuda.fp8_gemm import TileConfig
 from dsv3_plugin.kernels.selection import Choice, Row, Table
 from dsv3_plugin.kernels.triton import fp8_linear, quantize
 from dsv3_plugin.kernels.vendors import deep_gemm
@@ -66,14 +66,14 @@ class Product(NamedTuple):
         """Experts, tokens, columns and depth."""
         return f"{self.groups} x {self.rows} x {self.columns} x {self.depth}".removeprefix("0 x ")
 
-    def cuts(self) -> dict[str, Shape]:
-        """Ways to cut fp8_gemm.cu, by a name each."""
+    def configs(self) -> dict[str, TileConfig]:
+        """Tile configurations of fp8_gemm.cu, by a name each."""
         if self.groups:
-            shapes = [shape._replace(groups=self.groups) for shape in fp8_gemm.grouped_shapes(self.rows)]
+            configs = [config._replace(groups=self.groups) for config in fp8_gemm.grouped_configs(self.rows)]
         else:
             multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-            shapes = list(fp8_gemm.dense_shapes(self.columns, self.rows, multiprocessors))
-        return {f"stream {tuple(shape)}": shape.filled() for shape in shapes}
+            configs = list(fp8_gemm.dense_configs(self.columns, self.rows, multiprocessors))
+        return {f"cuda {tuple(config)}": config.filled() for config in configs}
 
     @property
     def weight_size(self) -> tuple[int, ...]:
@@ -92,9 +92,9 @@ class Product(NamedTuple):
         return torch.empty(self.weight_size, dtype=E4M3, device="cuda"), scales
 
     def calls(self, weights: Sequence[Weight]) -> dict[str, list[list[Call]]]:
-        """Each maker's calls for each load, one a weight. Experts have two: equally many tokens each, and random."""
+        """Each backend's calls for each load, one a weight. Experts have two: equally many tokens each, and random."""
         choices = {"triton": Choice("triton"), "gluon": Choice("gluon")}
-        choices |= {name: Choice("stream", shape) for name, shape in self.cuts().items()}
+        choices |= {name: Choice("cuda", config) for name, config in self.configs().items()}
         tokens = self.rows * max(1, self.groups)
         operands = [quantize.quantize_fp8(bf16(tokens, self.depth), "float32") for _ in weights]
         loads: list[tuple[torch.Tensor, ...]] = [()]
@@ -121,13 +121,13 @@ PRODUCTS = tuple(Product(0, *size, rows) for size in DENSE for rows in DENSE_ROW
 
 
 def _call_first(products: Sequence[Product]) -> None:
-    """Compile what makers other than fp8_gemm.cu compile when first called. What fails is reported when measured."""
+    """Compile what backends other than fp8_gemm.cu compile when first called. What fails is reported when measured."""
     for product in products:
         torch.cuda.empty_cache()
         with suppress(Exception):
             for name, [[call], *_] in product.calls([product.unwritten_weight()]).items():
                 with suppress(Exception):
-                    if name not in product.cuts():
+                    if name not in product.configs():
                         call()
                         torch.cuda.synchronize()
 
@@ -145,19 +145,19 @@ def _compile_all() -> None:
     processes = min(_PROCESSES, os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         called = pool.map(_call_first, _parts(processes))
-        fp8_gemm.compile_all(shape for product in PRODUCTS for shape in product.cuts().values())
+        fp8_gemm.compile_all(config for product in PRODUCTS for config in product.configs().values())
         list(called)
 
 
 def _measure(product: Product, weights: Sequence[Weight], report: Report) -> Row:
-    """Microseconds of each maker whose bits are the Triton kernel's: a graph of calls for each load, all in turns.
+    """Microseconds of each backend whose bits are the Triton kernel's: a graph of calls for each load, all in turns.
 
     Loads share no graph: one would begin while the other's last tiles are multiplied, which servers do not see.
     """
     graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
-    makers = product.calls(weights)
-    expected = [calls[0]() for calls in makers["triton"]]
-    for name, loads in makers.items():
+    backends = product.calls(weights)
+    expected = [calls[0]() for calls in backends["triton"]]
+    for name, loads in backends.items():
         try:
             results = zip(expected, loads, strict=True)
             wrong = sum(measure.differing_bits(result, calls[0]()) or 0 for result, calls in results)
@@ -175,20 +175,20 @@ def _measure(product: Product, weights: Sequence[Weight], report: Report) -> Row
 
 
 def _row(product: Product, microseconds: dict[str, float]) -> Row:
-    """Keep the best way to cut fp8_gemm.cu."""
-    shapes = product.cuts()
-    cuts = {name: microseconds.pop(name) for name in list(microseconds) if name in shapes}
-    cut: dict[str, int] = {}
-    if cuts:
-        best = min(cuts, key=lambda name: cuts[name])
-        microseconds["stream"] = cuts[best]
-        fields = shapes[best]._asdict()
-        cut = {
+    """Keep the best tile configuration of fp8_gemm.cu."""
+    configs = product.configs()
+    times = {name: microseconds.pop(name) for name in list(microseconds) if name in configs}
+    tile_config: dict[str, int] = {}
+    if times:
+        best = min(times, key=lambda name: times[name])
+        microseconds["cuda"] = times[best]
+        fields = configs[best]._asdict()
+        tile_config = {
             name: n
             for name, n in fields.items()
-            if n != Shape._field_defaults.get(name) and name not in ("groups", "stages")
+            if n != TileConfig._field_defaults.get(name) and name not in ("groups", "stages")
         }
-    return Row(**product._asdict(), microseconds=microseconds, stream=cut)
+    return Row(**product._asdict(), microseconds=microseconds, tile_config=tile_config)
 
 
 def _rows(report: Report) -> Iterator[Row]:
@@ -209,6 +209,6 @@ def tune(file: Path, report: Report) -> None:
         if not row.microseconds:
             raise KernelError("no kernel made a product of the table: see above")
         best = min(row.microseconds, key=lambda name: row.microseconds[name])
-        report(f"{product}: {best}, {row.microseconds} {row.stream}")
+        report(f"{product}: {best}, {row.microseconds} {row.tile_config}")
         rows.append(row)
     Table(card=torch.cuda.get_device_name(), rows=tuple(rows)).write(file)

@@ -174,25 +174,25 @@ def build(program: Program) -> Built:
 
 
 def shared_bytes_each(blocks: int) -> int:
-    """Of shared memory, what each of so many thread blocks of one multiprocessor may take."""
+    """Of shared memory, what each of so many CTAs of one multiprocessor may take."""
     return 228 * 1024 // blocks - 1024
 
 
 SHARED_BYTES = shared_bytes_each(1)
-"""Of shared memory, what one thread block may take."""
+"""Of shared memory, what one CTA may take."""
 
 
 class Launch(NamedTuple):
-    """Programs, threads of each, bytes of shared memory of each.
+    """CTAs, threads of each, bytes of shared memory of each.
 
-    `early`: it may be brought to the card before the kernel before it has ended, for which it waits itself
-    (griddepcontrol.wait).
+    `pdl`: programmatic dependent launch. CTAs may come to the card before the kernel before them has ended, for which
+    they wait themselves (griddepcontrol.wait).
     """
 
     grid: int
     block: int
     shared_bytes: int
-    early: bool = False
+    pdl: bool = False
 
 
 def _driver() -> Any:
@@ -227,7 +227,7 @@ def launch(program: Program, name: str, how: Launch, arguments: Sequence[Any]) -
     config.blockDimX, config.blockDimY, config.blockDimZ = how.block, 1, 1
     config.sharedMemBytes = how.shared_bytes
     config.hStream = torch.cuda.current_stream().cuda_stream
-    if how.early:
+    if how.pdl:
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
@@ -251,7 +251,7 @@ def launch(program: Program, name: str, how: Launch, arguments: Sequence[Any]) -
 def tensor_map(
     kind: str, address: int, size: tuple[int, ...], stride_bytes: tuple[int, ...], box: tuple[int, ...]
 ) -> Any:
-    """How the copy engine cuts boxes out of a tensor: sizes from the inner dimension, strides of all but that.
+    """How TMA copies boxes of a tensor: sizes from the inner dimension, strides of all but that.
 
     `e4m3` and `bf16` boxes have 128 bytes inside and lie swizzled in shared memory, as the tensor core reads them;
     `fp32` boxes begin at a multiple of four numbers. A box may reach beyond the tensor: it is filled with zeros there.

@@ -1,7 +1,8 @@
-// Hopper's asynchronous units in CUDA C++: barriers in shared memory, tensor copies, the addresses that the tensor core
-// reads. All inline assembly is in headers, so that tests can put functions of a CPU in its place
-// (tests/support/emulated): what attention alone asks for is in mla_units.cuh, and fp8's `wgmma` is written by compiler.py,
-// because inline assembly takes no arrays.
+// Hopper's asynchronous units in CUDA C++: barriers in shared memory, TMA, the addresses that the tensor core reads.
+//
+// All inline assembly is in headers, so that tests can put functions of a CPU in its place (tests/support/emulated):
+// what attention alone asks for is in mla_units.cuh, and fp8's `wgmma` is written by compiler.py, because inline
+// assembly takes no arrays.
 
 #pragma once
 
@@ -22,7 +23,7 @@ __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// Initialised barriers become visible to the copy engine.
+// Initialised barriers become visible to TMA.
 __device__ __forceinline__ void barrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -54,29 +55,30 @@ __device__ __forceinline__ void copy_tile(u32 target, const TensorMap* map, u32 
         "l"(map), "r"(barrier), "r"(inner), "r"(outer) : "memory");
 }
 
-// The same for slices of 128 bytes of K: the map's dimensions are (128, rows, slices).
-__device__ __forceinline__ void copy_slices(u32 target, const TensorMap* map, u32 barrier, int row, int slice) {
+// The same for blocks of 128 bytes along K: the map's dimensions are (128, rows, K / 128).
+__device__ __forceinline__ void copy_k_blocks(u32 target, const TensorMap* map, u32 barrier, int row, int k_block) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {0, %3, %4}], [%2];" ::
             "r"(target),
-        "l"(map), "r"(barrier), "r"(row), "r"(slice) : "memory");
+        "l"(map), "r"(barrier), "r"(row), "r"(k_block) : "memory");
 }
 
-// The same, but into the memory of all programs of a cluster, each of which is told by its own barrier at this address.
-template <int PROGRAMS>
-__device__ __forceinline__ void copy_slices_to_all(u32 target, const TensorMap* map, u32 barrier, int row, int slice) {
+// The same, but into the memory of all CTAs of a cluster, each of which is told by its own barrier at this address.
+template <int CTAS>
+__device__ __forceinline__ void copy_k_blocks_to_all(
+    u32 target, const TensorMap* map, u32 barrier, int row, int k_block) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
         " [%0], [%1, {0, %3, %4}], [%2], %5;" ::"r"(target),
-        "l"(map), "r"(barrier), "r"(row), "r"(slice), "h"((u16)((1 << PROGRAMS) - 1)) : "memory");
+        "l"(map), "r"(barrier), "r"(row), "r"(k_block), "h"((u16)((1 << CTAS) - 1)) : "memory");
 }
 
-// The copy engine fetches a descriptor before its first copy needs it.
+// TMA fetches a descriptor before its first copy needs it.
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Clusters of programs that run at the same time and reach each other's shared memory.
+// Clusters of CTAs, which run at the same time and reach each other's shared memory.
 
 __device__ __forceinline__ u32 cluster_rank() {
     u32 rank;
@@ -89,7 +91,7 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }
 
-// Arrive at the barrier that program `rank` has at this address.
+// Arrive at the barrier that CTA `rank` has at this address.
 __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
     asm volatile(
         "{\n"
@@ -108,13 +110,13 @@ __device__ __forceinline__ void finish_reads() {
 // sum is never this NaN.
 __device__ __forceinline__ bool have_arrived(float a, float b) { return __float_as_int(a + b) != 0x7fc00001; }
 
-// Wait until the kernel launched before has ended and its writes can be read. Until then a kernel launched early
-// (cuda.py) must not touch memory that another kernel writes or reads.
+// Programmatic dependent launch (PDL): wait until the kernel launched before has ended and its writes can be read.
+// Until then a kernel launched so (`compiler.Launch.pdl`) must not touch memory that another kernel writes or reads.
 __device__ __forceinline__ void wait_for_kernel_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// Once every thread block has called it, thread blocks of a kernel launched early come to the card where there is room.
+// Once every CTA has called it, CTAs of the next kernel, if that is launched by PDL, come to where there is room.
 __device__ __forceinline__ void let_next_kernel_start() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
@@ -136,7 +138,7 @@ __device__ __forceinline__ char* shared_memory() {
     return dynamic_memory;
 }
 
-// Tiles of 128-byte rows, swizzled in groups of 8 rows, as a tensor copy with SWIZZLE_128B leaves them.
+// Tiles of 128-byte rows, swizzled in groups of 8 rows, as a TMA copy with SWIZZLE_128B leaves them.
 __device__ __forceinline__ u64 tile_descriptor(u32 address) {
     const u64 group_bytes = 1024;
     return (u64(address & 0x3FFFF) >> 4) | (u64(1) << 16) | ((group_bytes >> 4) << 32) | (u64(1) << 62);
@@ -192,10 +194,10 @@ __device__ __forceinline__ void store_matrices(u32 target, u32 a, u32 b, u32 c, 
                  : "memory");
 }
 
-// Ordinary writes to shared memory become visible to the copy engine and the tensor core.
+// Ordinary writes to shared memory become visible to TMA and the tensor core.
 __device__ __forceinline__ void publish_to_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The copy engine writes a box of a matrix from shared memory, behind this thread's back.
+// TMA writes a box of a matrix from shared memory, behind this thread's back.
 __device__ __forceinline__ void store_box(const TensorMap* map, u32 source, int inner, int outer) {
     asm volatile(
         "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"

@@ -1,6 +1,6 @@
 """Absorbed attention for the V3 latent (512 + 64) in CUDA C++ (mla_hopper.cu): descriptors, memory and the launch.
 
-Lengths stay on the device, so that a launch can be part of a CUDA graph: thread blocks find their work themselves.
+Lengths stay on the device, so that a launch can be part of a CUDA graph: CTAs find their work themselves.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _SHARED_BYTES = 27 * 64 * 128 + 2048 + 1024
 # Where the hardware's 2**x rounds to another bf16 number than the contract's does, it is at most so many fp32 numbers
 # from the middle between the two: tests/kernels/test_near_exp2.py tries every x.
 NEAR = 2
-# Splits of a row that a thread of `fold` waits for at once, and how many such groups can be on their way.
+# Splits of a row that a thread of `combine` waits for at once, and how many such groups can be on their way.
 GROUP_SPLITS = 8
 _GROUP_BYTES = GROUP_SPLITS * RANK * 4
 _GROUPS = 8
-# Splits that may be stored at once, for each multiprocessor: 128 KiB each.
-_PARTS = 8
+# Partials of splits that may be stored at once, for each multiprocessor: 128 KiB each.
+_PARTIALS = 8
 
 PROGRAM = compiler.Program(
     "mla_hopper.cu",
@@ -69,10 +69,10 @@ class _Batch(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("out", ctypes.c_void_p),
         ("prefixes", ctypes.c_void_p),
-        ("parts", ctypes.c_void_p),
+        ("partials", ctypes.c_void_p),
         ("stats", ctypes.c_void_p),
         ("capacity", ctypes.c_int),
-        ("apart", ctypes.c_void_p),
+        ("split_kv", ctypes.c_void_p),
     )
 
     def getPtr(self) -> int:  # noqa: N802 (what the driver's bindings ask an argument for)
@@ -121,13 +121,13 @@ def launch(q: torch.Tensor, latent_cache: torch.Tensor, batch: PagedBatch, out: 
     # Bounds: a request adds at most one tile that is not full, and is not longer than its row of pages.
     tiles = tokens * heads // _ROWS + (min(requests, tokens) if heads % _ROWS else 0)
     splits = -(-batch.block_table.shape[1] * block_size // SPLIT_KEYS)
-    # Enough tiles for nearly two rounds keep the card busy: then splits need not be stored apart.
-    capacity = 0 if splits == 1 or tiles >= 1.75 * processors else min(tiles * splits, _PARTS * processors)
+    # Enough tiles for nearly two rounds keep the card busy: then there is no need for split-KV.
+    capacity = 0 if splits == 1 or tiles >= 1.75 * processors else min(tiles * splits, _PARTIALS * processors)
     grid = min(processors, tiles * splits if capacity else tiles)
     prefixes = q.new_empty(grid * _ROWS * RANK if splits > 1 else 0, dtype=torch.float32)
-    parts = q.new_empty(capacity * _ROWS * RANK, dtype=torch.float32)
+    partials = q.new_empty(capacity * _ROWS * RANK, dtype=torch.float32)
     stats = q.new_empty(capacity * _ROWS * 2, dtype=torch.float32)
-    apart = q.new_empty(1, dtype=torch.int32)
+    split_kv = q.new_empty(1, dtype=torch.int32)
     box_rows = min(_KEYS, block_size & -block_size)
     described = _Batch(
         *(x.data_ptr() for x in batch.tensors),
@@ -138,9 +138,9 @@ def launch(q: torch.Tensor, latent_cache: torch.Tensor, batch: PagedBatch, out: 
         block_size,
         box_rows,
         scale * LOG2_E,
-        *(x.data_ptr() for x in (out, prefixes, parts, stats)),
+        *(x.data_ptr() for x in (out, prefixes, partials, stats)),
         capacity,
-        apart.data_ptr(),
+        split_kv.data_ptr(),
     )
     # A tile is 128 bytes wide; a copy takes several, and where a page holds less than a tile's keys one.
     q_map = compiler.tensor_map(
@@ -153,13 +153,11 @@ def launch(q: torch.Tensor, latent_cache: torch.Tensor, batch: PagedBatch, out: 
         (2 * latent_cache.stride(1), 128, 2 * latent_cache.stride(0)),
         (128, box_rows, _TILES_A_COPY if box_rows == _KEYS else 1, 1),
     )
-    compiler.launch(
-        PROGRAM, "attend", compiler.Launch(grid, 512, _SHARED_BYTES, early=True), (q_map, key_map, described)
-    )
+    compiler.launch(PROGRAM, "attend", compiler.Launch(grid, 512, _SHARED_BYTES, pdl=True), (q_map, key_map, described))
     if capacity:
         rows = tokens * heads
         blocks = min(rows, 8 * processors)
-        # `fold` comes to multiprocessors that `attend` has left. It takes their shared memory: that spreads it.
+        # `combine` comes to multiprocessors that `attend` has left. It takes their shared memory: that spreads it.
         groups = min(_GROUPS, compiler.shared_bytes_each(-(-blocks // processors)) // _GROUP_BYTES)
-        how = compiler.Launch(blocks, 128, groups * _GROUP_BYTES, early=True)
-        compiler.launch(PROGRAM, "fold", how, (described, rows, groups))
+        how = compiler.Launch(blocks, 128, groups * _GROUP_BYTES, pdl=True)
+        compiler.launch(PROGRAM, "combine", how, (described, rows, groups))

@@ -1,5 +1,5 @@
-// What the attention kernel alone asks of Hopper's units: barriers by pointer, copies of its tiles, bf16 products, and
-// loads and stores that the L2 cache is told about.
+// What the attention kernel alone asks of Hopper's units: barriers by pointer, TMA copies of its tiles, bf16 products,
+// and loads and stores that the L2 cache is told about.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 // A tile is 64 rows of 64 bf16 numbers in the swizzled layout of 128 bytes that copies write and products read.
 constexpr int TILE = 64 * 64 * 2;
 
-// Policies of the L2 cache: keys stream through it, prefixes come back.
+// Policies of the L2 cache: keys are read once, prefixes come back.
 constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
 
 __device__ __forceinline__ void barrier_init(u64* barrier, int count) { barrier_init(shared_address(barrier), count); }
@@ -17,8 +17,8 @@ __device__ __forceinline__ void barrier_expect(u64* barrier, int bytes) {
     barrier_expect(shared_address(barrier), bytes);
 }
 
-// A loop in C++, while hopper.cuh's is in assembly: with that one `attend` has too few registers and stores more of them
-// to memory, and with this one the fp8 kernel takes up to 1 % longer (measured).
+// A loop in C++, while hopper.cuh's is in assembly: with that one `attend` has too few registers and stores more of
+// them to memory, and with this one the fp8 kernel takes up to 1 % longer (measured).
 __device__ __forceinline__ void barrier_wait(u64* barrier, int parity) {
     u32 done;
     do {
@@ -36,7 +36,7 @@ __device__ __forceinline__ void arrive_warp(u64* barrier, int lane) {
     if (lane == 0) barrier_arrive(shared_address(barrier));
 }
 
-// Copies of boxes of tiles, one tile behind the other: `tile` is the number of the first one.
+// TMA copies of boxes of tiles, one tile behind the other: `tile` is the number of the first one.
 __device__ __forceinline__ void copy_q(void* to, const TensorMap* map, u64* barrier, int row, int tile) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "

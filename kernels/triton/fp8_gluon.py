@@ -1,10 +1,10 @@
 """Block-scaled fp8 products, dense and by expert, written for Hopper's asynchronous units.
 
-A program makes a tile of 128 x N sums. A producer warp copies 128-deep slices of both operands through the tensor
-memory accelerator into a ring of stages; two consumer warpgroups take 64 of the 128 rows each: while the tensor core
-works for one, the other's raw sums enter its accumulator by their fused multiply-add. With many tokens they are the 128
-rows and the weight has N = 128 columns; with few the weight is first and the tokens, N = 16 to 64, second. Rows of the
-next expert or behind the last that a tile copies along are computed and not stored.
+A CTA makes a tile of 128 x N sums. A producer warp copies 128-deep K-blocks of both operands by TMA into a ring of
+stages; two consumer warpgroups take 64 of the 128 rows each: while the tensor core works for one, the other's raw sums
+enter its accumulator by their fused multiply-add. With many tokens they are the 128 rows and the weight has N = 128
+columns; with few the weight is first and the tokens, N = 16 to 64, second. Rows of the next expert or behind the last
+that a tile copies along are computed and not stored.
 """
 
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
@@ -38,7 +38,7 @@ def _add(a, b):
 
 @gluon.jit
 def _produce(first, second, first_row, second_row, blocks, first_s, second_s, full, empty, STAGES: gl.constexpr):
-    """Copy slice after slice of both operands."""
+    """Copy K-block after K-block of both operands."""
     for block in range(blocks):
         stage = block % STAGES
         mbarrier.wait(empty.index(stage), ((block // STAGES) & 1) ^ 1)
@@ -67,7 +67,7 @@ def _consume(WHO: gl.constexpr, TOKENS_FIRST: gl.constexpr, N: gl.constexpr, STA
     scale_of = x_scale + token * row_stride
     acc = gl.zeros((_HALF, N), gl.float32, layout)
 
-    # Scales are read one slice ahead of their use.
+    # Scales are read one K-block ahead of their use.
     next_x = gl.load(scale_of, mask=inside, other=0)
     next_weight = gl.load(weight_scale)
     zero = gl.zeros((_HALF, N), gl.float32, layout)
@@ -121,7 +121,7 @@ def _linear(
     column_tile: gl.constexpr = N if TOKENS_FIRST else _FIRST
     column_tiles = gl.cdiv(columns, column_tile)
     if GROUPS == 0:
-        # Bands of row tiles, so that programs that run together share their slices in the L2 cache.
+        # Bands of row tiles, so that CTAs that run together share their K-blocks in the L2 cache.
         row_tiles = gl.cdiv(rows, row_tile)
         band = gl.program_id(0) // (BAND * column_tiles)
         height = gl.minimum(row_tiles - band * BAND, BAND)
@@ -180,7 +180,7 @@ def serves(columns: int, grouped: bool) -> bool:
 
 
 class Tile(NamedTuple):
-    """Which operand has the 128 rows, how many the other has, and how many slices are in flight."""
+    """Which operand has the 128 rows, how many the other has, and how many K-blocks are in flight."""
 
     tokens_first: bool
     second: int
@@ -193,7 +193,7 @@ def choose_tile(rows: int, columns: int, groups: int) -> Tile:
         return Tile(False, max(16, triton.next_power_of_2(rows)), 8)
     if groups or rows > 64 or columns > 16384:
         return Tile(True, 128, 6)
-    # Enough programs for every multiprocessor matter more here than the tile's shape.
+    # Enough CTAs for every multiprocessor matter more here than the tile's shape.
     return Tile(True, 64, 8)
 
 

@@ -29,7 +29,7 @@ from dsv3_plugin.ops.quantize import E4M3
 
 
 class Tile(NamedTuple):
-    """Tokens and weight rows of a program's tile, which operand comes first, and how it is launched."""
+    """Tokens and weight rows of a CTA's tile, which operand comes first, and how it is launched."""
 
     rows: int
     columns: int
@@ -212,18 +212,18 @@ def check(op: str, x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor,
     require(tuple(weight_scale.shape) == expected, op, f"weight_scale has shape {tuple(weight_scale.shape)}")
 
 
-OWN_MAKERS = ("stream", "gluon", "triton")
+OWN_BACKENDS = ("cuda", "gluon", "triton")
 """The kernels of this package for these products: fp8_gemm.cu, fp8_gluon.py, and the ones of this module."""
 
 
-def makers(columns: int, grouped: bool) -> tuple[str, ...]:
-    """Those of `OWN_MAKERS` that can make a product with `columns` rows of the weight."""
+def backends(columns: int, grouped: bool) -> tuple[str, ...]:
+    """Those of `OWN_BACKENDS` that support a product with `columns` rows of the weight."""
     able = {
-        "stream": fp8_gemm.serves(columns),
+        "cuda": fp8_gemm.serves(columns),
         "gluon": fp8_gluon.serves(columns, grouped),
         "triton": True,
     }
-    return tuple(maker for maker in OWN_MAKERS if able[maker])
+    return tuple(backend for backend in OWN_BACKENDS if able[backend])
 
 
 @implements(contracts.fp8_linear)
@@ -250,10 +250,10 @@ def fp8_linear_by(
     (rows, depth), columns = x.shape, weight.shape[0]
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
     if rows:
-        choice = choice or selection.choose(0, columns, depth, rows, makers(columns, grouped=False))
-        if choice.shape is not None:
-            fp8_gemm.launch(x, x_scale, weight, weight_scale, None, out, choice.shape)
-        elif choice.maker == "gluon":
+        choice = choice or selection.choose(0, columns, depth, rows, backends(columns, grouped=False))
+        if choice.config is not None:
+            fp8_gemm.launch(x, x_scale, weight, weight_scale, None, out, choice.config)
+        elif choice.backend == "gluon":
             fp8_gluon.launch(x, x_scale, weight, weight_scale, None, out)
         else:
             _launch(x, x_scale, weight, weight_scale, out)
@@ -321,27 +321,27 @@ def grouped_fp8_linear_by(
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
     if rows:
         mean_rows = -(-rows // groups)
-        choice = choice or selection.choose(groups, columns, depth, mean_rows, makers(columns, grouped=True))
-        if choice.shape is not None:
-            fp8_gemm.launch(x, x_scale, weight, weight_scale, expert_counts, out, choice.shape)
-        elif choice.maker == "gluon":
+        choice = choice or selection.choose(groups, columns, depth, mean_rows, backends(columns, grouped=True))
+        if choice.config is not None:
+            fp8_gemm.launch(x, x_scale, weight, weight_scale, expert_counts, out, choice.config)
+        elif choice.backend == "gluon":
             fp8_gluon.launch(x, x_scale, weight, weight_scale, expert_counts, out)
         else:
             _launch_grouped(x, x_scale, expert_counts, weight, weight_scale, out)
     return out
 
 
-def made_by(maker: str, grouped: bool, *args: torch.Tensor) -> torch.Tensor:
-    """`fp8_linear` or `grouped_fp8_linear` by one of `OWN_MAKERS`, whichever is the fastest; fp8_gemm.cu is cut in
-    one of the ways that serve, drawn by the shapes. Raises `InputError` for a shape that the maker does not take.
+def by_backend(backend: str, grouped: bool, *args: torch.Tensor) -> torch.Tensor:
+    """`fp8_linear` or `grouped_fp8_linear` by one of `OWN_BACKENDS`, whichever is the fastest; fp8_gemm.cu with one of
+    the tile configurations that serve, drawn by the shapes. Raises `InputError` for a shape that it does not take.
     """
     weight = args[-2]
     op = "grouped_fp8_linear" if grouped else "fp8_linear"
-    able = maker in makers(weight.shape[-2], grouped)
-    require(able, op, f"{selection.IMPLEMENTATIONS[maker]} does not take {weight.shape[-2]} columns")
+    able = backend in backends(weight.shape[-2], grouped)
+    require(able, op, f"{selection.IMPLEMENTATIONS[backend]} does not take {weight.shape[-2]} columns")
     draw = random.Random(str([tuple(x.shape) for x in args]))
-    cut = draw.choice(selection.cuts_to_check(grouped))._replace(groups=len(weight) if grouped else 1).filled()
-    choice = Choice(maker, cut if maker == "stream" else None)
+    config = draw.choice(selection.configs_to_check(grouped))._replace(groups=len(weight) if grouped else 1).filled()
+    choice = Choice(backend, config if backend == "cuda" else None)
     return grouped_fp8_linear_by(choice, *args) if grouped else fp8_linear_by(choice, *args)
 
 

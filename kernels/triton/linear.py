@@ -16,7 +16,7 @@ from dsv3_plugin.ops.operation import implements
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of a program's tile, and how it is launched."""
+    """Rows, columns and depth of a CTA's tile, and how it is launched."""
 
     rows: int
     columns: int
@@ -70,7 +70,7 @@ def _linear(
     DEPTH: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    # Bands of row tiles, so that programs that run together share their tiles of x and weight in the L2 cache.
+    # Bands of row tiles, so that CTAs that run together share their tiles of x and weight in the L2 cache.
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)

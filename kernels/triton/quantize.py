@@ -1,4 +1,4 @@
-"""Online 1x128 quantization to e4m3: a program takes several groups of 128 numbers."""
+"""Online 1x128 quantization to e4m3: a CTA takes several groups of 128 numbers."""
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""RMSNorm: one program a row, which stays in registers; its squares are folded as the contract says.
+"""RMSNorm: one CTA a row, which stays in registers; its squares are folded as the contract says.
 
 Fused with what stands before and behind it in a layer: the residual sum, and quantization to e4m3.
 """
@@ -21,8 +21,8 @@ from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.profile import ScaleFormat
 
 _WARPS = 4
-# Up to so many rows the weight is loaded with the row, lest a program wait for it; with more rows when it is needed,
-# which leaves registers for more programs.
+# Up to so many rows the weight is loaded with the row, lest a CTA wait for it; with more rows when it is needed,
+# which leaves registers for more CTAs.
 _FEW_ROWS = 1024
 
 
@@ -40,7 +40,7 @@ def _rms_norm(
     K: tl.constexpr,
     BLOCKS: tl.constexpr,
     UE8M0: tl.constexpr,
-    EARLY: tl.constexpr,
+    PRELOAD: tl.constexpr,
 ):
     """A row as BLOCKS of 128. `addend`, `total_out`, `out` and `values` are each None where they are not wanted."""
     row = tl.program_id(0).to(tl.int64) * K
@@ -48,7 +48,7 @@ def _rms_norm(
     column = block[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = column < K
     wide = widen(tl.load(x + row + column, mask=inside, other=0))
-    if EARLY:
+    if PRELOAD:
         weights = tl.load(weight + column, mask=inside, other=0)
     if addend is not None:
         other = tl.load(addend + row + column, mask=inside, other=0)
@@ -56,7 +56,7 @@ def _rms_norm(
         tl.store(total_out + row + column, wide.to(x.dtype.element_ty), mask=inside)
     total = sum_row(tl.reshape(wide * wide, (BLOCKS * 128,)), BLOCKS * 128)
     factor = divide(1.0, tl.math.sqrt_rn(divide(total, K * 1.0) + eps))
-    if not EARLY:
+    if not PRELOAD:
         weights = tl.load(weight + column, mask=inside, other=0)
     scaled = wide * tl.reshape(factor, (1, 1)) * widen(weights)
     if out is not None:
@@ -141,7 +141,7 @@ def _launch(
         return
     stride = 0 if scales is None else scales.stride(1)
     blocks = triton.next_power_of_2(triton.cdiv(x.shape[1], FP8_BLOCK))
-    early = len(x) <= _FEW_ROWS
+    preload = len(x) <= _FEW_ROWS
     pointers = x, addend, weight, total, out, values, scales
     _rms_norm[(len(x),)](
         *pointers,
@@ -150,7 +150,7 @@ def _launch(
         x.shape[1],
         blocks,
         scale_format == "ue8m0",
-        early,
+        preload,
         num_warps=_WARPS,
         **EXACT,
     )

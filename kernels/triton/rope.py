@@ -1,4 +1,4 @@
-"""Rotary embedding of interleaved pairs: a program takes one token and several heads."""
+"""Rotary embedding of interleaved pairs: a CTA takes one token and several heads."""
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
 
 from __future__ import annotations

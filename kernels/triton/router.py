@@ -1,7 +1,7 @@
-"""The router: its logits as sums of slices of K, and the choice of a token's experts by one warp.
+"""The router: its logits as sums of chunks of K, and the choice of a token's experts by one warp.
 
-For few tokens the slices are summed by programs of their own, and the choice adds them up while it loads them; for many
-a program walks the slices of its tile. The order is the contract's either way.
+For few tokens there is split-K: the chunks are summed by CTAs of their own, and the choice adds them up while it loads
+them. For many a CTA walks the chunks of its tile. The order is the contract's either way.
 
 In the choice experts stand as [groups, experts a group], both padded to powers of two with -inf. Among equal maxima
 the lower index wins.
@@ -21,22 +21,22 @@ from dsv3_plugin.kernels.triton.elementary import EXACT, divide, sigmoid
 from dsv3_plugin.ops import router as contracts
 from dsv3_plugin.ops.checks import require, require_matrix
 from dsv3_plugin.ops.operation import implements
-from dsv3_plugin.ops.router import SLICE
+from dsv3_plugin.ops.router import K_CHUNK
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of a program's tile, and how it is launched; `apart`: a program sums one slice alone."""
+    """Rows, columns and depth of a CTA's tile, and how it is launched; `split_k`: a CTA sums one chunk of K alone."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
-    apart: bool
+    split_k: bool
 
 
 @triton.jit
-def _slice_sums(
+def _sums_of_chunks(
     x,
     weight,
     sums,
@@ -46,26 +46,26 @@ def _slice_sums(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    SLICE: tl.constexpr,
+    K_CHUNK: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Sums of `COUNT` slices, to sums fp32 [programs in the second dimension, rows, columns]."""
+    """Sums of `COUNT` chunks, to sums fp32 [CTAs in the second dimension, rows, columns]."""
     gdc_launch_dependents()
     column_tiles = tl.cdiv(columns, COLUMNS)
     row = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.program_id(1) * COUNT * SLICE
+    first = tl.program_id(1) * COUNT * K_CHUNK
     k = tl.arange(0, DEPTH)
     x_tile = x + row[:, None].to(tl.int64) * depth
     w_tile = weight + column[None, :].to(tl.int64) * depth
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     chain = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in tl.range(0, COUNT * (SLICE // DEPTH)):
+    for step in tl.range(0, COUNT * (K_CHUNK // DEPTH)):
         at = first + step * DEPTH + k
         a = tl.load(x_tile + at[None, :], mask=(row < rows)[:, None] & (at < depth)[None, :], other=0)
         b = tl.load(w_tile + at[:, None], mask=(column < columns)[None, :] & (at < depth)[:, None], other=0)
         chain = tl.dot(a, b, chain)
-        if step % (SLICE // DEPTH) == SLICE // DEPTH - 1:
+        if step % (K_CHUNK // DEPTH) == K_CHUNK // DEPTH - 1:
             # An addition, written so that it is not made the start of the tensor core's next chain.
             total = tl.fma(chain, 1.0, total)
             chain = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -82,7 +82,7 @@ def _route(
     weights,
     scaling,
     tokens,
-    SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
     EXPERTS: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUPS_CHOSEN: tl.constexpr,
@@ -93,7 +93,7 @@ def _route(
     TOPK_PADDED: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):
-    """`sums` [SLICES, tokens, EXPERTS]; with FOLLOWS the program may start before the kernel that writes them ends."""
+    """`sums` [SPLITS, tokens, EXPERTS]; with FOLLOWS (PDL) a CTA may start before the kernel that writes them ends."""
     token = tl.program_id(0).to(tl.int64)
     size: tl.constexpr = EXPERTS // GROUPS
     group = tl.arange(0, GROUPS_PADDED)
@@ -104,8 +104,8 @@ def _route(
     if FOLLOWS:
         gdc_wait()
     logits = tl.zeros((GROUPS_PADDED, SIZE_PADDED), tl.float32)
-    for part in tl.static_range(SLICES):
-        logits += tl.load(sums + (part * tokens + token) * EXPERTS + expert, mask=inside, other=0)
+    for split in tl.static_range(SPLITS):
+        logits += tl.load(sums + (split * tokens + token) * EXPERTS + expert, mask=inside, other=0)
     scores = sigmoid(logits)
     choice = tl.where(inside, scores + bias_of_expert, float("-inf"))
 
@@ -164,7 +164,7 @@ def choose_tile(rows: int) -> Tile:
 def router_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x bf16 [T, K], weight bf16 [E, K], to logits fp32 [T, E]. Raises `InputError`."""
     _require_operands("router_linear", x, weight)
-    return _sum_slices(x, weight, choose_tile(len(x))._replace(apart=False)).squeeze(0)
+    return _sum_chunks(x, weight, choose_tile(len(x))._replace(split_k=False)).squeeze(0)
 
 
 @implements(contracts.moe_router)
@@ -176,7 +176,7 @@ def moe_router(
     Raises `InputError`.
     """
     _require_operands("moe_router", x, weight)
-    sums = _sum_slices(x, weight, choose_tile(len(x)))
+    sums = _sum_chunks(x, weight, choose_tile(len(x)))
     return _choose("moe_router", sums, e_score_correction_bias, follows=True, **routing)
 
 
@@ -186,15 +186,15 @@ def _require_operands(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
     require(x.shape[1] == weight.shape[1], op, f"x has K={x.shape[1]}, weight has K={weight.shape[1]}")
 
 
-def _sum_slices(x: torch.Tensor, weight: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """fp32 [parts, T, E]: a part for each slice, or one of all."""
+def _sum_chunks(x: torch.Tensor, weight: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """fp32 [splits, T, E]: one for each chunk of K, or one of all."""
     (rows, depth), columns = x.shape, weight.shape[0]
-    slices = triton.cdiv(depth, SLICE)
-    parts, count = (slices, 1) if tile.apart else (1, slices)
-    sums = torch.empty(parts, rows, columns, dtype=torch.float32, device=x.device)
+    chunks = triton.cdiv(depth, K_CHUNK)
+    splits, count = (chunks, 1) if tile.split_k else (1, chunks)
+    sums = torch.empty(splits, rows, columns, dtype=torch.float32, device=x.device)
     if rows:
-        grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), parts)
-        _slice_sums[grid](
+        grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), splits)
+        _sums_of_chunks[grid](
             x,
             weight,
             sums,
@@ -204,7 +204,7 @@ def _sum_slices(x: torch.Tensor, weight: torch.Tensor, tile: Tile) -> torch.Tens
             tile.rows,
             tile.columns,
             tile.depth,
-            SLICE,
+            K_CHUNK,
             count,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -237,8 +237,8 @@ def _choose(
     norm_topk_prob: bool,
     routed_scaling_factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """From sums fp32 [parts, T, E] of the logits. `follows`: the kernel launched last is the one that writes them."""
-    parts, tokens, experts = sums.shape
+    """From sums fp32 [splits, T, E] of the logits. `follows`: the kernel launched last is the one that writes them."""
+    splits, tokens, experts = sums.shape
     require(
         bias.dtype == torch.float32 and tuple(bias.shape) == (experts,),
         op,
@@ -255,7 +255,7 @@ def _choose(
             weights,
             routed_scaling_factor,
             tokens,
-            parts,
+            splits,
             experts,
             n_group,
             topk_group,

@@ -1,4 +1,4 @@
-"""The order in memory of an activation's fp8 scales [M, K / 128]: columns contiguous, as Hopper's copy engine reads."""
+"""The order in memory of an activation's fp8 scales [M, K / 128]: columns contiguous, as TMA reads."""
 
 from __future__ import annotations
 

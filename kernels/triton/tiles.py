@@ -1,4 +1,4 @@
-"""Finding a program's rows: experts' or requests' rows lie one after the other, and each takes whole tiles."""
+"""Finding a CTA's rows: experts' or requests' rows lie one after the other, and each takes whole tiles."""
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
 
 from __future__ import annotations

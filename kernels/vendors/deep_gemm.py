@@ -56,9 +56,9 @@ def fp8_linear(
 
     ours.check("fp8_linear", x, x_scale, weight, weight_scale)
     (rows, depth), columns = x.shape, weight.shape[0]
-    makers = (PROVIDER, *ours.makers(columns, grouped=False))
-    choice = selection.choose(0, columns, depth, max(1, rows), makers)
-    if choice.maker != PROVIDER:
+    backends = (PROVIDER, *ours.backends(columns, grouped=False))
+    choice = selection.choose(0, columns, depth, max(1, rows), backends)
+    if choice.backend != PROVIDER:
         return ours.fp8_linear_by(choice, x, x_scale, weight, weight_scale)
     return product(x, x_scale, weight, weight_scale)
 
@@ -92,20 +92,20 @@ def grouped_fp8_linear(
     ours.check("grouped_fp8_linear", x, x_scale, weight, weight_scale)
     rows, columns, experts = len(x), weight.shape[1], len(weight)
     align = deep_gemm.get_mk_alignment_for_contiguous_layout()
-    room = (rows + experts * (align - 1)) // align * align
+    padded_rows = (rows + experts * (align - 1)) // align * align
     ends = expert_counts.cumsum(0)
     padded = (expert_counts + align - 1) // align * align
     row = torch.arange(rows, device=x.device)
     expert = torch.searchsorted(ends, row, right=True)
     place = row + (padded.cumsum(0) - padded - ends + expert_counts)[expert]
     # Blocks of rows that belong to no expert are passed over.
-    experts_of_rows = torch.full((room,), -1, dtype=torch.int32, device=x.device)
+    experts_of_rows = torch.full((padded_rows,), -1, dtype=torch.int32, device=x.device)
     experts_of_rows[place] = expert.to(torch.int32)
-    values = torch.zeros(room, x.shape[1], dtype=torch.uint8, device=x.device)
+    values = torch.zeros(padded_rows, x.shape[1], dtype=torch.uint8, device=x.device)
     values[place] = x.view(torch.uint8)
-    scales = torch.zeros(room, x_scale.shape[1], dtype=torch.float32, device=x.device)
+    scales = torch.zeros(padded_rows, x_scale.shape[1], dtype=torch.float32, device=x.device)
     scales[place] = x_scale
-    out = torch.empty(room, columns, dtype=torch.bfloat16, device=x.device)
+    out = torch.empty(padded_rows, columns, dtype=torch.bfloat16, device=x.device)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
         (values.view(E4M3), scales), (weight, weight_scale), out, experts_of_rows
     )
@@ -196,7 +196,7 @@ def kernels() -> list[Kernel]:
         "fp8_linear",
         "products in which selection.json finds it the fastest",
         f"{package}.selection:choose",
-        f"{package}.triton.fp8_linear:makers",
+        f"{package}.triton.fp8_linear:backends",
         f"{package}.triton.fp8_linear:fp8_linear_by",
     )
     grouped = _part("m_grouped_fp8_gemm_nt_contiguous", grouped_fp8_linear, "grouped_fp8_linear", "every shape")

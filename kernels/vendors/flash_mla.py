@@ -1,6 +1,6 @@
 """FlashMLA's dense decode, as vLLM ships it, as a provider of attention. Fast mode only.
 
-It cuts the keys of a batch into as many parts as the card has multiprocessors, so a token's bits depend on its batch.
+Its split-KV follows the batch: as many partials as the card has multiprocessors, so a token's bits depend on its batch.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def kernels() -> list[Kernel]:
     attention = Offer(
         contracts.mla_attention,
         mla_attention,
-        uncertified="cuts the keys by the batch: of 150 requests together 147 answer otherwise alone",
+        uncertified="its split-KV follows the batch: of 150 requests together 147 answer otherwise alone",
     )
     is_supported = for_v3_latent(on_hopper_with(missing))
     return kernels_of(PROVIDER, version_of("vllm"), is_supported, attention)

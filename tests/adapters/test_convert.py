@@ -143,7 +143,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import distributed as dist
-from dsv3_plugin.checkpoint.masters import numbers
+from dsv3_plugin.checkpoint.masters import dequantize_weights
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.megatron_backend.config import transformer_config
 from dsv3_plugin.megatron_backend.model import build_model
@@ -170,7 +170,7 @@ def part(tensor, shape):
             tensor = tensor.narrow(dim, parallel_state.get_tensor_model_parallel_rank() * size, size)
     return tensor
 
-wrong = [name for name, tensor in numbers(original, places.__contains__)
+wrong = [name for name, tensor in dequantize_weights(original, places.__contains__)
          if not torch.equal(places[name], part(tensor, places[name].shape).to(places[name].dtype))]
 print(f"rank {dist.get_rank()}: {len(places)} tensors, {len(wrong)} wrong {wrong[:3]}", flush=True)
 dist.barrier()

@@ -69,24 +69,25 @@ def stages_are_given_back_after_their_reads(ptx: str) -> bool:
     return all(re.search(waits, text) for text in before_each_arrival)
 
 
-@pytest.mark.parametrize("shape", [s for s in fp8_gemm.DENSE_SAMPLE if s.k_groups == 1], ids=str)
-def test_stages_are_given_back_after_their_reads(shape):
-    assert stages_are_given_back_after_their_reads(compile_cuda(shape.filled().program()).ptx)
+@pytest.mark.parametrize("config", [c for c in fp8_gemm.DENSE_SAMPLE if c.k_groups == 1], ids=str)
+def test_stages_are_given_back_after_their_reads(config):
+    assert stages_are_given_back_after_their_reads(compile_cuda(config.filled().program()).ptx)
 
 
 def test_a_stage_given_back_too_early_would_be_seen(tmp_path, monkeypatch):
     for file in (*compiler._FOLDER.glob("*.cu"), *compiler._FOLDER.glob("*.cuh")):
         shutil.copy(file, tmp_path)
-    source = (tmp_path / "fp8_gemm.cu").read_text()
+    sources = {file: file.read_text() for file in tmp_path.glob("fp8_*.cu*")}
     for wait, count, without in (("finish_reads();\n", 5, ";\n"), ("read && have_arrived(", 1, "first_of(")):
-        assert source.count(wait) == count, wait
-        source = source.replace(wait, without)
-    source = source.replace("struct Tile {", "__device__ bool first_of(float, float) { return true; }\nstruct Tile {")
-    (tmp_path / "fp8_gemm.cu").write_text(source)
+        assert sum(text.count(wait) for text in sources.values()) == count, wait
+        sources = {file: text.replace(wait, without) for file, text in sources.items()}
+    anything = "__device__ bool first_of(float, float) { return true; }\nstruct Tile {"
+    for file, text in sources.items():
+        file.write_text(text.replace("struct Tile {", anything))
     monkeypatch.setattr(compiler, "_FOLDER", tmp_path)
     for buffers in (1, 4):
-        shape = next(s for s in fp8_gemm.DENSE_SAMPLE if s.tokens_first and s.buffers == buffers and s.k_groups == 1)
-        assert not stages_are_given_back_after_their_reads(compile_cuda(shape.filled().program()).ptx), buffers
+        config = next(c for c in fp8_gemm.DENSE_SAMPLE if c.tokens_first and c.buffers == buffers and c.k_groups == 1)
+        assert not stages_are_given_back_after_their_reads(compile_cuda(config.filled().program()).ptx), buffers
 
 
 def test_few_fp8_rows_on_the_first_side_would_be_seen(tmp_path):

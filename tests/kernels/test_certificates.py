@@ -132,9 +132,9 @@ def test_provenance_names_what_runs_and_for_which_shapes(certified):
     names = serving(ops)
     assert names["mla_attention"] == "cuda 0.1.0 (cuda.mla_hopper)"
     assert names["linear"] == "deep-gemm 0.1.5.post1 (deep_gemm.bf16_gemm_nt or triton.linear)"
-    makers = "cuda.fp8_gemm or triton.fp8_gluon or triton.fp8_linear"
-    assert names["grouped_fp8_linear"] == f"triton 0.1.0 ({makers})"
-    assert names["fp8_linear"] == f"deep-gemm 0.1.5.post1 (deep_gemm.fp8_gemm_nt or {makers})"
+    backends = "cuda.fp8_gemm or triton.fp8_gluon or triton.fp8_linear"
+    assert names["grouped_fp8_linear"] == f"triton 0.1.0 ({backends})"
+    assert names["fp8_linear"] == f"deep-gemm 0.1.5.post1 (deep_gemm.fp8_gemm_nt or {backends})"
     assert names["rope"] == "triton 0.1.0"
     assert "cuda 0.1.0: mla_attention by cuda.mla_hopper" in ops.announcement("DeepseekV3ForCausalLM")
     assert serving(strict(OTHER_LATENT))["mla_attention"] == "triton 0.1.0"
@@ -144,7 +144,7 @@ def test_provenance_names_what_runs_and_for_which_shapes(certified):
     assert all(part["certificate"]["subject"]["card"] == "NVIDIA H200" for part in of_linear["implementations"])
 
 
-def test_provenance_names_the_maker_of_each_product_that_was_met(certified, monkeypatch):
+def test_provenance_names_the_backend_of_each_product_that_was_met(certified, monkeypatch):
     selection.choose.cache_clear()
     monkeypatch.setattr(selection, "_chosen", {})
     for rows in (9, 7, 8):
@@ -318,14 +318,11 @@ PRODUCTS |= {"cuda.fp8_gemm", "triton.fp8_gluon", "triton.fp8_linear", "deep_gem
 PRODUCTS |= {"deep_gemm.m_grouped_fp8_gemm_nt_contiguous"}
 EDITS = {
     # A kernel's own constants and code.
-    "kernels/cuda/mla_hopper.cu": ("{", "{ ;", {"cuda.mla_hopper"}),
-    "kernels/cuda/mla_units.cuh": ("{", "{ ;", {"cuda.mla_hopper"}),
     "kernels/cuda/mla_hopper.py": ("NEAR = 2", "NEAR = 1", {"cuda.mla_hopper"}),
     "kernels/triton/mla_attention.py": ("_ROWS = 64", "_ROWS = 128", {"triton.mla_attention"}),
     "kernels/mla_inputs.py": ("scale)\n", "scale + 1)\n", {"triton.mla_attention", "cuda.mla_hopper"}),
     "kernels/triton/rope.py": ("_HEADS = 16", "_HEADS = 8", {"triton.rope"}),
     "kernels/cuda/compiler.py": ('= "sm_90a"', '= "sm_90b"', {"cuda.mla_hopper", "cuda.fp8_gemm"}),
-    "kernels/cuda/hopper.cuh": ("{", "{ ;", {"cuda.mla_hopper", "cuda.fp8_gemm"}),
     "kernels/triton/fp8_gluon.py": ("_HALF = gl.constexpr(64)", "_HALF = gl.constexpr(32)", {"triton.fp8_gluon"}),
     "kernels/triton/elementary.py": (
         "rcp.approx.ftz.f32",
@@ -335,13 +332,21 @@ EDITS = {
     "kernels/vendors/deep_gemm.py": ("columns % 8", "columns % 16", {"deep_gemm.bf16_gemm_nt"}),
     # Contracts' constants.
     "ops/mla_attention.py": ("SPLIT_KEYS = 1024", "SPLIT_KEYS = 512", {"triton.mla_attention", "cuda.mla_hopper"}),
-    "ops/router.py": ("SLICE = ", "SLICE = 2 * ", {"triton.router"}),
+    "ops/router.py": ("K_CHUNK = ", "K_CHUNK = 2 * ", {"triton.router"}),
     "ops/tile.py": ("ROWS = 64", "ROWS = 32", PRODUCTS),
     "ops/elementary.py": (
         "0.001326472731307149",
         "0.001326472731307150",
         MATH | {"triton.mla_attention", "cuda.mla_hopper"},
     ),
+}
+
+
+# Each file of CUDA C++ belongs to the kernel whose name it begins with, hopper.cuh to both.
+CUDA = {"mla": {"cuda.mla_hopper"}, "fp8": {"cuda.fp8_gemm"}, "hopper": {"cuda.mla_hopper", "cuda.fp8_gemm"}}
+EDITS |= {
+    f"kernels/cuda/{file.name}": ("{", "{ ;", CUDA[file.stem.partition("_")[0]])
+    for file in sorted(Path(compiler.__file__).parent.glob("*.cu*"))
 }
 
 
@@ -394,29 +399,31 @@ def test_words_checks_and_other_code_leave_them(edited, file, old, new):
 @pytest.mark.parametrize(
     ("change", "affected"),
     [
-        ({"stream": {"tile_rows": 64, "tokens": 16}}, {("fp8_linear", "cuda.fp8_gemm")}),
-        ({"microseconds": {"stream": 0.5}}, set()),
+        ({"tile_config": {"tile_rows": 64, "tokens": 16}}, {("fp8_linear", "cuda.fp8_gemm")}),
+        ({"microseconds": {"cuda": 0.5}}, set()),
     ],
-    ids=["another way to cut", "another time"],
+    ids=["another tile configuration", "another time"],
 )
-def test_another_cut_in_the_table_ends_the_certificate_of_its_products(h200, monkeypatch, change, affected):
+def test_another_tile_configuration_in_the_table_ends_the_certificate_of_its_products(
+    h200, monkeypatch, change, affected
+):
     before, table = subjects(), selection.table()
-    cut = next(i for i, row in enumerate(table.rows) if row.stream and not row.groups)
-    rows = (*table.rows[:cut], table.rows[cut].model_copy(update=change), *table.rows[cut:])
+    at = next(i for i, row in enumerate(table.rows) if row.tile_config and not row.groups)
+    rows = (*table.rows[:at], table.rows[at].model_copy(update=change), *table.rows[at:])
     monkeypatch.setattr(selection, "table", lambda: table.model_copy(update={"rows": rows}))
-    selection.cuts_to_check.cache_clear()
+    selection.configs_to_check.cache_clear()
     try:
         assert {name for name, digest in subjects().items() if digest != before[name]} == affected
     finally:
-        selection.cuts_to_check.cache_clear()
+        selection.configs_to_check.cache_clear()
 
 
 # Earning them.
 
 
-def result(op: str, maker: str, name: str, **more) -> Result:
+def result(op: str, provider_name: str, name: str, **more) -> Result:
     plain = {"cases": 1000, "outputs": 100, "dtypes": frozenset({"bfloat16"})}
-    return Result(op, maker, name, **plain | more)
+    return Result(op, provider_name, name, **plain | more)
 
 
 def test_an_implementation_earns_one_when_all_its_cases_are_equal(certified):

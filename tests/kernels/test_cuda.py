@@ -11,7 +11,7 @@ import torch
 
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.kernels.cuda import compiler
-from dsv3_plugin.kernels.cuda.fp8_gemm import Shape
+from dsv3_plugin.kernels.cuda.fp8_gemm import TileConfig
 
 
 @pytest.mark.parametrize("width", [8, 16, 144, 256])
@@ -29,7 +29,7 @@ def test_a_program_is_compiled_once(tmp_path, monkeypatch):
     monkeypatch.setattr(compiler, "_key", lambda program: str(program.widths))
     built = []
     monkeypatch.setattr(compiler, "build", lambda program: built.append(program) or compiler.Built(b"code", "", ""))
-    program = Shape(16, 16).filled().program()
+    program = TileConfig(16, 16).filled().program()
     assert compiler.compile_program(program) == compiler.compile_program(program) == b"code"
     assert len(built) == 1
     compiler.compile_program(program._replace(widths=(8,)))
@@ -90,4 +90,4 @@ def test_a_kernel_is_loaded_once_whatever_a_launch_takes(monkeypatch):
 @pytest.mark.skipif(compiler.available(), reason="NVRTC is installed here")
 def test_says_what_is_missing():
     with pytest.raises(KernelError, match="cuda-bindings"):
-        compiler.build(Shape(16, 16).filled().program())
+        compiler.build(TileConfig(16, 16).filled().program())

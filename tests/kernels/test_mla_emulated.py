@@ -61,8 +61,8 @@ CASES = {
     "splits in order": ([2100], [1], 16, 64, 1),
     "rows on both sides of a border, in order": ([1030, 70], [9, 3], 16, 16, 1),
     "a tile's rows end in two splits": ([2049], [2], 32, 64, 1),
-    "splits apart": ([2100, 900], [1, 1], 16, 64, 8),
-    "a border inside a tile, apart": ([1025, 2047], [3, 1], 17, 64, 12),
+    "split-KV": ([2100, 900], [1, 1], 16, 64, 8),
+    "a border inside a tile, split-KV": ([1025, 2047], [3, 1], 17, 64, 12),
 }
 
 
@@ -99,7 +99,7 @@ def small_splits(monkeypatch: pytest.MonkeyPatch) -> Case:
 
 
 @pytest.mark.parametrize("room", [40, 16])
-def test_folds_more_splits_than_a_warp_has_lanes(
+def test_combines_more_splits_than_a_warp_has_lanes(
     room: int, small_splits: Case, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 40 splits, all are on their way at once, or 16."""
@@ -108,18 +108,18 @@ def test_folds_more_splits_than_a_warp_has_lanes(
     assert bits_differ(expected(small_splits), out) == 0
 
 
-SABOTAGED_FOLD = {
+SABOTAGED_COMBINE = {
     "forgets the maximum": ("highest = __shfl_sync(~0u, own.maximum, 31);", ""),
     "begins at zero": ("float highest = __int_as_float(0xff800000)", "float highest = 0.0f"),
     "begins anew": ("const bool alone = first == 0 && i == 0;", "const bool alone = first == behind && i == 0;"),
 }
 
 
-@pytest.mark.parametrize("name", SABOTAGED_FOLD)
-def test_a_sabotaged_fold_is_caught(
+@pytest.mark.parametrize("name", SABOTAGED_COMBINE)
+def test_a_sabotaged_combine_is_caught(
     name: str, small_splits: Case, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = emulation.build(tmp_path, [SABOTAGED_FOLD[name]])
+    library = emulation.build(tmp_path, [SABOTAGED_COMBINE[name]])
     out = emulation.attend(monkeypatch, library, 8, *small_splits, scale=SCALE)
     wrong = bits_differ(expected(small_splits), out)
     print(name, wrong, "outputs differ")
@@ -140,7 +140,7 @@ def test_the_hardwares_powers_are_computed_again_where_they_may_round_otherwise(
 
 
 SABOTAGE = {
-    "folds from the wrong side": ("rows.a[r] = fold.a;", "rows.a[r] = fold.b;"),
+    "combines from the wrong side": ("rows.a[r] = factors.a;", "rows.a[r] = factors.b;"),
     "goes on where a split ends": ("const bool first = begin % SPLIT_KEYS == 0;", "const bool first = begin == 0;"),
     "reads what nobody wrote": ("if (half == 0 && begin + KEYS > work.visible) {", "if (begin < 0) {"),
     "trusts the hardware's power of two": ("if (doubt.any()) {", "if (false) {"),

@@ -29,7 +29,7 @@ from dsv3_plugin.kernels.triton import (
     router,
     silu_and_mul,
 )
-from dsv3_plugin.ops.router import SLICE
+from dsv3_plugin.ops.router import K_CHUNK
 
 _EXACT = {"enable_fp_fusion": False}
 _ALIGNED = ("columns", "depth", "width", "heads", "block_size", "token_stride", "head_stride", "block_stride")
@@ -81,15 +81,15 @@ def _norm(*wanted: str, without: tuple[str, ...] = ()) -> Source:
     types = {"x": "*bf16", "addend": "*bf16", "weight": "*bf16", "total_out": "*bf16", "out": "*bf16"}
     types |= {"values": "*fp8e4nv", "scales": "*fp32", "eps": "fp32", "scale_stride": "i32"}
     optional = {"addend", "total_out", "values", "scales"}.difference(wanted) | set(without)
-    constants = {"K": 7168, "BLOCKS": 64, "UE8M0": False, "EARLY": False} | dict.fromkeys(optional)
+    constants = {"K": 7168, "BLOCKS": 64, "UE8M0": False, "PRELOAD": False} | dict.fromkeys(optional)
     given = " ".join(kind for name, kind in types.items() if name not in optional)
     return Source(rms_norm._rms_norm, given, constants, _EXACT | {"num_warps": 4})
 
 
-def _slice_sums(count: int, tile: router.Tile) -> Source:
-    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "SLICE": SLICE, "COUNT": count}
+def _sums_of_chunks(count: int, tile: router.Tile) -> Source:
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "K_CHUNK": K_CHUNK, "COUNT": count}
     types = "*bf16 *bf16 *fp32 i32 i32 i32"
-    return Source(router._slice_sums, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
+    return Source(router._sums_of_chunks, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
 
 
 def _model(instruction: tensor_core.Instruction) -> Source:
@@ -99,7 +99,7 @@ def _model(instruction: tensor_core.Instruction) -> Source:
 
 
 _ROUTE = {"EXPERTS": 256, "GROUPS": 8, "GROUPS_CHOSEN": 4, "TOPK": 8, "NORMALISE": True}
-_ROUTE |= {"GROUPS_PADDED": 8, "SIZE_PADDED": 32, "TOPK_PADDED": 8, "SLICES": 14, "FOLLOWS": True}
+_ROUTE |= {"GROUPS_PADDED": 8, "SIZE_PADDED": 32, "TOPK_PADDED": 8, "SPLITS": 14, "FOLLOWS": True}
 _MLA = {"BLOCK_SIZE": 16, "REQUESTS": 128, "PADDED": 128, "RANK": 512, "ROPE": 64, "RANK_PADDED": 512}
 _MLA |= {"ROPE_PADDED": 64, "ROWS": 64, "KEYS": 64, "SPLIT": 1024, "STEP": 8}
 _GROUPED = {"GROUPS": 256, "PADDED": 256, "ROWS": 16, "COLUMNS": 128}
@@ -131,8 +131,8 @@ SOURCES: dict[str, Source] = {
     "rope": Source(rope._rope, "*bf16 *fp32 *fp32 *bf16 i32 i32 i32", {"PAIRS": 32, "WIDTH": 32, "HEADS": 16}, _EXACT),
     "combine": Source(combine._combine, "*bf16 *i64 *fp32 *bf16 *bf16 i32", {"TOPK": 8, "COLUMNS": 1024}, _EXACT),
     "route": Source(router._route, "*fp32 *fp32 *i64 *fp32 fp32 i32", _ROUTE, _EXACT | {"num_warps": 1}),
-    "router's slices apart": _slice_sums(1, router.choose_tile(128)),
-    "router's slices in order": _slice_sums(14, router.choose_tile(4096)),
+    "router's chunks, split-K": _sums_of_chunks(1, router.choose_tile(128)),
+    "router's chunks in order": _sums_of_chunks(14, router.choose_tile(4096)),
     "bf16 few rows": _bf16(16, 32, 256, 4, 4),
     "bf16 many rows": _bf16(128, 256, 64, 8, 3),
     "fp8 few rows": _fp8(16, 64, True, 4),
@@ -158,8 +158,8 @@ SOURCES: dict[str, Source] = {
 
 
 CUDA_SOURCES: dict[str, compiler.Program] = {
-    f"fp8 stream {tuple(shape)}": shape.filled().program()
-    for shape in (*fp8_gemm.DENSE_SAMPLE, *(shape._replace(groups=256) for shape in fp8_gemm.GROUPED_SAMPLE))
+    f"fp8 gemm {tuple(config)}": config.filled().program()
+    for config in (*fp8_gemm.DENSE_SAMPLE, *(config._replace(groups=256) for config in fp8_gemm.GROUPED_SAMPLE))
 } | {"mla hopper": mla_hopper.PROGRAM}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -37,20 +38,35 @@ def tensor_map(kind: str, address: int, size: Sequence[int], strides: Sequence[i
     return TensorMap(address, four(*sizes), four(*(0, *strides, 0, 0)[:4]), four(*boxes))
 
 
+def _files(name: str) -> list[str]:
+    """A source of the kernels' folder and the headers there that it includes, each once."""
+    found, waiting = [], [name]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and (_KERNELS / name).exists():
+            found.append(name)
+            waiting += re.findall(r'^#include "(.+)"', (_KERNELS / name).read_text(), re.MULTILINE)
+    return found
+
+
 def compile_kernel(
     folder: Path, program: compiler.Program, main: str, replacements: Sequence[tuple[str, str]] = ()
 ) -> Any:
-    """A program as a library, its source changed by `replacements`, each of which must apply.
+    """A program as a library, its sources changed by `replacements`, each of which must apply once.
 
     `main` of the folder of emulated units gives it functions to call; the headers there replace the kernels' own.
     """
-    source = (_KERNELS / program.file).read_text()
+    own = {file.name for file in _OWN.glob("*.cuh")}
+    sources = {file: (_KERNELS / file).read_text() for file in _files(program.file) if file not in own}
     for old, new in replacements:
-        assert source.count(old) == 1, (source.count(old), old)
-        source = source.replace(old, new)
-    (folder / program.file).write_text(source)
-    for file in (*_OWN.glob("*.cuh"), _OWN / main):
-        shutil.copy(file, folder)
+        counts = {file: text.count(old) for file, text in sources.items()}
+        assert sum(counts.values()) == 1, (counts, old)
+        file = max(counts, key=lambda file: counts[file])
+        sources[file] = sources[file].replace(old, new)
+    for name, text in sources.items():
+        (folder / name).write_text(text)
+    for path in (*_OWN.glob("*.cuh"), _OWN / main):
+        shutil.copy(path, folder)
     defines = [f"-D{name}={value}" for name, value in program.parameters]
     options = ["-O2", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
     library = folder / "emulated.so"
@@ -80,7 +96,7 @@ def attend(
             library.emulate_attend(how.grid, *(ctypes.byref(x) for x in arguments))
         else:
             described, rows, groups = arguments
-            library.emulate_fold(min(how.grid, 3), ctypes.byref(described), rows, groups)
+            library.emulate_combine(min(how.grid, 3), ctypes.byref(described), rows, groups)
 
     monkeypatch.setattr(compiler, "launch", launch)
     monkeypatch.setattr(compiler, "tensor_map", tensor_map)

@@ -11,7 +11,7 @@ from bits import FLOATS, normal, same_bits
 
 from dsv3_plugin.ops.elementary import sigmoid
 from dsv3_plugin.ops.linear import linear
-from dsv3_plugin.ops.router import SLICE, route, router_linear
+from dsv3_plugin.ops.router import K_CHUNK, route, router_linear
 
 Tensor = torch.Tensor
 
@@ -92,12 +92,12 @@ def sum_in_slices(x: Tensor, weight: Tensor, size: int, order: Callable[[list[Te
 def test_router_logits_are_sums_of_slices(dtype: torch.dtype, depth: int) -> None:
     x, weight = normal(70, depth, dtype=dtype), normal(16, depth, seed=1, dtype=dtype)
     logits = router_linear(x, weight)
-    assert same_bits(logits, sum_in_slices(x, weight, SLICE, list))
+    assert same_bits(logits, sum_in_slices(x, weight, K_CHUNK, list))
     exact = x.double() @ weight.double().t()
     assert (logits - exact).abs().max() < 1e-3
     # The twins: slices of another size, and another order, give other bits.
-    assert not torch.equal(logits, sum_in_slices(x, weight, 2 * SLICE, list))
-    assert not torch.equal(logits, sum_in_slices(x, weight, SLICE, lambda sums: sums[::-1]))
+    assert not torch.equal(logits, sum_in_slices(x, weight, 2 * K_CHUNK, list))
+    assert not torch.equal(logits, sum_in_slices(x, weight, K_CHUNK, lambda sums: sums[::-1]))
     assert not torch.equal(logits, linear(x, weight, out_dtype=torch.float32))
 
 

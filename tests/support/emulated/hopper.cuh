@@ -35,7 +35,7 @@ inline void barrier_expect(u32 barrier, u32 bytes) { barrier_at(barrier).arrive(
 inline void barrier_wait(u32 barrier, u32 parity) { barrier_at(barrier).wait(parity); }
 
 inline void copy_tile(u32 target, const TensorMap* map, u32 barrier, int inner, int outer) {
-    // The copy engine begins at multiples of 16 bytes.
+    // TMA begins at multiples of 16 bytes.
     if (inner % 4 != 0 || target % 128 != 0) abort();
     for (int o = 0; o < map->box[1]; o++)
         for (int i = 0; i < map->box[0]; i++) {
@@ -47,14 +47,14 @@ inline void copy_tile(u32 target, const TensorMap* map, u32 barrier, int inner, 
     barrier_at(barrier).complete(map->box[0] * map->box[1] * 4);
 }
 
-inline void copy_slices(u32 target, const TensorMap* map, u32 barrier, int row, int slice) {
+inline void copy_k_blocks(u32 target, const TensorMap* map, u32 barrier, int row, int k_block) {
     if (target % 1024 != 0) abort();
     for (int s = 0; s < map->box[2]; s++)
         for (int r = 0; r < map->box[1]; r++)
             for (int byte = 0; byte < 128; byte++) {
                 char x = 0;
-                if (row + r < map->size[1] && slice + s < map->size[2])
-                    x = map->base[byte + (row + r) * map->stride[1] + (slice + s) * map->stride[2]];
+                if (row + r < map->size[1] && k_block + s < map->size[2])
+                    x = map->base[byte + (row + r) * map->stride[1] + (k_block + s) * map->stride[2]];
                 *swizzled(target + (s * map->box[1] + r) * 128 + byte) = x;
             }
     barrier_at(barrier).complete(map->box[0] * map->box[1] * map->box[2]);
@@ -67,10 +67,10 @@ inline u32 cluster_rank() { return blockIdx.x % cluster_blocks; }
 inline char* shared_memory() { return memory + cluster_rank() * MEMORY; }
 inline u32 address_in(u32 at, u32 rank) { return at % MEMORY + rank * MEMORY; }
 
-template <int PROGRAMS>
-void copy_slices_to_all(u32 target, const TensorMap* map, u32 barrier, int row, int slice) {
-    for (u32 rank = 0; rank < PROGRAMS; rank++)
-        copy_slices(address_in(target, rank), map, address_in(barrier, rank), row, slice);
+template <int CTAS>
+void copy_k_blocks_to_all(u32 target, const TensorMap* map, u32 barrier, int row, int k_block) {
+    for (u32 rank = 0; rank < CTAS; rank++)
+        copy_k_blocks(address_in(target, rank), map, address_in(barrier, rank), row, k_block);
 }
 inline void barrier_arrive_at(u32 barrier, u32 rank) { barrier_arrive(address_in(barrier, rank)); }
 inline void cluster_sync() { cluster_together->arrive_and_wait(); }

@@ -6,6 +6,6 @@ extern "C" void emulate_attend(int blocks, const TensorMap* q_map, const TensorM
     launch(blocks, 512, [&] { attend(*q_map, *key_map, *batch); });
 }
 
-extern "C" void emulate_fold(int blocks, const Batch* batch, int rows, int groups) {
-    launch(blocks, 128, [&] { fold(*batch, rows, groups); });
+extern "C" void emulate_combine(int blocks, const Batch* batch, int rows, int groups) {
+    launch(blocks, 128, [&] { combine(*batch, rows, groups); });
 }
