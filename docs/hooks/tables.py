@@ -8,8 +8,10 @@ A page says where, and on GitHub names what stands there:
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +22,7 @@ from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
 from dsv3_plugin.kernels.bench import scoreboard
+from dsv3_plugin.ops.operation import Operation, operations
 
 ROOT = Path(__file__).parents[2]
 _MARK = re.compile(r"^<!-- drawn by docs/hooks/tables\.py: (?P<name>\w+)(?: (?P<argument>\w+))? -->$", re.MULTILINE)
@@ -35,6 +38,59 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return "\n".join(TABLES[match["name"]](*argument))
 
     return _MARK.sub(table, markdown)
+
+
+def contracts() -> Iterator[str]:
+    """Every operation's contract, from its declaration, after a table of all."""
+    yield from ("| operation | version | contract |", "|---|---|---|")
+    yield from (f"| [`{op.name}`](#{op.name}) | {op.version} | {op.summary} |" for op in operations().values())
+    for module, declared in groupby(operations().values(), key=lambda op: op.__module__):
+        yield from ("", f"## {module.rpartition('.')[2]}.py", "", _prose(inspect.getdoc(sys.modules[module])))
+        for op in declared:
+            yield from ("", f"### {op.name} {{#{op.name}}}", "", f"Contract version {op.version}: {op.summary}.", "")
+            yield from ("```python", _signature(op), "```", "", _prose(inspect.getdoc(op)))
+
+
+def _signature(op: Operation[..., object]) -> str:
+    """As it is written."""
+
+    def named(annotation: object) -> str:
+        return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+
+    signature, arguments, keyword_only = op.signature, [], False
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            arguments.append("*")
+            keyword_only = True
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        arguments.append(f"{parameter.name}: {named(parameter.annotation)}{default}")
+    returned = named(signature.return_annotation)
+    line = f"{op.name}({', '.join(arguments)}) -> {returned}"
+    if len(line) <= 88:
+        return line
+    return f"{op.name}(\n    " + ",\n    ".join(arguments) + f",\n) -> {returned}"
+
+
+def _prose(docstring: str | None) -> str:
+    """A docstring as markdown: arguments are a list, and stars that multiply are no emphasis."""
+    lines: list[str] = []
+    for line in (docstring or "").splitlines():
+        if line.startswith("    products: "):
+            continue  # the reference's alone
+        if argument := re.fullmatch(r" {4}(\w+): (.*)", line):
+            line = f"* `{argument[1]}`: {_stars(argument[2])}"
+        elif not line.startswith("    "):
+            line = _stars(line)
+        # A list needs an empty line before it.
+        if line.startswith("* ") and lines and lines[-1] and not lines[-1].startswith(("* ", " ")):
+            lines.append("")
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _stars(line: str) -> str:
+    """`line` with its double stars escaped, but in code."""
+    return re.sub(r"`[^`]*`|\*\*", lambda match: r"\*\*" if match[0] == "**" else match[0], line)
 
 
 def numbers() -> Iterator[str]:
@@ -132,6 +188,7 @@ def _names(node: ast.expr) -> Iterable[str]:
 
 
 TABLES: dict[str, Callable[..., Iterator[str]]] = {
+    "contracts": contracts,
     "numbers": numbers,
     "refusals": refusals,
     "versions": versions,
