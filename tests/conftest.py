@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dsv3_plugin.checkpoint.presets import read_config
 torch.set_num_threads(1)
 
 _STARTED = time.monotonic()
+_NO_TIME = "no time left: `make test` runs all"
 
 TinyCheckpoint = Callable[[str], Path]
 
@@ -50,4 +52,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     seconds = item.config.getoption("--seconds")
     if seconds and time.monotonic() - _STARTED > seconds:
-        pytest.skip(f"not run: {seconds:g} seconds were over; `make test` runs all")
+        pytest.skip(_NO_TIME)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = (report for report in terminalreporter.stats.get("skipped", []) if _NO_TIME in str(report.longrepr))
+    for file, count in Counter(report.nodeid.split("::")[0] for report in skipped).items():
+        terminalreporter.write_line(f"not run for want of time: {count} tests of {file}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -59,5 +60,5 @@ def test_what_nothing_names_reaches_nothing_and_a_requirement_everything(graph):
 def test_what_does_not_begin_in_time_is_skipped_and_named():
     command = [sys.executable, "-m", "pytest", "tests/core/ops/test_combine.py", "--seconds=0.000001"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert "not run: 1e-06 seconds were over; `make test` runs all" in done.stdout, done.stdout
+    assert re.search(r"^not run for want of time: \d+ tests of tests/core/ops/test_combine.py$", done.stdout, re.M)
     assert " passed" not in done.stdout

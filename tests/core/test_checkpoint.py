@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv3_plugin import cli
 from dsv3_plugin.checkpoint import tokenizer
 from dsv3_plugin.checkpoint.loader import WeightLoader, load_model, load_mtp, load_weights
 from dsv3_plugin.checkpoint.make import CheckpointDtype, _stride, make_checkpoint
 from dsv3_plugin.checkpoint.names import Part, checkpoint_tensors
 from dsv3_plugin.checkpoint.presets import PRESETS, read_config
 from dsv3_plugin.checkpoint.reader import INDEX_FILE, SINGLE_FILE, CheckpointReader, value_problem
+from dsv3_plugin.commands import cli
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError, ConfigError
 from dsv3_plugin.layers.attend import Select, attend_to_pages, select_all

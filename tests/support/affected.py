@@ -107,7 +107,8 @@ def main() -> int:
     found = affected(changed, imports(sys.argv[1]))
     slow = {file for file in found if file.startswith("tests/adapters/") or ENGINES.search((ROOT / file).read_text())}
     chosen = sorted(
-        (file for file in found if found[file] == 0 or file not in slow), key=lambda file: (found[file], file)
+        (file for file in found if found[file] == 0 or file not in slow),
+        key=lambda file: (found[file], file in slow, file),
     )
     print(
         f"{len(changed)} files changed since {base[0][:9]}; they reach {len(found)} test files, {len(chosen)} run here"
