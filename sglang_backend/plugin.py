@@ -78,7 +78,7 @@ def hooks() -> dict[str, Callable[..., Any]]:
     from dsv3_plugin.sglang_backend import attention, options, sampling, updates
 
     factory = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
-    around = {
+    around: dict[str, Callable[..., Any]] = {
         f"{factory}.create_decode_backend": attention.create_decode_backend,
         f"{factory}.create_draft_extend_backend": attention.create_draft_extend_backend,
         "sglang.srt.model_executor.model_runner.ModelRunner.load_model": attention.size_slots,
