@@ -24,6 +24,7 @@ from dsv3_plugin.layers.attend import attend_to_itself
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.ops.combine import combine
+from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
 from dsv3_plugin.ops.linear import grouped_linear, head_linear
 from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.operation import Operation
@@ -226,8 +227,20 @@ def assert_close(found: torch.Tensor | None, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)
 
 
-def test_attention_gradients_of_chunks_and_shared_pages() -> None:
-    """Two requests on one page, the second a chunk with a cached prefix, against autograd in float64."""
+SELECTIONS = {
+    "all": ALL_KEYS,
+    # The last two keys of each query and the first; the second request is a chunk from position 6 on.
+    "window": KeySelection(torch.tensor([[0, p - 1, p] for p in (0, 1, 2, 3, 4, 6, 7)])),
+}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_attention_gradients_of_chunks_and_shared_pages(selection: str) -> None:
+    """Two requests on one page, the second a chunk with a cached prefix, against autograd in float64. The twin: the
+    gradients of the other selection are others.
+    """
+    chosen = SELECTIONS[selection]
+    (other,) = (keys for name, keys in SELECTIONS.items() if name != selection)
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(7, 2, 6, generator=generator).requires_grad_()
     cache = torch.randn(4, 4, 6, generator=generator).requires_grad_()
@@ -235,17 +248,23 @@ def test_attention_gradients_of_chunks_and_shared_pages() -> None:
     grad = torch.randn(7, 2, 4, generator=generator)
     run = mla_attention.differentiable({mla_attention: mla_attention})
     batch = PagedBatch.of(q, cache, table, lengths, starts)
-    run(q, cache, batch, kv_lora_rank=4, scale=0.5).backward(grad)
+    run(q, cache, batch, chosen, kv_lora_rank=4, scale=0.5).backward(grad)
+    of_other = torch.autograd.grad(run(q, cache, batch, other, kv_lora_rank=4, scale=0.5), (q, cache), grad)
 
     wide_q, wide_cache = q.detach().double().requires_grad_(), cache.detach().double().requires_grad_()
     outputs = []
     for request, length in enumerate(lengths.tolist()):
         keys = wide_cache[table[request]].flatten(0, 1)[:length]
-        queries = wide_q[starts[request] : starts[request + 1]]
+        rows = slice(starts[request], starts[request + 1])
+        queries = wide_q[rows]
         scores = torch.einsum("thc,lc->htl", queries, keys) * 0.5
         future = torch.arange(length) > torch.arange(length - len(queries), length).unsqueeze(1)
+        if chosen.positions is not None:
+            future |= ~torch.stack([torch.isin(torch.arange(length), own) for own in chosen.positions[rows]])
         outputs.append(torch.einsum("htl,lr->thr", scores.masked_fill(future, -torch.inf).softmax(-1), keys[:, :4]))
     torch.cat(outputs).backward(grad.double())
     assert wide_q.grad is not None and wide_cache.grad is not None
     torch.testing.assert_close(q.grad, wide_q.grad.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(cache.grad, wide_cache.grad.float(), rtol=1e-4, atol=1e-5)
+    for found, wide in zip(of_other, (wide_q, wide_cache), strict=True):
+        assert wide.grad is not None and (found - wide.grad.float()).abs().max() > 0.01

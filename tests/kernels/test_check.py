@@ -80,6 +80,19 @@ def test_a_kernel_that_changes_its_arguments_is_wrong():
     assert "case 0: it changes argument 1, [" in str(result)
 
 
+def test_a_kernel_that_changes_its_batch_is_wrong():
+    model = model_kernel("mla_attention")
+
+    def run(q, cache, batch, *args, **kwargs):
+        out = model.run(q, cache, batch, *args, **kwargs)
+        batch.block_table[0, -1] += 1
+        return out
+
+    (result,) = check_alike(replace(model, run=run))
+    assert (result.wrong_cases, result.wrong_outputs) == (CASES, 0)
+    assert "case 0: it changes argument 2, [" in str(result)
+
+
 def test_a_kernel_that_returns_one_buffer_again_is_wrong():
     model, buffers = model_kernel("rope"), {}
 

@@ -1,0 +1,53 @@
+"""A pass's sequences for Megatron's layers: built once, and without reading a device where each row is a sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv3_plugin.errors import InputError
+from dsv3_plugin.megatron_backend.sequences import Sequences, SequencesOfPass
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def test_rows_and_documents() -> None:
+    def numbers(found: Sequences) -> list[object]:
+        return [found.positions.tolist(), *(x.tolist() for x in found.batch.tensors), found.batch.sizes]
+
+    of_pass = SequencesOfPass(longest=4)
+    rows = [[0, 1, 2, 0, 1, 2], [[0, 1, 2], [3, 4, 5]], [3, 3], [0, 3, 6], (6, 6, 1)]
+    assert numbers(of_pass.of(None, 2, 3, CPU)) == rows
+    assert numbers(of_pass.of(torch.tensor([0, 3, 6]), 2, 3, CPU)) == rows
+    documents = of_pass.of(torch.tensor([0, 2, 3, 6]), 2, 3, CPU)
+    # A table's rows are filled up with the last token.
+    table = [[0, 1, 2], [2, 3, 4], [3, 4, 5]]
+    assert numbers(documents) == [[0, 1, 0, 0, 1, 2], table, [2, 1, 3], [0, 2, 3, 6], (6, 6, 1)]
+    with pytest.raises(InputError, match="a sequence of 5 tokens exceeds max_position_embeddings=4"):
+        of_pass.of(torch.tensor([0, 5, 6]), 2, 3, CPU)
+    with pytest.raises(InputError, match="a sequence of 5 tokens exceeds max_position_embeddings=4"):
+        of_pass.of(None, 1, 5, CPU)
+
+
+def test_the_layers_of_a_pass_share_one_batch() -> None:
+    of_pass, starts = SequencesOfPass(longest=8), torch.tensor([0, 2, 6])
+    for given in (starts, None):
+        of_pass.begin()
+        first = of_pass.of(given, 2, 3, CPU)
+        assert of_pass.of(given, 2, 3, CPU) is first
+    # Of other starts, of another shape and in another pass they are others, also where a tensor was written to.
+    assert of_pass.of(starts, 2, 3, CPU) is not first
+    assert of_pass.of(None, 3, 2, CPU).batch.num_reqs == 3
+    of_pass.of(starts, 2, 3, CPU)
+    starts[1] = 4
+    of_pass.begin()
+    assert of_pass.of(starts, 2, 3, CPU).batch.host_seq_lens == (4, 2)
+
+
+def test_rows_are_known_without_the_device() -> None:
+    of_pass = SequencesOfPass(longest=8)
+    found = of_pass.of(None, 2, 3, META)
+    assert found.positions.shape == (6,) and found.batch.host_query_start_loc == (0, 3, 6)
+    # The twin: starts are read, once a pass.
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        of_pass.of(torch.tensor([0, 3, 6]).to(META), 2, 3, META)
