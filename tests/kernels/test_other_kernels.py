@@ -12,9 +12,9 @@ from dsv3_plugin import registry
 from dsv3_plugin.certificates import Certificate, Subject
 from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Kernel, Setting, always
-from dsv3_plugin.kernels import hopper, provider
+from dsv3_plugin.kernels import hopper, installed, provider
 from dsv3_plugin.kernels.hopper import V3_LATENT
-from dsv3_plugin.kernels.vendors import cublas, deep_gemm, flash_mla, third_party
+from dsv3_plugin.kernels.vendors import cublas, deep_gemm, flash_mla
 from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.quantize import E4M3
@@ -42,8 +42,8 @@ def test_what_is_not_installed_is_named():
     is_supported = hopper.on_hopper_with(lambda: "a lab's kernel is not installed")
     assert is_supported(HOPPER).reason == "a lab's kernel is not installed"
     assert hopper.on_hopper_with(lambda: None)(HOPPER)
-    assert third_party.version_of("no-such-distribution", "pluggy")
-    assert third_party.version_of("no-such-distribution") is None
+    assert installed.version_of("no-such-distribution", "pluggy")
+    assert installed.version_of("no-such-distribution") is None
 
 
 def test_flash_mla_attends_with_the_latent_of_v3_only(monkeypatch):
