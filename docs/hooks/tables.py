@@ -109,10 +109,9 @@ def numbers() -> Iterator[str]:
         floors = [one.median_us / one.floor_us for one in served if one.median_us]
         changed = sum(record.rows_differ or 0 for record in ours)
         compared = max((record.rows_compared or 0 for record in ours), default=0)
-        yield (
-            f"| {scoreboard.TITLES[group]} | {len(cases)} | {_spread(beside)} | {_spread(floors)}"
-            f" | {changed} of up to {compared / 1e6:,.1f} million |"
-        )
+        floor = statistics.median(floors)
+        bits = f"{changed} of up to {compared / 1e6:,.0f} million"
+        yield f"| {scoreboard.TITLES[group]} | {len(cases)} | {_spread(beside)} | {floor:.2f} | {bits} |"
     versions = ", ".join(f"{name} {version}" for name, version in board.versions.items())
     yield from ("", f"One {board.card}; {versions}.")
 

@@ -100,7 +100,7 @@ def test_the_reference_serves_every_operation_on_a_cpu() -> None:
     assert {(c.provider, c.is_the_contract) for c in ops.provenance} == {("reference", True)}
     assert all(c.refused == () for c in ops.provenance)
     assert ops[linear] is linear
-    assert ops.describe().startswith(f"{OURS}: combine, fp8_linear, ")
+    assert ops.describe().startswith(f"{OURS}: {next(iter(operations()))}, ")
 
 
 def test_fp8_operations_are_bound_in_the_fp8_profile_only() -> None:
@@ -150,7 +150,7 @@ def test_fast_mode_admits_by_priority() -> None:
         assert choice(ops, "rope").provider == "reference"
     assert bind(CPU_BF16, "fast", [kernel(priority=-1), *REFERENCE])[linear] is linear
     described = bind(CPU_BF16, "fast", offers).describe()
-    assert described.startswith(f"{OURS}: combine, head_linear, ")
+    assert described.startswith(f"{OURS}: {next(iter(operations()))}, ")
     assert described.endswith("; fast_lab 3.2: linear by other_linear")
 
 
@@ -408,7 +408,7 @@ BROKEN = {
     "offers nothing": (HOOK + "[None]\n", r" offers NoneType None, not a dsv3_plugin\.hooks\.Kernel$"),
     "misspells an operation": (
         HOOK + "[Kernel('ropee', 1, 'lab', '1', print)]\n",
-        " offers a kernel for 'ropee', which is no operation; they are combine, ",
+        " offers a kernel for 'ropee', which is no operation; they are ",
     ),
 }
 
