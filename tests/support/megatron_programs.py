@@ -22,8 +22,8 @@ needs_megatron = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is mi
 
 MODEL = "dsv3_plugin.commands.cli", "dsv3_plugin.megatron_backend.convert", "dsv3_plugin.megatron_backend.model"
 """What is imported in advance by default."""
-PRETRAIN = (*MODEL, "pretrain_on_cpu")
-"""For programs that begin with pretrain_on_cpu.py, whose stand-ins stay in place."""
+LOOP = (*MODEL, "pretrain_on_cpu")
+"""For Megatron's own loop, whose stand-ins stay in place."""
 
 Done = subprocess.CompletedProcess[str]
 
@@ -38,6 +38,12 @@ def fresh(*command: object, **variables: str) -> Done:
     return subprocess.run(words, capture_output=True, text=True, env=_environment(variables), timeout=900)
 
 
+def torchrun(*command: object, ranks: int, **variables: str) -> Done:
+    """Run `torchrun COMMAND` in new processes."""
+    launch = "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"
+    return fresh(PYTHON, *launch, *command, **variables)
+
+
 @cache
 def _warm(modules: tuple[str, ...]) -> subprocess.Popen[str]:
     """Ends with this process, when its stdin closes."""
@@ -46,11 +52,11 @@ def _warm(modules: tuple[str, ...]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=_environment({}))
 
 
-def warm(*command: object, ranks: int = 1, modules: tuple[str, ...] = MODEL, **variables: str) -> Done:
-    """Run `python COMMAND` in a fork, or in one for each of several ranks, with the variables that torchrun sets."""
+def warm(*command: object, ranks: int | None = None, modules: tuple[str, ...] = MODEL, **variables: str) -> Done:
+    """Run `python COMMAND` in a fork, or in one for each of `ranks`, with the variables that torchrun sets."""
     server = _warm(modules)
     environments = [_environment(variables)]
-    if ranks > 1:
+    if ranks:
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         numbers = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks))
         environments = [environments[0] | world | {"LOCAL_WORLD_SIZE": str(ranks)} | number for number in numbers]
@@ -62,6 +68,11 @@ def warm(*command: object, ranks: int = 1, modules: tuple[str, ...] = MODEL, **v
         assert server.stdout is not None
         status = int(server.stdout.readline())
         return subprocess.CompletedProcess(words, status, out.read_text(), error.read_text())
+
+
+def printed(done: Done) -> str:
+    """All that a program said, errors last."""
+    return done.stdout + done.stderr
 
 
 def convert(direction: str, *arguments: object) -> str:
