@@ -27,9 +27,11 @@ conformance: $(DTYPES:%=$(WORK)/small-%) $(TESTEES:%=.envs/%/.ready) .envs/core/
 		$(CORE)/dsv3 conformance run $(TESTEES:%=--testee %) --checkpoint $(WORK)/small-$$dtype; \
 	done
 
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: lint docs environments
-	$(CORE)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
-	.envs/kernels/bin/python -m pytest tests/kernels/test_aot.py tests/kernels/test_bad_input.py tests/kernels/test_bench.py \
+	$(CORE)/python -m pytest $(PARALLEL) --durations 40
+	.envs/kernels/bin/python -m pytest $(PARALLEL) tests/kernels/test_aot.py tests/kernels/test_bad_input.py tests/kernels/test_bench.py \
 		tests/gpu/test_tensor_core_gpu.py tests/kernels/test_tune.py
 
 # What changed since main: lint, types and the nearest tests, in under two minutes; it says what it did not run.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mini_checkpoint import MINI, Folders
 
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
@@ -34,6 +35,19 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
         return path
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_checkpoint: TinyCheckpoint) -> Folders:
+    """`tiny_checkpoint` in its three dtypes."""
+    return {dtype: tiny_checkpoint(dtype) for dtype in CheckpointDtype}
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """The smallest model in bf16 and fp8, seed 1. Read it only."""
+    root = tmp_path_factory.mktemp("mini")
+    return {d: make_checkpoint(MINI, root / d, 1, dtype=CheckpointDtype(d)).path for d in ("bf16", "fp8")}
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TinyCheckpoint
-from paths import ROOT
+from megatron_programs import DSV3, convert, fresh, needs_megatron, warm, weights
 from safetensors.torch import load_file, save_file
 
 from dsv3_plugin.checkpoint.make import make_checkpoint
@@ -22,38 +20,20 @@ from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.ops.quantize import E4M3, dequantize_weight
 
-PYTHON = ROOT / ".envs" / "megatron" / "bin" / "python"
 DTYPES = ("bf16", "fp32", "fp8")
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
 
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is missing: run `make environments`")
-
-
-def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "COLUMNS": "200"} | variables
-    words = [str(word) for word in command]
-    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900)
-
-
-def convert(direction: str, *arguments: object) -> str:
-    """Run the command; returns what it printed."""
-    done = run(PYTHON.with_name("dsv3"), "convert", direction, *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+pytestmark = needs_megatron
 
 
 def refusal(direction: str, *arguments: object) -> str:
     """The one line of an error; the destination, the last argument, must not be touched."""
-    done = run(PYTHON.with_name("dsv3"), "convert", direction, *arguments)
+    done = warm(DSV3, "convert", direction, *arguments)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("error: "), done.stderr[-3000:]
     return line
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return dict(CheckpointReader(checkpoint).tensors())
 
 
 def equal_bytes(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -73,10 +53,11 @@ def with_tensors(checkpoint: Path, copy: Path, changed: dict[str, torch.Tensor |
 
 @pytest.fixture(scope="module")
 def converted(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Megatron's checkpoint of the tiny model in each dtype."""
+    """Megatron's checkpoint of the tiny model in each dtype, from processes as a user starts them."""
     root = tmp_path_factory.mktemp("converted")
     for dtype in DTYPES:
-        convert("to-megatron", tiny_checkpoint(dtype), root / dtype)
+        done = fresh(DSV3, "convert", "to-megatron", tiny_checkpoint(dtype), root / dtype)
+        assert done.returncode == 0, done.stderr[-3000:]
     return {dtype: root / dtype for dtype in DTYPES}
 
 
@@ -123,7 +104,7 @@ convert.to_megatron(sys.argv[1], sys.argv[2])
 def swapped(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Megatron's checkpoint of the tiny model with gate and up in each other's place."""
     path = tmp_path_factory.mktemp("swapped") / "megatron"
-    done = run(PYTHON, "-c", SWAPPED, tiny_checkpoint("bf16"), path)
+    done = warm("-c", SWAPPED, tiny_checkpoint("bf16"), path)
     assert done.returncode == 0, done.stderr[-3000:]
     return path
 
@@ -178,12 +159,8 @@ dist.barrier()
 
 
 def load_on_two_ranks(source: Path, original: Path, tensor: int, pipeline: int, expert: int) -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = "-m", "torch.distributed.run", "--no-python", "--nproc-per-node=2", f"--master-port={port}"
     sizes = tensor, pipeline, expert
-    done = run(PYTHON, *launch, PYTHON, "-c", LOAD, source, original, *sizes, DSV3_REDUCTION_SLICES=str(tensor))
+    done = warm("-c", LOAD, source, original, *sizes, ranks=2, DSV3_REDUCTION_SLICES=str(tensor))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -254,7 +231,7 @@ print("equal", len(megatrons.items() & ours.items()))
 def test_keys_and_shapes_are_those_of_megatrons_own_layers(
     converted: dict[str, Path], tiny_checkpoint: TinyCheckpoint
 ) -> None:
-    done = run(PYTHON, "-c", MEGATRONS_KEYS, tiny_checkpoint("bf16"), converted["bf16"])
+    done = warm("-c", MEGATRONS_KEYS, tiny_checkpoint("bf16"), converted["bf16"])
     assert "different []\nequal 78\n" in done.stdout, done.stdout + done.stderr[-2000:]
 
 
@@ -435,7 +412,6 @@ def test_a_configuration_that_it_was_not_trained_with_is_refused(
 
 
 def test_without_megatron_the_command_says_what_to_install(tmp_path: Path) -> None:
-    command = Path(sys.executable).with_name("dsv3"), "convert", "to-hf", tmp_path, tmp_path / "out"
-    done = run(*command)
+    done = fresh(Path(sys.executable).with_name("dsv3"), "convert", "to-hf", tmp_path, tmp_path / "out")
     assert done.returncode == 2
     assert done.stderr.strip() == "error: Megatron-Core is not installed: pip install 'dsv3-plugin[megatron]'"

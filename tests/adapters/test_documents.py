@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 
-import pytest
 from conftest import TinyCheckpoint
-from paths import ROOT
+from megatron_programs import needs_megatron, printed, warm
 
-PYTHON = ROOT / ".envs" / "megatron" / "bin" / "python"
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is missing: run `make environments`")
+pytestmark = needs_megatron
 
 PROGRAM = """
 import sys
@@ -111,19 +107,12 @@ except InputError as error:
 
 
 def test_a_document_has_the_bits_that_it_has_alone(tiny_checkpoint: TinyCheckpoint) -> None:
-    done = subprocess.run(
-        [str(PYTHON), "-W", "ignore", "-c", PROGRAM, str(tiny_checkpoint("bf16"))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    printed = done.stdout
-    counts = re.search(r"^rows 48 equal 48 masked 48 drafted 42 twin (\d+)$", printed, re.M)
+    said = printed(warm("-c", PROGRAM, tiny_checkpoint("bf16")))
+    counts = re.search(r"^rows 48 equal 48 masked 48 drafted 42 twin (\d+)$", said, re.M)
     # The twin: without the positions only the first document of each row is right.
-    assert counts is not None and int(counts[1]) == 7 + 11, printed[-3000:]
-    assert "recomputed True" in printed
-    refused = [line.removeprefix("refused ") for line in printed.splitlines() if line.startswith(("refused", "acc"))]
+    assert counts is not None and int(counts[1]) == 7 + 11, said[-3000:]
+    assert "recomputed True" in said
+    refused = [line.removeprefix("refused ") for line in said.splitlines() if line.startswith(("refused", "acc"))]
     assert [line.split(":")[0].split(",")[0] for line in refused] == [
         "the attention mask is not the causal one over the documents that position_ids say",
         "the attention mask is not the causal one over the documents that position_ids say",

@@ -8,10 +8,9 @@ import socket
 import subprocess
 
 import pytest
-from paths import ROOT
+from megatron_programs import PYTHON, needs_megatron
 
-PYTHON = ROOT / ".envs" / "megatron" / "bin" / "python"
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is missing: run `make environments`")
+pytestmark = needs_megatron
 
 PROGRAM = """
 import os

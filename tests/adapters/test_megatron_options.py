@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
-import pytest
 from conftest import TinyCheckpoint
-from paths import ROOT, SUPPORT
+from megatron_programs import LOOP, needs_megatron, printed, warm
+from paths import SUPPORT
 
-PYTHON = ROOT / ".envs" / "megatron" / "bin" / "python"
 ON_CPU = SUPPORT / "pretrain_on_cpu.py"
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is missing: run `make environments`")
+pytestmark = needs_megatron
 
 # Run by pretrain_on_cpu: `megatron.training` needs its stand-ins.
 PROGRAM = """
@@ -149,15 +146,9 @@ def test_every_option_has_a_rule_and_no_value_is_lost(tiny_checkpoint: TinyCheck
         [word if word.startswith("-") else str(tmp_path / word) for word in flag]
         for flag in (*WITHOUT_WEIGHTS, *WITH_WEIGHTS)
     ]
-    command = [str(PYTHON), "-W", "ignore", str(ON_CPU), str(script), str(checkpoint)]
-    done = subprocess.run(
-        [*command, json.dumps([*cases, *([*flag, *model] for flag in (*weights, *HONOURED))])],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert "RESULT" in done.stdout, done.stdout[-3000:]
+    arguments = json.dumps([*cases, *([*flag, *model] for flag in (*weights, *HONOURED))])
+    done = warm(ON_CPU, script, checkpoint, arguments, modules=LOOP)
+    assert "RESULT" in done.stdout, printed(done)[-3000:]
     found = json.loads(done.stdout.split("RESULT")[1].splitlines()[0])
     assert found["unknown"] == [] and found["unknown to the twin"] == ["context_parallel_size"]
     assert found["undescribed"] == [] and found["count"] > 800

@@ -6,25 +6,23 @@ ranks add up in another order, reaches the weights.
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 from conftest import TinyCheckpoint
-from paths import ROOT, SUPPORT
+from megatron_programs import LOOP, convert, needs_megatron, printed, torchrun, warm
+from paths import SUPPORT
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint_of_checkpoint
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 
-PYTHON = ROOT / ".envs" / "megatron" / "bin" / "python"
 ON_CPU, PROBE = (SUPPORT / name for name in ("pretrain_on_cpu.py", "pretrain_probe.py"))
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is missing: run `make environments`")
+pytestmark = needs_megatron
 
 STAGES = "--pipeline-model-parallel-size", "2"
 SHARDED = ("--use-distributed-optimizer",)
@@ -55,43 +53,43 @@ Pretrain = Callable[..., Trained]
 
 @pytest.fixture(scope="module")
 def pretrain(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Pretrain:
-    """`pretrain(2, ...)` runs the example on two processes, from the weights of `tiny` unless `--load` says others."""
+    """`pretrain(2, ...)` runs the example on two processes, from the weights of `tiny` unless `--load` says others.
+
+    With `user` they are new ones that torchrun starts.
+    """
     folder = tmp_path_factory.mktemp("pretrain")
     original = tiny_checkpoint("bf16")
-    subprocess.run([PYTHON.with_name("dsv3"), "convert", "to-megatron", original, folder / "converted"], check=True)
+    convert("to-megatron", original, folder / "converted")
+    numbers = count()
 
     def run(
-        processes: int, *flags: object, iterations: int = 1, slices: int = 1, without: str | None = None
+        processes: int,
+        *flags: object,
+        iterations: int = 1,
+        slices: int = 1,
+        without: str | None = None,
+        user: bool = False,
     ) -> Trained:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"
         model = "--hf-config", original, "--tokenizer-type", "NullTokenizer", "--vocab-size", 1023, "--mock-data"
         small = "--micro-batch-size", 2, "--global-batch-size", 8, "--seq-length", 32, "--train-iters", iterations
         course = "--lr", 1e-3, "--min-lr", 1e-3, "--clip-grad", 0, "--eval-iters", 0, "--eval-interval", 9
         machine = "--transformer-impl", "local", "--distributed-backend", "gloo", "--log-interval", 1
-        file = folder / f"{port}.json"
+        file = folder / f"{next(numbers)}.json"
         broken = ["--break", without] if without else []
         script = ON_CPU, PROBE, file, *broken, *model, *small, *course, *machine, "--load", folder / "converted"
-        done = subprocess.run(
-            [str(word) for word in (PYTHON, "-W", "ignore", *ranks, *script, *flags)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "DSV3_REDUCTION_SLICES": str(slices)},
-        )
+        launch = torchrun if user else partial(warm, modules=LOOP)
+        variables = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "DSV3_REDUCTION_SLICES": str(slices)}
+        done = launch(*script, *flags, ranks=processes, **variables)
         learned = Fingerprint.model_validate_json(file.read_text()) if file.exists() else Fingerprint(tensors={})
-        return Trained(done.returncode, done.stdout, learned)
+        return Trained(done.returncode, printed(done), learned)
 
     return run
 
 
 @pytest.fixture(scope="module")
 def plain(pretrain: Pretrain) -> Callable[[], Trained]:
-    """One iteration on one process."""
-    return cache(lambda: pretrain(1))
+    """One iteration on one process, started as a user does."""
+    return cache(lambda: pretrain(1, user=True))
 
 
 @pytest.mark.parametrize(
@@ -151,8 +149,7 @@ def test_a_run_that_continues_learns_the_same(
     if TENSOR_AND_EXPERT[0] in flags:
         # What its ranks hold together has the fingerprint of the checkpoint that it is exported to.
         (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
-        convert = PYTHON.with_name("dsv3"), "convert", "to-hf", tmp_path, tmp_path / "hf", "--like"
-        subprocess.run([*convert, tiny_checkpoint("bf16")], check=True)
+        convert("to-hf", tmp_path, tmp_path / "hf", "--like", tiny_checkpoint("bf16"))
         assert fingerprint_of_checkpoint(CheckpointReader(tmp_path / "hf")) == whole.weights
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,45 +11,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TinyCheckpoint
+from megatron_programs import LOOP, PYTHON, convert, fresh, needs_megatron, printed, warm, weights
 from paths import ROOT, SUPPORT
 
-from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.megatron_backend import compat, recipe
 
-PYTHON = ROOT / ".envs" / "megatron" / "bin" / "python"
 TRAIN = ROOT / "examples" / "train_megatron.py"
 ON_POLICY = ROOT / "examples" / "on_policy.py"
 PRETRAIN = ROOT / "examples" / "pretrain_megatron.py"
 ON_CPU = SUPPORT / "pretrain_on_cpu.py"
 
-needs_megatron = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is missing: run `make environments`")
-
-
-def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | variables
-    words = [str(word) for word in command]
-    return subprocess.run(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, timeout=900
-    )
-
 
 def train(checkpoint: Path, *arguments: object) -> list[dict[str, str]]:
     """Run the example; returns what each iteration printed."""
     small = "--micro-batch-size", 2, "--global-batch-size", 8, "--seq-length", 32
-    done = run(PYTHON, TRAIN, checkpoint, *small, *arguments)
-    assert done.returncode == 0, done.stdout[-3000:]
+    done = warm(TRAIN, checkpoint, *small, *arguments)
+    assert done.returncode == 0, printed(done)[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("iteration")]
     return [dict(part.rsplit(" ", 1) for part in line.split(" | ")) for line in lines]
-
-
-def convert(direction: str, *arguments: object) -> None:
-    done = run(PYTHON.with_name("dsv3"), "convert", direction, *arguments)
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return dict(CheckpointReader(checkpoint).tensors())
 
 
 def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
@@ -131,10 +109,10 @@ def test_what_cannot_work_is_one_line(
     arguments: tuple[object, ...], expected: str, tiny_checkpoint: TinyCheckpoint
 ) -> None:
     small = "--micro-batch-size", 2, "--global-batch-size", 8, "--train-iters", 1
-    done = run(PYTHON, TRAIN, tiny_checkpoint("bf16"), *small, *arguments)
+    done = warm(TRAIN, tiny_checkpoint("bf16"), *small, *arguments)
     assert done.returncode == 1
-    line = done.stdout.strip().splitlines()[-1]
-    assert line.startswith("error: ") and expected in line, done.stdout[-2000:]
+    line = printed(done).strip().splitlines()[-1]
+    assert line.startswith("error: ") and expected in line, printed(done)[-2000:]
 
 
 # Megatron's own loop
@@ -174,16 +152,13 @@ def main():
 
 def pretrain(checkpoint: Path, data: Path, *arguments: object, script: Path = PRETRAIN) -> str:
     """Run Megatron's loop over the text; returns what it printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     model = "--hf-config", checkpoint, "--tokenizer-type", "NullTokenizer", "--vocab-size", 1023
     small = "--micro-batch-size", 2, "--global-batch-size", 4, "--seq-length", 32, "--train-iters", 2
     evaluation = "--split", "100,0,0", "--eval-iters", 0, "--eval-interval", 100
     machine = "--transformer-impl", "local", "--distributed-backend", "gloo", "--log-interval", 1
-    command = PYTHON, ON_CPU, script, *model, *small, *evaluation, *machine, "--data-path", data
-    done = run(*command, *arguments, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    assert done.returncode == 0, done.stdout[-3000:]
+    command = ON_CPU, script, *model, *small, *evaluation, *machine, "--data-path", data, *arguments
+    done = warm(*command, ranks=1, modules=LOOP)
+    assert done.returncode == 0, printed(done)[-3000:]
     return done.stdout
 
 
@@ -193,8 +168,8 @@ def test_megatron_s_own_loop_trains_the_model(tiny_checkpoint: TinyCheckpoint, t
     original = tiny_checkpoint("bf16")
     convert("to-megatron", original, tmp_path / "converted")
     data = tmp_path / "text"
-    done = run(PYTHON, "-c", INDEX, original, data)
-    assert done.returncode == 0, done.stdout[-2000:]
+    done = warm("-c", INDEX, original, data)
+    assert done.returncode == 0, printed(done)[-2000:]
     provider = tmp_path / "provider.py"
     provider.write_text(PROVIDER.format(example=str(PRETRAIN)))
     after = {}
@@ -202,8 +177,8 @@ def test_megatron_s_own_loop_trains_the_model(tiny_checkpoint: TinyCheckpoint, t
         saved = tmp_path / name
         common = "--load", tmp_path / "converted", "--save", saved, "--save-interval", 10
         rates = "--lr", rate, "--min-lr", rate, "--moe-router-bias-update-rate", rate
-        printed = pretrain(original, data, *common, *rates, script=script)
-        assert len(re.findall(r"iteration +\d/ +2 .*lm loss: [67]\.\d.*mtp_1 loss: [67]\.\d", printed)) == 2, printed
+        said = pretrain(original, data, *common, *rates, script=script)
+        assert len(re.findall(r"iteration +\d/ +2 .*lm loss: [67]\.\d.*mtp_1 loss: [67]\.\d", said)) == 2, said
         convert("to-hf", saved, tmp_path / f"{name} hf", "--like", original)
         after[name] = weights(tmp_path / f"{name} hf")
     assert not different(after["rest"], weights(original))
@@ -222,7 +197,7 @@ def test_a_spec_is_refused_where_it_would_have_no_effect(tiny_checkpoint: TinyCh
 
 
 def on_policy(checkpoint: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, ON_POLICY, checkpoint, *arguments)
+    return fresh(sys.executable, ON_POLICY, checkpoint, *arguments)
 
 
 @needs_megatron
@@ -247,7 +222,7 @@ def test_one_weight_that_is_off_by_one_ulp_is_caught(tiny_checkpoint: TinyCheckp
 
 def test_an_unknown_server_is_refused(tmp_path: Path) -> None:
     done = on_policy(tmp_path, "--server", "nobody")
-    assert done.returncode == 2 and "--server nobody: not one of reference, vllm, sglang" in done.stdout
+    assert done.returncode == 2 and "--server nobody: not one of reference, vllm, sglang" in printed(done)
 
 
 # Versions

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
+from hopper_card import needs_hopper
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_model import PROFILES, contracts, logits
@@ -24,7 +24,6 @@ STALE = pytest.mark.skipif(
     bool(CHANGED),
     reason=f"logits were recorded with other contracts of {', '.join(CHANGED)}: record them again on a Hopper card",
 )
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 @STALE
@@ -42,7 +41,7 @@ def test_the_profiles_differ():
 
 
 @STALE
-@pytest.mark.skipif(not HOPPER, reason="no Hopper card on this machine")
+@needs_hopper
 @pytest.mark.parametrize("name", PROFILES)
 def test_this_card_prints_them_too(name):
     assert bits_differ(RECORDED[name], logits(name, "cuda")) == 0
