@@ -24,10 +24,7 @@ class KeySelection:
 
     def __post_init__(self) -> None:
         """Check shape and dtype."""
-        if (x := self.positions) is not None:
-            kind = f"positions are {x.dtype} of shape {tuple(x.shape)}"
-            is_right = x.dim() == 2 and x.dtype in (torch.int32, torch.int64)
-            require(is_right, "KeySelection", f"{kind}, expected integers [tokens, keys]")
+        require_positions(self.positions)
 
     def mask(self, queries: slice, length: int) -> torch.Tensor | None:
         """bool [queries, length], True where a key is selected of the request of these queries; None for all."""
@@ -37,6 +34,14 @@ class KeySelection:
         positions = positions.where((positions >= 0) & (positions < length), length)
         selected = torch.zeros(len(positions), length + 1, dtype=torch.bool, device=positions.device)
         return selected.scatter_(1, positions, True)[:, :length]
+
+
+def require_positions(positions: torch.Tensor | None) -> None:
+    """Require integers [tokens, keys], or None."""
+    if positions is not None:
+        kind = f"positions are {positions.dtype} of shape {tuple(positions.shape)}"
+        is_right = positions.dim() == 2 and positions.dtype in (torch.int32, torch.int64)
+        require(is_right, "KeySelection", f"{kind}, expected integers [tokens, keys]")
 
 
 ALL_KEYS = KeySelection()

@@ -42,13 +42,13 @@ class PagedBatch:
 
     def __post_init__(self) -> None:
         """Check what can be seen."""
-        self._check_tensors()
+        require_tensors(self)
         if self.is_on_cpu:
             object.__setattr__(self, "host_seq_lens", tuple(self.seq_lens.tolist()))
             object.__setattr__(self, "host_query_start_loc", tuple(self.query_start_loc.tolist()))
-        self._check_host_copies()
+        require_host_copies(self)
         if self.is_on_cpu:
-            self._check_blocks()
+            require_blocks(self)
 
     @classmethod
     def of(
@@ -104,59 +104,6 @@ class PagedBatch:
             f" {self.num_blocks} blocks of {self.block_size})"
         )
 
-    def _check_tensors(self) -> None:
-        table, lengths, starts = self.tensors
-        require(
-            lengths.dim() == 1 and table.dim() == 2 and len(table) == len(lengths),
-            _NAME,
-            f"block_table of shape {tuple(table.shape)} for seq_lens of shape {tuple(lengths.shape)}",
-        )
-        require(
-            starts.shape == (len(lengths) + 1,),
-            _NAME,
-            f"{len(lengths)} seq_lens, query_start_loc of shape {tuple(starts.shape)}",
-        )
-        require(self.block_size > 0, _NAME, f"block_size is {self.block_size}, expected a positive number")
-        for name, x in zip(("block_table", "seq_lens", "query_start_loc"), self.tensors, strict=True):
-            require(x.dtype in (torch.int32, torch.int64), _NAME, f"{name} is {x.dtype}, expected int32 or int64")
-            require(x.device == self.device, _NAME, f"{name} is on {x.device}, seq_lens on {self.device}")
-
-    def _check_host_copies(self) -> None:
-        starts, lengths = self.host_query_start_loc, self.host_seq_lens
-        for name, copy, count in (("seq_lens", lengths, self.num_reqs), ("query_start_loc", starts, self.num_reqs + 1)):
-            require(copy is None or len(copy) == count, _NAME, f"host_{name} is not of {self.num_reqs} requests")
-        if starts is None:
-            return
-        ends_well = starts[-1] == self.num_tokens or (starts[-1] < self.num_tokens and not self.is_on_cpu)
-        require(ends_well, _NAME, f"query_start_loc ends at {starts[-1]}, there are {self.num_tokens} tokens")
-        ascends = starts[0] == 0 and list(starts) == sorted(starts)
-        require(ascends, _NAME, f"query_start_loc {list(starts)} does not ascend from 0")
-        if lengths is None:
-            return
-        width = self.block_table.shape[1]
-        for request, length in enumerate(lengths):
-            queries = starts[request + 1] - starts[request]
-            if queries == 0:
-                continue
-            require(length >= queries, _NAME, f"request {request} has seq_len {length} and {queries} queries")
-            blocks = -(-length // self.block_size)
-            told = f"request {request} of {length} tokens"
-            require(
-                blocks <= width, _NAME, f"{told} needs {blocks} blocks of {self.block_size}, block_table has {width}"
-            )
-
-    def _check_blocks(self) -> None:
-        """Those that hold a key of a request with queries."""
-        table = self.block_table
-        blocks = ((self.seq_lens + self.block_size - 1) // self.block_size).where(self.query_start_loc.diff() > 0, 0)
-        used = torch.arange(table.shape[1], device=table.device) < blocks[:, None]
-        wrong = ((table < 0) | (table >= self.num_blocks)) & used
-        if wrong.any():
-            request, number = wrong.nonzero()[0].tolist()
-            told = f"request {request} of {int(self.seq_lens[request])} tokens"
-            block = int(table[request, number])
-            require(False, _NAME, f"{told} has block {block} at {number}, the cache has {self.num_blocks}")
-
 
 def whole_sequence(tokens: int, device: torch.device | None = None) -> PagedBatch:
     """One request without a past: all its `tokens` are queries, and one page holds them."""
@@ -171,3 +118,59 @@ def whole_sequence(tokens: int, device: torch.device | None = None) -> PagedBatc
         host_seq_lens=(tokens,),
         host_query_start_loc=(0, tokens),
     )
+
+
+def require_tensors(batch: PagedBatch) -> None:
+    """Require shapes, dtypes and devices that fit each other."""
+    table, lengths, starts = batch.tensors
+    require(
+        lengths.dim() == 1 and table.dim() == 2 and len(table) == len(lengths),
+        _NAME,
+        f"block_table of shape {tuple(table.shape)} for seq_lens of shape {tuple(lengths.shape)}",
+    )
+    require(
+        starts.shape == (len(lengths) + 1,),
+        _NAME,
+        f"{len(lengths)} seq_lens, query_start_loc of shape {tuple(starts.shape)}",
+    )
+    require(batch.block_size > 0, _NAME, f"block_size is {batch.block_size}, expected a positive number")
+    for name, x in zip(("block_table", "seq_lens", "query_start_loc"), batch.tensors, strict=True):
+        require(x.dtype in (torch.int32, torch.int64), _NAME, f"{name} is {x.dtype}, expected int32 or int64")
+        require(x.device == batch.device, _NAME, f"{name} is on {x.device}, seq_lens on {batch.device}")
+
+
+def require_host_copies(batch: PagedBatch) -> None:
+    """Require starts and lengths that fit each other and the table, as far as there are copies of them."""
+    starts, lengths = batch.host_query_start_loc, batch.host_seq_lens
+    for name, copy, count in (("seq_lens", lengths, batch.num_reqs), ("query_start_loc", starts, batch.num_reqs + 1)):
+        require(copy is None or len(copy) == count, _NAME, f"host_{name} is not of {batch.num_reqs} requests")
+    if starts is None:
+        return
+    ends_well = starts[-1] == batch.num_tokens or (starts[-1] < batch.num_tokens and not batch.is_on_cpu)
+    require(ends_well, _NAME, f"query_start_loc ends at {starts[-1]}, there are {batch.num_tokens} tokens")
+    ascends = starts[0] == 0 and list(starts) == sorted(starts)
+    require(ascends, _NAME, f"query_start_loc {list(starts)} does not ascend from 0")
+    if lengths is None:
+        return
+    width = batch.block_table.shape[1]
+    for request, length in enumerate(lengths):
+        queries = starts[request + 1] - starts[request]
+        if queries == 0:
+            continue
+        require(length >= queries, _NAME, f"request {request} has seq_len {length} and {queries} queries")
+        blocks = -(-length // batch.block_size)
+        told = f"request {request} of {length} tokens"
+        require(blocks <= width, _NAME, f"{told} needs {blocks} blocks of {batch.block_size}, block_table has {width}")
+
+
+def require_blocks(batch: PagedBatch) -> None:
+    """Require that the cache has the blocks of all requests with queries; reads the tensors."""
+    table = batch.block_table
+    blocks = ((batch.seq_lens + batch.block_size - 1) // batch.block_size).where(batch.query_start_loc.diff() > 0, 0)
+    used = torch.arange(table.shape[1], device=table.device) < blocks[:, None]
+    wrong = ((table < 0) | (table >= batch.num_blocks)) & used
+    if wrong.any():
+        request, number = wrong.nonzero()[0].tolist()
+        told = f"request {request} of {int(batch.seq_lens[request])} tokens"
+        block = int(table[request, number])
+        require(False, _NAME, f"{told} has block {block} at {number}, the cache has {batch.num_blocks}")
