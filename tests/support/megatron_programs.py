@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from engines import ENVIRONMENTS, free_port
-from paths import SUPPORT
+from warm import WarmPython
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 
@@ -44,30 +42,17 @@ def torchrun(*command: object, ranks: int, **variables: str) -> Done:
     return fresh(PYTHON, *launch, *command, **variables)
 
 
-@cache
-def _warm(modules: tuple[str, ...]) -> subprocess.Popen[str]:
-    """Ends with this process, when its stdin closes."""
-    command = [str(PYTHON), str(SUPPORT / "warm_python.py"), *modules]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=_environment({}))
+_warm = cache(WarmPython)
 
 
 def warm(*command: object, ranks: int | None = None, modules: tuple[str, ...] = MODEL, **variables: str) -> Done:
     """Run `python COMMAND` in a fork, or in one for each of `ranks`, with the variables that torchrun sets."""
-    server = _warm(modules)
     environments = [_environment(variables)]
     if ranks:
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         numbers = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks))
         environments = [environments[0] | world | {"LOCAL_WORLD_SIZE": str(ranks)} | number for number in numbers]
-    with tempfile.TemporaryDirectory() as folder:
-        out, error = Path(folder) / "out", Path(folder) / "error"
-        words = [str(word) for word in command]
-        request = {"command": words, "environments": environments, "stdout": str(out), "stderr": str(error)}
-        print(json.dumps(request), file=server.stdin, flush=True)
-        assert server.stdout is not None
-        status = int(server.stdout.readline())
-        return subprocess.CompletedProcess(words, status, out.read_text(), error.read_text())
+    return _warm(str(PYTHON), modules).run(command, environments)
 
 
 def printed(done: Done) -> str:

@@ -17,6 +17,8 @@ import sys
 import types
 from typing import Any
 
+SECONDS = 900
+
 
 def serve() -> None:
     """Answer requests; a child returns once it has run its program, so that it ends as any Python does."""
@@ -54,7 +56,14 @@ def run(request: dict[str, Any], environment: dict[str, str]) -> None:
 
 
 def wait_for(children: set[int]) -> int:
-    """The exit status of the first that fails, else 0."""
+    """The exit status of the first that fails, else 0. After `SECONDS` they are killed."""
+
+    def kill(*_: object) -> None:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, kill)
+    signal.alarm(SECONDS)
     status = 0
     while children:
         child, how = os.wait()
@@ -62,6 +71,7 @@ def wait_for(children: set[int]) -> int:
         if not status and (status := os.waitstatus_to_exitcode(how)):
             for other in children:
                 os.kill(other, signal.SIGTERM)
+    signal.alarm(0)
     return status
 
 

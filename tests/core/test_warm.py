@@ -1,0 +1,46 @@
+"""A program in a fork of a warm Python is as one in a new process: what it is told, says, and leaves behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import pytest
+from warm import WarmPython
+
+
+@pytest.fixture(scope="module")
+def python() -> WarmPython:
+    return WarmPython(sys.executable, ["fractions"])
+
+
+def test_it_is_told_and_says_what_a_new_process_would(python, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys, beside; print(__name__, sys.argv[1:], beside.NUMBER)\nsys.exit('bad luck')\n")
+    (tmp_path / "beside.py").write_text("NUMBER = 7\n")
+    done = python.run([script, "a", 2], [{"NAME": "value"}])
+    assert (done.returncode, done.stdout, done.stderr) == (1, "__main__ ['a', '2'] 7\n", "bad luck\n")
+    code = "import os, sys; print(sys.argv, os.environ['NAME'], len(os.environ), sys.stdin.read() == '')"
+    assert python.run(["-c", code, "b"], [{"NAME": "value"}]).stdout == "['-c', 'b'] value 1 True\n"
+    assert "ZeroDivisionError" in python.run(["-c", "1 / 0"], [{}]).stderr
+
+
+def test_what_is_warm_was_imported_and_what_a_program_leaves_is_gone(python):
+    leave = "import sys, fractions; print('fractions' in sys.modules); fractions.LEFT = sys.LEFT = 1"
+    assert python.run(["-c", "import sys; print('fractions' in sys.modules, 'cgi' in sys.modules)"], [{}]).stdout == (
+        "True False\n"
+    )
+    assert python.run(["-c", leave], [{}]).returncode == 0
+    left = "import sys, fractions; print(hasattr(sys, 'LEFT'), hasattr(fractions, 'LEFT'))"
+    assert python.run(["-c", left], [{}]).stdout == "False False\n"
+
+
+def test_ranks_run_together_and_one_that_fails_ends_the_others(python):
+    ranks = [dict(os.environ, RANK=str(rank)) for rank in range(2)]
+    code = "import os; print('rank', os.environ['RANK'])"
+    assert sorted(python.run(["-c", code], ranks).stdout.splitlines()) == ["rank 0", "rank 1"]
+    began = time.monotonic()
+    code = "import os, sys, time; time.sleep(600) if os.environ['RANK'] == '0' else sys.exit(3)"
+    assert python.run(["-c", code], ranks).returncode == 3
+    assert time.monotonic() - began < 300
