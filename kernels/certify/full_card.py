@@ -14,7 +14,7 @@ from dsv3_plugin.ops.paged_batch import PagedBatch
 
 def check_full_card(target: Target, seed: int, device: str = "cuda") -> Result:
     """Attention of a batch that fills the card, where a tile's splits are walked in order, against each request alone,
-    whose splits are apart. The model is too slow for such sizes; it has seen single requests.
+    which takes split-KV. The model is too slow for such sizes; it has seen single requests.
     """
     began = time.perf_counter()
     generator = torch.Generator(device).manual_seed(seed)

@@ -1,6 +1,6 @@
 """Absorbed attention over the paged latent cache, of any latent. V3's has a kernel of its own: `mla_hopper`.
 
-A program takes 64 rows (token, head) of one request, one head-major tile after the other, and walks its keys in blocks
+A CTA takes 64 rows (token, head) of one request, one head-major tile after the other, and walks its keys in blocks
 of 64 and splits of 1024 at absolute positions, in order. A split's output stays in the second product's accumulator.
 """
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
@@ -109,14 +109,14 @@ def _mla_attention(
                 split_maximum = new_maximum
             both = tl.maximum(maximum, split_maximum)
             of_old, of_new = exp2_of_nonpositive(maximum - both), exp2_of_nonpositive(split_maximum - both)
-            folded_total = total * of_old + split_total * of_new
-            folded_output = output * of_old[:, None] + split_output * of_new[:, None]
+            combined_total = total * of_old + split_total * of_new
+            combined_output = output * of_old[:, None] + split_output * of_new[:, None]
             if split == 0:
                 total, output = split_total, split_output
             else:
                 sees = position >= split
-                total = tl.where(sees, folded_total, total)
-                output = tl.where(sees[:, None], folded_output, output)
+                total = tl.where(sees, combined_total, total)
+                output = tl.where(sees[:, None], combined_output, output)
             maximum = both
 
         target = out + (first.to(tl.int64) * heads + row)[:, None] * RANK + rank[None, :]
