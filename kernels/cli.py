@@ -20,13 +20,13 @@ from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.ops.operation import operations
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, FP32
+from dsv3_plugin.providers import offered_kernels
 from dsv3_plugin.registry import (
     Candidate,
     candidates,
     certify_command,
     is_a_definition,
     mode_from_environment,
-    offered_kernels,
 )
 
 app = typer.Typer(help="Kernels: what is offered, whether it is exact, what is fast.", no_args_is_help=True)

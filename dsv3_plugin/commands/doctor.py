@@ -34,7 +34,8 @@ from dsv3_plugin.hooks import ENTRY_POINT_GROUP, Setting
 from dsv3_plugin.megatron_backend import doctor as megatron
 from dsv3_plugin.ops.operation import operations
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, FP32, SLICES_VARIABLE, Profile
-from dsv3_plugin.registry import MODE_VARIABLE, bind, mode_from_environment, offered_kernels, refusal
+from dsv3_plugin.providers import offered_kernels
+from dsv3_plugin.registry import MODE_VARIABLE, bind, mode_from_environment, refusal
 from dsv3_plugin.sglang_backend import doctor as sglang
 from dsv3_plugin.version import __version__
 from dsv3_plugin.vllm_backend import doctor as vllm

@@ -66,7 +66,6 @@ def mla_attention(
     """Attend the last tokens of several requests to their cached prefixes.
 
     Args:
-        products: the machine's.
         q: [T, H, C], absorbed queries of all requests one after the other; C = kv_lora_rank + qk_rope_head_dim.
         latent_cache: [num_blocks, block_size, C] of q's dtype, with the queries' own tokens already written.
         batch: the requests, on q's device.

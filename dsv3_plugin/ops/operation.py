@@ -93,12 +93,6 @@ class Operation(Generic[P, R]):
         return self.__module__.rpartition(".")[2]
 
     @property
-    def contract(self) -> str:
-        """The contract in words: what its module and its reference say."""
-        module = inspect.getdoc(importlib.import_module(self.__module__))
-        return f"{module}\n\n{inspect.getdoc(self)}"
-
-    @property
     def signature(self) -> inspect.Signature:
         """Of its kernels."""
         found = inspect.signature(self)

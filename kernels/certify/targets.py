@@ -14,7 +14,8 @@ from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.ops.drawing import LARGE, ON_CPU, Sizes
 from dsv3_plugin.ops.operation import Operation, operations
 from dsv3_plugin.profile import FP8_UE8M0, FP32
-from dsv3_plugin.registry import is_a_definition, is_supported, offered_kernels
+from dsv3_plugin.providers import is_supported, offered_kernels
+from dsv3_plugin.registry import is_a_definition
 
 # One case of so many is computed on the CPU too where the model runs on the card.
 _ON_CPU_TOO = 16
