@@ -48,7 +48,7 @@ def batch(lengths: list[int], queries: list[int], heads: int, block_size: int, s
 
 
 def expected(case: Case, scale: float = SCALE) -> torch.Tensor:
-    return sm90_model.attention(*case, kv_lora_rank=512, scale=scale)
+    return sm90_model.model_of(mla_attention.mla_attention)(*case, kv_lora_rank=512, scale=scale)
 
 
 # Lengths, queries, heads, page size, multiprocessors. With one multiprocessor a tile's splits are walked in order.
