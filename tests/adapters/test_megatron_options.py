@@ -7,9 +7,9 @@ from pathlib import Path
 
 from conftest import TinyCheckpoint
 from megatron_programs import LOOP, needs_megatron, printed, warm
-from paths import SUPPORT
+from paths import TESTS
 
-ON_CPU = SUPPORT / "pretrain_on_cpu.py"
+ON_CPU = TESTS / "pretrain_on_cpu.py"
 pytestmark = needs_megatron
 
 # Run by pretrain_on_cpu: `megatron.training` needs its stand-ins.

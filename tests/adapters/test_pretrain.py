@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from conftest import TinyCheckpoint
 from megatron_programs import LOOP, convert, needs_megatron, printed, torchrun, warm
-from paths import SUPPORT
+from paths import SUPPORT, TESTS
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint_of_checkpoint
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 
-ON_CPU, PROBE = (SUPPORT / name for name in ("pretrain_on_cpu.py", "pretrain_probe.py"))
+ON_CPU, PROBE = TESTS / "pretrain_on_cpu.py", SUPPORT / "pretrain_probe.py"
 pytestmark = needs_megatron
 
 STAGES = "--pipeline-model-parallel-size", "2"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TinyCheckpoint
 from megatron_programs import LOOP, PYTHON, convert, fresh, needs_megatron, printed, warm, weights
-from paths import ROOT, SUPPORT
+from paths import ROOT, SUPPORT, TESTS
 
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.megatron_backend import compat, recipe
@@ -20,7 +20,7 @@ from dsv3_plugin.megatron_backend import compat, recipe
 TRAIN = ROOT / "examples" / "train_megatron.py"
 ON_POLICY = ROOT / "examples" / "on_policy.py"
 PRETRAIN = ROOT / "examples" / "pretrain_megatron.py"
-ON_CPU = SUPPORT / "pretrain_on_cpu.py"
+ON_CPU = TESTS / "pretrain_on_cpu.py"
 
 
 def train(checkpoint: Path, *arguments: object) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from paths import SUPPORT
+from paths import SUPPORT, TESTS
 
 
 class WarmPython:
@@ -17,7 +17,7 @@ class WarmPython:
 
     def __init__(self, python: str, modules: Sequence[str]) -> None:
         command = [python, "-W", "ignore", str(SUPPORT / "warm_python.py"), *modules]
-        pipe, environment = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
+        pipe, environment = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
         self._server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def run(

@@ -1,4 +1,6 @@
-"""Runs `main` of a script that calls Megatron's `pretrain` on a CPU: `python pretrain_on_cpu.py SCRIPT ARGUMENTS`.
+"""Runs `main` of a script that calls Megatron's `pretrain`, on a CPU.
+
+    python tests/pretrain_on_cpu.py SCRIPT ARGUMENTS
 
 The loop asks for a GPU, its memory and its properties, compiles what the wheel brings compiled, and needs Python 3.12
 for a decorator. The stand-ins for all that are put in place here; those for the model itself are megatron_cpu's.
