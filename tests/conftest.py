@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from dsv3_plugin.checkpoint.presets import read_config
 # The arithmetic of a CPU is that of one thread; set before any test computes something.
 torch.set_num_threads(1)
 
-_STARTED = time.monotonic()
 _NO_TIME = "no time left: `make test` runs all"
 
 TinyCheckpoint = Callable[[str], Path]
@@ -61,11 +61,18 @@ def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seconds", type=float, help="Skip what has not begun after so many seconds, and say so.")
+    parser.addoption("--always", action="append", default=[], help="A file that --seconds does not concern.")
+
+
+@functools.cache
+def _started() -> float:
+    """When the first test began."""
+    return time.monotonic()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    seconds = item.config.getoption("--seconds")
-    if seconds and time.monotonic() - _STARTED > seconds:
+    seconds, always = item.config.getoption("--seconds"), item.config.getoption("--always")
+    if seconds and time.monotonic() - _started() > seconds and item.nodeid.partition("::")[0] not in always:
         pytest.skip(_NO_TIME)
 
 

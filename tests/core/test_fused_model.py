@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyCheckpoint
-from test_gradients import attend_all
 
 from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.layers.attend import attend_to_itself
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.operation import Operation
 from dsv3_plugin.ops.permute import permute_fp8
@@ -42,7 +42,7 @@ def logits(
     ops = replace(ops, kernels={**ops.kernels, **{op: counted(op) for op in (quantize_fp8, *FUSED_FP8)}})
     model = load_model(reader, ops)
     tokens = torch.randint(reader.config.vocab_size, (70,), generator=torch.Generator().manual_seed(0))
-    out: torch.Tensor = model.lm_head(model(tokens, torch.arange(70), attend_all(ops, reader.config)))
+    out: torch.Tensor = model.lm_head(model(tokens, torch.arange(70), attend_to_itself(ops, reader.config)))
     return out
 
 

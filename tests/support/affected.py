@@ -20,6 +20,8 @@ SECONDS = 75
 """That tests may take, so that with lint and pytest's own start it is under two minutes on two cores."""
 ENGINES = re.compile(r"\b(python_of|shipped_testee|needs_megatron)\b|\.envs")
 """What a test names that runs in an engine's environment: minutes, so it runs here only where it changed itself."""
+COMPILERS = "in .envs/kernels"
+"""What a test says that needs the compilers of that environment."""
 EVERYTHING = ("tests/conftest.py", "pyproject.toml", "Makefile", "requirements/")
 _IMPORT = re.compile(
     r"^ *from ([\w.]+) import (\([^)]*\)|[\w, ]+)|^ *import ([\w.]+)|(dsv3_plugin(?:\.\w+)+)", re.MULTILINE
@@ -54,7 +56,10 @@ def imports(folder: str) -> dict[str, list[str]]:
     """What each module of the copy of this package in `folder` imports."""
     sys.path.insert(0, folder)
     graph = grimp.build_graph("dsv3_plugin", cache_dir=None)
-    return {module: sorted(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
+    found = {module: sorted(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
+    # Who asks for all operations has them without an import.
+    found["dsv3_plugin.ops.operation"] += [module for module in found if module.startswith("dsv3_plugin.ops.")]
+    return found
 
 
 def distances(changed: set[str], graph: dict[str, list[str]]) -> dict[str, int]:
@@ -105,20 +110,24 @@ def main() -> int:
     base = git("merge-base", "HEAD", "main") or git("merge-base", "HEAD", "origin/main") or ["HEAD"]
     changed = {*git("diff", "--name-only", base[0]), *git("ls-files", "--others", "--exclude-standard")}
     found = affected(changed, imports(sys.argv[1]))
-    slow = {file for file in found if file.startswith("tests/adapters/") or ENGINES.search((ROOT / file).read_text())}
+    texts = {file: (ROOT / file).read_text() for file in found}
+    compiled = {file for file in found if COMPILERS in texts[file]}
+    slow = {file for file in found if file.startswith("tests/adapters/") or ENGINES.search(texts[file])}
     chosen = sorted(
-        (file for file in found if found[file] == 0 or file not in slow),
+        (file for file in found if file not in compiled and (found[file] == 0 or file not in slow)),
         key=lambda file: (found[file], file in slow, file),
     )
     print(
         f"{len(changed)} files changed since {base[0][:9]}; they reach {len(found)} test files, {len(chosen)} run here"
     )
     for file in sorted(found.keys() - set(chosen)):
-        print(f"not run: {file} runs engines; `make test` runs it, or `pytest {file}`")
+        why, python = ("runs engines", "core") if file not in compiled else ("compiles kernels", "kernels")
+        print(f"not run: {file} {why}; `make test` runs it, or `.envs/{python}/bin/python -m pytest {file}`")
     sys.stdout.flush()
     if not chosen:
         return 0
     pytest = [sys.executable, "-m", "pytest", "-q", "--numprocesses", "2", "--dist", "load", f"--seconds={SECONDS}"]
+    pytest += [f"--always={file}" for file in chosen if found[file] == 0]
     return subprocess.run([*pytest, *chosen], cwd=ROOT).returncode
 
 
