@@ -8,6 +8,7 @@ for a decorator. The stand-ins for all that are put in place here; those for the
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 import typing
@@ -55,4 +56,5 @@ training.set_jit_fusion_options = lambda **kwargs: None
 # Megatron's checkpoint writers import this file again.
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
+    sys.path[0] = os.path.dirname(sys.argv[0])
     runpy.run_path(sys.argv[0], run_name="script")["main"]()
