@@ -18,11 +18,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 from torch import nn
 
-from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, Part, TensorSpec, checkpoint_tensors
+from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, Part, Target, TensorSpec, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.layers.model import derived_is_current
+from dsv3_plugin.layout import WHOLE, Group, Layout
 from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.profile import Profile
 
@@ -115,12 +116,15 @@ def digest(name: str, dtype: torch.dtype, shape: Iterable[int], total: int) -> s
 
 def fingerprint_of_tensors(named_tensors: Mapping[str, torch.Tensor]) -> Fingerprint:
     """Of whole tensors by Hugging Face's names, on any devices."""
-    sums = _numbers([part_sum(tensor) for tensor in named_tensors.values()])
+    return _fingerprint(named_tensors.items())
+
+
+def _fingerprint(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Fingerprint:
+    """The same; no tensor is kept."""
+    found = [(name, tensor.dtype, tensor.shape, part_sum(tensor)) for name, tensor in named_tensors]
+    sums = _numbers([total for *_, total in found])
     return Fingerprint(
-        tensors={
-            name: digest(name, tensor.dtype, tensor.shape, total)
-            for (name, tensor), total in zip(named_tensors.items(), sums, strict=True)
-        }
+        tensors={name: digest(name, dtype, shape, n) for (name, dtype, shape, _), n in zip(found, sums, strict=True)}
     )
 
 
@@ -130,25 +134,41 @@ def _numbers(sums: list[torch.Tensor]) -> list[int]:
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, config: DeepseekV3Config, part: Part) -> Fingerprint:
+def fingerprint(model: nn.Module, config: DeepseekV3Config, part: Part, layout: Layout = WHOLE) -> Fingerprint:
     """Of the weights that a model holds on one rank. The draft's embedding and head are the main model's: not counted.
+
+    Tensor-parallel ranks make this call together, and each answers for what all of them hold. A model's is that of all
+    its experts and stages.
 
     Args:
         model: a `DeepseekV3` for the part `main`, a `DeepseekV3MTP` for `mtp`, or a module with their parameters.
         config: the checkpoint's configuration.
         part: which part of the checkpoint `model` is.
+        layout: which part of that this rank holds.
 
     Raises `CheckpointError` where something that the model derived from its weights is not of those that it holds.
     """
     if not derived_is_current(model):
         raise CheckpointError(f"what the {part} model derived from its weights is of other weights than it holds")
     parameters = dict(model.named_parameters())
-    held = {
-        name: parameters[spec.targets[part].parameter][spec.targets[part].index]
-        for name, spec in checkpoint_tensors(config).items()
-        if owner(spec) == part
+    owners = checkpoint_tensors(config)
+    targets = {
+        name: spec.targets[part]
+        for name, spec in checkpoint_tensors(config, layout).items()
+        if part in spec.targets and owner(owners[name]) == part
     }
-    return fingerprint_of_tensors(held)
+    return _fingerprint(
+        (name, _whole(parameters[target.parameter][target.index], target, layout.tensor))
+        for name, target in targets.items()
+    )
+
+
+def _whole(tensor: torch.Tensor, target: Target, ranks: Group) -> torch.Tensor:
+    """The tensor of which this rank holds what `target` says, from all ranks."""
+    if not target.part:
+        return tensor
+    parts = ranks.gather(tensor.contiguous().view(torch.uint8))  # gloo knows no fp8
+    return torch.cat(parts, len(target.part) - 1).view(tensor.dtype)
 
 
 def owner(spec: TensorSpec) -> Part | None:

@@ -19,6 +19,7 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.layers.model import DeepseekV3, weights_changed
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
+from dsv3_plugin.layout import WHOLE, Layout
 from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.registry import Ops
 
@@ -47,6 +48,7 @@ class WeightLoader:
         config: DeepseekV3Config,
         part: Part,
         *,
+        layout: Layout = WHOLE,
         holds_weights: bool = False,
         write: Write = write_in_place,
     ) -> None:
@@ -56,12 +58,14 @@ class WeightLoader:
             model: a `DeepseekV3` for the part `main`, a `DeepseekV3MTP` for `mtp`, or a module with their parameters.
             config: the checkpoint's configuration.
             part: which part of the checkpoint `model` is.
+            layout: which part of that this rank holds. Tensors come whole, and those of other ranks are passed over.
             holds_weights: whether what the parameters hold now may answer: an engine filled them by itself.
             write: how a tensor gets into a parameter.
         """
         self.model = model
         self.part = part
-        self.specs = checkpoint_tensors(config)
+        self.layout = layout
+        self.specs = checkpoint_tensors(config, layout)
         self.wanted = {name for name, spec in self.specs.items() if part in spec.targets and not spec.optional}
         self.write = write
         self.updates = 0
@@ -78,7 +82,7 @@ class WeightLoader:
         return self._refused
 
     def tensor(self, name: str) -> torch.Tensor | None:
-        """What the model holds of a checkpoint's tensor, a view; None for one of another part."""
+        """What the model holds of a checkpoint's tensor, a view; None for one of another part or rank."""
         spec = self.specs.get(name)
         if spec is None or self.part not in spec.targets:
             return None
@@ -120,7 +124,7 @@ class WeightLoader:
                 self._came = came
                 came.add(name)
                 used.add(name)
-                self.write(parameters[target.parameter], tensor, target.index)
+                self.write(parameters[target.parameter], tensor[target.part], target.index)
                 self._finite[name] = all_finite(parameters[target.parameter][target.index])
             if came == self.wanted:
                 _require_finite(self._finite)
@@ -142,9 +146,9 @@ class WeightLoader:
         seen = set(self._came or ())
         finite: dict[str, torch.Tensor] = {}
         for name, tensor in named_tensors:
-            if self._place(name, tensor, parameters, seen):
+            if target := self._place(name, tensor, parameters, seen):
                 seen.add(name)
-                finite[name] = all_finite(tensor)
+                finite[name] = all_finite(tensor[target.part])
         _require_finite(finite)
 
     def finish(self) -> None:
@@ -190,7 +194,7 @@ class WeightLoader:
         if name in came:
             raise CheckpointError(f"tensor {name} came twice in one update")
         target = spec.targets[self.part]
-        _check(spec, tensor, parameters, target)
+        _check(spec, tensor[target.part], parameters, target)
         return target
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from dsv3_plugin.config import FP8_BLOCK, DeepseekV3Config
+from dsv3_plugin.layout import WHOLE, Layout
 from dsv3_plugin.ops.quantize import E4M3
 
 Part = Literal["main", "mtp"]
@@ -23,15 +24,19 @@ Part = Literal["main", "mtp"]
 
 SCALE_SUFFIX = "_scale_inv"
 BIAS_SUFFIX = ".e_score_correction_bias"
+ROWS, COLUMNS = 0, 1
 _FLOAT = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A place in a module: `parameter[index]`, where an empty index is the whole parameter."""
+    """A place in a module, `parameter[index]`, and which part of a checkpoint's tensor goes there. Where an index is
+    empty it is all of it.
+    """
 
     parameter: str
     index: tuple[int | slice, ...] = ()
+    part: tuple[slice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class TensorSpec:
     dtypes: tuple[torch.dtype, ...]
     """Dtypes that the file may hold it in; the first is what the maker writes for a bf16 or fp8 model."""
     targets: Mapping[Part, Target] = field(default_factory=dict)
-    """Embedding and head go to both parts; the MTP layer's copies of them go nowhere."""
+    """Embedding and head go to both parts; the MTP layer's copies of them, and what other ranks hold, go nowhere."""
     optional: bool = False
 
     def mismatch(self, shape: tuple[int, ...], dtype: torch.dtype | str) -> str | None:
@@ -70,15 +75,19 @@ def copied_from(name: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def checkpoint_tensors(config: DeepseekV3Config) -> Mapping[str, TensorSpec]:
-    """All tensors of a checkpoint with this configuration by name, in the order of the released files."""
-    table = _Table(config)
+def checkpoint_tensors(config: DeepseekV3Config, layout: Layout = WHOLE) -> Mapping[str, TensorSpec]:
+    """All tensors of a checkpoint with this configuration by name, in the order of the released files, with their
+    targets on a rank of `layout`.
+    """
+    table = _Table(config, layout)
     hidden, vocab = config.hidden_size, config.vocab_size
     embedding = "model.embed_tokens.weight"
-    table.add(embedding, (vocab, hidden), {"main": Target(embedding), "mtp": Target("embed_tokens.weight")})
+    targets: dict[Part, Target] = {"main": Target(embedding)} if layout.is_first() else {}
+    table.add(embedding, (vocab, hidden), {**targets, "mtp": Target("embed_tokens.weight")})
     for layer_idx in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer_idx}"
-        table.layer(_Place("main", prefix, prefix), layer_idx)
+        held = layer_idx in layout.layers_of(config)
+        table.layer(_Place("main" if held else None, prefix, prefix), layer_idx)
     mtp_layers = config.num_nextn_predict_layers
     for layer_idx in range(config.num_hidden_layers, config.num_hidden_layers + mtp_layers):
         # Of several none has a place: drafts are made by one (`DeepseekV3Config.mtp_layer_idx`).
@@ -86,13 +95,14 @@ def checkpoint_tensors(config: DeepseekV3Config) -> Mapping[str, TensorSpec]:
         table.add(f"{place.name}.embed_tokens.weight", (vocab, hidden), {}, optional=True)
         for norm in ("enorm", "hnorm"):
             table.norm(place / norm, hidden)
-        table.linear(place / "eh_proj", hidden, 2 * hidden, quantized=False)
+        table.linear(place / "eh_proj", hidden, 2 * hidden, quantized=False, cut=ROWS)
         table.layer(place, layer_idx)
         table.norm(place / "shared_head" / "norm", hidden)
         table.add(f"{place.name}.shared_head.head.weight", (vocab, hidden), {}, optional=True)
-    table.norm(_Place("main", "model.norm", "model.norm"), hidden)
-    head = Target("lm_head.weight")
-    table.add("lm_head.weight", (vocab, hidden), {"main": head, "mtp": head})
+    last: Part | None = "main" if layout.is_last(config) else None
+    table.norm(_Place(last, "model.norm", "model.norm"), hidden)
+    head = Target("lm_head.weight", part=table.part((vocab, hidden), ROWS))
+    table.add("lm_head.weight", (vocab, hidden), {"main": head, "mtp": head} if last else {"mtp": head})
     return table.specs
 
 
@@ -104,9 +114,11 @@ class _Place:
     name: str
     module: str
 
-    def target(self, parameter: str, index: tuple[int | slice, ...] = ()) -> dict[Part, Target]:
+    def target(
+        self, parameter: str, index: tuple[int | slice, ...] = (), part: tuple[slice, ...] = ()
+    ) -> dict[Part, Target]:
         """Where a tensor goes, if the module is in one of our parts."""
-        return {} if self.part is None else {self.part: Target(parameter, index)}
+        return {} if self.part is None else {self.part: Target(parameter, index, part)}
 
     def __truediv__(self, child: str) -> _Place:
         return _Place(self.part, f"{self.name}.{child}", f"{self.module}.{child}")
@@ -115,9 +127,18 @@ class _Place:
 class _Table:
     """The specs, gathered module by module."""
 
-    def __init__(self, config: DeepseekV3Config) -> None:
+    def __init__(self, config: DeepseekV3Config, layout: Layout) -> None:
         self.config = config
+        self.ranks = layout.tensor
+        self.own_experts = layout.own_experts(config)
         self.specs: dict[str, TensorSpec] = {}
+
+    def part(self, shape: tuple[int, ...], cut: int | None) -> tuple[slice, ...]:
+        """A tensor-parallel rank's part of a tensor that is cut along a dimension."""
+        if cut is None or self.ranks.size == 1:
+            return ()
+        size = shape[cut] // self.ranks.size
+        return (*[slice(None)] * cut, slice(self.ranks.rank * size, (self.ranks.rank + 1) * size))
 
     def add(
         self,
@@ -142,54 +163,59 @@ class _Table:
         quantized: bool = True,
         module: str | None = None,
         expert: int | None = None,
-        first_row: int | None = None,
+        fused: int | None = None,
+        cut: int | None = None,
     ) -> None:
-        """A projection [rows, columns]; fused, it is `first_row` onwards of `module`, of one expert."""
+        """A projection [rows, columns], of one expert, cut for tensor-parallel ranks along a dimension; `fused`: after
+        how many others of its size it stands in `module`.
+        """
         module = module or place.module
 
-        def target(parameter: str, rows: int, first_row: int | None) -> dict[Part, Target]:
-            index: tuple[int | slice, ...] = () if expert is None else (expert,)
-            if first_row is not None:
-                index += (slice(first_row, first_row + rows),)
-            return place.target(f"{module}.{parameter}", index)
+        def target(parameter: str, shape: tuple[int, int]) -> dict[Part, Target]:
+            index: tuple[int | slice, ...] = ()
+            if expert is not None:
+                if expert not in self.own_experts:
+                    return {}
+                index = (expert - self.own_experts.start,)
+            if fused is not None:
+                own_rows = shape[0] if cut is None else shape[0] // self.ranks.size
+                index += (slice(fused * own_rows, (fused + 1) * own_rows),)
+            return place.target(f"{module}.{parameter}", index, self.part(shape, cut))
 
-        weight = f"{place.name}.weight"
+        weight, shape = f"{place.name}.weight", (rows, columns)
         if not (quantized and self.config.quantization_config):
-            self.add(weight, (rows, columns), target("weight", rows, first_row))
+            self.add(weight, shape, target("weight", shape))
             return
-        self.add(weight, (rows, columns), target("weight", rows, first_row), dtypes=(E4M3,))
-        # Fused parts begin at a whole block: the configuration refuses other sizes.
-        block_rows, block_columns = -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
-        first_block = None if first_row is None else first_row // FP8_BLOCK
-        self.add(
-            weight + SCALE_SUFFIX,
-            (block_rows, block_columns),
-            target(f"weight{SCALE_SUFFIX}", block_rows, first_block),
-            dtypes=(torch.float32,),
-        )
+        self.add(weight, shape, target("weight", shape), dtypes=(E4M3,))
+        # Fused parts begin at a whole block: the configuration refuses other sizes. So does what ranks hold.
+        blocks = -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+        scale = f"weight{SCALE_SUFFIX}"
+        self.add(weight + SCALE_SUFFIX, blocks, target(scale, blocks), dtypes=(torch.float32,))
 
     def mlp(self, place: _Place, size: int, *, module: str | None = None, expert: int | None = None) -> None:
-        """gate, up and down of `size` intermediate features."""
+        """gate, up and down of `size` intermediate features; a routed expert is whole on its rank."""
         module = module or place.module
         hidden = self.config.hidden_size
-        fused = f"{module}.gate_up_proj"
-        self.linear(place / "gate_proj", size, hidden, module=fused, expert=expert, first_row=0)
-        self.linear(place / "up_proj", size, hidden, module=fused, expert=expert, first_row=size)
-        self.linear(place / "down_proj", hidden, size, module=f"{module}.down_proj", expert=expert)
+        gate_up, down = f"{module}.gate_up_proj", f"{module}.down_proj"
+        rows, columns = (ROWS, COLUMNS) if expert is None else (None, None)
+        self.linear(place / "gate_proj", size, hidden, module=gate_up, expert=expert, fused=0, cut=rows)
+        self.linear(place / "up_proj", size, hidden, module=gate_up, expert=expert, fused=1, cut=rows)
+        self.linear(place / "down_proj", hidden, size, module=down, expert=expert, cut=columns)
 
     def attention(self, place: _Place) -> None:
         config = self.config
         hidden, heads = config.hidden_size, config.num_attention_heads
         if config.q_lora_rank is None:
-            self.linear(place / "q_proj", heads * config.qk_head_dim, hidden)
+            self.linear(place / "q_proj", heads * config.qk_head_dim, hidden, cut=ROWS)
         else:
             self.linear(place / "q_a_proj", config.q_lora_rank, hidden)
             self.norm(place / "q_a_layernorm", config.q_lora_rank)
-            self.linear(place / "q_b_proj", heads * config.qk_head_dim, config.q_lora_rank)
+            self.linear(place / "q_b_proj", heads * config.qk_head_dim, config.q_lora_rank, cut=ROWS)
         self.linear(place / "kv_a_proj_with_mqa", config.latent_dim, hidden)
         self.norm(place / "kv_a_layernorm", config.kv_lora_rank)
-        self.linear(place / "kv_b_proj", heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank)
-        self.linear(place / "o_proj", hidden, heads * config.v_head_dim)
+        keys_and_values = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.linear(place / "kv_b_proj", keys_and_values, config.kv_lora_rank, cut=ROWS)
+        self.linear(place / "o_proj", hidden, heads * config.v_head_dim, cut=COLUMNS)
 
     def layer(self, place: _Place, layer_idx: int) -> None:
         config = self.config

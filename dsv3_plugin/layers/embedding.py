@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dsv3_plugin.layers.linear import linear_in_slices
+from dsv3_plugin.layout import ALONE, Group
 from dsv3_plugin.registry import Ops
 
 
@@ -23,14 +24,16 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """`weight` [vocab_size, hidden] in the profile's dtype; the logits keep the fp32 sum, unrounded."""
+    """`weight` [vocab_size / ranks, hidden] in the profile's dtype; the logits keep the fp32 sum, unrounded."""
 
-    def __init__(self, ops: Ops, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, ops: Ops, vocab_size: int, hidden_size: int, ranks: Group = ALONE) -> None:
         super().__init__()
         self.ops = ops
-        shape = vocab_size, hidden_size
+        self.ranks = ranks
+        shape = vocab_size // ranks.size, hidden_size
         self.weight = nn.Parameter(torch.empty(shape, dtype=ops.setting.profile.dtype), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, hidden] to logits fp32 [T, vocab_size]."""
-        return linear_in_slices(self.ops, x, self.weight, self.ops.slices.held, out_dtype=torch.float32)
+        """x [T, hidden], the same on every rank, to logits fp32 [T, vocab_size]."""
+        logits = linear_in_slices(self.ops, x, self.weight, self.ops.slices.held, out_dtype=torch.float32)
+        return self.ranks.gather_columns(logits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -13,6 +15,7 @@ from dsv3_plugin.layers.embedding import Embedding, Head
 from dsv3_plugin.layers.mla import MLA
 from dsv3_plugin.layers.norm import RMSNorm
 from dsv3_plugin.layers.rotary import RotaryTable
+from dsv3_plugin.layout import WHOLE, Layout
 from dsv3_plugin.ops.tile import pin_one_thread
 from dsv3_plugin.profile import Profile
 from dsv3_plugin.registry import Mode, Ops, bind
@@ -25,46 +28,65 @@ def bind_ops(
     *,
     arithmetic: Arithmetic | None = None,
     mode: Mode | None = None,
+    layout: Layout = WHOLE,
 ) -> Ops:
-    """Choose the kernels of a model on `device`; `arithmetic` defaults to the device's own.
+    """Choose the kernels of a model on `device`, or of the part that `layout` says; `arithmetic` defaults to the
+    device's own.
 
-    Raises `KernelError` where an operation has none.
+    Raises `KernelError` where an operation has none, `ConfigError` where the model has no such part.
     """
+    layout.require_possible(config, profile)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if device.type == "cpu":
         pin_one_thread()
     arithmetic = arithmetic or ("cpu" if device.type == "cpu" else "sm90")
-    dims = {name: value for name, value in config.model_dump().items() if type(value) is int}
-    return bind(Setting(device.type, arithmetic, profile, capability, dims), mode)
+    dims = {name: value for name, value in layout.own_heads(config).model_dump().items() if type(value) is int}
+    ops = bind(Setting(device.type, arithmetic, profile, capability, dims), mode)
+    return replace(ops, slices=layout.slices(profile))
 
 
 class DeepseekV3Model(nn.Module):
-    """Embedding, decoder layers and final norm."""
+    """Embedding, decoder layers and final norm; of a pipeline stage those that are its own."""
 
-    def __init__(self, ops: Ops, config: DeepseekV3Config) -> None:
+    embed_tokens: Embedding
+    """Of the first stage."""
+    norm: RMSNorm
+    """Of the last stage."""
+
+    def __init__(self, ops: Ops, config: DeepseekV3Config, layout: Layout = WHOLE) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(ops, config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(ops, config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps)
+        if layout.is_first():
+            self.embed_tokens = Embedding(ops, config.vocab_size, config.hidden_size)
+        # By the checkpoint's numbers, whatever the first one here is.
+        layers = {str(i): DecoderLayer(ops, config, i, layout) for i in layout.layers_of(config)}
+        self.layers = nn.ModuleDict(layers)
+        self.is_last = layout.is_last(config)
+        if self.is_last:
+            self.norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryTable(config)
 
-    def forward(self, inputs_embeds: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """inputs_embeds [T, hidden], positions integers [T], to the normalised hidden states [T, hidden]."""
+    def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """hidden_states [T, hidden], which are embedded tokens or what the stage before returned, and positions,
+        integers [T], to the normalised hidden states [T, hidden], or to those for the next stage.
+        """
         cos, sin = self.rotary(positions)
-        x = inputs_embeds
-        for layer in self.layers:
-            x = layer(x, cos, sin, attend)
-        return self.norm(x)
+        for layer in self.layers.values():
+            hidden_states = layer(hidden_states, cos, sin, attend)
+        return self.norm(hidden_states) if self.is_last else hidden_states
 
 
 class DeepseekV3(nn.Module):
     """The causal language model: `model` and `lm_head`, as in the checkpoint."""
 
-    def __init__(self, ops: Ops, config: DeepseekV3Config) -> None:
+    lm_head: Head
+    """Of the last pipeline stage."""
+
+    def __init__(self, ops: Ops, config: DeepseekV3Config, layout: Layout = WHOLE) -> None:
         super().__init__()
         self.ops = ops
-        self.model = DeepseekV3Model(ops, config)
-        self.lm_head = Head(ops, config.vocab_size, config.hidden_size)
+        self.model = DeepseekV3Model(ops, config, layout)
+        if layout.is_last(config):
+            self.lm_head = Head(ops, config.vocab_size, config.hidden_size, layout.tensor)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """input_ids and positions, integers [T], to the normalised hidden states [T, hidden], which `lm_head` and MTP

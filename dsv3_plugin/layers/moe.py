@@ -8,6 +8,7 @@ from torch import nn
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.linear import Activation, GroupedLinear, Quantized
 from dsv3_plugin.layers.mlp import MLP, swiglu
+from dsv3_plugin.layout import WHOLE, Layout
 from dsv3_plugin.ops.combine import combine
 from dsv3_plugin.ops.permute import permutation, permute, permute_fp8
 from dsv3_plugin.ops.router import moe_router
@@ -49,6 +50,7 @@ class Experts(nn.Module):
     def __init__(self, ops: Ops, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.ops = ops
+        self.is_fp8 = ops.setting.profile.is_fp8
         self.gate_up_proj = GroupedLinear(ops, num_experts, hidden_size, 2 * intermediate_size)
         self.down_proj = GroupedLinear(ops, num_experts, intermediate_size, hidden_size)
 
@@ -60,20 +62,24 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """A mixture-of-experts layer. No token is dropped."""
 
-    def __init__(self, ops: Ops, config: DeepseekV3Config) -> None:
+    def __init__(self, ops: Ops, config: DeepseekV3Config, layout: Layout = WHOLE) -> None:
         super().__init__()
         self.ops = ops
         self.gate = Router(ops, config)
-        self.experts = Experts(ops, config.n_routed_experts, config.hidden_size, config.moe_intermediate_size)
-        self.shared_experts = MLP(ops, config.hidden_size, config.shared_intermediate_size)
+        own_experts, hidden = len(layout.own_experts(config)), config.hidden_size
+        self.experts = Experts(ops, own_experts, hidden, config.moe_intermediate_size)
+        self.shared_experts = MLP(ops, hidden, config.shared_intermediate_size // layout.tensor.size)
 
     def forward(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """x [T, hidden] for the router, and the same as projections read it, to [T, hidden]."""
         topk_ids, topk_weights = self.gate(x)
         rows, slots, expert_counts = permutation(topk_ids, self.gate.config.n_routed_experts)
-        if isinstance(activation, Quantized):
-            permuted: Activation = Quantized(*self.ops[permute_fp8](*activation, rows))
-        else:
-            permuted = self.ops[permute](activation, rows)
-        expert_out = self.experts(permuted, expert_counts)
+        expert_out = self.experts(permute_activation(self.ops, activation, rows), expert_counts)
         return self.ops[combine](expert_out, slots, topk_weights, self.shared_experts(activation))
+
+
+def permute_activation(ops: Ops, x: Activation, rows: torch.Tensor) -> Activation:
+    """The rows of x [M, K] that `rows`, int64 [S], names: [S, K]."""
+    if isinstance(x, Quantized):
+        return Quantized(*ops[permute_fp8](*x, rows))
+    return ops[permute](x, rows)

@@ -19,6 +19,7 @@ from dsv3_plugin.layers.embedding import Embedding, Head
 from dsv3_plugin.layers.linear import ColumnLinear
 from dsv3_plugin.layers.norm import RMSNorm
 from dsv3_plugin.layers.rotary import RotaryTable
+from dsv3_plugin.layout import WHOLE, Layout
 from dsv3_plugin.registry import Ops
 
 
@@ -33,11 +34,13 @@ class SharedHead(nn.Module):
 class MTPLayer(DecoderLayer):
     """The MTP layer; its weights are those of `model.layers.{num_hidden_layers}`."""
 
-    def __init__(self, ops: Ops, config: DeepseekV3Config) -> None:
-        super().__init__(ops, config, config.mtp_layer_idx)
+    def __init__(self, ops: Ops, config: DeepseekV3Config, layout: Layout = WHOLE) -> None:
+        super().__init__(ops, config, config.mtp_layer_idx, layout)
+        self.ranks = layout.tensor
         self.enorm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = ColumnLinear(ops, 2 * config.hidden_size, config.hidden_size, quantized=False)
+        own_size = config.hidden_size // self.ranks.size
+        self.eh_proj = ColumnLinear(ops, 2 * config.hidden_size, own_size, quantized=False)
         self.shared_head = SharedHead(ops, config)
 
     def predict(
@@ -53,18 +56,18 @@ class MTPLayer(DecoderLayer):
         The result is normalised; it goes to the shared head, and is the hidden state of a further draft step.
         """
         x = self.eh_proj(torch.cat((self.enorm(inputs_embeds), self.hnorm(hidden_states)), dim=-1))
-        return self.shared_head.norm(self.forward(x, cos, sin, attend))
+        return self.shared_head.norm(self.forward(self.ranks.gather_columns(x), cos, sin, attend))
 
 
 class DeepseekV3MTP(nn.Module):
     """A draft model that stands alone: the MTP layer with the main model's embedding and head."""
 
-    def __init__(self, ops: Ops, config: DeepseekV3Config) -> None:
+    def __init__(self, ops: Ops, config: DeepseekV3Config, layout: Layout = WHOLE) -> None:
         super().__init__()
         self.ops = ops
         self.embed_tokens = Embedding(ops, config.vocab_size, config.hidden_size)
-        self.layer = MTPLayer(ops, config)
-        self.lm_head = Head(ops, config.vocab_size, config.hidden_size)
+        self.layer = MTPLayer(ops, config, layout)
+        self.lm_head = Head(ops, config.vocab_size, config.hidden_size, layout.tensor)
         self.rotary = RotaryTable(config)
 
     def forward(

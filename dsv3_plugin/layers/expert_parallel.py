@@ -1,0 +1,69 @@
+"""DeepSeekMoE with its routed experts spread over ranks.
+
+Each token has one rank that routes it: its own, or of the tensor-parallel ranks that all have it, one. That rank sends
+a row to the rank of each chosen expert, fp8 with scales where experts multiply in fp8 (DeepSeek-V3 report, section
+3.4), gets a row back, and combines: in ascending order of experts, in fp32, the shared expert last. No sum is split, so
+no number of ranks can change a bit, and nothing that only moves data may add.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.layers.linear import Activation, Quantized, quantize
+from dsv3_plugin.layers.moe import MoE, permute_activation
+from dsv3_plugin.layout import Layout
+from dsv3_plugin.ops.combine import combine
+from dsv3_plugin.ops.permute import permutation
+from dsv3_plugin.ops.quantize import E4M3
+from dsv3_plugin.registry import Ops
+
+
+class ExpertParallelMoE(MoE):
+    """A rank's part of a mixture-of-experts layer. All ranks of `layout.experts` make each call together, also one that
+    has no tokens.
+    """
+
+    def __init__(self, ops: Ops, config: DeepseekV3Config, layout: Layout) -> None:
+        super().__init__(ops, config, layout)
+        self.layout = layout
+        self.hidden_size = config.hidden_size
+
+    def forward(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """See `MoE.forward`; x is the same on each rank of `layout.tensor`."""
+        shared = self.shared_experts(activation)
+        own = self.layout.tensor.share_of(len(x))
+        topk_ids, topk_weights = self.gate(x[own])
+        rows, slots, expert_counts = permutation(topk_ids, self.gate.config.n_routed_experts)
+        expert_out = self._at_the_experts(permute_activation(self.ops, activation, rows + own.start), expert_counts)
+        combined = self.ops[combine](expert_out, slots, topk_weights, shared[own].contiguous())
+        return self.layout.tensor.gather_shares(combined, len(x))
+
+    def _at_the_experts(self, x: Activation, expert_counts: torch.Tensor) -> torch.Tensor:
+        """x [S, hidden], sorted by expert, and how many rows each expert of all ranks gets, [n_routed_experts], to
+        what the experts make of them, [S, hidden].
+        """
+        group = self.layout.experts
+        of_ranks = expert_counts.view(group.size, -1)
+        counts = group.exchange(of_ranks, [1] * group.size, [1] * group.size)
+        sent, received = of_ranks.sum(1).tolist(), counts.sum(1).tolist()
+        came = self._unpacked(group.exchange(self._packed(x), sent, received))
+        # They came by rank, and by expert from each.
+        local = torch.arange(counts.shape[1], device=counts.device).repeat(group.size)
+        order, places, own_counts = permutation(local.repeat_interleave(counts.flatten())[:, None], counts.shape[1])
+        out = self.experts(permute_activation(self.ops, came, order), own_counts)
+        return group.exchange(out[places.flatten()], received, sent)
+
+    def _packed(self, x: Activation) -> torch.Tensor:
+        """One tensor [S, ...] of all that travels."""
+        if isinstance(x, torch.Tensor) and not self.experts.is_fp8:
+            return x
+        values, scale = quantize(self.ops, x)
+        return torch.cat((values.view(torch.uint8), scale.contiguous().view(torch.uint8)), dim=1)
+
+    def _unpacked(self, x: torch.Tensor) -> Activation:
+        if x.dtype != torch.uint8:
+            return x
+        values, scale = x.split([self.hidden_size, x.shape[1] - self.hidden_size], dim=1)
+        return Quantized(values.contiguous().view(E4M3), scale.contiguous().view(torch.float32))

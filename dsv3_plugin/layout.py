@@ -1,0 +1,146 @@
+"""Which part of a model a process holds, when several ranks share it.
+
+Three ways of sharing, none of which changes a bit. Tensor-parallel ranks hold heads, vocabulary and the features of
+dense MLPs, in whole slices of the sums (`dsv3_plugin.ops.slices`). Expert-parallel ranks hold whole routed experts, in
+blocks of neighbours: also where tensor parallelism alone is asked for, since a routed expert is never cut. Pipeline
+stages hold layers. Embedding, norms, router and latent projections are whole on each rank that runs them.
+
+An adapter builds a `Layout` from its engine's process groups. A `Group` moves tensors between ranks and adds nothing:
+whoever adds says in which order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import distributed as dist
+
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.errors import ConfigError
+from dsv3_plugin.ops.slices import Slices, tree_sum
+from dsv3_plugin.profile import SLICES_VARIABLE, Profile
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that share something, and this process's place among them."""
+
+    rank: int = 0
+    size: int = 1
+    process_group: dist.ProcessGroup | None = field(default=None, compare=False)
+    """None for one rank, and where only the sizes are asked for."""
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's x, of one shape and dtype on all, in the order of ranks."""
+        if self.size == 1:
+            return [x]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.process_group)
+        return parts
+
+    def gather_columns(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, N] of every rank to [T, N size]."""
+        return x if self.size == 1 else torch.cat(self.gather(x), dim=1)
+
+    def exchange(self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        """Send the first `sent[0]` rows of x [sum(sent), ...] to rank 0, the next `sent[1]` to rank 1, and so on;
+        returns what came, `received[i]` rows from rank i, in the order of ranks.
+        """
+        out = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=self.process_group)
+        return out
+
+    def share_of(self, count: int) -> slice:
+        """This rank's part of `count` rows, of which each rank has as many but the last ones."""
+        most = -(-count // self.size)
+        return slice(min(self.rank * most, count), min((self.rank + 1) * most, count))
+
+    def gather_shares(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """Every rank's share of `count` rows, x [share, N], to [count, N]."""
+        if self.size == 1:
+            return x
+        most = -(-count // self.size)
+        padded = torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:])))
+        return torch.cat(self.gather(padded))[:count]
+
+
+ALONE = Group()
+
+
+@dataclass(frozen=True)
+class GroupSlices(Slices):
+    """The slices of one tensor-parallel rank."""
+
+    group: Group
+
+    def fold(self, branch: torch.Tensor) -> torch.Tensor:
+        """See `Slices.fold`: every rank adds all ranks' sums, each in the tree's order."""
+        rows = len(branch)
+        if rows < self.group.size:
+            return tree_sum(self.group.gather(branch))
+        # Each rank adds a share of the rows: of what all send, a part has to travel.
+        shares = [Group(rank, self.group.size).share_of(rows) for rank in range(self.group.size)]
+        sent = [share.stop - share.start for share in shares]
+        own = sent[self.group.rank]
+        came = self.group.exchange(branch, sent, [own] * self.group.size)
+        return self.group.gather_shares(tree_sum(came.split(own)) if own else branch[:0], rows)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The part of a model that this process holds."""
+
+    tensor: Group = ALONE
+    """Shares heads, vocabulary and dense features, and has the same tokens on each rank."""
+    experts: Group = ALONE
+    """Shares routed experts: all ranks of `tensor`, and of those with other tokens (data parallelism)."""
+    layers: range | None = None
+    """The decoder layers of this pipeline stage; None: all."""
+
+    def layers_of(self, config: DeepseekV3Config) -> range:
+        """The decoder layers that are held here."""
+        return range(config.num_hidden_layers) if self.layers is None else self.layers
+
+    def is_first(self) -> bool:
+        """Whether this stage embeds tokens."""
+        return self.layers is None or self.layers.start == 0
+
+    def is_last(self, config: DeepseekV3Config) -> bool:
+        """Whether this stage has the last norm and the head."""
+        return self.layers_of(config).stop == config.num_hidden_layers
+
+    def own_heads(self, config: DeepseekV3Config) -> DeepseekV3Config:
+        """`config` for attention with this rank's heads."""
+        if self.tensor.size == 1:
+            return config
+        return config.model_copy(update={"num_attention_heads": config.num_attention_heads // self.tensor.size})
+
+    def own_experts(self, config: DeepseekV3Config) -> range:
+        """The routed experts that are held here."""
+        count = config.n_routed_experts // self.experts.size
+        return range(self.experts.rank * count, (self.experts.rank + 1) * count)
+
+    def slices(self, profile: Profile) -> Slices:
+        """The slices of a profile's sums that are held here."""
+        held = profile.reduction_slices // self.tensor.size
+        return Slices(held) if self.tensor.size == 1 else GroupSlices(held, self.tensor)
+
+    def require_possible(self, config: DeepseekV3Config, profile: Profile) -> None:
+        """Raise `ConfigError` where a model cannot be shared so."""
+        ranks = self.tensor.size
+        if profile.reduction_slices % ranks:
+            raise ConfigError(
+                f"{ranks} tensor-parallel ranks share the slices of each sum, of which there are"
+                f" {profile.reduction_slices}: set {SLICES_VARIABLE} to a power of two that {ranks} divides, the same in"
+                " every program whose bits shall be equal"
+            )
+        if config.n_routed_experts % self.experts.size:
+            raise ConfigError(
+                f"n_routed_experts={config.n_routed_experts} has no {self.experts.size} equal parts for as many ranks"
+            )
+
+
+WHOLE = Layout()
+"""One rank holds the model."""

@@ -1,0 +1,236 @@
+"""A model that ranks share has the bits of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from bits import same_bits
+from mini_checkpoint import CPU, MINI
+from ranks import group, on_ranks
+
+from dsv3_plugin.checkpoint.fingerprint import fingerprint, fingerprint_of_checkpoint
+from dsv3_plugin.checkpoint.loader import WeightLoader
+from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.errors import ConfigError
+from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.model import DeepseekV3, bind_ops
+from dsv3_plugin.layers.moe import Router
+from dsv3_plugin.layers.mtp import DeepseekV3MTP
+from dsv3_plugin.layout import WHOLE, Group, GroupSlices, Layout
+from dsv3_plugin.ops.combine import combine
+from dsv3_plugin.registry import Ops
+
+# Everything that is shared is a whole number of FP8 blocks for two ranks, or of numbers for four.
+SHARED = MINI | {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "intermediate_size": 512,
+    "n_shared_experts": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+}
+TOKENS = torch.arange(37) * 7 % 320
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Of one sequence; None where another stage has it."""
+
+    hidden: torch.Tensor
+    logits: torch.Tensor | None
+    draft: torch.Tensor | None
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("shared")
+
+    def get(dtype: str) -> Path:
+        if not (root / dtype).exists():
+            make_checkpoint(SHARED, root / dtype, 1, dtype=CheckpointDtype(dtype))
+        return root / dtype
+
+    return get
+
+
+def ops_of(reader: CheckpointReader, slices: int, layout: Layout) -> Ops:
+    profile = replace(reader.profile(), reduction_slices=slices)
+    return bind_ops(reader.config, profile, CPU, layout=layout)
+
+
+def compute(
+    path: Path, slices: int, layout: Layout, tokens: torch.Tensor, hidden: torch.Tensor | None = None
+) -> Computed:
+    """One pass over a sequence; `hidden` is what the stage before returned."""
+    reader = CheckpointReader(path)
+    ops, config = ops_of(reader, slices, layout), reader.config
+    model, draft = DeepseekV3(ops, config, layout), DeepseekV3MTP(ops, config, layout)
+    for module, part in (model, "main"), (draft, "mtp"):
+        loader = WeightLoader(module, config, part, layout=layout)
+        loader.load(reader.tensors())
+        loader.finish()
+    positions, attend = torch.arange(len(tokens)), attend_to_itself(ops, config)
+    with torch.inference_mode():
+        embedded = model.model.embed_tokens(tokens) if hidden is None else hidden
+        hidden = model.model(embedded, positions, attend)
+        if not layout.is_last(config):
+            return Computed(hidden, None, None)
+        drafted = draft.lm_head(draft(tokens.roll(-1), positions, hidden, attend))
+        return Computed(hidden, model.lm_head(hidden), drafted)
+
+
+def same(left: Computed, right: Computed) -> bool:
+    assert left.logits is not None and left.draft is not None and right.logits is not None and right.draft is not None
+    return same_bits(left.logits, right.logits) and same_bits(left.draft, right.draft)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, TOKENS[:1]], ids=len)
+@pytest.mark.parametrize(
+    ("dtype", "slices", "ranks"), [("bf16", 2, 2), ("bf16", 4, 4), ("bf16", 4, 2), ("fp8", 2, 2), ("fp32", 4, 2)]
+)
+def test_tensor_parallel_ranks_have_the_bits_of_one(
+    dtype: str, slices: int, ranks: int, tokens: torch.Tensor, checkpoints: Callable[[str], Path]
+) -> None:
+    """One token has fewer shares than ranks."""
+    path = checkpoints(dtype)
+    alone = compute(path, slices, WHOLE, tokens)
+
+    def work(rank: int) -> Computed:
+        everyone = group(range(ranks))
+        return compute(path, slices, Layout(everyone, everyone), tokens)
+
+    for shared in on_ranks(ranks, work):
+        assert same(shared, alone)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp32"])
+@pytest.mark.parametrize("counts", [(37, 5), (1, 1), (3, 37, 1, 2)], ids=str)
+def test_spread_experts_have_the_bits_of_one_rank(
+    dtype: str, counts: tuple[int, ...], checkpoints: Callable[[str], Path]
+) -> None:
+    """Each rank has tokens of its own."""
+    path = checkpoints(dtype)
+
+    def work(rank: int) -> Computed:
+        return compute(path, 1, Layout(experts=group(range(len(counts)))), TOKENS[: counts[rank]] + rank)
+
+    for rank, shared in enumerate(on_ranks(len(counts), work)):
+        assert same(shared, compute(path, 1, WHOLE, TOKENS[: counts[rank]] + rank))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_all_tokens_may_choose_one_rank_s_experts(
+    dtype: str, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank's get no row."""
+    path = checkpoints(dtype)
+    forward = Router.forward
+
+    def choose_the_first(self: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.e_score_correction_bias[:4] = 10.0
+        return forward(self, x)
+
+    monkeypatch.setattr(Router, "forward", choose_the_first)
+
+    def work(rank: int) -> Computed:
+        return compute(path, 1, Layout(experts=group(range(2))), TOKENS + rank)
+
+    for rank, shared in enumerate(on_ranks(2, work)):
+        assert same(shared, compute(path, 1, WHOLE, TOKENS + rank))
+
+
+def test_both_at_once(checkpoints: Callable[[str], Path]) -> None:
+    """Two times two tensor-parallel ranks, experts over all four."""
+    path = checkpoints("fp8")
+
+    def work(rank: int) -> Computed:
+        pair = rank // 2
+        layout = Layout(group((2 * pair, 2 * pair + 1)), group(range(4)))
+        return compute(path, 2, layout, TOKENS[: 5 + 30 * pair] + pair)
+
+    for rank, shared in enumerate(on_ranks(4, work)):
+        pair = rank // 2
+        assert same(shared, compute(path, 2, WHOLE, TOKENS[: 5 + 30 * pair] + pair))
+
+
+def test_stages_have_the_bits_of_one(checkpoints: Callable[[str], Path]) -> None:
+    """No sum is shared, so that one process may compute them one after the other."""
+    path = checkpoints("bf16")
+    first = compute(path, 1, Layout(layers=range(2)), TOKENS)
+    last = compute(path, 1, Layout(layers=range(2, 3)), TOKENS, first.hidden)
+    assert same(last, compute(path, 1, WHOLE, TOKENS))
+
+
+def test_what_ranks_hold_is_the_checkpoint(checkpoints: Callable[[str], Path]) -> None:
+    """Each tensor is somewhere, and the parts' fingerprint is the whole's."""
+    path = checkpoints("fp8")
+    reader = CheckpointReader(path)
+
+    def work(rank: int) -> dict[str, str]:
+        everyone = group(range(2))
+        layout = Layout(everyone, everyone)
+        model = DeepseekV3(ops_of(reader, 2, layout), reader.config, layout)
+        WeightLoader(model, reader.config, "main", layout=layout).load(reader.tensors())
+        return fingerprint(model, reader.config, "main", layout).tensors
+
+    one, other = on_ranks(2, work)
+    whole = fingerprint_of_checkpoint(reader).tensors
+    held = one | other
+    assert held == {name: whole[name] for name in held}
+    assert {name for name in whole if not name.startswith("model.layers.3.")} == held.keys()
+    assert len(one) < len(held)
+
+
+def test_ranks_that_are_added_in_their_order_are_caught(
+    checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoints("fp32")
+    alone = compute(path, 4, WHOLE, TOKENS)
+    monkeypatch.setattr(GroupSlices, "fold", lambda self, branch: sum(self.group.gather(branch)))
+
+    def work(rank: int) -> Computed:
+        everyone = group(range(4))
+        return compute(path, 4, Layout(everyone, everyone), TOKENS)
+
+    assert not same(on_ranks(4, work)[0], alone)
+
+
+def test_experts_that_are_combined_as_they_arrive_are_caught(
+    checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a rank's own first, say."""
+    path = checkpoints("fp32")
+    alone = compute(path, 1, WHOLE, TOKENS)
+
+    def backwards(out: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+        return combine(out, slots.flip(1), weights.flip(1), shared)
+
+    right = ops_of
+
+    def ops_with_another_order(reader: CheckpointReader, slices: int, layout: Layout) -> Ops:
+        return right(reader, slices, layout).with_kernel(combine, backwards)
+
+    monkeypatch.setitem(compute.__globals__, "ops_of", ops_with_another_order)
+
+    def work(rank: int) -> Computed:
+        return compute(path, 1, Layout(experts=group(range(2))), TOKENS)
+
+    assert not same(on_ranks(2, work)[0], alone)
+
+
+def test_a_part_that_no_rank_can_have_is_refused(checkpoints: Callable[[str], Path]) -> None:
+    reader = CheckpointReader(checkpoints("bf16"))
+    with pytest.raises(
+        ConfigError, match=r"2 tensor-parallel ranks share the slices of each sum, of which there are 1"
+    ):
+        ops_of(reader, 1, Layout(Group(0, 2), Group(0, 2)))
+    with pytest.raises(ConfigError, match=r"n_routed_experts=8 has no 3 equal parts"):
+        ops_of(reader, 1, Layout(experts=Group(0, 3)))
