@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dsv3_plugin.conformance import report as reports
 from dsv3_plugin.conformance import runner
+from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout
 from dsv3_plugin.conformance.programs import Progress
 from dsv3_plugin.conformance.protocol import Device
 from dsv3_plugin.errors import ConformanceError
@@ -40,13 +41,23 @@ def run(
     environments: Annotated[Path, typer.Option(help="Folder with an environment NAME for each testee.")] = Path(
         ".envs"
     ),
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(help="Run the engines spread over ranks: one, tp=2, dp=2,ep=2, tp=2,pp=2. Repeat it."),
+    ] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep job, results and logs in this new folder.")] = None,
 ) -> None:
     """Run testees on one checkpoint, compare every row, and exit with status 1 if any bit differs."""
     for path in (json_file, html, junit, keep):
         if path is not None and path.exists():
             raise ConformanceError(f"{path}: exists already and is not overwritten")
-    testees = [runner.TesteeCommand.parse(text, environments) for text in testee]
+    layouts = [ParallelLayout.parse(text) for text in layout or ["one"]]
+    testees = [
+        command.on(each)
+        for command in (runner.TesteeCommand.parse(text, environments) for text in testee)
+        # The reference is what one rank computes.
+        for each in ([ONE_RANK] if command.name == runner.REFERENCE else layouts)
+    ]
     console = Console()
     with _LiveProgress(console) as progress:
         report = runner.run(testees, checkpoint, progress, device=device, keep=keep, only=case or ())

@@ -156,7 +156,7 @@ class RequestResult(_Message):
     prompt_top_logprobs: tuple[TopLogprobs, ...] = ()
     """For each of these the request's number of most likely ones."""
     unsupported: str | None = None
-    """Why this engine cannot do exactly what the request's `settings` ask. Nothing else is then read; the report
+    """Why this engine cannot do exactly what the request's `settings` ask, or not run its case on several ranks. Nothing else is then read; the report
     counts it and names the reason.
     """
 
@@ -191,6 +191,8 @@ class Result(_Message):
     cases: tuple[CaseResult, ...]
     claim: Claim = "equality"
     """What the testee is judged by: `equality`, every bit; `closeness`, a distance that the report measures."""
+    layout: str = "one"
+    """Over which ranks the model was spread (`layouts.ParallelLayout`)."""
     schedule_not_followed: str | None = None
     """Why this testee computed the cases' sequences and not their schedules: a trainer has no cache. Its rows are
     compared; of caches and drafts nothing is claimed.

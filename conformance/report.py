@@ -5,20 +5,54 @@ All of them say the same: what served, which rows are equal, the first differenc
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
-from dsv3_plugin.conformance.runner import CaseVerdict, Report
+from dsv3_plugin.conformance.layouts import ONE_RANK as _ONE_RANK
+from dsv3_plugin.conformance.runner import SPECIFICATION, CaseVerdict, Report
 
-NOT_CLAIMED = (
-    "equality with other versions of dsv3-plugin, torch or the CPU's matrix library",
-    "equality between kinds of device, or with engines' own DeepSeek-V3",
-    "tensor, pipeline or expert parallel layouts",
-    "which tokens an engine's random numbers draw",
-)
+ONE_RANK = str(_ONE_RANK)
+
+
+def not_claimed(report: Report) -> tuple[str, ...]:
+    """What a reader might take a run for, and it is not."""
+    layouts = [result.layout for result in report.results.values() if result.layout != ONE_RANK]
+    return (
+        "equality with other versions of dsv3-plugin, torch or the CPU's matrix library",
+        "equality between kinds of device, or with engines' own DeepSeek-V3",
+        "tensor, pipeline or expert parallel layouts" + (" but those that were run" if layouts else ""),
+        "which tokens an engine's random numbers draw",
+    )
+
+
+@dataclass(frozen=True)
+class LayoutCell:
+    """A testee in one layout."""
+
+    equal: int
+    """Rows, of all ranks, equal to those of one rank: the specification's."""
+    different: int
+    declined: tuple[str, ...]
+    """Cases that it cannot run so, each with the reason."""
+
+
+def layout_matrix(report: Report) -> dict[str, dict[str, LayoutCell]]:
+    """Testee and layout to what came of it; empty where only one rank was asked for."""
+    matrix: dict[str, dict[str, LayoutCell]] = {}
+    for name, result in report.results.items():
+        comparisons = [c for v in report.verdicts if (c := v.between(SPECIFICATION, name)) is not None]
+        declined = tuple(
+            f"{verdict.case.name}: {next(iter(requests.values()))}"
+            for verdict in report.verdicts
+            if len(requests := verdict.unsupported[name]) == len(verdict.case.requests)
+        )
+        equal, different = sum(c.equal_rows for c in comparisons), sum(c.different_rows for c in comparisons)
+        matrix.setdefault(result.testee, {})[result.layout] = LayoutCell(equal, different, declined)
+    return matrix if any(result.layout != ONE_RANK for result in report.results.values()) else {}
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -35,6 +69,8 @@ def print_report(report: Report, console: Console) -> None:
             f"    profile {result.served.profile}, kernels: {', '.join(kernels) or 'unknown'}", highlight=False
         )
     console.print(_table(report))
+    if matrix := layout_matrix(report):
+        _print_layouts(matrix, console)
     for closeness in report.closeness:
         for line in closeness.describe():
             console.print(line, highlight=False)
@@ -42,7 +78,7 @@ def print_report(report: Report, console: Console) -> None:
         _print_problems(verdict, console)
     for problem in report.problems:
         console.print(f"[red]{problem}[/red]", highlight=False)
-    console.print("Not claimed: " + "; ".join(NOT_CLAIMED) + ".", style="dim", highlight=False)
+    console.print("Not claimed: " + "; ".join(not_claimed(report)) + ".", style="dim", highlight=False)
     style = "red bold" if not report.passed else "yellow bold" if declined(report) else "green bold"
     console.print(headline(report), style=style, highlight=False)
 
@@ -81,7 +117,9 @@ def to_html(report: Report) -> str:
         loader=PackageLoader(__package__, ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     page = environment.get_template("report.html.jinja")
-    return page.render(report=report, headline=headline(report), not_claimed=NOT_CLAIMED)
+    return page.render(
+        report=report, headline=headline(report), not_claimed=not_claimed(report), layouts=layout_matrix(report)
+    )
 
 
 def to_junit(report: Report) -> str:
@@ -117,6 +155,24 @@ def to_junit(report: Report) -> str:
     suite.set("tests", str(len(suite)))
     suite.set("failures", str(failures))
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+
+
+def _print_layouts(matrix: dict[str, dict[str, LayoutCell]], console: Console) -> None:
+    layouts = list(dict.fromkeys(layout for row in matrix.values() for layout in row))
+    table = Table(title="Rows of every rank equal to one rank's", title_justify="left")
+    table.add_column("testee")
+    for layout in layouts:
+        table.add_column("one rank" if layout == ONE_RANK else layout, justify="right")
+    for testee, row in matrix.items():
+        cells = []
+        for layout in layouts:
+            cell = row.get(layout)
+            text = "" if cell is None else f"[green]{cell.equal:,}[/]"
+            if cell is not None and cell.different:
+                text = f"[red]{cell.different:,} differ[/]"
+            cells.append(text + (f"\n[yellow]{len(cell.declined)} cases declined[/]" if cell and cell.declined else ""))
+        table.add_row(testee, *cells)
+    console.print(table)
 
 
 def _by_reason(requests: dict[int, str]) -> dict[str, list[str]]:

@@ -89,8 +89,10 @@ class LayerRecorder:
     def __init__(self, model: nn.Module, num_hidden_layers: int) -> None:
         self.keys: list[RowKey] | None = None
         self.recorder = RowRecorder()
+        modules = dict(model.named_modules())
         for stream in layer_streams(num_hidden_layers):
-            model.get_submodule(stream).register_forward_hook(self._hook(stream))
+            if stream in modules:  # else another pipeline stage has it
+                modules[stream].register_forward_hook(self._hook(stream))
 
     def _hook(self, stream: str):  # type: ignore[no-untyped-def]
         def record(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:

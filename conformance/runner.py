@@ -24,6 +24,7 @@ from dsv3_plugin.conformance.compare import (
     rows_alone,
     tokens_differ,
 )
+from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout
 from dsv3_plugin.conformance.logprobs import LogprobComparison, judge
 from dsv3_plugin.conformance.programs import Progress, run_programs, work_folder
 from dsv3_plugin.conformance.protocol import (
@@ -63,6 +64,13 @@ class TesteeCommand:
 
     name: str
     command: tuple[str, ...]
+    layout: ParallelLayout = ONE_RANK
+
+    def on(self, layout: ParallelLayout) -> TesteeCommand:
+        """The same on several ranks."""
+        if layout == ONE_RANK:
+            return self
+        return TesteeCommand(f"{self.name} {layout}", (*self.command, "--layout", str(layout)), layout)
 
     @classmethod
     def parse(cls, text: str, environments: Path) -> TesteeCommand:
@@ -118,10 +126,15 @@ class CaseVerdict:
         """Whether everything that the case claims holds."""
         return (
             not self.problems
-            and bool(self.comparisons or self.closeness)
+            and bool(self.comparisons or self.closeness or self.declined)
             and all(comparison.equal for comparison in self.comparisons)
             and not any(comparison.different for comparison in self.logprobs)
         )
+
+    @property
+    def declined(self) -> bool:
+        """Whether no testee can run the case."""
+        return all(len(of_testee) == len(self.case.requests) for of_testee in self.unsupported.values())
 
     def between(self, left: str, right: str) -> Comparison | None:
         """How two sides compare, if they were compared."""
@@ -210,6 +223,8 @@ def run(
     reader = CheckpointReader(checkpoint)
     reader.validate()
     config = reader.config
+    for testee in testees:
+        testee.layout.require_slices(reader.profile())
     cases = make_cases(tokenize(real_text(), checkpoint), with_mtp=config.num_nextn_predict_layers == 1)
     cases = fit(select(cases, only), config.max_position_embeddings)
     names = [testee.name for testee in testees]
@@ -219,7 +234,7 @@ def run(
         job = Job(checkpoint=str(checkpoint.resolve()), device=device, block_size=BLOCK_SIZE, cases=cases)
         write_message(job, work_dir)
         run_programs({testee.name: testee.command for testee in testees}, work_dir, progress)
-        results = {name: _read_complete_result(job, work_dir / name) for name in names}
+        results = {testee.name: _read_complete_result(job, testee, work_dir / testee.name) for testee in testees}
         _replay(job, results, work_dir, progress)
         report = Report(str(checkpoint), str(reader.profile()), results)
         for case in cases:
@@ -239,8 +254,10 @@ def select(cases: tuple[Case, ...], only: Sequence[str]) -> tuple[Case, ...]:
     return tuple(case for case in cases if not only or case.name in only)
 
 
-def _read_complete_result(job: Job, result_dir: Path) -> Result:
+def _read_complete_result(job: Job, testee: TesteeCommand, result_dir: Path) -> Result:
     result = read_result(result_dir)
+    if result.layout != str(testee.layout):
+        raise ConformanceError(f"{result_dir}: layout {testee.layout} was asked for, {result.layout} came")
     asked, answered = [case.name for case in job.cases], [case.name for case in result.cases]
     if asked != answered:
         raise ConformanceError(f"{result_dir}: cases {', '.join(asked)} were asked for, {', '.join(answered)} came")
@@ -331,11 +348,15 @@ def _judge(case: Case, results: dict[str, Result], work_dir: Path, device: Devic
     rows = {name: RowFile(tensor_file(work_dir / name, case.name)) for name in results}
     specification = _specification(case, results, work_dir)
     outcomes = {name: result.outcome_of(case) for name, result in results.items()}
-    equal = [name for name, result in results.items() if result.claim == "equality"]
-    close = [name for name in results if name not in equal]
+    ran = [name for name, outcome in outcomes.items() if any(r.unsupported is None for r in outcome.requests)]
+    equal = [name for name in ran if results[name].claim == "equality"]
+    close = [name for name in ran if name not in equal]
     logprobs: list[LogprobComparison] = []
     for name, outcome in outcomes.items():
-        problems += [f"{name}: {text}" for text in undue(case, outcome.requests)]
+        if results[name].layout == str(ONE_RANK):
+            problems += [f"{name}: {text}" for text in undue(case, outcome.requests)]
+        if name not in ran:
+            continue
         missing = missing_rows(case, outcome.requests, rows[name])
         if missing is not None:
             problems.append(f"{name}: {missing}")

@@ -5,21 +5,15 @@ sequences: it generates them, each token by a pass over everything before it, an
 training would, packed one after the other and as padded batches. Its rows are compared with every server's, which is
 what training on a server's samples rests on.
 
-    torchrun --nproc-per-node 2 -m dsv3_plugin.conformance.testees.megatron --tensor-model-parallel-size 2
-
-is the same on two ranks; the options are Megatron's. Every rank computes all sequences, the first one reports.
+On several ranks (`--layout`) each of them computes all sequences, those of data parallelism too, which share experts.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +29,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import distributed as dist
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.conformance.layouts import ONE_RANK, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, RequestResult, Served, prefix_digest
 from dsv3_plugin.conformance.rows import RowKey, RowRecorder, layer_streams
 from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
@@ -46,26 +41,32 @@ from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.weights import load_checkpoint
 
 Hook = Callable[[Any, Any, Any], None]
+ALONE = RankOf(ONE_RANK, 0, ())
 
 
 class MegatronTestee:
-    """A job's checkpoint in a `GPTModel`, in training mode."""
+    """A job's checkpoint in a `GPTModel`, or in a stage of one, in training mode."""
 
     name = "megatron"
     schedule_not_followed = "a trainer has no cache; it computed the same sequences whole, padded and packed"
 
-    def __init__(self, job: Job, layout: dict[str, int]) -> None:
-        _start(layout)
+    def __init__(self, job: Job, rank: RankOf = ALONE) -> None:
+        _start(rank)
         reader = CheckpointReader(Path(job.checkpoint))
         self.config = reader.config
-        settings = transformer_config(self.config, reader.profile(), perform_initialization=False, **layout)
-        self.gpt = build_model(self.config, settings, profile=reader.profile())
+        profile = reader.profile()
+        sizes = _sizes(rank) | ({"pipeline_dtype": profile.dtype} if rank.layout.pp > 1 else {})
+        settings = transformer_config(self.config, profile, perform_initialization=False, **sizes)
+        self.stages = _Stages(rank)
+        self.gpt = build_model(
+            self.config, settings, pre_process=self.stages.is_first, post_process=self.stages.is_last, profile=profile
+        )
         self.model = Float16Module(settings, self.gpt) if settings.bf16 else self.gpt
         load_checkpoint(self.model, job.checkpoint)
         self.model.train()
         self.ranks = settings.tensor_model_parallel_size
         self.device = compat.require_device()
-        self.watch = _Watch(self.gpt, self.config.num_hidden_layers)
+        self.watch = _Watch(self.gpt, self.config.num_hidden_layers, self.stages)
 
     def versions(self) -> dict[str, str]:
         """Megatron-Core's."""
@@ -86,8 +87,7 @@ class MegatronTestee:
     def run(self, case: Case) -> program.Outcome:
         """Generate all requests, then evaluate what came out."""
         outcome = program.Outcome()
-        # The other ranks' rows are the same.
-        self.watch.recorder = outcome.recorder if dist.get_rank() == 0 else None
+        self.watch.recorder = outcome.recorder
         outcome.requests = self.generate(case)
         sequences = [(index, list(request.token_ids)) for index, request in enumerate(outcome.requests)]
         self.packed(sequences)
@@ -116,15 +116,19 @@ class MegatronTestee:
         """Logits [wanted, vocab_size] of each sequence's last tokens, without the MTP layer and the other logits."""
         batch = _Packed(sequences, self.ranks, self.device)
         input_ids, positions, packing = batch
-        embedded = self.gpt.embedding(input_ids, positions)
-        hidden = self.gpt.decoder(embedded, attention_mask=None, packed_seq_params=packing)
+        embedded = self.gpt.embedding(input_ids, positions) if self.stages.is_first else None
+        hidden = self.stages.run(
+            self.gpt, input_ids, lambda: self.gpt.decoder(embedded, attention_mask=None, packed_seq_params=packing)
+        )
         ends = batch.starts[1:].tolist()
         rows = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, wanted, strict=False)])
-        if self.ranks == 1:
-            return self.gpt.output_layer(hidden[rows])[0][:, 0].split(wanted)
-        # The head of a sequence-parallel rank gathers all tokens itself.
-        logits = gather_from_tensor_model_parallel_region(self.gpt.output_layer(hidden)[0])
-        return logits[rows, 0].split(wanted)
+        logits = torch.empty(len(rows), self.config.vocab_size, device=self.device)
+        if self.stages.is_last and self.ranks == 1:
+            logits = self.gpt.output_layer(hidden[rows])[0][:, 0]
+        elif self.stages.is_last:
+            # The head of a sequence-parallel rank gathers all tokens itself.
+            logits = gather_from_tensor_model_parallel_region(self.gpt.output_layer(hidden)[0])[rows, 0]
+        return self.stages.of_last(logits).split(wanted)
 
     @torch.enable_grad()
     def packed(self, sequences: list[tuple[int, list[int]]]) -> None:
@@ -165,8 +169,37 @@ class MegatronTestee:
     ) -> None:
         """A training step's forward pass over input_ids and positions [b, s], of which `rows` are recorded."""
         self.watch.start(rows, draft_rows)
-        self.model(input_ids, positions, None, packed_seq_params=packing)
+        self.stages.run(self.gpt, input_ids, lambda: self.model(input_ids, positions, None, packed_seq_params=packing))
         self.watch.stop()
+
+
+class _Stages:
+    """This rank's place in a pipeline, whose stages hand on activations [s, b, hidden]."""
+
+    def __init__(self, rank: RankOf) -> None:
+        self.is_first = rank.pp_rank == 0
+        self.is_last = rank.is_last_stage
+
+    def run(self, gpt: Any, input_ids: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What this stage computes of input_ids [b, s], given what the stage before did."""
+        config = gpt.config
+        if not self.is_first:
+            b, s = input_ids.shape
+            shape = s // config.tensor_model_parallel_size, b, config.hidden_size
+            came = torch.empty(shape, dtype=config.pipeline_dtype, device=input_ids.device)
+            dist.recv(came, parallel_state.get_pipeline_model_parallel_prev_rank())
+            gpt.set_input_tensor(came)
+        out = compute()
+        if not self.is_last:
+            dist.send(out.detach().contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        return out
+
+    def of_last(self, x: torch.Tensor) -> torch.Tensor:
+        """The last stage's x, on every stage."""
+        if not (self.is_first and self.is_last):
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(x, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return x
 
 
 class _Packed:
@@ -215,19 +248,22 @@ class _Watch:
     Rows are copied at once: Megatron's residual sums and its loss write into what the hooks see.
     """
 
-    def __init__(self, gpt: Any, num_hidden_layers: int) -> None:
+    def __init__(self, gpt: Any, num_hidden_layers: int, stages: _Stages) -> None:
         self.recorder: RowRecorder | None = None
         self.sequence_parallel = gpt.config.sequence_parallel
         self.rows: dict[str, list[_Row]] = {}
         self.head_calls: Iterator[str] = itertools.repeat("")
         self.with_mtp: bool = gpt.mtp_process
-        gpt.embedding.register_forward_hook(self._record_first("embed_tokens"))
-        for i, layer in enumerate(gpt.decoder.layers):
+        if stages.is_first:
+            gpt.embedding.register_forward_hook(self._record_first("embed_tokens"))
+        for layer in gpt.decoder.layers:
+            i = layer.layer_number - 1
             for stream, module in ("self_attn", layer.self_attention), ("mlp", layer.mlp):
                 module.register_forward_hook(self._record(f"layers.{i}.{stream}"))
             layer.register_forward_hook(self._record(f"layers.{i}"))
-        gpt.decoder.final_layernorm.register_forward_hook(self._record("norm"))
-        gpt.output_layer.register_forward_hook(self._record_head)
+        if stages.is_last:
+            gpt.decoder.final_layernorm.register_forward_hook(self._record("norm"))
+            gpt.output_layer.register_forward_hook(self._record_head)
         self.streams = layer_streams(num_hidden_layers)
 
     def start(self, rows: list[_Row], draft_rows: list[_Row]) -> None:
@@ -269,26 +305,36 @@ class _Watch:
         self._add(next(self.head_calls), output)
 
 
-def _start(layout: dict[str, int]) -> None:
-    """Megatron's process groups: of torchrun's processes, each with a GPU of its own, or of one that is alone."""
+def _sizes(rank: RankOf) -> dict[str, int]:
+    """A layout in Megatron's words."""
+    layout = rank.layout
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "expert_model_parallel_size": layout.ep,
+    }
+
+
+def _start(rank: RankOf) -> None:
+    """Megatron's process groups: of the layout's ranks, each with a GPU of its own, or of one that is alone."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=True, expert_tensor_parallel_size=1, **layout)
+        torch.cuda.set_device(rank.rank)
+    store = (
+        dist.TCPStore("127.0.0.1", rank.ports[0], rank.layout.ranks, is_master=rank.rank == 0)
+        if rank.ports
+        else dist.HashStore()
+    )
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.layout.ranks)
+    parallel_state.initialize_model_parallel(
+        create_gloo_process_groups=True, expert_tensor_parallel_size=1, **_sizes(rank)
+    )
     model_parallel_cuda_manual_seed(0)
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    parser.add_argument("--expert-model-parallel-size", type=int, default=1)
-    layout, sys.argv[1:] = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as unread:
-        if int(os.environ.get("RANK", "0")) > 0:
-            sys.argv[-1] = unread
-        program.main(partial(MegatronTestee, layout=vars(layout)))
+    program.main(MegatronTestee, MegatronTestee)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import sys
@@ -9,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout, RankOf
 from dsv3_plugin.conformance.protocol import (
     PROGRESS_PREFIX,
     Case,
@@ -29,6 +32,7 @@ from dsv3_plugin.conformance.protocol import (
 )
 from dsv3_plugin.conformance.rows import RowRecorder
 from dsv3_plugin.conformance.sampling import Answer
+from dsv3_plugin.conformance.testees import ranks
 from dsv3_plugin.errors import ConformanceError, DSV3Error
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.version import __version__
@@ -48,6 +52,12 @@ class Outcome:
     """Draft tokens that were verified."""
     num_accepted_tokens: int = 0
     """Draft tokens that were accepted."""
+
+    @classmethod
+    def declined(cls, case: Case, reason: str) -> Outcome:
+        """Of a case that the engine cannot run in its layout; the report names the reason."""
+        nothing = RequestResult(token_ids=(), num_cached_tokens=0, unsupported=reason)
+        return cls(requests=[nothing] * len(case.requests))
 
 
 class Testee(Protocol):
@@ -69,16 +79,40 @@ class Testee(Protocol):
         """Run one case from an empty cache."""
 
 
-def main(make_testee: Callable[[Job], Testee]) -> None:
-    """Run as `python -m ... JOB_DIR RESULT_DIR`. Errors meant for the user end with status 2."""
-    if len(sys.argv) != 3:
-        sys.exit(f"usage: {sys.argv[0]} JOB_DIR RESULT_DIR")
-    job_dir, result_dir = map(Path, sys.argv[1:])
+def main(make_testee: Callable[[Job], Testee], make_rank: Callable[[Job, RankOf], Testee] | None = None) -> None:
+    """Run as `python -m ... [--layout LAYOUT] JOB_DIR RESULT_DIR`. Errors meant for the user end with status 2.
+
+    Args:
+        make_testee: the testee on one rank.
+        make_rank: one rank of it, in a process of its own; None: it runs on one rank only.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layout", default="one")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--ports", default="", help=argparse.SUPPRESS)
+    parser.add_argument("job_dir", type=Path)
+    parser.add_argument("result_dir", type=Path)
+    options = parser.parse_args()
     try:
-        run_job(make_testee, read_job(job_dir), result_dir)
+        layout, job = ParallelLayout.parse(options.layout), read_job(options.job_dir)
+        if layout == ONE_RANK:
+            run_job(make_testee, job, options.result_dir)
+        elif make_rank is None:
+            raise ConformanceError(f"--layout {layout}: this testee runs on one rank only")
+        elif options.rank is None:
+            ranks.run_ranks(_this_program(), layout, job, options.job_dir, options.result_dir)
+        else:
+            rank = RankOf(layout, options.rank, tuple(map(int, options.ports.split(","))))
+            run_job(partial(make_rank, rank=rank), job, options.result_dir)
     except DSV3Error as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _this_program() -> list[str]:
+    """How this program was started, without its arguments."""
+    spec = sys.modules["__main__"].__spec__
+    return [sys.executable, *(("-m", spec.name) if spec is not None else (sys.argv[0],))]
 
 
 def run_job(make_testee: Callable[[Job], Testee], job: Job, result_dir: Path) -> None:

@@ -6,20 +6,18 @@ from pathlib import Path
 
 import pytest
 from conftest import TinyCheckpoint
-from engines import free_port
 from megatron_programs import PYTHON, fresh, needs_megatron, printed, warm
 from paths import ROOT, SUPPORT
 
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.conformance import runner
+from dsv3_plugin.conformance.layouts import ParallelLayout
 
 pytestmark = needs_megatron
 
 SABOTAGED = SUPPORT / "sabotaged_megatron.py"
 CASES = ("batch", "mtp_1")
-TENSOR_PARALLEL = "--tensor-model-parallel-size", "2"
-EXPERT_PARALLEL = "--expert-model-parallel-size", "2"
 
 
 def reference() -> runner.TesteeCommand:
@@ -36,18 +34,16 @@ def test_the_training_forward_has_the_references_bits(dtype: str, tiny_checkpoin
     print(f"{sum(c.equal_rows for c in compared):,} rows equal")
 
 
-def test_experts_added_up_in_megatrons_order_are_caught(tiny_checkpoint: TinyCheckpoint) -> None:
-    sabotaged = runner.TesteeCommand("megatron", (str(PYTHON), str(SABOTAGED), "experts"))
+def test_experts_added_up_in_megatrons_order_are_caught(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SABOTAGE", "experts")
+    sabotaged = runner.TesteeCommand("megatron", (str(PYTHON), str(SABOTAGED)))
     report = runner.run([reference(), sabotaged], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
     assert not report.passed
     comparisons = {(c.left, c.right): c for c in report.verdicts[0].comparisons}
     first = comparisons["reference", "megatron"].first_difference
     assert first is not None and first.stream == "layers.1.mlp"
-
-
-def on_two_ranks(name: str, *arguments: str) -> runner.TesteeCommand:
-    launch = "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"
-    return runner.TesteeCommand(name, (str(PYTHON), "-W", "ignore", *launch, *arguments))
 
 
 @pytest.fixture(scope="session")
@@ -62,24 +58,24 @@ def sliceable_fp8_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("dtype", "layouts"),
     [
-        ("bf16", (TENSOR_PARALLEL,)),
-        ("fp32", (TENSOR_PARALLEL, EXPERT_PARALLEL, (*TENSOR_PARALLEL, *EXPERT_PARALLEL))),
-        ("fp8", (TENSOR_PARALLEL,)),
+        ("bf16", ("tp=2", "tp=2,pp=2")),
+        ("fp32", ("tp=2,ep=2", "dp=2,ep=2")),
+        ("fp8", ("tp=2", "pp=2")),
     ],
     ids=["bf16", "fp32", "fp8"],
 )
 def test_two_ranks_have_the_bits_of_one(
     dtype: str,
-    layouts: tuple[tuple[str, ...], ...],
+    layouts: tuple[str, ...],
     tiny_checkpoint: TinyCheckpoint,
     sliceable_fp8_checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Tensor parallel, expert parallel, both: every row of every layer, in as many slices as ranks."""
+    """Every row of every layer on every rank, in as many slices as tensor-parallel ranks."""
     monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
     checkpoint = sliceable_fp8_checkpoint if dtype == "fp8" else tiny_checkpoint(dtype)
-    testee = "-m", "dsv3_plugin.conformance.testees.megatron"
-    commands = [on_two_ranks(f"megatron-{i}", *testee, *layout) for i, layout in enumerate(layouts)]
+    megatron = runner.TesteeCommand("megatron", (str(PYTHON), "-m", "dsv3_plugin.conformance.testees.megatron"))
+    commands = [megatron.on(ParallelLayout.parse(layout)) for layout in layouts]
     report = runner.run([reference(), *commands], checkpoint, lambda *_: None, only=("mtp_1",))
     assert report.passed, report.to_json()
     assert report.profile == f"{dtype} in 2 reduction slices"
@@ -91,11 +87,12 @@ def test_partial_sums_that_travel_in_bf16_are_caught(
     tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
-    sabotaged = on_two_ranks("megatron", str(SABOTAGED), "reduction", *TENSOR_PARALLEL)
+    monkeypatch.setenv("SABOTAGE", "reduction")
+    sabotaged = runner.TesteeCommand("megatron", (str(PYTHON), str(SABOTAGED))).on(ParallelLayout.parse("tp=2"))
     report = runner.run([reference(), sabotaged], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
     assert not report.passed
     comparisons = {(c.left, c.right): c for c in report.verdicts[0].comparisons}
-    first = comparisons["reference", "megatron"].first_difference
+    first = comparisons["reference", "megatron tp=2"].first_difference
     assert first is not None and first.stream == "layers.0.self_attn"
 
 

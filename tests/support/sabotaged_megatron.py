@@ -1,6 +1,6 @@
 """The Megatron testee with one property broken.
 
-    python sabotaged_megatron.py experts|reduction ...
+    SABOTAGE=experts|reduction python sabotaged_megatron.py ...
 
 `experts`: their rows are added up in Megatron's order and precision. `reduction`: the partial sums of tensor-parallel
 ranks are rounded before they travel, as in Megatron's own layers.
@@ -8,7 +8,7 @@ ranks are rounded before they travel, as in Megatron's own layers.
 
 from __future__ import annotations
 
-import sys
+import os
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def fold(self: RankSlices, branch: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    what = sys.argv.pop(1)
+    what = os.environ["SABOTAGE"]
     if what == "experts":
         MoE.postprocess = postprocess
     else:

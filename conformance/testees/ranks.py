@@ -1,0 +1,119 @@
+"""A testee on several ranks: it starts itself once a rank, and puts together what the ranks wrote.
+
+Each rank is a process that writes a result folder as one rank would, with the requests that are its own. All rows of
+all ranks are kept, so that ranks that compute the same rows are compared each. A rank that fails ends the others.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dsv3_plugin.conformance.layouts import ParallelLayout
+from dsv3_plugin.conformance.protocol import (
+    CaseResult,
+    Job,
+    RequestResult,
+    Result,
+    read_result,
+    tensor_file,
+    write_message,
+)
+from dsv3_plugin.errors import ConformanceError
+
+GRACE = 20.0
+"""Seconds in which the other ranks may end by themselves after one has failed: their last words may say more."""
+_PORTS = 8
+
+
+def run_ranks(command: Sequence[str], layout: ParallelLayout, job: Job, job_dir: Path, result_dir: Path) -> None:
+    """Run `command --layout L --rank R --ports P JOB_DIR RESULT_DIR/rank-R` for each rank, and merge their results.
+
+    Raises `ConformanceError` where ranks disagree about what they served or answered. Exits with the status of a rank
+    that fails.
+    """
+    ports = ",".join(map(str, _free_ports()))
+    folders = [result_dir / f"rank-{rank}" for rank in range(layout.ranks)]
+    processes = []
+    for rank, folder in enumerate(folders):
+        words = "--layout", str(layout), "--rank", str(rank), "--ports", ports, str(job_dir), str(folder)
+        processes.append(subprocess.Popen([*command, *words]))
+    try:
+        if status := _wait(processes):
+            sys.exit(status)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    write_message(merge(job, folders, layout, result_dir), result_dir)
+
+
+def _free_ports() -> list[int]:
+    """All different, because all are held at once; free until somebody takes them."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(_PORTS)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The exit status of the first that fails, 0 if none does."""
+    status, deadline = 0, float("inf")
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        failed = [process.returncode for process in processes if process.returncode]
+        if failed and not status:
+            status, deadline = failed[0], time.monotonic() + GRACE
+        time.sleep(0.1)
+    return status or next((process.returncode for process in processes if process.returncode), 0)
+
+
+def merge(job: Job, folders: Sequence[Path], layout: ParallelLayout, result_dir: Path) -> Result:
+    """The result of all ranks; writes their rows to `result_dir`. Raises `ConformanceError` where ranks disagree."""
+    results = [read_result(folder) for folder in folders]
+    served = {(r.served.model_class, r.served.profile, tuple(r.served.kernels.items())) for r in results}
+    if len(served) > 1:
+        raise ConformanceError(f"ranks served different things: {'; '.join(sorted(map(str, served)))}")
+    for case in job.cases:
+        rows: dict[str, list[torch.Tensor]] = {}
+        for folder in folders:
+            for name, tensor in load_file(tensor_file(folder, case.name)).items():
+                rows.setdefault(name, []).append(tensor)
+        save_file({name: torch.cat(tensors) for name, tensors in rows.items()}, tensor_file(result_dir, case.name))
+    cases = tuple(
+        _case([result.outcome_of(case) for result in results], layout.ranks // layout.dp) for case in job.cases
+    )
+    drafting = next((r.served for r in results if r.served.draft_class is not None), results[0].served)
+    return results[0].model_copy(update={"served": drafting, "cases": cases, "layout": str(layout)})
+
+
+def _case(outcomes: Sequence[CaseResult], ranks_of_a_replica: int) -> CaseResult:
+    """One case: each request from the ranks that had it; drafts are counted once a data-parallel replica."""
+    replicas = [outcomes[i : i + ranks_of_a_replica] for i in range(0, len(outcomes), ranks_of_a_replica)]
+    return CaseResult(
+        name=outcomes[0].name,
+        requests=tuple(
+            _request(outcomes[0].name, index, [outcome.requests[index] for outcome in outcomes])
+            for index in range(len(outcomes[0].requests))
+        ),
+        num_draft_tokens=sum(max(outcome.num_draft_tokens for outcome in replica) for replica in replicas),
+        num_accepted_tokens=sum(max(outcome.num_accepted_tokens for outcome in replica) for replica in replicas),
+        seconds=max(outcome.seconds for outcome in outcomes),
+    )
+
+
+def _request(case: str, index: int, answers: Sequence[RequestResult]) -> RequestResult:
+    given = [answer for answer in answers if answer.token_ids or answer.unsupported is not None]
+    if not given:
+        raise ConformanceError(f"case {case}: no rank has request {index}")
+    if any(answer != given[0] for answer in given):
+        raise ConformanceError(f"case {case}: ranks answered request {index} differently")
+    return given[0]

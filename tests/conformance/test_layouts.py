@@ -1,0 +1,90 @@
+"""Layouts in the suite: a testee on several ranks is compared with one rank, whoever computes it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TinyCheckpoint
+from paths import SUPPORT
+
+from dsv3_plugin.conformance import report as reports
+from dsv3_plugin.conformance import runner
+from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout, RankOf
+from dsv3_plugin.errors import ConformanceError
+
+SPREAD = runner.TesteeCommand("spread", (sys.executable, str(SUPPORT / "spread_testee.py")))
+
+
+def test_layouts_are_read_as_they_are_written() -> None:
+    assert ParallelLayout.parse("one") == ONE_RANK
+    for text in ("tp=2", "tp=2,pp=2", "dp=2,ep=2", "tp=2,dp=2,ep=4"):
+        assert str(ParallelLayout.parse(text)) == text
+    for text in ("", "tp", "tp=0", "tp=2,tp=2", "cp=2", "tp=2;pp=2"):
+        with pytest.raises(ConformanceError, match="is not one of tp=N"):
+            ParallelLayout.parse(text)
+    with pytest.raises(ConformanceError, match="ep=4"):
+        ParallelLayout.parse("tp=2,dp=2,ep=2")
+
+
+def test_a_rank_knows_its_place() -> None:
+    layout = ParallelLayout.parse("tp=2,dp=2,pp=2")
+    places = [(r.dp_rank, r.pp_rank, r.tp_rank) for r in (RankOf(layout, rank, ()) for rank in range(layout.ranks))]
+    assert places == [(d, p, t) for d in range(2) for p in range(2) for t in range(2)]
+    assert [rank for rank in range(8) if RankOf(layout, rank, ()).has(3)] == [4, 5, 6, 7]
+
+
+def run(checkpoint: Path, work_dir: Path, layout: str, *cases: str) -> runner.Report:
+    testees = [SPREAD.on(ParallelLayout.parse(layout))]
+    return runner.run(testees, checkpoint, lambda name, what: None, keep=work_dir / "kept", only=cases or ("batch",))
+
+
+def test_ranks_are_put_together(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    report = run(tiny_checkpoint("bf16"), tmp_path, "dp=2,ep=2")
+    assert report.passed, report.problems
+    cell = reports.layout_matrix(report)["spread"]["dp=2,ep=2"]
+    assert cell.equal > 100 and not cell.different and not cell.declined
+    assert "spread dp=2,ep=2" in reports.to_html(report)
+    assert "but those that were run" in " ".join(reports.not_claimed(report))
+
+
+def test_a_rank_with_other_bits_is_caught(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPREAD_TESTEE", "one ulp")
+    report = run(tiny_checkpoint("bf16"), tmp_path, "dp=2,ep=2")
+    assert not report.passed
+    assert reports.layout_matrix(report)["spread"]["dp=2,ep=2"].different > 0
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("dies", "was killed by SIGKILL|failed with status"),
+        ("another token", "ranks answered request 0 differently"),
+        ("another class", "ranks served different things"),
+    ],
+)
+def test_ranks_that_fail_or_disagree_are_named(
+    what: str, message: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPREAD_TESTEE", what)
+    monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
+    with pytest.raises(ConformanceError, match=message):
+        run(tiny_checkpoint("bf16"), tmp_path, "tp=2")
+
+
+def test_a_case_that_cannot_run_so_is_named(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPREAD_TESTEE", "declines")
+    report = run(tiny_checkpoint("bf16"), tmp_path, "pp=2", "batch", "decode")
+    assert report.passed, report.problems
+    assert reports.layout_matrix(report)["spread"]["pp=2"].declined == ("decode: no decode over stages",)
+    assert "decode: no decode over stages" in reports.to_html(report)
+
+
+def test_slices_are_asked_for(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    with pytest.raises(ConformanceError, match="--layout tp=2: set DSV3_REDUCTION_SLICES"):
+        run(tiny_checkpoint("bf16"), tmp_path, "tp=2")
