@@ -156,8 +156,8 @@ class RequestResult(_Message):
     prompt_top_logprobs: tuple[TopLogprobs, ...] = ()
     """For each of these the request's number of most likely ones."""
     unsupported: str | None = None
-    """Why this engine cannot do exactly what the request's `settings` ask, or not run its case on several ranks. Nothing else is then read; the report
-    counts it and names the reason.
+    """Why this engine cannot do exactly what the request's `settings` ask, or not run its case on several ranks.
+    Nothing else is then read; the report counts it and names the reason.
     """
 
 

@@ -133,8 +133,8 @@ class Layout:
         if profile.reduction_slices % ranks:
             raise ConfigError(
                 f"{ranks} tensor-parallel ranks share the slices of each sum, of which there are"
-                f" {profile.reduction_slices}: set {SLICES_VARIABLE} to a power of two that {ranks} divides, the same in"
-                " every program whose bits shall be equal"
+                f" {profile.reduction_slices}: set {SLICES_VARIABLE} to a power of two that {ranks} divides,"
+                " the same in every program whose bits shall be equal"
             )
         if config.n_routed_experts % self.experts.size:
             raise ConfigError(

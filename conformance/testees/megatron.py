@@ -11,7 +11,6 @@ On several ranks (`--layout`) each of them computes all sequences, those of data
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,11 +318,10 @@ def _start(rank: RankOf) -> None:
     """Megatron's process groups: of the layout's ranks, each with a GPU of its own, or of one that is alone."""
     if torch.cuda.is_available():
         torch.cuda.set_device(rank.rank)
-    store = (
-        dist.TCPStore("127.0.0.1", rank.ports[0], rank.layout.ranks, is_master=rank.rank == 0)
-        if rank.ports
-        else dist.HashStore()
-    )
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    if rank.ports:
+        is_first = rank.rank == 0
+        store = dist.TCPStore("127.0.0.1", rank.ports[0], rank.layout.ranks, is_first)  # type: ignore[attr-defined]
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.layout.ranks)
     parallel_state.initialize_model_parallel(

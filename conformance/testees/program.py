@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -79,7 +78,10 @@ class Testee(Protocol):
         """Run one case from an empty cache."""
 
 
-def main(make_testee: Callable[[Job], Testee], make_rank: Callable[[Job, RankOf], Testee] | None = None) -> None:
+MakeTestee = Callable[[Job], Testee]
+
+
+def main(make_testee: MakeTestee, make_rank: Callable[[Job, RankOf], Testee] | None = None) -> None:
     """Run as `python -m ... [--layout LAYOUT] JOB_DIR RESULT_DIR`. Errors meant for the user end with status 2.
 
     Args:
@@ -103,7 +105,7 @@ def main(make_testee: Callable[[Job], Testee], make_rank: Callable[[Job, RankOf]
             ranks.run_ranks(_this_program(), layout, job, options.job_dir, options.result_dir)
         else:
             rank = RankOf(layout, options.rank, tuple(map(int, options.ports.split(","))))
-            run_job(partial(make_rank, rank=rank), job, options.result_dir)
+            run_job(lambda job: make_rank(job, rank), job, options.result_dir)
     except DSV3Error as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -115,7 +117,7 @@ def _this_program() -> list[str]:
     return [sys.executable, *(("-m", spec.name) if spec is not None else (sys.argv[0],))]
 
 
-def run_job(make_testee: Callable[[Job], Testee], job: Job, result_dir: Path) -> None:
+def run_job(make_testee: MakeTestee, job: Job, result_dir: Path) -> None:
     """Run every case of `job` and write the result folder."""
     result_dir.mkdir(parents=True, exist_ok=True)
     if job.device == "cuda" and not torch.cuda.is_available():

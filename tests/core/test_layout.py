@@ -16,7 +16,6 @@ from dsv3_plugin.checkpoint.fingerprint import fingerprint, fingerprint_of_check
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import ConfigError
 from dsv3_plugin.layers.attend import attend_to_itself
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
