@@ -11,8 +11,9 @@ whoever adds says in which order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import distributed as dist
@@ -89,6 +90,48 @@ class GroupSlices(Slices):
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Which expert lies in which *slot* of the ranks that share them, an equal number of slots each.
+
+    An expert may lie in several slots, its replicas (redundant experts: DeepSeek-V3 report, section 3.4): all are equal
+    bytes, so that it changes no bit which of them a token is sent to.
+    """
+
+    experts: tuple[int, ...]
+    """Of each slot of all ranks. EPLB's `physical_to_logical_map`."""
+
+    @staticmethod
+    @lru_cache(maxsize=8)
+    def linear(num_experts: int, num_replicas: int = 0) -> Placement:
+        """All experts in order, then replicas of the first ones: where engines begin."""
+        return Placement((*range(num_experts), *(i % num_experts for i in range(num_replicas))))
+
+    def of_rank(self, ranks: Group) -> tuple[int, ...]:
+        """The experts in this rank's slots."""
+        count = len(self.experts) // ranks.size
+        return self.experts[ranks.rank * count : (ranks.rank + 1) * count]
+
+    def maps(self, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """EPLB's `logical_to_physical_map`, int64 [num_experts, most replicas], -1 behind an expert's last slot, and
+        `logical_replica_count`, int64 [num_experts].
+        """
+        slots = [[slot for slot, held in enumerate(self.experts) if held == expert] for expert in range(num_experts)]
+        most = max(map(len, slots))
+        padded = [own + [-1] * (most - len(own)) for own in slots]
+        return torch.tensor(padded), torch.tensor([len(own) for own in slots])
+
+    def require_possible(self, num_experts: int, ranks: Group) -> None:
+        """Raise `ConfigError` unless each rank has as many slots and each expert has one."""
+        if len(self.experts) % ranks.size:
+            raise ConfigError(
+                f"{len(self.experts)} experts, replicas included (n_routed_experts={num_experts}), have no"
+                f" {ranks.size} equal parts for as many ranks"
+            )
+        if set(self.experts) != set(range(num_experts)):
+            raise ConfigError(f"a placement of experts has {sorted(set(self.experts))}, not each of {num_experts}")
+
+
+@dataclass(frozen=True)
 class Layout:
     """The part of a model that this process holds."""
 
@@ -98,6 +141,8 @@ class Layout:
     """Shares routed experts: all ranks of `tensor`, and of those with other tokens (data parallelism)."""
     layers: range | None = None
     """The decoder layers of this pipeline stage; None: all."""
+    placements: Mapping[int, Placement] = field(default_factory=dict, hash=False)
+    """Of a decoder layer, which expert lies where; of one that is not named, `Placement.linear` without replicas."""
 
     def layers_of(self, config: DeepseekV3Config) -> range:
         """The decoder layers that are held here."""
@@ -117,10 +162,13 @@ class Layout:
             return config
         return config.model_copy(update={"num_attention_heads": config.num_attention_heads // self.tensor.size})
 
-    def own_experts(self, config: DeepseekV3Config) -> range:
-        """The routed experts that are held here."""
-        count = config.n_routed_experts // self.experts.size
-        return range(self.experts.rank * count, (self.experts.rank + 1) * count)
+    def placement(self, config: DeepseekV3Config, layer_idx: int) -> Placement:
+        """Which expert lies where, in a layer."""
+        return self.placements.get(layer_idx) or Placement.linear(config.n_routed_experts)
+
+    def own_experts(self, config: DeepseekV3Config, layer_idx: int) -> tuple[int, ...]:
+        """The routed experts that are held here, slot by slot."""
+        return self.placement(config, layer_idx).of_rank(self.experts)
 
     def slices(self, profile: Profile) -> Slices:
         """The slices of a profile's sums that are held here."""
@@ -136,10 +184,9 @@ class Layout:
                 f" {profile.reduction_slices}: set {SLICES_VARIABLE} to a power of two that {ranks} divides,"
                 " the same in every program whose bits shall be equal"
             )
-        if config.n_routed_experts % self.experts.size:
-            raise ConfigError(
-                f"n_routed_experts={config.n_routed_experts} has no {self.experts.size} equal parts for as many ranks"
-            )
+        for layer_idx in range(config.first_k_dense_replace, config.num_hidden_layers):
+            placement = self.placement(config, layer_idx)
+            placement.require_possible(config.n_routed_experts, self.experts)
 
 
 WHOLE = Layout()

@@ -64,9 +64,9 @@ class WeightLoader:
         """
         self.model = model
         self.part = part
-        self.layout = layout
-        self.specs = checkpoint_tensors(config, layout)
-        self.wanted = {name for name, spec in self.specs.items() if part in spec.targets and not spec.optional}
+        self.config = config
+        self._shared: set[str] = set()
+        self.follow(layout)
         self.write = write
         self.updates = 0
         """How many have been whole, the first load included."""
@@ -89,9 +89,17 @@ class WeightLoader:
         target = spec.targets[self.part]
         return dict(self.model.named_parameters())[target.parameter][target.index]
 
+    def follow(self, layout: Layout) -> None:
+        """The weights are where `layout` says: an engine may move experts, but not while an update is under way."""
+        self.layout = layout
+        self.specs = checkpoint_tensors(self.config, layout)
+        held = {name for name, spec in self.specs.items() if self.part in spec.targets and not spec.optional}
+        self.wanted = held - self._shared
+
     def share(self, names: Iterable[str]) -> None:
         """Another model holds and updates these tensors: they are not waited for here, and passed over."""
-        self.wanted -= set(names)
+        self._shared |= set(names)
+        self.wanted -= self._shared
 
     def begin(self) -> None:
         """An update begins. What came of one that was not finished is refused."""
@@ -124,7 +132,8 @@ class WeightLoader:
                 self._came = came
                 came.add(name)
                 used.add(name)
-                self.write(parameters[target.parameter], tensor[target.part], target.index)
+                for index in (target.index, *target.replicas):
+                    self.write(parameters[target.parameter], tensor[target.part], index)
                 self._finite[name] = all_finite(parameters[target.parameter][target.index])
             if came == self.wanted:
                 _require_finite(self._finite)

@@ -37,6 +37,8 @@ class Target:
     parameter: str
     index: tuple[int | slice, ...] = ()
     part: tuple[slice, ...] = ()
+    replicas: tuple[tuple[int | slice, ...], ...] = ()
+    """Further places in the parameter that hold the same: an expert may lie in several slots of a rank."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,9 @@ class _Place:
     name: str
     module: str
 
-    def target(
-        self, parameter: str, index: tuple[int | slice, ...] = (), part: tuple[slice, ...] = ()
-    ) -> dict[Part, Target]:
+    def target(self, target: Target) -> dict[Part, Target]:
         """Where a tensor goes, if the module is in one of our parts."""
-        return {} if self.part is None else {self.part: Target(parameter, index, part)}
+        return {} if self.part is None else {self.part: target}
 
     def __truediv__(self, child: str) -> _Place:
         return _Place(self.part, f"{self.name}.{child}", f"{self.module}.{child}")
@@ -130,7 +130,7 @@ class _Table:
     def __init__(self, config: DeepseekV3Config, layout: Layout) -> None:
         self.config = config
         self.ranks = layout.tensor
-        self.own_experts = layout.own_experts(config)
+        self.layout = layout
         self.specs: dict[str, TensorSpec] = {}
 
     def part(self, shape: tuple[int, ...], cut: int | None) -> tuple[slice, ...]:
@@ -152,7 +152,7 @@ class _Table:
         self.specs[name] = TensorSpec(name, shape, dtypes, targets, optional)
 
     def norm(self, place: _Place, size: int) -> None:
-        self.add(f"{place.name}.weight", (size,), place.target(f"{place.module}.weight"))
+        self.add(f"{place.name}.weight", (size,), place.target(Target(f"{place.module}.weight")))
 
     def linear(
         self,
@@ -162,25 +162,26 @@ class _Table:
         *,
         quantized: bool = True,
         module: str | None = None,
-        expert: int | None = None,
+        slots: list[int] | None = None,
         fused: int | None = None,
         cut: int | None = None,
     ) -> None:
-        """A projection [rows, columns], of one expert, cut for tensor-parallel ranks along a dimension; `fused`: after
-        how many others of its size it stands in `module`.
+        """A projection [rows, columns], of an expert in some slots, cut for tensor-parallel ranks along a dimension;
+        `fused`: after how many others of its size it stands in `module`.
         """
         module = module or place.module
 
         def target(parameter: str, shape: tuple[int, int]) -> dict[Part, Target]:
-            index: tuple[int | slice, ...] = ()
-            if expert is not None:
-                if expert not in self.own_experts:
-                    return {}
-                index = (expert - self.own_experts.start,)
+            rows: tuple[slice, ...] = ()
             if fused is not None:
                 own_rows = shape[0] if cut is None else shape[0] // self.ranks.size
-                index += (slice(fused * own_rows, (fused + 1) * own_rows),)
-            return place.target(f"{module}.{parameter}", index, self.part(shape, cut))
+                rows = (slice(fused * own_rows, (fused + 1) * own_rows),)
+            if slots is None:
+                return place.target(Target(f"{module}.{parameter}", rows, self.part(shape, cut)))
+            if not slots:
+                return {}
+            first, *others = ((slot, *rows) for slot in slots)
+            return place.target(Target(f"{module}.{parameter}", first, replicas=tuple(others)))
 
         weight, shape = f"{place.name}.weight", (rows, columns)
         if not (quantized and self.config.quantization_config):
@@ -192,15 +193,15 @@ class _Table:
         scale = f"weight{SCALE_SUFFIX}"
         self.add(weight + SCALE_SUFFIX, blocks, target(scale, blocks), dtypes=(torch.float32,))
 
-    def mlp(self, place: _Place, size: int, *, module: str | None = None, expert: int | None = None) -> None:
+    def mlp(self, place: _Place, size: int, *, module: str | None = None, slots: list[int] | None = None) -> None:
         """gate, up and down of `size` intermediate features; a routed expert is whole on its rank."""
         module = module or place.module
         hidden = self.config.hidden_size
         gate_up, down = f"{module}.gate_up_proj", f"{module}.down_proj"
-        rows, columns = (ROWS, COLUMNS) if expert is None else (None, None)
-        self.linear(place / "gate_proj", size, hidden, module=gate_up, expert=expert, fused=0, cut=rows)
-        self.linear(place / "up_proj", size, hidden, module=gate_up, expert=expert, fused=1, cut=rows)
-        self.linear(place / "down_proj", hidden, size, module=down, expert=expert, cut=columns)
+        rows, columns = (ROWS, COLUMNS) if slots is None else (None, None)
+        self.linear(place / "gate_proj", size, hidden, module=gate_up, slots=slots, fused=0, cut=rows)
+        self.linear(place / "up_proj", size, hidden, module=gate_up, slots=slots, fused=1, cut=rows)
+        self.linear(place / "down_proj", hidden, size, module=down, slots=slots, cut=columns)
 
     def attention(self, place: _Place) -> None:
         config = self.config
@@ -228,12 +229,15 @@ class _Table:
             self.add(
                 gate.name + BIAS_SUFFIX,
                 (config.n_routed_experts,),
-                place.target(gate.module + BIAS_SUFFIX),
+                place.target(Target(gate.module + BIAS_SUFFIX)),
                 dtypes=(torch.float32, torch.bfloat16),
             )
+            slots: dict[int, list[int]] = {}
+            for slot, expert in enumerate(self.layout.own_experts(config, layer_idx)):
+                slots.setdefault(expert, []).append(slot)
             for expert in range(config.n_routed_experts):
-                experts = mlp / "experts"
-                self.mlp(experts / str(expert), config.moe_intermediate_size, module=experts.module, expert=expert)
+                experts, size = mlp / "experts", config.moe_intermediate_size
+                self.mlp(experts / str(expert), size, module=experts.module, slots=slots.get(expert, []))
             self.mlp(mlp / "shared_experts", config.shared_intermediate_size)
         else:
             self.mlp(mlp, config.intermediate_size)

@@ -28,9 +28,9 @@ class DecoderLayer(nn.Module):
         if not config.is_moe_layer(layer_idx):
             self.mlp = MLP(ops, config.hidden_size, config.intermediate_size // layout.tensor.size)
         elif layout.experts.size == 1:
-            self.mlp = MoE(ops, config)
+            self.mlp = MoE(ops, config, layer_idx)
         else:
-            self.mlp = ExpertParallelMoE(ops, config, layout)
+            self.mlp = ExpertParallelMoE(ops, config, layer_idx, layout)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         """x [T, hidden]; cos, sin fp32 [T, qk_rope_head_dim / 2] at the tokens' positions; to [T, hidden]."""

@@ -25,27 +25,43 @@ class ExpertParallelMoE(MoE):
     has no tokens.
     """
 
-    def __init__(self, ops: Ops, config: DeepseekV3Config, layout: Layout) -> None:
-        super().__init__(ops, config, layout)
+    logical_to_physical_map: torch.Tensor
+    """Of each expert the slots that hold it, as in `Placement.maps`; an engine that moves experts writes to it."""
+    logical_replica_count: torch.Tensor
+
+    def __init__(self, ops: Ops, config: DeepseekV3Config, layer_idx: int, layout: Layout) -> None:
+        super().__init__(ops, config, layer_idx, layout)
         self.layout = layout
         self.hidden_size = config.hidden_size
+        placement = layout.placement(config, layer_idx)
+        self.num_slots = len(placement.experts)
+        with torch.device("cpu"):
+            slots, counts = placement.maps(config.n_routed_experts)
+        device = torch.get_default_device()
+        self.register_buffer("logical_to_physical_map", slots.to(device), persistent=False)
+        self.register_buffer("logical_replica_count", counts.to(device), persistent=False)
 
     def forward(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """See `MoE.forward`; x is the same on each rank of `layout.tensor`."""
         shared = self.shared_experts(activation)
         own = self.layout.tensor.share_of(len(x))
         topk_ids, topk_weights = self.gate(x[own])
-        rows, slots, expert_counts = permutation(topk_ids, self.gate.config.n_routed_experts)
-        expert_out = self._at_the_experts(permute_activation(self.ops, activation, rows + own.start), expert_counts)
+        rows, slots, slot_counts = permutation(self._chosen_slots(topk_ids), self.num_slots)
+        expert_out = self._at_the_experts(permute_activation(self.ops, activation, rows + own.start), slot_counts)
         combined = self.ops[combine](expert_out, slots, topk_weights, shared[own].contiguous())
         return self.layout.tensor.gather_shares(combined, len(x))
 
-    def _at_the_experts(self, x: Activation, expert_counts: torch.Tensor) -> torch.Tensor:
-        """x [S, hidden], sorted by expert, and how many rows each expert of all ranks gets, [n_routed_experts], to
-        what the experts make of them, [S, hidden].
+    def _chosen_slots(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        """Experts int64 [T, k] to slots [T, k]; ranks take an expert's replicas in turns."""
+        replica = self.layout.experts.rank % self.logical_replica_count[topk_ids]
+        return self.logical_to_physical_map[topk_ids, replica]
+
+    def _at_the_experts(self, x: Activation, slot_counts: torch.Tensor) -> torch.Tensor:
+        """x [S, hidden], sorted by slot, and how many rows each slot of all ranks gets, [num_slots], to what the
+        experts make of them, [S, hidden].
         """
         group = self.layout.experts
-        of_ranks = expert_counts.view(group.size, -1)
+        of_ranks = slot_counts.view(group.size, -1)
         counts = group.exchange(of_ranks, [1] * group.size, [1] * group.size)
         sent, received = of_ranks.sum(1).tolist(), counts.sum(1).tolist()
         came = self._unpacked(group.exchange(self._packed(x), sent, received))

@@ -62,11 +62,11 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """A mixture-of-experts layer. No token is dropped."""
 
-    def __init__(self, ops: Ops, config: DeepseekV3Config, layout: Layout = WHOLE) -> None:
+    def __init__(self, ops: Ops, config: DeepseekV3Config, layer_idx: int, layout: Layout = WHOLE) -> None:
         super().__init__()
         self.ops = ops
         self.gate = Router(ops, config)
-        own_experts, hidden = len(layout.own_experts(config)), config.hidden_size
+        own_experts, hidden = len(layout.own_experts(config, layer_idx)), config.hidden_size
         self.experts = Experts(ops, own_experts, hidden, config.moe_intermediate_size)
         self.shared_experts = MLP(ops, hidden, config.shared_intermediate_size // layout.tensor.size)
 

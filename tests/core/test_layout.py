@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import ConfigError
 from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.expert_parallel import ExpertParallelMoE
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.moe import Router
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
-from dsv3_plugin.layout import WHOLE, Group, GroupSlices, Layout
+from dsv3_plugin.layout import WHOLE, Group, GroupSlices, Layout, Placement
 from dsv3_plugin.ops.combine import combine
 from dsv3_plugin.registry import Ops
 
@@ -146,6 +148,70 @@ def test_all_tokens_may_choose_one_rank_s_experts(
         assert same(shared, compute(path, 1, WHOLE, TOKENS + rank))
 
 
+REPLICAS = Placement((0, 1, 2, 3, 4, 5, 6, 7, 3, 3, 0, 6))
+MOVED = Placement((6, 3, 3, 0, 7, 1, 2, 4, 3, 5, 6, 0))
+
+
+def place_all(placement: Placement) -> dict[int, Placement]:
+    return dict.fromkeys(range(SHARED["num_hidden_layers"] + 1), placement)
+
+
+@pytest.mark.parametrize("placement", [REPLICAS, MOVED], ids=["replicas", "two replicas on one rank"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_redundant_experts_change_no_bit(dtype: str, placement: Placement, checkpoints: Callable[[str], Path]) -> None:
+    path = checkpoints(dtype)
+
+    def work(rank: int) -> Computed:
+        return compute(path, 1, Layout(experts=group(range(4)), placements=place_all(placement)), TOKENS + rank)
+
+    for rank, shared in enumerate(on_ranks(4, work)):
+        assert same(shared, compute(path, 1, WHOLE, TOKENS + rank))
+
+
+@pytest.mark.parametrize("forgets", ["nothing", "the weights", "the maps"])
+def test_experts_that_move_change_no_bit(forgets: str, checkpoints: Callable[[str], Path]) -> None:
+    """As an engine's rebalancer does it: in place, between two passes. An expert left behind is caught."""
+    path = checkpoints("bf16")
+    reader = CheckpointReader(path)
+    config = reader.config
+
+    def work(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        before = Layout(experts=group(range(2)), placements=place_all(REPLICAS))
+        after = replace(before, placements=place_all(MOVED))
+        model = DeepseekV3(ops_of(reader, 1, before), config, before)
+        loader = WeightLoader(model, config, "main", layout=before)
+        loader.load(reader.tensors())
+        forward = partial(model, TOKENS, torch.arange(len(TOKENS)), attend_to_itself(model.ops, config))
+        with torch.inference_mode():
+            first = forward()
+            loader.follow(after)
+            if forgets != "the weights":
+                loader.load(reader.tensors())
+            for module in model.modules():
+                if isinstance(module, ExpertParallelMoE) and forgets != "the maps":
+                    module.logical_to_physical_map, module.logical_replica_count = MOVED.maps(8)
+            return first, forward()
+
+    for first, second in on_ranks(2, work):
+        assert same_bits(first, second) == (forgets == "nothing")
+
+
+def test_a_placement_says_where_each_expert_lies() -> None:
+    """The first layer of the example that DeepSeek published with EPLB: 12 experts and 4 replicas on 8 ranks."""
+    placement = Placement((5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1))
+    placement.require_possible(12, Group(0, 8))
+    assert [placement.of_rank(Group(rank, 8)) for rank in (0, 1, 7)] == [(5, 6), (5, 7), (11, 1)]
+    slots, counts = placement.maps(12)
+    assert counts.tolist() == [1, 2, 1, 1, 2, 2, 1, 1, 1, 1, 2, 1]
+    assert slots.tolist() == [
+        [12, -1], [13, 15], [11, -1], [6, -1], [5, 7], [0, 2], [1, -1], [3, -1], [4, -1], [9, -1], [8, 10], [14, -1],
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="not each of 13"):
+        placement.require_possible(13, Group(0, 8))
+    with pytest.raises(ConfigError, match=r"16 experts, replicas included .* no 3 equal parts"):
+        placement.require_possible(12, Group(0, 3))
+
+
 def test_both_at_once(checkpoints: Callable[[str], Path]) -> None:
     """Two times two tensor-parallel ranks, experts over all four."""
     path = checkpoints("fp8")
@@ -231,5 +297,5 @@ def test_a_part_that_no_rank_can_have_is_refused(checkpoints: Callable[[str], Pa
         ConfigError, match=r"2 tensor-parallel ranks share the slices of each sum, of which there are 1"
     ):
         ops_of(reader, 1, Layout(Group(0, 2), Group(0, 2)))
-    with pytest.raises(ConfigError, match=r"n_routed_experts=8 has no 3 equal parts"):
+    with pytest.raises(ConfigError, match=r"n_routed_experts=8\), have no 3 equal parts"):
         ops_of(reader, 1, Layout(experts=Group(0, 3)))
