@@ -180,8 +180,8 @@ class _Table:
                 return place.target(Target(f"{module}.{parameter}", rows, self.part(shape, cut)))
             if not slots:
                 return {}
-            first, *others = ((slot, *rows) for slot in slots)
-            return place.target(Target(f"{module}.{parameter}", first, replicas=tuple(others)))
+            places: list[tuple[int | slice, ...]] = [(slot, *rows) for slot in slots]
+            return place.target(Target(f"{module}.{parameter}", places[0], replicas=tuple(places[1:])))
 
         weight, shape = f"{place.name}.weight", (rows, columns)
         if not (quantized and self.config.quantization_config):
