@@ -18,13 +18,29 @@ export UV_COMPILE_BYTECODE := 1
 # Sums depend on the number of threads.
 export OMP_NUM_THREADS := 1
 
-.PHONY: conformance test check lint docs docs-serve bench environments release clean
+.PHONY: conformance conformance-layouts test check lint docs docs-serve bench environments release clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
 conformance: $(DTYPES:%=$(WORK)/small-%) $(TESTEES:%=.envs/%/.ready) .envs/core/.ready
 	set -e; for dtype in $(DTYPES); do \
 		$(CORE)/dsv3 conformance run $(TESTEES:%=--testee %) --checkpoint $(WORK)/small-$$dtype; \
+	done
+
+LAYOUTS ?= tp=2 dp=2,ep=2 pp=2 tp=2,pp=2 tp=4
+LAYOUT_DTYPES ?= bf16 fp8
+LAYOUT_TESTEES ?= vllm sglang
+
+# Each engine on several ranks of this machine, and a trainer beside a server that shares nothing with its layout.
+conformance-layouts: export DSV3_REDUCTION_SLICES := 4
+conformance-layouts: $(LAYOUT_DTYPES:%=$(WORK)/sliceable-%) $(LAYOUT_TESTEES:%=.envs/%/.ready) .envs/megatron/.ready
+	set -e; for dtype in $(LAYOUT_DTYPES); do \
+		for layout in $(LAYOUTS); do \
+			$(CORE)/dsv3 conformance run --testee reference $(LAYOUT_TESTEES:%=--testee %) \
+				--layout $$layout --checkpoint $(WORK)/sliceable-$$dtype; \
+		done; \
+		$(CORE)/dsv3 conformance run --testee reference --testee megatron@tp=2 --testee vllm@dp=2,ep=2 \
+			--checkpoint $(WORK)/sliceable-$$dtype; \
 	done
 
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
@@ -64,6 +80,9 @@ environments: $(ENVIRONMENTS:%=.envs/%/.ready)
 
 $(WORK)/small-%: | .envs/core/.ready
 	$(CORE)/dsv3 checkpoint make small $@ --seed 0 --dtype $*
+
+$(WORK)/sliceable-%: | .envs/core/.ready
+	$(CORE)/dsv3 checkpoint make sliceable $@ --seed 0 --dtype $*
 
 .envs/tools/.ready:
 	$(PYTHON) -m venv .envs/tools

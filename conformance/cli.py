@@ -30,7 +30,10 @@ def _group() -> None:
 def run(
     testee: Annotated[
         list[str],
-        typer.Option(help="A testee of the suite (reference, vllm, sglang), or NAME=COMMAND for your own. Repeat it."),
+        typer.Option(
+            help="A testee of the suite (reference, vllm, sglang, megatron), or NAME=COMMAND for your own;"
+            " NAME@LAYOUT for one in a layout of its own. Repeat it."
+        ),
     ],
     checkpoint: Annotated[Path, typer.Option(help="A DeepSeek-V3 checkpoint folder.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the full report to this new file.")] = None,
@@ -52,12 +55,7 @@ def run(
         if path is not None and path.exists():
             raise ConformanceError(f"{path}: exists already and is not overwritten")
     layouts = [ParallelLayout.parse(text) for text in layout or ["one"]]
-    testees = [
-        command.on(each)
-        for command in (runner.TesteeCommand.parse(text, environments) for text in testee)
-        # The reference is what one rank computes.
-        for each in ([ONE_RANK] if command.name == runner.REFERENCE else layouts)
-    ]
+    testees = [each for text in testee for each in _spread(text, layouts, environments)]
     console = Console()
     with _LiveProgress(console) as progress:
         report = runner.run(testees, checkpoint, progress, device=device, keep=keep, only=case or ())
@@ -69,6 +67,17 @@ def run(
     if junit is not None:
         junit.write_text(reports.to_junit(report))
     raise typer.Exit(0 if report.passed else 1)
+
+
+def _spread(text: str, layouts: list[ParallelLayout], environments: Path) -> list[runner.TesteeCommand]:
+    """A testee in each layout; the reference is what one rank computes."""
+    name, at, own = text.partition("@")
+    if "=" in name:
+        name, at = text, ""
+    command = runner.TesteeCommand.parse(name, environments)
+    if at:
+        return [command.on(ParallelLayout.parse(own))]
+    return [command.on(layout) for layout in ([ONE_RANK] if command.name == runner.REFERENCE else layouts)]
 
 
 class _LiveProgress:
