@@ -40,20 +40,21 @@ def run_ranks(command: Sequence[str], layout: ParallelLayout, job: Job, job_dir:
     Raises `ConformanceError` where ranks disagree about what they served or answered. Exits with the status of a rank
     that fails.
     """
-    ports = ",".join(map(str, _free_ports()))
     folders = [result_dir / f"rank-{rank}" for rank in range(layout.ranks)]
-    processes = []
-    for rank, folder in enumerate(folders):
-        words = "--layout", str(layout), "--rank", str(rank), "--ports", ports, str(job_dir), str(folder)
-        processes.append(subprocess.Popen([*command, *words]))
-    try:
-        if status := _wait(processes):
-            sys.exit(status)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    if status := wait_for_ranks(start_ranks(command, layout, [[str(job_dir), str(folder)] for folder in folders])):
+        sys.exit(status)
     write_message(merge(job, folders, layout, result_dir), result_dir)
+
+
+def start_ranks(
+    command: Sequence[str], layout: ParallelLayout, arguments: Sequence[Sequence[str]]
+) -> list[subprocess.Popen[bytes]]:
+    """Start `command --layout L --rank R --ports P ARGUMENTS` for each rank."""
+    ports = ",".join(map(str, _free_ports()))
+    return [
+        subprocess.Popen([*command, "--layout", str(layout), "--rank", str(rank), "--ports", ports, *own])
+        for rank, own in enumerate(arguments)
+    ]
 
 
 def _free_ports() -> list[int]:
@@ -65,15 +66,20 @@ def _free_ports() -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The exit status of the first that fails, 0 if none does."""
+def wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The exit status of the first that fails, 0 if none does. None runs on."""
     status, deadline = 0, float("inf")
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        failed = [process.returncode for process in processes if process.returncode]
-        if failed and not status:
-            status, deadline = failed[0], time.monotonic() + GRACE
-        time.sleep(0.1)
-    return status or next((process.returncode for process in processes if process.returncode), 0)
+    try:
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            failed = [process.returncode for process in processes if process.returncode]
+            if failed and not status:
+                status, deadline = failed[0], time.monotonic() + GRACE
+            time.sleep(0.1)
+        return status or next((process.returncode for process in processes if process.returncode), 0)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def merge(job: Job, folders: Sequence[Path], layout: ParallelLayout, result_dir: Path) -> Result:

@@ -1,0 +1,201 @@
+"""`dsv3 bench layouts`: what it costs to share a model among ranks.
+
+The model alone, without an engine: each rank is a process that computes the same passes, first alone on its own device
+with the whole model, then with its part. So a ratio compares one device with as many as the layout has, and whether the
+bits are equal is seen beside it. With fewer cards than ranks, ranks share the cards that there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import distributed as dist
+
+from dsv3_plugin.checkpoint.loader import WeightLoader
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.conformance.layouts import ParallelLayout, RankOf
+from dsv3_plugin.conformance.testees.ranks import start_ranks, wait_for_ranks
+from dsv3_plugin.errors import ConformanceError
+from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.model import DeepseekV3, bind_ops
+from dsv3_plugin.layout import WHOLE, Group, Layout
+
+_WARM_UP = 2
+
+
+def bench_layouts(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder; one rank must hold all of it, too.")],
+    layout: Annotated[list[str], typer.Option(help="tp=2, dp=2,ep=2, tp=2,dp=2,ep=4. Repeat it.")],
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a pass on each rank. Repeat it.")] = None,
+    repeats: Annotated[int, typer.Option(min=3, help="Passes of each kind; medians are shown.")] = 21,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+) -> None:
+    """Passes of a model shared by ranks of this machine against one rank, and whether their bits are equal."""
+    layouts = [ParallelLayout.parse(text) for text in layout]
+    profile = CheckpointReader(checkpoint).profile()
+    for each in layouts:
+        each.require_slices(profile)
+        if each.pp > 1 or each.ranks == 1:
+            raise ConformanceError(f"--layout {each}: stages only hand on activations; name tp, dp and ep")
+    table = Table(title=f"{checkpoint} ({profile}), {repeats} passes, median ms (quartiles)", title_justify="left")
+    for column in ("layout", "tokens a rank", "one rank", "shared", "ratio", "a sum of all ranks", "bits"):
+        table.add_column(column, justify="right")
+    equal = True
+    for each in layouts:
+        for row in _measured(each, checkpoint, tokens or [1, 32, 128, 1024], repeats, device):
+            equal &= row["equal"]
+            ratio = statistics.median(row["shared"]) / statistics.median(row["alone"])
+            times = [_summary(row[name]) for name in ("alone", "shared")]
+            bits = "[green]equal[/]" if row["equal"] else "[red]differ[/]"
+            summed = _summary(row["sum"]) if row["sum"] else ""
+            table.add_row(str(each), f"{row['tokens']:,}", *times, f"{ratio:.2f}", summed, bits)
+    Console().print(table)
+    raise typer.Exit(0 if equal else 1)
+
+
+def _summary(times: list[float]) -> str:
+    low, median, high = statistics.quantiles(times, n=4)
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _measured(
+    layout: ParallelLayout, checkpoint: Path, tokens: Sequence[int], repeats: int, device: str
+) -> list[dict[str, object]]:
+    """A row for each number of tokens, of the slowest rank."""
+    with tempfile.TemporaryDirectory(prefix="dsv3-layouts-") as folder:
+        options = "--tokens", ",".join(map(str, tokens)), "--repeats", str(repeats), "--device", device
+        command = sys.executable, "-m", "dsv3_plugin.commands.layouts", *options, str(checkpoint)
+        places = [Path(folder) / f"rank-{rank}" for rank in range(layout.ranks)]
+        if status := wait_for_ranks(start_ranks(command, layout, [[str(place)] for place in places])):
+            sys.exit(status)
+        of_ranks = [json.loads(place.read_text()) for place in places]
+    rows = []
+    for of_rank in zip(*of_ranks, strict=True):
+        slowest = max(of_rank, key=lambda row: statistics.median(row["shared"]))
+        rows.append(slowest | {"equal": all(row["equal"] for row in of_rank)})
+    return rows
+
+
+class _Rank:
+    """One process."""
+
+    def __init__(self, place: RankOf, checkpoint: Path, device: str) -> None:
+        cards = torch.cuda.device_count() if device == "cuda" else 0
+        self.device = torch.device("cuda", place.rank % cards) if cards else torch.device("cpu")
+        if cards:
+            torch.cuda.set_device(self.device)
+        store = dist.TCPStore("127.0.0.1", place.ports[0], place.layout.ranks, place.rank == 0)  # type: ignore[attr-defined]
+        # NCCL refuses two ranks on one card.
+        backend = "nccl" if cards >= place.layout.ranks else "gloo"
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.layout.ranks)
+        self.reader = CheckpointReader(checkpoint)
+        layout = place.layout
+        first = place.dp_rank * layout.tp
+        self.layout = Layout(
+            _group(place.tp_rank, [[dp * layout.tp + tp for tp in range(layout.tp)] for dp in range(layout.dp)], first),
+            _group(place.rank, [list(range(layout.ranks))], 0),
+        )
+        self.seed = place.dp_rank
+
+    def load(self, layout: Layout) -> DeepseekV3:
+        """The model, or this rank's part of it."""
+        config = self.reader.config
+        ops = bind_ops(config, self.reader.profile(), self.device, layout=layout)
+        with self.device:
+            model = DeepseekV3(ops, config, layout)
+        loader = WeightLoader(model, config, "main", layout=layout)
+        loader.read(self.reader)
+        return model
+
+    def measure(self, tokens: Sequence[int], repeats: int) -> list[dict[str, object]]:
+        """A row for each number of tokens."""
+        passes: dict[str, list[tuple[list[float], torch.Tensor]]] = {}
+        sums: list[list[float]] = []
+        for name, layout in ("alone", WHOLE), ("shared", self.layout):
+            model = self.load(layout)
+            passes[name] = [self._pass(model, count, repeats) for count in tokens]
+            if layout.tensor.size > 1:
+                sums = [self._sum(model, count, repeats) for count in tokens]
+            del model
+        return [
+            {
+                "tokens": count,
+                "alone": alone,
+                "shared": shared,
+                "sum": sums[i] if sums else [],
+                "equal": torch.equal(one.view(torch.int32), other.view(torch.int32)),
+            }
+            for i, (count, (alone, one), (shared, other)) in enumerate(
+                zip(tokens, passes["alone"], passes["shared"], strict=True)
+            )
+        ]
+
+    @torch.inference_mode()
+    def _pass(self, model: DeepseekV3, count: int, repeats: int) -> tuple[list[float], torch.Tensor]:
+        """Milliseconds of a pass over one sequence, and its logits."""
+        drawn = torch.Generator().manual_seed(self.seed)
+        token_ids = torch.randint(self.reader.config.vocab_size, (count,), generator=drawn).to(self.device)
+        positions = torch.arange(count, device=self.device)
+        attend = attend_to_itself(model.ops, self.reader.config)
+        logits = model.lm_head(model(token_ids, positions, attend))
+        return self._times(lambda: model.lm_head(model(token_ids, positions, attend)), repeats), logits
+
+    @torch.inference_mode()
+    def _sum(self, model: DeepseekV3, count: int, repeats: int) -> list[float]:
+        """Milliseconds of the sum of one row-parallel product over all ranks."""
+        branch = torch.randn(count, self.reader.config.hidden_size, device=self.device)
+        return self._times(lambda: model.ops.slices.fold(branch), repeats)
+
+    def _times(self, run: Callable[[], object], repeats: int) -> list[float]:
+        times = []
+        for measured in range(-_WARM_UP, repeats):
+            dist.barrier()
+            self._synchronize()
+            start = time.perf_counter()
+            run()
+            self._synchronize()
+            if measured >= 0:
+                times.append((time.perf_counter() - start) * 1e3)
+        return times
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _group(rank: int, groups: Sequence[Sequence[int]], own: int) -> Group:
+    """The group that begins at rank `own`; every rank makes every group."""
+    made = {members[0]: dist.new_group(list(members)) for members in groups}
+    return Group(rank, len(groups[0]), made[own] if len(groups[0]) > 1 else None)
+
+
+def main() -> None:
+    """One rank of `_measured`."""
+    parser = argparse.ArgumentParser()
+    for name in ("--tokens", "--device", "--layout", "--ports"):
+        parser.add_argument(name, required=True)
+    for name in ("--repeats", "--rank"):
+        parser.add_argument(name, type=int, required=True)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    place = RankOf(ParallelLayout.parse(options.layout), options.rank, tuple(map(int, options.ports.split(","))))
+    rank = _Rank(place, options.checkpoint, options.device)
+    rows = rank.measure([int(count) for count in options.tokens.split(",")], options.repeats)
+    options.out.write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
