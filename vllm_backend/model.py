@@ -11,6 +11,7 @@ from torch import nn
 from transformers.utils import cached_file
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.sequence import IntermediateTensors
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.reader import CheckpointReader
@@ -19,10 +20,15 @@ from dsv3_plugin.errors import ConfigError, EngineError
 from dsv3_plugin.layers.attend import Select, select_all
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
+from dsv3_plugin.layout import Layout
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.vllm_backend import compat, engine, layerwise, options, requests, worker
 from dsv3_plugin.vllm_backend.attention import LatentCache
+from dsv3_plugin.vllm_backend.layout import layout_of_this_rank
+
+HIDDEN_STATES = "hidden_states"
+"""What one pipeline stage sends to the next."""
 
 logger = init_logger("vllm.dsv3_plugin")
 
@@ -71,7 +77,7 @@ def _filled_by_vllm(vllm_config: VllmConfig) -> bool:
     return vllm_config.load_config.load_format == "dummy"
 
 
-def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Config]:
+def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Config, Layout]:
     """Check what vLLM asks for, bind the kernels, and say in the log what will run. The draft is of the target's
     checkpoint, and in its dtype.
     """
@@ -90,25 +96,37 @@ def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Confi
             f" max_position_embeddings={config.max_position_embeddings}; set --max-model-len"
         )
     profile = profile_for(config, model_config.dtype)
-    ops = bind_ops(config, profile, torch.device(vllm_config.device_config.device))
+    layout = layout_of_this_rank(config)
+    ops = bind_ops(config, profile, torch.device(vllm_config.device_config.device), layout=layout)
     worker.install(vllm_config.parallel_config.worker_cls)
     logger.info(ops.announcement(served))
-    return ops, config
+    return ops, config, layout
 
 
 class DeepseekV3ForCausalLM(nn.Module):
-    """DeepSeek-V3 under vLLM's name for it."""
+    """DeepSeek-V3 under vLLM's name for it, or a rank's part of it."""
+
+    supports_pp = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.ops, self.config = _prepare(vllm_config, "DeepseekV3ForCausalLM")
-        deepseek = DeepseekV3(self.ops, self.config)
+        self.ops, self.config, self.layout = _prepare(vllm_config, "DeepseekV3ForCausalLM")
+        deepseek = DeepseekV3(self.ops, self.config, self.layout)
         # By the checkpoint's names, under which a draft finds what it shares.
         self.model = deepseek.model
-        self.lm_head = deepseek.lm_head
-        self.weight_loader = WeightLoader(self, self.config, "main", holds_weights=_filled_by_vllm(vllm_config))
-        layers = range(self.config.num_hidden_layers)
+        if self.model.is_last:
+            self.lm_head = deepseek.lm_head
+        holds_weights = _filled_by_vllm(vllm_config)
+        self.weight_loader = WeightLoader(self, self.config, "main", layout=self.layout, holds_weights=holds_weights)
+        layers = self.layout.layers_of(self.config)
         self.attend = LatentCaches(self.ops, self.config, vllm_config, layers, self.weight_loader)
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """Called by vLLM where a stage has one before it, for what that sends: [batch_size, hidden]."""
+        shape = batch_size, self.config.hidden_size
+        return IntermediateTensors({HIDDEN_STATES: torch.zeros(shape, dtype=dtype, device=device)})
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [T] to [T, hidden]."""
@@ -118,13 +136,21 @@ class DeepseekV3ForCausalLM(nn.Module):
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        intermediate_tensors: Any = None,
+        intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Flattened tokens [T] to normalised hidden states [T, hidden]."""
-        if inputs_embeds is None:
-            inputs_embeds = self.model.embed_tokens(input_ids)
-        return self.model(inputs_embeds, positions, self.attend)
+    ) -> torch.Tensor | IntermediateTensors:
+        """Flattened tokens [T], or what the stage before sent, to normalised hidden states [T, hidden], or to what the
+        next stage gets.
+        """
+        if not self.layout.is_first():
+            assert intermediate_tensors is not None
+            hidden_states = intermediate_tensors[HIDDEN_STATES]
+        elif inputs_embeds is not None:
+            hidden_states = inputs_embeds
+        else:
+            hidden_states = self.model.embed_tokens(input_ids)
+        hidden_states = self.model(hidden_states, positions, self.attend)
+        return hidden_states if self.model.is_last else IntermediateTensors({HIDDEN_STATES: hidden_states})
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [n, hidden] to logits fp32 [n, vocab_size]."""
@@ -143,10 +169,13 @@ class DeepSeekMTPModel(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.ops, self.config = _prepare(vllm_config, "DeepSeekMTPModel")
-        self.model = DeepseekV3MTP(self.ops, self.config)
+        self.ops, self.config, self.layout = _prepare(vllm_config, "DeepSeekMTPModel")
+        self.model = DeepseekV3MTP(self.ops, self.config, self.layout)
         self.lm_head = self.model.lm_head
-        self.weight_loader = WeightLoader(self.model, self.config, "mtp", holds_weights=_filled_by_vllm(vllm_config))
+        holds_weights = _filled_by_vllm(vllm_config)
+        self.weight_loader = WeightLoader(
+            self.model, self.config, "mtp", layout=self.layout, holds_weights=holds_weights
+        )
         layers = [self.config.mtp_layer_idx]
         self.attend = LatentCaches(self.ops, self.config, vllm_config, layers, self.weight_loader)
 

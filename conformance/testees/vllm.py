@@ -44,7 +44,7 @@ class VllmTestee:
     name = "vllm"
     schedule_not_followed = None
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, rank: Any = None) -> None:
         os.environ.setdefault("VLLM_CACHE_ROOT", tempfile.mkdtemp(prefix="dsv3-vllm-"))
         try:
             from vllm.platforms import current_platform
@@ -55,6 +55,9 @@ class VllmTestee:
                 f"this vLLM is built for {current_platform.device_type}, the job asks for {job.device}"
             )
         self.job = job
+        self.rank = rank
+        if rank is not None:
+            join(rank)
         self.num_speculative_tokens: int | None = None
         self.observer: Observer | None = None
         self.llm: Any = None
@@ -135,7 +138,8 @@ class VllmTestee:
             model=self.job.checkpoint,
             # Said outright: on a CPU vLLM turns a float32 checkpoint into bfloat16 by default.
             dtype=model.torch_dtype,
-            enforce_eager=True,
+            # A later pipeline stage gets its buffer for what is sent in the warm-up, which vLLM leaves out otherwise.
+            enforce_eager=self.rank is None or self.rank.layout.pp == 1,
             max_model_len=min(512, model.max_position_embeddings),
             max_num_seqs=8,
             max_num_batched_tokens=2048,
@@ -150,6 +154,7 @@ class VllmTestee:
             max_logprobs=TOP_LOGPROBS,
             seed=0,
             speculative_config=speculative if num_speculative_tokens else None,
+            **(ranks(self.rank.layout) if self.rank is not None else {}),
         )
         self.num_speculative_tokens = num_speculative_tokens
         core = self.llm.llm_engine.engine_core.engine_core
@@ -170,6 +175,26 @@ class VllmTestee:
         self.llm = self.observer = None
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def join(rank: Any) -> None:
+    """Make this process one of several ranks, as `torchrun` does; vLLM's engines then use these processes."""
+    layout = rank.layout
+    count = layout.dp * layout.pp * layout.tp
+    os.environ |= {"RANK": str(rank.rank), "LOCAL_RANK": str(rank.rank), "WORLD_SIZE": str(count)}
+    where = f"tcp://127.0.0.1:{rank.port}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank.rank, world_size=count)
+
+
+def ranks(layout: Any) -> dict[str, Any]:
+    """A layout in vLLM's words."""
+    return {
+        "distributed_executor_backend": "external_launcher",
+        "tensor_parallel_size": layout.tp,
+        "pipeline_parallel_size": layout.pp,
+        "data_parallel_size": layout.dp,
+        "enable_expert_parallel": layout.ep > 1,
+    }
 
 
 def sampling_params(request: Request, prompt_logits: bool) -> Any:
