@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.utils import cached_file
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
@@ -72,6 +72,11 @@ class LatentCaches(nn.Module):
         return self.caches[str(layer_idx)](q, cached, select)
 
 
+def _own_files(vllm_config: VllmConfig) -> CheckpointReader | None:
+    """The checkpoint, if a rank reads its own part of it by itself: vLLM's loader would read all of it on each."""
+    return CheckpointReader(vllm_config.model_config.model) if options.reads_own_part(vllm_config) else None
+
+
 def _filled_by_vllm(vllm_config: VllmConfig) -> bool:
     """Whether the user asked for weights that vLLM makes up, which may answer until a trainer sends others."""
     return vllm_config.load_config.load_format == "dummy"
@@ -97,10 +102,28 @@ def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Confi
         )
     profile = profile_for(config, model_config.dtype)
     layout = layout_of_this_rank(config)
+    if layout.experts.size > 1 and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        # How many rows go from rank to rank is known on the host only, which no graph asks.
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        logger.warning("dsv3-plugin runs without CUDA graphs where several ranks share the experts")
     ops = bind_ops(config, profile, torch.device(vllm_config.device_config.device), layout=layout)
     worker.install(vllm_config.parallel_config.worker_cls)
     logger.info(ops.announcement(served))
     return ops, config, layout
+
+
+def _load_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Take what vLLM's loader reads at start, or a trainer sends later; returns the names that the loader waits for."""
+    if model.unread is not None:
+        # Before its first tensor the loader looks at the files, and fetches them ahead where they are far.
+        next(iter(weights), None)
+        checkpoint, model.unread = model.unread, None
+        model.weight_loader.read(checkpoint)
+    else:
+        if layerwise.take_back(model):
+            model.weight_loader.begin()
+        model.weight_loader.load(weights)
+    return {name for name, _ in model.named_parameters()}
 
 
 class DeepseekV3ForCausalLM(nn.Module):
@@ -120,6 +143,7 @@ class DeepseekV3ForCausalLM(nn.Module):
         self.weight_loader = WeightLoader(self, self.config, "main", layout=self.layout, holds_weights=holds_weights)
         layers = self.layout.layers_of(self.config)
         self.attend = LatentCaches(self.ops, self.config, vllm_config, layers, self.weight_loader)
+        self.unread = _own_files(vllm_config)
 
     def make_empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device
@@ -158,10 +182,7 @@ class DeepseekV3ForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take all or some of a checkpoint's tensors, in any order. Raises `CheckpointError` as `WeightLoader` does."""
-        if layerwise.take_back(self):
-            self.weight_loader.begin()
-        self.weight_loader.load(weights)
-        return {name for name, _ in self.named_parameters()}
+        return _load_weights(self, weights)
 
 
 class DeepSeekMTPModel(nn.Module):
@@ -178,6 +199,7 @@ class DeepSeekMTPModel(nn.Module):
         )
         layers = [self.config.mtp_layer_idx]
         self.attend = LatentCaches(self.ops, self.config, vllm_config, layers, self.weight_loader)
+        self.unread = _own_files(vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [T] to [T, hidden]."""
@@ -211,10 +233,7 @@ class DeepSeekMTPModel(nn.Module):
         In the first load embedding and head are waited for, later they are the target's.
         """
         self._follow_target()
-        if layerwise.take_back(self):
-            self.weight_loader.begin()
-        self.weight_loader.load(weights)
-        return {name for name, _ in self.named_parameters()}
+        return _load_weights(self, weights)
 
     def _follow_target(self) -> None:
         """After loading vLLM replaces embedding and head by the target's; following the head frees the copy."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from dsv3_plugin.errors import EngineError
@@ -19,6 +20,7 @@ _OWN_KERNELS = "the model runs kernels of its own, see DSV3_PLUGIN_MODE"
 
 
 _FORMATS = "auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "instanttensor", "pt", "npcache", "dummy"
+_READ_IN_PARTS = "auto", "hf", "safetensors"
 _FOREIGN_TRANSFERS = "sparse_nccl", "sharded_rdt", "nccl_m2n", "modelexpress"
 
 
@@ -59,7 +61,7 @@ OPTIONS = Options(
     refused("it is not the files of a checkpoint", "load_config.load_format", unless=_FORMATS),
     refused("weights are loaded to where they serve", "load_config.device"),
     honoured(
-        "how vLLM's loader fetches files",
+        "how vLLM's loader fetches files; where none says how, a rank reads its own part of a folder, and no more",
         *_in("load_config", "download_dir", "safetensors_load_strategy", "safetensors_prefetch_num_threads"),
         *_in("load_config", "safetensors_prefetch_block_size", "model_loader_extra_config"),
         *_in("load_config", "ignore_patterns", "use_tqdm_on_load", "pt_load_map_location"),
@@ -144,11 +146,10 @@ OPTIONS = Options(
         *_in("cache_config", "calculate_kv_scales", "kv_cache_dtype_skip_layers"),
         allows=_nothing,
     ),
-    refused(
-        "nothing hands the latent cache to a connector",
-        *("kv_transfer_config", "cache_config.kv_offloading_size"),
+    honoured(
+        "`attention.LatentCache` calls the connector, layer by layer; a page is a copy wherever it is taken",
+        *("kv_transfer_config", "cache_config.kv_offloading_size", "cache_config.kv_offloading_backend"),
     ),
-    irrelevant("of cache_config.kv_offloading_size", "cache_config.kv_offloading_backend"),
     refused("every layer of the model has a cache of its own", "cache_config.kv_sharing_fast_prefill"),
     honoured(
         "vLLM's pages, whose size the kernels take as it is",
@@ -175,7 +176,11 @@ OPTIONS = Options(
         *_in("parallel_config", "data_parallel_size_local", "world_size", "nnodes"),
     ),
     honoured("routed experts are spread over all ranks with and without it", "parallel_config.enable_expert_parallel"),
-    honoured("leaves out what this rank passes over", "parallel_config.enable_ep_weight_filter"),
+    refused(
+        "an update of weights is checked for all tensors; from a folder a rank reads its own part without it, see"
+        " load_config.load_format",
+        "parallel_config.enable_ep_weight_filter",
+    ),
     refused("a rank holds neighbouring experts", "parallel_config.expert_placement_strategy", unless=("linear",)),
     refused(
         "a rank attends to whole sequences",
@@ -382,9 +387,10 @@ def _values(vllm_config: Any) -> dict[str, Any]:
             value = getattr(value, field, None)
         values[name] = value
     model = vllm_config.model_config
-    ranks = vllm_config.parallel_config.tensor_parallel_size
+    parallel = vllm_config.parallel_config
     given = {
-        "speculative_config.draft_tensor_parallel_size": ranks,
+        "speculative_config.draft_tensor_parallel_size": parallel.tensor_parallel_size,
+        "parallel_config.enable_ep_weight_filter": reads_own_part(vllm_config),
         "cache_config.cache_dtype": str(model.dtype).removeprefix("torch."),
         "speculative_config.kv_cache_dtype": str(model.dtype).removeprefix("torch."),
         "speculative_config.model": model.model,
@@ -394,6 +400,13 @@ def _values(vllm_config: Any) -> dict[str, Any]:
         quantization = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", None)
         given |= dict.fromkeys(("model_config.quantization", "speculative_config.quantization"), quantization)
     return {name: None if name in given and given[name] == value else value for name, value in values.items()}
+
+
+def reads_own_part(vllm_config: Any) -> bool:
+    """Whether a rank reads its part of a checkpoint folder by itself: where nothing says how vLLM is to read it."""
+    load = vllm_config.load_config
+    asked = load.model_loader_extra_config or load.safetensors_load_strategy not in (None, "lazy")
+    return load.load_format in _READ_IN_PARTS and not asked and Path(vllm_config.model_config.model).is_dir()
 
 
 def environment(vllm_config: Any) -> dict[str, Any]:
