@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group, is_v1_kv_transfer_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
@@ -173,11 +174,24 @@ class LatentCache(nn.Module, AttentionLayerBase):
     def forward(self, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all) -> torch.Tensor:
         """q [T, H, latent_dim], cached [T, cached_dim] to [T, H, kv_lora_rank]; rows that vLLM padded are zero."""
         by_layer = get_forward_context().attn_metadata
-        if by_layer is None:  # vLLM's memory profiling and warm-up
+        if by_layer is None:  # no request's: profiling, warm-up, and what a rank computes so that others can
             return q.new_zeros(*q.shape[:2], self.config.kv_lora_rank)
         metadata: LatentMetadata = by_layer[self.layer_name]
+        connector = _connector()
+        if connector is not None:
+            connector.wait_for_layer_load(self.layer_name)
         tokens = metadata.batch.num_tokens
         pages = compat.latent_pages(self.kv_cache)
         pages[metadata.pages, metadata.offsets] = cached[:tokens]
         out = attend_to_pages(self.ops, self.config, q[:tokens], pages, metadata.batch, select)
+        if connector is not None:
+            connector.save_kv_layer(self.layer_name, self.kv_cache, metadata)
         return torch.cat((out, out.new_zeros(len(q) - tokens, *out.shape[1:]))) if tokens < len(q) else out
+
+
+def _connector() -> Any:
+    """What takes a layer's pages to other servers and brings theirs, if this pass has to do with it; else None."""
+    if not (has_kv_transfer_group() and is_v1_kv_transfer_group()):
+        return None
+    connector = get_kv_transfer_group()
+    return connector if connector.has_connector_metadata() else None

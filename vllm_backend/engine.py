@@ -60,7 +60,7 @@ def _may_write(original: Method, core: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         core.dsv3_weights = _weights(core)
         if [weights.updates for weights in before] != [weights.updates for weights in core.dsv3_weights]:
-            core.reset_prefix_cache(reset_running_requests=True)
+            core.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
 
 
 def _step(original: Method, core: Any) -> tuple[Outputs | None, bool]:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.utils import cached_file
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
+from vllm.sequence import IntermediateTensors
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.reader import CheckpointReader
@@ -19,10 +20,15 @@ from dsv3_plugin.errors import ConfigError, EngineError
 from dsv3_plugin.layers.attend import Select, select_all
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
+from dsv3_plugin.layout import Layout
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.vllm_backend import compat, engine, layerwise, options, requests, worker
 from dsv3_plugin.vllm_backend.attention import LatentCache
+from dsv3_plugin.vllm_backend.layout import layout_of_this_rank
+
+HIDDEN_STATES = "hidden_states"
+"""What one pipeline stage sends to the next."""
 
 logger = init_logger("vllm.dsv3_plugin")
 
@@ -66,12 +72,17 @@ class LatentCaches(nn.Module):
         return self.caches[str(layer_idx)](q, cached, select)
 
 
+def _own_files(vllm_config: VllmConfig) -> CheckpointReader | None:
+    """The checkpoint, if a rank reads its own part of it by itself: vLLM's loader would read all of it on each."""
+    return CheckpointReader(vllm_config.model_config.model) if options.reads_own_part(vllm_config) else None
+
+
 def _filled_by_vllm(vllm_config: VllmConfig) -> bool:
     """Whether the user asked for weights that vLLM makes up, which may answer until a trainer sends others."""
     return vllm_config.load_config.load_format == "dummy"
 
 
-def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Config]:
+def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Config, Layout]:
     """Check what vLLM asks for, bind the kernels, and say in the log what will run. The draft is of the target's
     checkpoint, and in its dtype.
     """
@@ -90,25 +101,56 @@ def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Confi
             f" max_position_embeddings={config.max_position_embeddings}; set --max-model-len"
         )
     profile = profile_for(config, model_config.dtype)
-    ops = bind_ops(config, profile, torch.device(vllm_config.device_config.device))
+    layout = layout_of_this_rank(config)
+    if layout.experts.size > 1 and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        # How many rows go from rank to rank is known on the host only, which no graph asks.
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        logger.warning("dsv3-plugin runs without CUDA graphs where several ranks share the experts")
+    ops = bind_ops(config, profile, torch.device(vllm_config.device_config.device), layout=layout)
     worker.install(vllm_config.parallel_config.worker_cls)
     logger.info(ops.announcement(served))
-    return ops, config
+    return ops, config, layout
+
+
+def _load_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Take what vLLM's loader reads at start, or a trainer sends later; returns the names that the loader waits for."""
+    if model.unread is not None:
+        # Before its first tensor the loader looks at the files, and fetches them ahead where they are far.
+        next(iter(weights), None)
+        checkpoint, model.unread = model.unread, None
+        model.weight_loader.read(checkpoint)
+    else:
+        if layerwise.take_back(model):
+            model.weight_loader.begin()
+        model.weight_loader.load(weights)
+    return {name for name, _ in model.named_parameters()}
 
 
 class DeepseekV3ForCausalLM(nn.Module):
-    """DeepSeek-V3 under vLLM's name for it."""
+    """DeepSeek-V3 under vLLM's name for it, or a rank's part of it."""
+
+    supports_pp = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.ops, self.config = _prepare(vllm_config, "DeepseekV3ForCausalLM")
-        deepseek = DeepseekV3(self.ops, self.config)
+        self.ops, self.config, self.layout = _prepare(vllm_config, "DeepseekV3ForCausalLM")
+        deepseek = DeepseekV3(self.ops, self.config, self.layout)
         # By the checkpoint's names, under which a draft finds what it shares.
         self.model = deepseek.model
-        self.lm_head = deepseek.lm_head
-        self.weight_loader = WeightLoader(self, self.config, "main", holds_weights=_filled_by_vllm(vllm_config))
-        layers = range(self.config.num_hidden_layers)
+        if self.model.is_last:
+            self.lm_head = deepseek.lm_head
+        holds_weights = _filled_by_vllm(vllm_config)
+        self.weight_loader = WeightLoader(self, self.config, "main", layout=self.layout, holds_weights=holds_weights)
+        layers = self.layout.layers_of(self.config)
         self.attend = LatentCaches(self.ops, self.config, vllm_config, layers, self.weight_loader)
+        self.unread = _own_files(vllm_config)
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """Called by vLLM where a stage has one before it, for what that sends: [batch_size, hidden]."""
+        shape = batch_size, self.config.hidden_size
+        return IntermediateTensors({HIDDEN_STATES: torch.zeros(shape, dtype=dtype, device=device)})
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [T] to [T, hidden]."""
@@ -118,13 +160,21 @@ class DeepseekV3ForCausalLM(nn.Module):
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        intermediate_tensors: Any = None,
+        intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Flattened tokens [T] to normalised hidden states [T, hidden]."""
-        if inputs_embeds is None:
-            inputs_embeds = self.model.embed_tokens(input_ids)
-        return self.model(inputs_embeds, positions, self.attend)
+    ) -> torch.Tensor | IntermediateTensors:
+        """Flattened tokens [T], or what the stage before sent, to normalised hidden states [T, hidden], or to what the
+        next stage gets.
+        """
+        if not self.layout.is_first():
+            assert intermediate_tensors is not None
+            hidden_states = intermediate_tensors[HIDDEN_STATES]
+        elif inputs_embeds is not None:
+            hidden_states = inputs_embeds
+        else:
+            hidden_states = self.model.embed_tokens(input_ids)
+        hidden_states = self.model(hidden_states, positions, self.attend)
+        return hidden_states if self.model.is_last else IntermediateTensors({HIDDEN_STATES: hidden_states})
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [n, hidden] to logits fp32 [n, vocab_size]."""
@@ -132,10 +182,7 @@ class DeepseekV3ForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take all or some of a checkpoint's tensors, in any order. Raises `CheckpointError` as `WeightLoader` does."""
-        if layerwise.take_back(self):
-            self.weight_loader.begin()
-        self.weight_loader.load(weights)
-        return {name for name, _ in self.named_parameters()}
+        return _load_weights(self, weights)
 
 
 class DeepSeekMTPModel(nn.Module):
@@ -143,12 +190,16 @@ class DeepSeekMTPModel(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.ops, self.config = _prepare(vllm_config, "DeepSeekMTPModel")
-        self.model = DeepseekV3MTP(self.ops, self.config)
+        self.ops, self.config, self.layout = _prepare(vllm_config, "DeepSeekMTPModel")
+        self.model = DeepseekV3MTP(self.ops, self.config, self.layout)
         self.lm_head = self.model.lm_head
-        self.weight_loader = WeightLoader(self.model, self.config, "mtp", holds_weights=_filled_by_vllm(vllm_config))
+        holds_weights = _filled_by_vllm(vllm_config)
+        self.weight_loader = WeightLoader(
+            self.model, self.config, "mtp", layout=self.layout, holds_weights=holds_weights
+        )
         layers = [self.config.mtp_layer_idx]
         self.attend = LatentCaches(self.ops, self.config, vllm_config, layers, self.weight_loader)
+        self.unread = _own_files(vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [T] to [T, hidden]."""
@@ -182,10 +233,7 @@ class DeepSeekMTPModel(nn.Module):
         In the first load embedding and head are waited for, later they are the target's.
         """
         self._follow_target()
-        if layerwise.take_back(self):
-            self.weight_loader.begin()
-        self.weight_loader.load(weights)
-        return {name for name, _ in self.named_parameters()}
+        return _load_weights(self, weights)
 
     def _follow_target(self) -> None:
         """After loading vLLM replaces embedding and head by the target's; following the head frees the copy."""

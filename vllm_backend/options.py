@@ -10,16 +10,17 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from dsv3_plugin.errors import EngineError
 from dsv3_plugin.options import Options, honoured, irrelevant, refused
 
-_ONE_RANK = "the model is served on one rank"
 _OWN_KERNELS = "the model runs kernels of its own, see DSV3_PLUGIN_MODE"
-_EXPERTS = "the model holds all experts itself, and moves none"
 
 
 _FORMATS = "auto", "hf", "safetensors", "fastsafetensors", "runai_streamer", "instanttensor", "pt", "npcache", "dummy"
+_READ_IN_PARTS = "auto", "hf", "safetensors"
 _FOREIGN_TRANSFERS = "sparse_nccl", "sharded_rdt", "nccl_m2n", "modelexpress"
 
 
@@ -60,7 +61,7 @@ OPTIONS = Options(
     refused("it is not the files of a checkpoint", "load_config.load_format", unless=_FORMATS),
     refused("weights are loaded to where they serve", "load_config.device"),
     honoured(
-        "how vLLM's loader fetches files",
+        "how vLLM's loader fetches files; where none says how, a rank reads its own part of a folder, and no more",
         *_in("load_config", "download_dir", "safetensors_load_strategy", "safetensors_prefetch_num_threads"),
         *_in("load_config", "safetensors_prefetch_block_size", "model_loader_extra_config"),
         *_in("load_config", "ignore_patterns", "use_tqdm_on_load", "pt_load_map_location"),
@@ -116,9 +117,8 @@ OPTIONS = Options(
         unless=("auto",),
     ),
     refused(
-        _ONE_RANK,
+        "the draft is on the target's ranks, and shares its head",
         *_in("speculative_config", "tensor_parallel_size", "draft_tensor_parallel_size"),
-        unless=(1,),
     ),
     honoured(
         "vLLM's drafting and verification",
@@ -146,11 +146,10 @@ OPTIONS = Options(
         *_in("cache_config", "calculate_kv_scales", "kv_cache_dtype_skip_layers"),
         allows=_nothing,
     ),
-    refused(
-        "nothing hands the latent cache to a connector",
-        *("kv_transfer_config", "cache_config.kv_offloading_size"),
+    honoured(
+        "`attention.LatentCache` calls the connector, layer by layer; a page is a copy wherever it is taken",
+        *("kv_transfer_config", "cache_config.kv_offloading_size", "cache_config.kv_offloading_backend"),
     ),
-    irrelevant("of cache_config.kv_offloading_size", "cache_config.kv_offloading_backend"),
     refused("every layer of the model has a cache of its own", "cache_config.kv_sharing_fast_prefill"),
     honoured(
         "vLLM's pages, whose size the kernels take as it is",
@@ -171,31 +170,41 @@ OPTIONS = Options(
         "mamba_config",
     ),
     # Placement.
+    honoured(
+        "`layout` makes this rank's part of the model of them",
+        *_in("parallel_config", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+        *_in("parallel_config", "data_parallel_size_local", "world_size", "nnodes"),
+    ),
+    honoured("routed experts are spread over all ranks with and without it", "parallel_config.enable_expert_parallel"),
     refused(
-        _ONE_RANK,
-        *_in("parallel_config", "tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size"),
-        *_in("parallel_config", "decode_context_parallel_size", "data_parallel_size", "data_parallel_size_local"),
-        *_in("parallel_config", "nnodes", "world_size"),
+        "an update of weights is checked for all tensors; from a folder a rank reads its own part without it, see"
+        " load_config.load_format",
+        "parallel_config.enable_ep_weight_filter",
+    ),
+    refused("a rank holds neighbouring experts", "parallel_config.expert_placement_strategy", unless=("linear",)),
+    refused(
+        "a rank attends to whole sequences",
+        *_in("parallel_config", "prefill_context_parallel_size", "decode_context_parallel_size"),
         unless=(1,),
     ),
-    refused(
-        _EXPERTS,
-        *_in(
-            "parallel_config", "enable_expert_parallel", "enable_eplb", "enable_elastic_ep", "enable_ep_weight_filter"
-        ),
-    ),
-    irrelevant("of models with n-gram embeddings", "engram_config"),
     irrelevant(
-        "of expert parallelism, which is refused",
-        *_in(
-            "parallel_config", "eplb_config", "expert_placement_strategy", "all2all_backend", "elastic_ep_max_dp_size"
-        ),
+        "of context parallelism, which is refused",
+        *_in("parallel_config", "dcp_kv_cache_interleave_size", "dcp_comm_backend", "dcp_q_replicate"),
+        *_in("parallel_config", "cp_kv_cache_interleave_size", "_allow_auto_resolve_cp_interleave_size"),
     ),
+    refused("a rank's experts stay its own", *_in("parallel_config", "enable_eplb", "enable_elastic_ep")),
+    irrelevant("of moving experts, which is refused", *_in("parallel_config", "eplb_config", "elastic_ep_max_dp_size")),
+    irrelevant("of models with n-gram embeddings", "engram_config"),
+    irrelevant("of vLLM's own MoE layers; the model sends rows by itself", "parallel_config.all2all_backend"),
     refused(
-        "the model runs a step as one batch",
+        "the model runs a step as one batch, whole on each tensor-parallel rank",
         *_in("parallel_config", "enable_dbo", "enable_hc_sp", "enable_batch_sharded_sampling"),
     ),
     refused("the model runs a step as one batch", "parallel_config.ubatch_size", unless=(0, 1)),
+    irrelevant(
+        "of micro-batches, which are refused",
+        *_in("parallel_config", "dbo_decode_token_threshold", "dbo_prefill_token_threshold"),
+    ),
     refused(
         "weights stay on the device, where kernels and graphs read them",
         *_in("offload_config", "uva", "prefetch"),
@@ -214,20 +223,15 @@ OPTIONS = Options(
         *_in("model_config", "enable_sleep_mode", "sleep_mode_backend", "sleep_mode_offload_cudagraph"),
         *_in("model_config", "enable_nccl_comm_suspend", "enable_cumem_allocator"),
     ),
-    irrelevant(
-        "of several ranks or micro-batches, which are refused",
+    irrelevant("of sums that vLLM makes; the model makes its own", "parallel_config.disable_custom_all_reduce"),
+    honoured(
+        "vLLM's processes, and how they find each other",
         *_in("parallel_config", "data_parallel_rank", "data_parallel_rank_local", "data_parallel_master_ip"),
         *_in("parallel_config", "data_parallel_rpc_port", "dp_sync_interval", "data_parallel_master_port"),
         *_in("parallel_config", "data_parallel_backend", "data_parallel_external_lb", "data_parallel_hybrid_lb"),
-        *_in("parallel_config", "disable_custom_all_reduce", "enable_shm_tensor_arena", "is_moe_model"),
-        *_in("parallel_config", "dbo_decode_token_threshold", "dbo_prefill_token_threshold", "data_parallel_index"),
+        *_in("parallel_config", "enable_shm_tensor_arena", "is_moe_model", "data_parallel_index"),
         *_in("parallel_config", "disable_nccl_for_dp_synchronization", "_data_parallel_master_port_list"),
-        *_in("parallel_config", "_coord_store_port", "dcp_kv_cache_interleave_size", "dcp_comm_backend"),
-        *_in("parallel_config", "dcp_q_replicate", "cp_kv_cache_interleave_size"),
-        *_in("parallel_config", "_allow_auto_resolve_cp_interleave_size"),
-    ),
-    honoured(
-        "vLLM's processes",
+        *_in("parallel_config", "_coord_store_port"),
         *_in("parallel_config", "max_parallel_loading_workers", "ray_workers_use_nsight", "ray_runtime_env"),
         *_in("parallel_config", "placement_group", "distributed_executor_backend", "worker_cls", "sd_worker_cls"),
         *_in("parallel_config", "worker_extension_cls", "master_addr", "master_port", "node_rank", "numa_bind"),
@@ -315,8 +319,8 @@ FLAGS = Options(
     honoured("becomes scheduler_config.policy", "scheduling_policy"),
     honoured("vLLM's own: what it logs", "aggregate_engine_logging", "disable_log_stats", "enable_log_requests"),
     honoured("vLLM's own: its servers and checks", "log_config_file", "tokens_only", "fail_on_environ_validation"),
-    irrelevant(
-        "of several ranks, which are refused",
+    honoured(
+        "vLLM's processes, and how they find each other",
         *("data_parallel_address", "data_parallel_multi_port_external_lb", "data_parallel_start_rank", "device_ids"),
     ),
     irrelevant(
@@ -365,6 +369,12 @@ def require_supported(vllm_config: Any) -> None:
     """Raise `EngineError` that names every option and variable that asks for what is not served."""
     OPTIONS.require_supported(_values(vllm_config))
     ENVIRONMENT.require_supported(environment(vllm_config))
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1 and vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
+        raise EngineError(
+            f"vLLM's model runner V1 has no drafter on the first of pipeline_parallel_size={stages} stages: leave"
+            " speculative_config out, or use model runner V2"
+        )
 
 
 def _values(vllm_config: Any) -> dict[str, Any]:
@@ -377,7 +387,10 @@ def _values(vllm_config: Any) -> dict[str, Any]:
             value = getattr(value, field, None)
         values[name] = value
     model = vllm_config.model_config
+    parallel = vllm_config.parallel_config
     given = {
+        "speculative_config.draft_tensor_parallel_size": parallel.tensor_parallel_size,
+        "parallel_config.enable_ep_weight_filter": reads_own_part(vllm_config),
         "cache_config.cache_dtype": str(model.dtype).removeprefix("torch."),
         "speculative_config.kv_cache_dtype": str(model.dtype).removeprefix("torch."),
         "speculative_config.model": model.model,
@@ -387,6 +400,13 @@ def _values(vllm_config: Any) -> dict[str, Any]:
         quantization = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", None)
         given |= dict.fromkeys(("model_config.quantization", "speculative_config.quantization"), quantization)
     return {name: None if name in given and given[name] == value else value for name, value in values.items()}
+
+
+def reads_own_part(vllm_config: Any) -> bool:
+    """Whether a rank reads its part of a checkpoint folder by itself: where nothing says how vLLM is to read it."""
+    load = vllm_config.load_config
+    asked = load.model_loader_extra_config or load.safetensors_load_strategy not in (None, "lazy")
+    return load.load_format in _READ_IN_PARTS and not asked and Path(vllm_config.model_config.model).is_dir()
 
 
 def environment(vllm_config: Any) -> dict[str, Any]:

@@ -48,13 +48,17 @@ def install(worker_class: str) -> None:
 def dsv3_fingerprint(worker: Any) -> dict[str, Any]:
     """The fingerprint of the weights that this worker holds, the draft's included.
 
+    Every worker answers. Tensor-parallel ones answer for each other, stages and ranks of experts only for what they
+    hold: a model's is that of all answers, put together by `Fingerprint.__or__`. Of several data-parallel engines vLLM
+    returns the first one's answers, in which the other engines' experts are missing.
+
     Returns `{"digest": str, "tensors": {Hugging Face's name: digest}}`: a `checkpoint.fingerprint.Fingerprint`. Raises
     `CheckpointError` while the weights may not answer.
     """
     found = None
     for model in _models(worker):
         model.weight_loader.require_whole()
-        held = fingerprint(model.weight_loader.model, model.config, model.weight_loader.part)
+        held = fingerprint(model.weight_loader.model, model.config, model.weight_loader.part, model.layout)
         found = held if found is None else found | held
     if found is None:
         raise EngineError("this vLLM serves no model of dsv3-plugin")

@@ -3,6 +3,9 @@
 The rows are taken where the engine itself computes them. Three calls of its model runner tell what a row is:
 `_prepare_inputs` (which requests, how many tokens each, which rows are sampled from), the model's forward pass (token
 ids and positions) and `compute_logits`. The engine's schedule is its own.
+
+On several ranks each is such an engine, in a process of its own, with the same requests but for data parallelism: what
+vLLM calls an external launcher. They schedule the same, and compute together.
 """
 
 from __future__ import annotations
@@ -31,11 +34,16 @@ import torch
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.cases import TOP_LOGPROBS
+from dsv3_plugin.conformance.layouts import ONE_RANK, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.errors import ConformanceError, DSV3Error
 from dsv3_plugin.vllm_backend import compat
+
+
+ALONE = RankOf(ONE_RANK, 0, ())
+NO_DRAFTS = "vLLM's model runner V1 has no drafter on the first of several stages"
 
 
 class VllmTestee:
@@ -44,7 +52,7 @@ class VllmTestee:
     name = "vllm"
     schedule_not_followed = None
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, rank: RankOf = ALONE) -> None:
         os.environ.setdefault("VLLM_CACHE_ROOT", tempfile.mkdtemp(prefix="dsv3-vllm-"))
         try:
             from vllm.platforms import current_platform
@@ -55,6 +63,8 @@ class VllmTestee:
                 f"this vLLM is built for {current_platform.device_type}, the job asks for {job.device}"
             )
         self.job = job
+        self.rank = rank
+        self.ports = iter(rank.ports)
         self.num_speculative_tokens: int | None = None
         self.observer: Observer | None = None
         self.llm: Any = None
@@ -70,6 +80,8 @@ class VllmTestee:
 
     def run(self, case: Case) -> program.Outcome:
         """Submit the case's rounds and step the engine until each has finished."""
+        if case.num_speculative_tokens and self.rank.layout.pp > 1:
+            return program.Outcome.declined(case, NO_DRAFTS)
         if case.num_speculative_tokens != self.num_speculative_tokens:
             self.start_engine(case.num_speculative_tokens)
         assert self.observer is not None
@@ -100,7 +112,11 @@ class VllmTestee:
         engine = self.llm.llm_engine
         index = first
         declined: dict[int, str] = {}
-        for request in requests:
+        own = [self.rank.has(i) for i in range(len(requests))]
+        for is_own, request in zip(own, requests, strict=True):
+            if not is_own:
+                index += request.n
+                continue
             for i in range(request.n):
                 self.observer.start_request(index + i, request)
             try:
@@ -115,9 +131,11 @@ class VllmTestee:
                 if output.finished:
                     finished[int(output.request_id)] = output
         results: list[RequestResult] = []
-        for request in requests:
+        for is_own, request in zip(own, requests, strict=True):
             index = first + len(results)
-            if index in declined:
+            if not is_own:
+                results += [RequestResult(token_ids=(), num_cached_tokens=0)] * request.n
+            elif index in declined:
                 nothing = RequestResult(token_ids=(), num_cached_tokens=0, unsupported=declined[index])
                 results += [nothing] * request.n
             else:
@@ -135,7 +153,8 @@ class VllmTestee:
             model=self.job.checkpoint,
             # Said outright: on a CPU vLLM turns a float32 checkpoint into bfloat16 by default.
             dtype=model.torch_dtype,
-            enforce_eager=True,
+            # In the warm-up, which vLLM leaves out in eager mode, a later stage gets a buffer for what is sent to it.
+            enforce_eager=self.rank.layout.pp == 1,
             max_model_len=min(512, model.max_position_embeddings),
             max_num_seqs=8,
             max_num_batched_tokens=2048,
@@ -150,6 +169,7 @@ class VllmTestee:
             max_logprobs=TOP_LOGPROBS,
             seed=0,
             speculative_config=speculative if num_speculative_tokens else None,
+            **(join(self.rank, next(self.ports)) if self.rank.layout != ONE_RANK else {}),
         )
         self.num_speculative_tokens = num_speculative_tokens
         core = self.llm.llm_engine.engine_core.engine_core
@@ -157,7 +177,10 @@ class VllmTestee:
         if not (config.cache_config.enable_prefix_caching and config.scheduler_config.enable_chunked_prefill):
             raise ConformanceError("vLLM switched prefix caching or chunked prefill off; the cases need both")
         self.scheduled_tokens = core.scheduler.max_num_scheduled_tokens
-        self.observer = Observer(core.model_executor.driver_worker.worker.model_runner)
+        runner = core.model_executor.driver_worker.worker.model_runner
+        if self.rank.layout.pp > 1:
+            send_prompt_logprobs(runner)
+        self.observer = Observer(runner)
         self._served.append(self.observer.served())
 
     def stop_engine(self) -> None:
@@ -170,6 +193,39 @@ class VllmTestee:
         self.llm = self.observer = None
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def join(rank: RankOf, port: int) -> dict[str, Any]:
+    """Make this process's next engine one of several ranks that meet at a port; returns what else `LLM` is told."""
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    # vLLM takes the data-parallel rank from there.
+    os.environ["RANK"] = str(rank.rank)
+    # Not torchrun's variables: by them the shared memory of all engines of a CPU has one name.
+    place = f"tcp://127.0.0.1:{port}", rank.rank, rank.rank
+    ExecutorWithExternalLauncher._distributed_args = lambda executor: place
+    layout = rank.layout
+    return {
+        "distributed_executor_backend": "external_launcher",
+        "tensor_parallel_size": layout.tp,
+        "data_parallel_size": layout.dp,
+        "pipeline_parallel_size": layout.pp,
+        "enable_expert_parallel": layout.ep > 1,
+        # A step is then a pass, which ranks of data parallelism make together.
+        "async_scheduling": layout.dp == 1,
+    }
+
+
+def send_prompt_logprobs(runner: Any) -> None:
+    """To all stages, from the last: of an external launcher's vLLM sends them the logits of generated tokens only."""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    stages, compute = get_pp_group(), runner._get_prompt_logprobs_dict
+
+    def get_prompt_logprobs(*args: Any) -> Any:
+        return stages.broadcast_object(compute(*args) if stages.is_last_rank else None, stages.world_size - 1)
+
+    runner._get_prompt_logprobs_dict = get_prompt_logprobs
 
 
 def sampling_params(request: Request, prompt_logits: bool) -> Any:
@@ -295,7 +351,8 @@ class Observer:
         self.sampled_rows = sampled_rows
 
     def _target_forward(self, forward: Any, **kwargs: Any) -> torch.Tensor:
-        if self.outcome is not None and self.segments is not None:
+        self.keys = None
+        if self.outcome is not None and self.segments is not None and not _is_dummy():
             self.keys = _observe(self.seen, self.segments, kwargs["positions"], kwargs["input_ids"], 0)
         if self.layers is not None:
             self.layers.keys = self.keys
@@ -343,7 +400,7 @@ class Observer:
         drafter.model.compute_logits = partial(self._draft_logits, drafter.model.compute_logits)
 
     def _draft_forward(self, forward: Any, **kwargs: Any) -> Any:
-        if self.outcome is not None and self.draft_segments is not None:
+        if self.outcome is not None and self.draft_segments is not None and not _is_dummy():
             if self.draft_step > 0:
                 self.draft_segments = [(request, 1) for request, _ in self.draft_segments]
                 self.draft_rows = None
@@ -359,6 +416,13 @@ class Observer:
             self.outcome.recorder.add(f"mtp.{self.draft_step}", keys, logits.float())
             self.draft_step += 1
         return logits
+
+
+def _is_dummy() -> bool:
+    """Whether this pass is none of a request's: vLLM makes it because other ranks have one."""
+    from vllm.forward_context import get_forward_context
+
+    return get_forward_context().attn_metadata is None
 
 
 def _sequence(req_id: str) -> int:
@@ -387,4 +451,4 @@ def _observe(
 
 
 if __name__ == "__main__":
-    program.main(VllmTestee)
+    program.main(VllmTestee, VllmTestee)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from enum import StrEnum
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,9 +84,19 @@ def _of_server(address: str) -> Fingerprint:
             )
         if problem := answers[0].get("problem"):
             raise EngineError(f"{address}: its weights may not answer: {problem}")
-        return Fingerprint.model_validate({"tensors": answers[0]["fingerprint"]["tensors"]})
+        parts = [Fingerprint.model_validate({"tensors": answer["fingerprint"]["tensors"]}) for answer in answers]
     except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise EngineError(f"{address}: answered something else than a fingerprint: {error!r}") from None
+    return _of_ranks(address, parts)
+
+
+def _of_ranks(address: str, parts: Sequence[Fingerprint]) -> Fingerprint:
+    """Of the model that ranks share. Raises `EngineError` where two of them hold different weights."""
+    whole = reduce(Fingerprint.__or__, parts)
+    held = (name for part in parts for name, digest in part.tensors.items() if digest != whole.tensors[name])
+    if different := set(held):
+        raise EngineError(f"{address}: its ranks hold different weights: {some_names(different)}")
+    return whole
 
 
 def _ask(url: str, body: Any = None) -> Any:
