@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 import torch
 import typer
@@ -33,6 +33,18 @@ from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layout import WHOLE, Group, Layout
 
 _WARM_UP = 2
+
+
+class _Row(TypedDict):
+    """Passes of one number of tokens, in milliseconds."""
+
+    tokens: int
+    alone: list[float]
+    shared: list[float]
+    sum: list[float]
+    """Of one row-parallel product over all ranks; empty without tensor parallelism."""
+    equal: bool
+    """Whether both gave the same bits."""
 
 
 def bench_layouts(
@@ -57,7 +69,7 @@ def bench_layouts(
         for row in _measured(each, checkpoint, tokens or [1, 32, 128, 1024], repeats, device):
             equal &= row["equal"]
             ratio = statistics.median(row["shared"]) / statistics.median(row["alone"])
-            times = [_summary(row[name]) for name in ("alone", "shared")]
+            times = _summary(row["alone"]), _summary(row["shared"])
             bits = "[green]equal[/]" if row["equal"] else "[red]differ[/]"
             summed = _summary(row["sum"]) if row["sum"] else ""
             table.add_row(str(each), f"{row['tokens']:,}", *times, f"{ratio:.2f}", summed, bits)
@@ -67,12 +79,10 @@ def bench_layouts(
 
 def _summary(times: list[float]) -> str:
     low, median, high = statistics.quantiles(times, n=4)
-    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+    return f"{median:.3g} ({low:.3g}-{high:.3g})"
 
 
-def _measured(
-    layout: ParallelLayout, checkpoint: Path, tokens: Sequence[int], repeats: int, device: str
-) -> list[dict[str, object]]:
+def _measured(layout: ParallelLayout, checkpoint: Path, tokens: Sequence[int], repeats: int, device: str) -> list[_Row]:
     """A row for each number of tokens, of the slowest rank."""
     with tempfile.TemporaryDirectory(prefix="dsv3-layouts-") as folder:
         options = "--tokens", ",".join(map(str, tokens)), "--repeats", str(repeats), "--device", device
@@ -84,7 +94,8 @@ def _measured(
     rows = []
     for of_rank in zip(*of_ranks, strict=True):
         slowest = max(of_rank, key=lambda row: statistics.median(row["shared"]))
-        rows.append(slowest | {"equal": all(row["equal"] for row in of_rank)})
+        slowest["equal"] = all(row["equal"] for row in of_rank)
+        rows.append(slowest)
     return rows
 
 
@@ -119,7 +130,7 @@ class _Rank:
         loader.read(self.reader)
         return model
 
-    def measure(self, tokens: Sequence[int], repeats: int) -> list[dict[str, object]]:
+    def measure(self, tokens: Sequence[int], repeats: int) -> list[_Row]:
         """A row for each number of tokens."""
         passes: dict[str, list[tuple[list[float], torch.Tensor]]] = {}
         sums: list[list[float]] = []

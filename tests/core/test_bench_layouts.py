@@ -1,0 +1,52 @@
+"""`dsv3 bench layouts` measures shared models, and sees bits that differ."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dsv3_plugin.commands import layouts
+from dsv3_plugin.commands.bench import app
+from dsv3_plugin.errors import ConformanceError
+
+WRONG = """
+import torch
+from dsv3_plugin.commands import layouts
+from dsv3_plugin.layers.expert_parallel import ExpertParallelMoE
+ExpertParallelMoE._chosen_slots = lambda self, topk_ids: topk_ids.flip(1) // 2
+layouts.main()
+"""
+
+
+def bench(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["layouts", *map(str, arguments)], catch_exceptions=False)
+    return done.exit_code, done.output
+
+
+def test_measures_and_compares(mini: dict[str, Path]) -> None:
+    status, printed = bench(mini["bf16"], "--layout", "dp=2,ep=2", "--tokens", 3, "--tokens", 5, "--repeats", 3)
+    assert status == 0
+    assert printed.count("dp=2,ep=2") == printed.count("equal") == 2
+
+
+def test_other_bits_are_seen(mini: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "wrong.py"
+    program.write_text(WRONG)
+    start = layouts.start_ranks
+    monkeypatch.setattr(
+        layouts, "start_ranks", lambda command, *rest: start((sys.executable, str(program), *command[3:]), *rest)
+    )
+    status, printed = bench(mini["bf16"], "--layout", "dp=2,ep=2", "--tokens", 5, "--repeats", 3)
+    assert status == 1
+    assert "differ" in printed
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"), [("tp=2", "set DSV3_REDUCTION_SLICES"), ("pp=2", "stages only hand on"), ("one", "name tp")]
+)
+def test_what_cannot_be_measured_is_refused(layout: str, message: str, mini: dict[str, Path]) -> None:
+    with pytest.raises(ConformanceError, match=message):
+        bench(mini["bf16"], "--layout", layout)
