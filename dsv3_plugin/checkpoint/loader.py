@@ -102,8 +102,7 @@ class WeightLoader:
 
     def share(self, names: Iterable[str]) -> None:
         """Another model holds and updates these tensors: they are not waited for here, and passed over."""
-        self._shared |= set(names)
-        self.wanted -= self._shared
+        self.wanted -= set(names)
 
     def begin(self) -> None:
         """An update begins. What came of one that was not finished is refused."""
