@@ -41,7 +41,6 @@ from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.errors import ConformanceError, DSV3Error
 from dsv3_plugin.vllm_backend import compat
 
-
 ALONE = RankOf(ONE_RANK, 0, ())
 NO_DRAFTS = "vLLM's model runner V1 has no drafter on the first of several stages"
 

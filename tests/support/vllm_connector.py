@@ -61,7 +61,7 @@ def answer(checkpoint: str, folder: Path | None, drafts: int) -> dict[str, Any]:
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     (output,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
     llm.llm_engine.engine_core.shutdown()
-    del llm, model, forward, compute_logits
+    del llm, model
     cleanup_dist_env_and_memory()
     gc.collect()
     return {"passes": passes, "digests": digests, "tokens": list(output.outputs[0].token_ids)}
