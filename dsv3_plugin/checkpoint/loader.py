@@ -8,7 +8,8 @@ as they are, and never made here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -58,7 +59,8 @@ class WeightLoader:
             model: a `DeepseekV3` for the part `main`, a `DeepseekV3MTP` for `mtp`, or a module with their parameters.
             config: the checkpoint's configuration.
             part: which part of the checkpoint `model` is.
-            layout: which part of that this rank holds. Tensors come whole, and those of other ranks are passed over.
+            layout: which part of that this rank holds. Tensors come whole, all of them to each rank, so that all ranks
+                agree on what has come; those of other ranks are counted and not written.
             holds_weights: whether what the parameters hold now may answer: an engine filled them by itself.
             write: how a tensor gets into a parameter.
         """
@@ -66,7 +68,8 @@ class WeightLoader:
         self.part = part
         self.layout = layout
         self.specs = checkpoint_tensors(config, layout)
-        self.wanted = {name for name, spec in self.specs.items() if part in spec.targets and not spec.optional}
+        whole = checkpoint_tensors(config)
+        self.wanted = {name for name, spec in whole.items() if part in spec.targets and not spec.optional}
         self.write = write
         self.updates = 0
         """How many have been whole, the first load included."""
@@ -83,11 +86,14 @@ class WeightLoader:
 
     def tensor(self, name: str) -> torch.Tensor | None:
         """What the model holds of a checkpoint's tensor, a view; None for one of another part or rank."""
-        spec = self.specs.get(name)
-        if spec is None or self.part not in spec.targets:
+        if (target := self._own(name)) is None:
             return None
-        target = spec.targets[self.part]
         return dict(self.model.named_parameters())[target.parameter][target.index]
+
+    def _own(self, name: str) -> Target | None:
+        """Where this rank holds a tensor, if it does."""
+        spec = self.specs.get(name)
+        return None if spec is None else spec.targets.get(self.part)
 
     def share(self, names: Iterable[str]) -> None:
         """Another model holds and updates these tensors: they are not waited for here, and passed over."""
@@ -114,41 +120,52 @@ class WeightLoader:
         came = set() if self._came is None else self._came
         parameters = dict(self.model.named_parameters())
         used: set[str] = set()
-        try:
+        with self._refused_if_it_fails():
             if isinstance(named_tensors, Sequence):
                 self.check(named_tensors)
             for name, tensor in named_tensors:
-                if (target := self._place(name, tensor, parameters, came)) is None:
+                target = self._place(name, tensor, parameters, came)
+                if name not in self.wanted:
                     continue
                 # A bucket of what another model holds begins nothing.
                 self._came = came
                 came.add(name)
                 used.add(name)
-                self.write(parameters[target.parameter], tensor[target.part], target.index)
-                self._finite[name] = all_finite(parameters[target.parameter][target.index])
-            if came == self.wanted:
-                _require_finite(self._finite)
-        except BaseException as error:
-            self.refuse(f"an update of its weights was refused: {error}")
-            raise
-        if came == self.wanted:
-            self._came = self._refused = None
-            self._finite = {}
-            self.updates += 1
-            # On the meta device parameters are written by the engine, later, and the adapter says when.
-            if not any(parameter.is_meta for parameter in parameters.values()):
-                weights_changed(self.model)
+                if target is not None:
+                    self._take(name, tensor[target.part], target, parameters)
+            self._end_if_whole(parameters)
         return used
 
+    @torch.no_grad()
+    def read(self, reader: CheckpointReader) -> None:
+        """Take all of a checkpoint that `CheckpointReader.validate` has accepted: no more of its files is read than
+        this rank holds.
+
+        Raises `CheckpointError` as `load` does, and for what is missing.
+        """
+        self.begin()
+        assert self._came is not None
+        parameters = dict(self.model.named_parameters())
+        own = {name: target for name in self.wanted if (target := self._own(name)) is not None}
+        with self._refused_if_it_fails():
+            self._came |= self.wanted - own.keys()
+            for name, tensor in reader.tensors(own.__contains__, lambda name: own[name].part):
+                _check(self.specs[name], tensor, parameters, own[name])
+                self._came.add(name)
+                self._take(name, tensor, own[name], parameters)
+            self._end_if_whole(parameters)
+        self.finish()
+
     def check(self, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Raise `CheckpointError` where `load` would; nothing is written, and the update goes on."""
+        """Raise `CheckpointError` where `load` would, on all ranks; nothing is written, and the update goes on."""
         parameters = dict(self.model.named_parameters())
         seen = set(self._came or ())
         finite: dict[str, torch.Tensor] = {}
         for name, tensor in named_tensors:
-            if target := self._place(name, tensor, parameters, seen):
+            self._place(name, tensor, parameters, seen)
+            if name in self.wanted:
                 seen.add(name)
-                finite[name] = all_finite(tensor[target.part])
+                finite[name] = all_finite(tensor)
         _require_finite(finite)
 
     def finish(self) -> None:
@@ -174,6 +191,30 @@ class WeightLoader:
         self._refused = reason
         self._came = None
 
+    @contextmanager
+    def _refused_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.refuse(f"an update of its weights was refused: {error}")
+            raise
+
+    def _take(self, name: str, tensor: torch.Tensor, target: Target, parameters: dict[str, nn.Parameter]) -> None:
+        """Write this rank's part of a tensor."""
+        self.write(parameters[target.parameter], tensor, target.index)
+        self._finite[name] = all_finite(parameters[target.parameter][target.index])
+
+    def _end_if_whole(self, parameters: dict[str, nn.Parameter]) -> None:
+        if self._came != self.wanted:
+            return
+        _require_finite(self._finite)
+        self._came = self._refused = None
+        self._finite = {}
+        self.updates += 1
+        # On the meta device parameters are written by the engine, later, and the adapter says when.
+        if not any(parameter.is_meta for parameter in parameters.values()):
+            weights_changed(self.model)
+
     def _lacking(self) -> str:
         missing = self.wanted - (self._came or set())
         return f"{len(missing)} of {len(self.wanted)} tensors have not come: {some_names(missing)}"
@@ -181,7 +222,7 @@ class WeightLoader:
     def _place(
         self, name: str, tensor: torch.Tensor, parameters: dict[str, nn.Parameter], came: set[str]
     ) -> Target | None:
-        """Where a tensor goes, None for one that is not for this model. Raises `CheckpointError`."""
+        """Where a tensor goes, None for one that this rank does not hold. Raises `CheckpointError`."""
         if name.endswith(IGNORED_SUFFIX):
             return None
         spec = self.specs.get(name)
@@ -193,8 +234,8 @@ class WeightLoader:
             return None
         if name in came:
             raise CheckpointError(f"tensor {name} came twice in one update")
-        target = spec.targets[self.part]
-        _check(spec, tensor[target.part], parameters, target)
+        if (target := self._own(name)) is not None:
+            _check(spec, tensor[target.part], parameters, target)
         return target
 
 

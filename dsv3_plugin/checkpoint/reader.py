@@ -86,9 +86,15 @@ class CheckpointReader:
                     headers[name] = Header(file, tuple(view.get_shape()), _DTYPES.get(dtype, dtype))
         return headers
 
-    def tensors(self, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, torch.Tensor]]:
-        """The wanted tensors on the CPU, shard by shard; a consumer that keeps none needs the memory of one."""
-        for _, name, tensor in self._located(wanted):
+    def tensors(
+        self,
+        wanted: Callable[[str], bool] = lambda name: True,
+        part: Callable[[str], tuple[slice, ...]] = lambda name: (),
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The wanted tensors on the CPU, shard by shard, or a part of each: its slices, all of it where there are none.
+        No more is read than that, and a consumer that keeps none needs the memory of one.
+        """
+        for _, name, tensor in self._located(wanted, part):
             yield name, tensor
 
     def validate(self) -> dict[str, Header]:
@@ -152,13 +158,16 @@ class CheckpointReader:
 
         return [name for name in copies if differ(tensors[name], tensors[copied_from(name)])]
 
-    def _located(self, wanted: Callable[[str], bool]) -> Iterator[tuple[Path, str, torch.Tensor]]:
-        """The wanted tensors with their files."""
+    def _located(
+        self, wanted: Callable[[str], bool], part: Callable[[str], tuple[slice, ...]] = lambda name: ()
+    ) -> Iterator[tuple[Path, str, torch.Tensor]]:
+        """The wanted tensors, or parts of them, with their files."""
         for file, _ in self._shards():
             with _open(file) as shard:
                 for name in shard.keys():  # noqa: SIM118 - a safe_open handle is no mapping
                     if not name.endswith(IGNORED_SUFFIX) and wanted(name):
-                        yield file, name, shard.get_tensor(name)
+                        slices = part(name)
+                        yield file, name, shard.get_slice(name)[slices] if slices else shard.get_tensor(name)
 
     def _check_quantization(self, headers: dict[str, Header], specs: Mapping[str, TensorSpec]) -> None:
         """Quantized exactly where the configuration says so. First, because else it would read as missing tensors."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,7 @@ from dsv3_plugin.checkpoint.fingerprint import fingerprint, fingerprint_of_check
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.errors import ConfigError
+from dsv3_plugin.errors import CheckpointError, ConfigError
 from dsv3_plugin.layers.attend import attend_to_itself
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.moe import Router
@@ -187,6 +187,53 @@ def test_what_ranks_hold_is_the_checkpoint(checkpoints: Callable[[str], Path]) -
     assert held == {name: whole[name] for name in held}
     assert {name for name in whole if not name.startswith("model.layers.3.")} == held.keys()
     assert len(one) < len(held)
+
+
+class CountingReader(CheckpointReader):
+    """Knows how many numbers it read."""
+
+    numbers = 0
+
+    def tensors(
+        self, wanted: Callable[[str], bool] = lambda name: True, part: Callable[[str], Any] = lambda name: ()
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in super().tensors(wanted, part):
+            self.numbers += tensor.numel()
+            yield name, tensor
+
+
+def test_a_rank_reads_what_it_holds(checkpoints: Callable[[str], Path]) -> None:
+    path = checkpoints("fp8")
+    everyone = Group(1, 2), Group(1, 2)
+    for layout in (WHOLE, Layout(*everyone), Layout(layers=range(2)), Layout(*everyone, range(2, 3))):
+        reader = CountingReader(path)
+        read, loaded = (DeepseekV3(ops_of(reader, 2, layout), reader.config, layout) for _ in range(2))
+        WeightLoader(read, reader.config, "main", layout=layout).read(reader)
+        assert reader.numbers == sum(parameter.numel() for parameter in read.parameters())
+        loader = WeightLoader(loaded, reader.config, "main", layout=layout)
+        loader.load(reader.tensors())
+        loader.require_whole()
+        for left, right in zip(read.parameters(), loaded.parameters(), strict=True):
+            assert same_bits(left, right)
+
+
+def test_ranks_agree_on_what_has_come(checkpoints: Callable[[str], Path]) -> None:
+    """Whoever holds none of what lacks, or of what is wrong, may not answer either: the others would wait for it."""
+    reader = CheckpointReader(checkpoints("bf16"))
+    layouts = [Layout(Group(rank, 2), Group(rank, 2)) for rank in range(2)]
+    of_the_last = "model.layers.1.mlp.experts.7.up_proj.weight"
+    tensors = [item for item in reader.tensors() if item[0] != of_the_last]
+    lacking = dict(reader.tensors())[of_the_last]
+    for layout in layouts:
+        model = DeepseekV3(ops_of(reader, 2, layout), reader.config, layout)
+        loader = WeightLoader(model, reader.config, "main", layout=layout)
+        loader.load(tensors)
+        assert of_the_last in (loader.problem or "")
+        with pytest.raises(CheckpointError, match=f"NaN or infinity in 1 tensors: {of_the_last}"):
+            loader.load([(of_the_last, lacking * float("nan"))])
+        assert loader.problem is not None
+        loader.load([*tensors, (of_the_last, lacking)])
+        assert loader.problem is None
 
 
 def test_ranks_that_are_added_in_their_order_are_caught(
