@@ -7,13 +7,15 @@ dense features. Routed experts are spread over the whole TP group, whatever `--e
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from sglang.srt.distributed.parallel_state import get_attn_tp_group, get_pp_group, get_tp_group
 from sglang.srt.distributed.utils import get_pp_indices
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layout import Group, Layout
+
+T = TypeVar("T")
 
 
 def layout_of(config: DeepseekV3Config) -> Layout:
@@ -28,3 +30,9 @@ def layout_of(config: DeepseekV3Config) -> Layout:
 def group_of(coordinator: Any) -> Group:
     """One of SGLang's `GroupCoordinator`s in the core's form."""
     return Group(coordinator.rank_in_group, coordinator.world_size, coordinator.device_group)
+
+
+def of_all_ranks(answer: T) -> list[T]:
+    """What each rank of this stage answers, in their order; all of them make this call."""
+    ranks = get_tp_group()
+    return ranks.all_gather_object(answer) if ranks.world_size > 1 else [answer]

@@ -230,8 +230,8 @@ _PARALLELISM = (
     honoured(
         "ranks hold parts of the model, and no bit depends on how many there are (`layout`)",
         *("tp_size", "pp_size", "ep_size", "attn_dp_size", "enable_dp_attention", "enable_dp_lm_head", "nnodes"),
-        *("enable_dp_attention_local_control_broadcast", "pp_max_micro_batch_size", "pp_async_batch_depth"),
-        *("dist_timeout", "dist_init_addr", "nccl_port", "gated_launch_port", "node_rank"),
+        *("pp_max_micro_batch_size", "pp_async_batch_depth", "dist_timeout"),
+        *("dist_init_addr", "nccl_port", "gated_launch_port", "node_rank"),
     ),
     refused(
         "a sequence's tokens are on one attention TP group",
@@ -249,6 +249,7 @@ _PARALLELISM = (
         *("moe_dense_tp_size", "shared_experts_tp_size", "enable_shared_experts_attn_tp", "enable_dense_mlp_attn_tp"),
         *("enable_attn_tp_input_scattered", "enable_layernorm_sp"),
     ),
+    refused("all ranks take an update of the weights together", "enable_dp_attention_local_control_broadcast"),
     refused("what travels between ranks keeps its bits", "enable_quant_communications"),
     refused(
         "each expert is where the model has it, and its tokens are not counted",

@@ -13,7 +13,7 @@ from dsv3_plugin.engines import switched_off
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.sglang_backend import compat
 from dsv3_plugin.sglang_backend.attention import LatentAttend, compute
-from dsv3_plugin.sglang_backend.models.deepseek_v3 import CoreHead, plain_logits_processor, prepare
+from dsv3_plugin.sglang_backend.models.deepseek_v3 import CoreHead, load_checkpoint, plain_logits_processor, prepare
 from dsv3_plugin.sglang_backend.updates import Bucket
 
 
@@ -52,9 +52,8 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
         """Load the MTP layer of a checkpoint; the parts of an update are left for `updates` to take."""
         if self.received is not None:
             self.received += weights
-            return
-        self.weight_loader.load(weights)
-        self.weight_loader.finish()
+        else:
+            load_checkpoint(self.weight_loader, weights, compat.draft_checkpoint()[0])
 
 
 EntryClass: Any = [] if switched_off() else DeepseekV3ForCausalLMNextN

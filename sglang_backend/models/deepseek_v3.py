@@ -81,6 +81,15 @@ def prepare(hf_config: Any, served: str, path: str, load_format: str) -> tuple[O
     return ops, config, layout
 
 
+def load_checkpoint(loader: WeightLoader, weights: Iterable[tuple[str, torch.Tensor]], path: str) -> None:
+    """A first load. SGLang gives every rank all tensors; of a folder only this rank's are read."""
+    if Path(path).is_dir():
+        loader.read(CheckpointReader(path))
+    else:
+        loader.load(weights)
+        loader.finish()
+
+
 class DeepseekV3ForCausalLM(nn.Module):
     """The main model, or the part of it that this rank holds."""
 
@@ -136,14 +145,13 @@ class DeepseekV3ForCausalLM(nn.Module):
         """Load a checkpoint, all of it; the parts of an update are left for `updates` to take."""
         if self.received is not None:
             self.received += weights
-            return
-        self.weight_loader.load(weights)
-        self.weight_loader.finish()
+        else:
+            load_checkpoint(self.weight_loader, weights, compat.checkpoint()[0])
 
     def get_weights_by_name(self, name: str, truncate_size: int = 100, tp_size: int = 1) -> list[Any]:
         """The first rows of a tensor by its name in the checkpoint; SGLang asks the target for a draft's too."""
         assert self.updates is not None
-        return self.updates.tensor(name)[:truncate_size].float().tolist()
+        return self.updates.rows(name, truncate_size)
 
 
 EntryClass: Any = [] if switched_off() else DeepseekV3ForCausalLM

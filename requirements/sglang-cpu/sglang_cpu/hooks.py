@@ -11,7 +11,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 def register() -> None:
     """Called by SGLang in each of its processes."""
-    HookRegistry.register("sglang.srt.distributed.bootstrap._init_cpu_threads_env", leave_threads, HookType.REPLACE)
+    for name in ("distributed.bootstrap._init_cpu_threads_env", "utils.numa_utils.init_threads_binding"):
+        HookRegistry.register(f"sglang.srt.{name}", leave_threads, HookType.REPLACE)
     use_triton_for_drafts()
     pad_batches_as_a_cpu_does()
     hashing = "sglang.kernels.ops.sampling.murmur_hash.murmur_hash32"
