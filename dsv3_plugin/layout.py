@@ -45,6 +45,11 @@ class Group:
         """x [T, N] of every rank to [T, N size]."""
         return x if self.size == 1 else torch.cat(self.gather(x), dim=1)
 
+    def gather_cut(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """The tensor of which every rank holds a part x of any dtype, cut along `dim`."""
+        parts = self.gather(x.contiguous().view(torch.uint8))  # gloo knows no fp8
+        return torch.cat(parts, dim).view(x.dtype)
+
     def exchange(self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
         """Send the first `sent[0]` rows of x [sum(sent), ...] to rank 0, the next `sent[1]` to rank 1, and so on;
         returns what came, `received[i]` rows from rank i, in the order of ranks.

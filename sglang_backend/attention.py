@@ -60,10 +60,21 @@ class LatentAttend:
     def __call__(
         self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
     ) -> torch.Tensor:
-        """See `dsv3_plugin.layers.attend.Attend`."""
+        """See `dsv3_plugin.layers.attend.Attend`. Without tokens of its own the pass writes and reads nothing."""
+        if self.batch.num_tokens == 0:
+            return q.new_zeros(*q.shape[:2], self.config.kv_lora_rank)
         pages = self.pages(layer_idx)
         pages[self.slots, 0] = cached
         return attend_to_pages(self.ops, self.config, q, pages, self.batch, select)
+
+
+def compute(model: Callable[..., torch.Tensor], attend: LatentAttend, *rows: torch.Tensor) -> torch.Tensor:
+    """`model` of a pass's rows, each [T, ...]. Without any it computes one of zeros, whose result is dropped: the ranks
+    that share experts with this one have rows, and wait for it.
+    """
+    if len(rows[0]):
+        return model(*rows, attend)
+    return model(*(x.new_zeros(1, *x.shape[1:]) for x in rows), attend)[:0]
 
 
 def query_counts(forward_batch: Any, tokens: int) -> torch.Tensor:
@@ -133,6 +144,8 @@ class LatentBackend(AttentionBackend):
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """The length of the requests with which SGLang pads a batch."""
         return 1
+
+    get_cpu_graph_seq_len_fill_value = get_cuda_graph_seq_len_fill_value
 
 
 class DraftSteps:

@@ -17,6 +17,7 @@ import torch
 
 from dsv3_plugin.engines import untested_version_warning
 from dsv3_plugin.errors import EngineError
+from dsv3_plugin.layout import WHOLE, Layout
 
 logger = logging.getLogger("sglang.dsv3_plugin")
 
@@ -55,14 +56,21 @@ def config_overrides() -> dict[str, Any]:
     return dict(json.loads(server_options()["json_model_override_args"] or "{}"))
 
 
-def settle_graphs(device: torch.device) -> None:
-    """Raise `EngineError` for CUDA graphs on another attention backend than ours, and switch off what this adapter can
-    do without: those of prefill.
+def settle_graphs(device: torch.device, layout: Layout = WHOLE) -> None:
+    """Raise `EngineError` for CUDA graphs on another attention backend than ours, and switch off those that this model
+    does without: of prefill, and of a model that ranks share.
     """
     from sglang.srt import runtime_context
 
     if device.type != "cpu":
-        _settle_graphs(runtime_context.get_server_args(), runtime_context.get_exec().graph.cuda_graph_config)
+        graphs = runtime_context.get_exec().graph.cuda_graph_config
+        if layout != WHOLE and graphs.decode.backend != "disabled":
+            graphs.decode.backend = "disabled"
+            logger.info(
+                "dsv3-plugin: ranks that share the model run without CUDA graphs; how many rows go to a rank's experts"
+                " is known in the pass only"
+            )
+        _settle_graphs(runtime_context.get_server_args(), graphs)
 
 
 def _settle_graphs(arguments: Any, graphs: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsv3_plugin.checkpoint.names import dtype_name
@@ -31,6 +31,20 @@ def require_environment() -> None:
     for name, reason in ENVIRONMENT.items():
         if os.environ.get(name, "").lower() not in ("", "0", "-1", "false"):
             raise EngineError(f"dsv3-plugin does not serve with {name}={os.environ[name]}: {reason}; unset it")
+
+
+def require_one_stage_for_drafts(values: Mapping[str, Any]) -> None:
+    """Raise `EngineError` for drafts of a model that pipeline stages share.
+
+    Args:
+        values: SGLang's options as it was started.
+    """
+    if values["pp_size"] > 1 and values["speculative_algorithm"] is not None:
+        raise EngineError(
+            f"dsv3-plugin does not serve speculative_algorithm={values['speculative_algorithm']!r} with"
+            f" pp_size={values['pp_size']}: a draft reads the target's embedding, which is on another stage than its"
+            " head. Leave one of them out"
+        )
 
 
 def options(dtype: str, *, fp8: bool) -> Options:
@@ -213,40 +227,61 @@ _SPECULATION = (
 )
 
 _PARALLELISM = (
+    honoured(
+        "ranks hold parts of the model, and no bit depends on how many there are (`layout`)",
+        *("tp_size", "pp_size", "ep_size", "attn_dp_size", "enable_dp_attention", "enable_dp_lm_head", "nnodes"),
+        *("pp_max_micro_batch_size", "pp_async_batch_depth", "dist_timeout"),
+        *("dist_init_addr", "nccl_port", "gated_launch_port", "node_rank"),
+    ),
     refused(
-        "the model serves on one rank",
-        *("tp_size", "pp_size", "dcp_size", "attn_cp_size", "moe_dp_size", "dwdp_size", "ep_size", "attn_dp_size"),
-        *("moe_dense_tp_size", "shared_experts_tp_size", "nnodes", "enable_dp_attention", "enable_prefill_cp"),
-        *("enable_prefill_context_parallel", "enable_dsa_prefill_context_parallel", "enable_kv_cache_sharding"),
+        "a sequence's tokens are on one attention TP group",
+        *("attn_cp_size", "dcp_size", "enable_prefill_cp", "enable_prefill_context_parallel"),
+        *("enable_dsa_prefill_context_parallel", "enable_kv_cache_sharding", "enable_cp_decode_attn_tp"),
         unless=(1,),
     ),
     refused(
+        "routed experts are spread over all ranks of the TP group, each whole on one",
+        *("moe_dp_size", "dwdp_size"),
+        unless=(1,),
+    ),
+    refused(
+        "attention's TP ranks share dense and shared experts, and each has all rows between layers",
+        *("moe_dense_tp_size", "shared_experts_tp_size", "enable_shared_experts_attn_tp", "enable_dense_mlp_attn_tp"),
+        *("enable_attn_tp_input_scattered", "enable_layernorm_sp"),
+    ),
+    refused("all ranks take an update of the weights together", "enable_dp_attention_local_control_broadcast"),
+    refused("what travels between ranks keeps its bits", "enable_quant_communications"),
+    refused(
         "each expert is where the model has it, and its tokens are not counted",
         *("ep_num_redundant_experts", "ep_dispatch_algorithm", "init_expert_location", "enable_eplb"),
-        *("moe_a2a_backend", "speculative_moe_a2a_backend", "elastic_ep_backend", "enable_elastic_expert_backup"),
+        *("elastic_ep_backend", "enable_elastic_expert_backup"),
         *("enable_waterfill", "ep_join_mode", "max_ep_size", "elastic_ep_initial_size", "elastic_ep_rejoin"),
         *("expert_distribution_recorder_mode", "expert_balancedness_report_mode", "enable_paged_experts"),
         *("enable_expert_distribution_metrics",),
         unless=(0, "trivial", "none", "off"),
     ),
+    refused(
+        "these backends add up rows in orders of their own; the model's exchange adds nothing",
+        *("moe_a2a_backend", "speculative_moe_a2a_backend"),
+        unless=("none",),
+    ),
     irrelevant(
-        "concerns several ranks, or something that is refused",
-        *("dist_timeout", "dist_init_addr", "nccl_port", "gated_launch_port", "node_rank", "pp_max_micro_batch_size"),
-        *("pp_async_batch_depth", "dcp_comm_backend", "dcp_replicate_q_proj", "cp_strategy", "prefill_cp_mode"),
-        *("dsa_prefill_cp_mode", "enable_dsa_cache_layer_split", "enable_cp_decode_attn_tp"),
-        *("enable_dp_attention_local_control_broadcast", "enable_dp_lm_head", "enable_tp_lm_head_all_to_all"),
-        *("enable_attn_tp_input_scattered", "enable_shared_experts_attn_tp", "enable_dense_mlp_attn_tp"),
-        *("enable_layernorm_sp", "disable_attn_tp_gather", "enable_p2p_check", "enable_nccl_nvls"),
-        *("enable_symm_mem", "disable_custom_all_reduce", "enable_mscclpp", "enable_torch_symm_mem"),
-        *("pre_warm_nccl", "enable_quant_communications", "enable_flashinfer_allreduce_fusion"),
-        *("enforce_disable_flashinfer_allreduce_fusion", "flashinfer_allreduce_fusion_backend"),
-        *("enable_aiter_allreduce_fusion", "disable_aiter_allreduce_fusion_in_prefill"),
-        *("disable_aiter_allreduce_fusion_in_decode", "enable_fused_moe_sum_all_reduce", "boundary_reduction"),
+        "chooses among SGLang's reductions and gathers of the model's rows, which this model does not use",
+        *("disable_attn_tp_gather", "enable_tp_lm_head_all_to_all", "enable_nccl_nvls", "enable_symm_mem"),
+        *("disable_custom_all_reduce", "enable_mscclpp", "enable_torch_symm_mem", "boundary_reduction"),
+        *("enable_flashinfer_allreduce_fusion", "enforce_disable_flashinfer_allreduce_fusion"),
+        *("flashinfer_allreduce_fusion_backend", "enable_aiter_allreduce_fusion", "enable_fused_moe_sum_all_reduce"),
+        *("disable_aiter_allreduce_fusion_in_prefill", "disable_aiter_allreduce_fusion_in_decode"),
         *("deepep_v2_mode", "deepep_mode", "fuseep_mode", "deepep_dispatcher_output_dtype", "deepep_config"),
-        *("flashinfer_a2a_dispatch_type", "eplb_algorithm", "eplb_rebalance_num_iterations"),
-        *("eplb_rebalance_layers_per_chunk", "eplb_min_rebalancing_utilization_threshold"),
-        *("expert_distribution_recorder_buffer_size", "mooncake_ib_device", "ep_join_rank_offset"),
-        *("elastic_ep_scale_timeout", "enable_megamoe_for_layernorm_sp", "enable_cp_tp_group_sharing"),
+        *("flashinfer_a2a_dispatch_type", "pre_warm_nccl", "enable_p2p_check"),
+    ),
+    irrelevant(
+        "concerns something that is refused",
+        *("dcp_comm_backend", "dcp_replicate_q_proj", "cp_strategy", "prefill_cp_mode", "dsa_prefill_cp_mode"),
+        *("enable_dsa_cache_layer_split", "enable_cp_tp_group_sharing", "eplb_algorithm"),
+        *("eplb_rebalance_num_iterations", "eplb_rebalance_layers_per_chunk", "elastic_ep_scale_timeout"),
+        *("eplb_min_rebalancing_utilization_threshold", "expert_distribution_recorder_buffer_size"),
+        *("mooncake_ib_device", "ep_join_rank_offset", "enable_megamoe_for_layernorm_sp"),
         *("paged_experts_num_resident",),
     ),
 )

@@ -30,8 +30,9 @@ from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import class_name, is_ours
 from dsv3_plugin.errors import CheckpointError, DSV3Error
-from dsv3_plugin.layers.model import weights_changed
+from dsv3_plugin.layers.model import derived_is_current, weights_changed
 from dsv3_plugin.sglang_backend import compat
+from dsv3_plugin.sglang_backend.layout import of_all_ranks
 
 logger = logging.getLogger("sglang.dsv3_plugin")
 
@@ -146,16 +147,21 @@ class Updates:
         reader.validate()
         self.begin()
         for loader in self.loaders().values():
-            loader.load(reader.tensors())
+            loader.read(reader)
         self.finish()
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """What is held of a checkpoint's tensor. Raises `CheckpointError` where nothing is, or may answer."""
+    def rows(self, name: str, count: int) -> list[Any]:
+        """The first rows of a checkpoint's tensor; all ranks of a stage make this call together.
+
+        Raises `CheckpointError` where none of them holds it, or nothing may answer.
+        """
         if self.problem is not None:
             raise CheckpointError(self.problem)
-        for loader in self.loaders().values():
-            if (held := loader.tensor(name)) is not None:
-                return held
+        held = [tensor for loader in self.loaders().values() if (tensor := loader.tensor(name)) is not None]
+        answers = of_all_ranks(held[0][:count].float().tolist() if held else None)
+        for answer in answers:
+            if answer is not None:
+                return answer
         raise CheckpointError(f"no tensor {name} is served here")
 
     def keep_buffers(self) -> None:
@@ -174,19 +180,25 @@ class Updates:
 
         * `main`, and `mtp` where there is a draft: the `class` that serves, and what its kernels are (`Ops.record`);
         * `problem`: why nothing may answer, or None;
-        * `fingerprint`: `Fingerprint` of what both hold; None with a problem.
+        * `fingerprint`: `Fingerprint` of what both hold on all ranks of this stage, which make this call together; None
+          with a problem.
         """
-        problem, held = self.problem, Fingerprint(tensors={})
-        try:
-            for role, loader in self.loaders().items() if problem is None else ():
-                held |= fingerprint(loader.model, self.models[role].config, loader.part)
-        except CheckpointError as error:
-            problem = str(error)
+        problem, held = self.problem or self._stale(), Fingerprint(tensors={})
+        problem = next((each for each in of_all_ranks(problem) if each is not None), None)
+        for role, loader in self.loaders().items() if problem is None else ():
+            held |= fingerprint(loader.model, self.models[role].config, loader.part, loader.layout)
+        for of_rank in of_all_ranks(held):
+            held |= of_rank
         served = {
             model.weight_loader.part: {"class": class_name(model), **model.ops.record()}
             for model in self.models.values()
         }
         return served | {"problem": problem, "fingerprint": held.model_dump() if problem is None else None}
+
+    def _stale(self) -> str | None:
+        """Which model's derived weights are of others than it holds, or None."""
+        stale = [role for role, model in self.models.items() if not derived_is_current(model)]
+        return f"what the {stale[0]} derived from its weights is of other weights than it holds" if stale else None
 
 
 def updates_of(engine: Any) -> Updates | None:
@@ -218,7 +230,7 @@ def update_weights_from_disk(original: Original, manager: Any, request: Any) -> 
         updates.take_folder(request.model_path)
 
     with manager._observe_weight_load("disk"), new_weights(manager.scheduler):
-        problem = attempt(take)
+        problem = attempt(updates, take)
     if problem is None:
         compat.record_update(manager, request.weight_version)
         compat.record_folder(manager, request.model_path)
@@ -266,7 +278,7 @@ def update_weights_from_bucket(
             updates.take(bucket, *(updates.models if to_all else received))
 
     with new_weights(manager.scheduler):
-        problem = attempt(take)
+        problem = attempt(updates, take)
     if problem is not None:
         updates.refuse(problem)
         return compat.answer(output_class, False, problem)
@@ -298,7 +310,7 @@ def end_weight_update(original: Original, manager: Any, request: Any) -> Any:
     updates, session = updates_of(manager), manager._session
     if updates is not None and session is not None:
         updates.in_session = False
-        if (problem := attempt(lambda: updates.finish(*roles(updates, session.selector)))) is not None:
+        if (problem := attempt(updates, lambda: updates.finish(*roles(updates, session.selector)))) is not None:
             manager._session = None
             return compat.answer("EndWeightUpdateReqOutput", False, problem)
     return original(manager, request)
@@ -406,15 +418,22 @@ HOOKS: Mapping[str, Original] = {
 """By the name of what they stand around."""
 
 
-def attempt(action: Callable[[], None]) -> str | None:
-    """Do it; returns what went wrong, or None. A weight that cannot be taken must not end the scheduler."""
+def attempt(updates: Updates, action: Callable[[], None]) -> str | None:
+    """Do it; returns what went wrong on any rank of this stage, which all make this call, or None. A weight that cannot
+    be taken must not end the scheduler; a rank that answers while another may not would wait for it.
+    """
+    problem = None
     try:
         action()
     except Exception as error:
         problem = str(error) if isinstance(error, DSV3Error) else f"{type(error).__name__}: {error}"
         logger.error("dsv3-plugin refused an update of the weights: %s", problem)
-        return problem
-    return None
+    answers = of_all_ranks(problem)
+    problems = [each for each in answers if each is not None]
+    if 0 < len(problems) < len(answers):
+        for loader in updates.loaders().values():
+            loader.discard(f"{len(problems)} of {len(answers)} ranks refused an update of the weights: {problems[0]}")
+    return problems[0] if problems else None
 
 
 def roles(updates: Updates, selector: str) -> list[Role]:

@@ -4,6 +4,9 @@ SGLang runs its scheduler (waiting queue, radix cache, model runner, draft worke
 built in this one and stepped by hand, without tokenizer and HTTP server, so that the model can be observed. The
 engine's schedule is its own. The rows are taken where the engine itself computes them: the model's forward pass tells
 which tokens of which requests a batch holds, the logits processor which of their rows it computes logits for.
+
+On several ranks each is such a scheduler, in a process of its own. All get the same requests, but for data parallelism;
+SGLang would broadcast them.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
+import sys
 from array import array
 from collections.abc import Iterator
 from functools import partial
@@ -22,6 +26,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.conformance.layouts import ONE_RANK, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
@@ -30,6 +35,7 @@ from dsv3_plugin.errors import ConformanceError
 from dsv3_plugin.sglang_backend import compat
 
 MAX_BATCHED_TOKENS = 2048
+ALONE = RankOf(ONE_RANK, 0, ())
 
 
 class SglangTestee:
@@ -38,13 +44,15 @@ class SglangTestee:
     name = "sglang"
     schedule_not_followed = None
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, rank: RankOf = ALONE) -> None:
         try:
             from sglang.srt.plugins import load_plugins
         except ImportError as error:
             raise ConformanceError(f"SGLang cannot be imported by this Python: {error}") from None
         load_plugins()
         self.job = job
+        self.rank = rank
+        self.ports = iter(rank.ports)
         self.num_speculative_tokens: int | None = None
         self.observer: Observer | None = None
         self.scheduler: Any = None
@@ -60,6 +68,8 @@ class SglangTestee:
 
     def run(self, case: Case) -> program.Outcome:
         """Submit the case's rounds and step the engine until each has finished."""
+        if case.num_speculative_tokens and self.rank.layout.pp > 1:
+            return program.Outcome.declined(case, "SGLang makes no drafts for a model in stages")
         if case.num_speculative_tokens != self.num_speculative_tokens:
             # As SGLang does; threads that load weights do not inherit the mode.
             with torch.inference_mode(False), torch.no_grad():
@@ -83,18 +93,21 @@ class SglangTestee:
         from dsv3_plugin.sglang_backend import sampling
 
         assert self.observer is not None
+        inputs = {}
         for index, request in enumerate(requests, first):
-            self.observer.start_request(index, request)
-        inputs = [tokenized_request(index, request, prompt_logits) for index, request in enumerate(requests, first)]
-        self.scheduler.process_input_requests(inputs)
+            if self.rank.has(index - first):
+                self.observer.start_request(index, request)
+                inputs[index] = tokenized_request(index, request, prompt_logits)
+        self.scheduler.process_input_requests(list(inputs.values()))
         live = {int(req.rid): req for req in self.scheduler.waiting_queue}
-        for batch in steps(self.scheduler):
-            # For the log: the schedule that the engine chose.
-            print(f"{batch.forward_mode.name} of {len(batch.reqs)} requests", flush=True)
+        run_until_idle(self.scheduler)
         for index, request in enumerate(requests, first):
             req = live.get(index)
+            if index not in inputs:
+                outcome.requests.append(RequestResult(token_ids=(), num_cached_tokens=0))
+                continue
             if req is None:
-                reason = sampling.unsupported(self.scheduler, inputs[index - first])
+                reason = sampling.unsupported(self.scheduler, inputs[index])
                 outcome.requests.append(RequestResult(token_ids=(), num_cached_tokens=0, unsupported=reason))
                 continue
             if not req.finished():
@@ -109,9 +122,12 @@ class SglangTestee:
 
         self.stop_engine()
         job = self.job
-        arguments = server_arguments(job.checkpoint, job.device, num_speculative_tokens, disable_cuda_graph=True)
+        spread = ranks(self.rank, next(self.ports)) if self.rank.layout != ONE_RANK else {}
+        arguments = server_arguments(
+            job.checkpoint, job.device, num_speculative_tokens, disable_cuda_graph=True, **spread
+        )
         configure_logger(arguments)
-        self.scheduler = build_scheduler(arguments)
+        self.scheduler = build_scheduler(arguments, self.rank)
         # Some versions never mix chunks with drafts; the cases with drafts have no chunks.
         mixed = self.scheduler.is_mixed_chunk or num_speculative_tokens
         if self.scheduler.disable_radix_cache or not mixed:
@@ -133,8 +149,21 @@ class SglangTestee:
         gc.collect()
 
 
-def server_arguments(checkpoint: str, device: str, num_speculative_tokens: int, **graphs: Any) -> Any:
-    """How the suite starts SGLang; `graphs` are its arguments of CUDA graphs."""
+def ranks(rank: RankOf, port: int) -> dict[str, Any]:
+    """SGLang's arguments of a layout, whose ranks meet at a port. Its TP group is all ranks of a stage."""
+    layout = rank.layout
+    return {
+        "tp_size": layout.dp * layout.tp,
+        "dp_size": layout.dp,
+        "enable_dp_attention": layout.dp > 1,
+        "pp_size": layout.pp,
+        "ep_size": layout.ep,
+        "nccl_port": port,
+    }
+
+
+def server_arguments(checkpoint: str, device: str, num_speculative_tokens: int, **others: Any) -> Any:
+    """How the suite starts SGLang; `others` are its arguments of CUDA graphs and of ranks."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.server_args import ServerArgs
 
@@ -164,29 +193,80 @@ def server_arguments(checkpoint: str, device: str, num_speculative_tokens: int, 
         enable_mixed_chunk=True,
         disable_overlap_schedule=True,
         random_seed=0,
-        **graphs,
+        **others,
         **(speculative if num_speculative_tokens else {}),
     )
 
 
-def build_scheduler(arguments: Any) -> Any:
-    """The scheduler of a single rank."""
+def build_scheduler(arguments: Any, rank: RankOf = ALONE) -> Any:
+    """The scheduler of one rank."""
     from sglang.srt import runtime_context
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.server_args import PortArgs
 
+    layout = rank.layout
     ports = PortArgs.init_new(arguments)
+    gpu_id = 0 if arguments.device == "cpu" else rank.rank
+    dp_rank = rank.dp_rank if layout.dp > 1 else None
+    tp_rank = rank.dp_rank * layout.tp + rank.tp_rank
     if hasattr(runtime_context, "SpawnRanks"):
-        ranks = runtime_context.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
-        runtime_context.publish(arguments, role="scheduler", ranks=ranks)
+        world_rank = rank.pp_rank * layout.dp * layout.tp + tp_rank
+        spawned = runtime_context.SpawnRanks(world_rank=world_rank, dp_rank=dp_rank, gpu_id=gpu_id)
+        runtime_context.publish(arguments, role="scheduler", ranks=spawned)
         return Scheduler(arguments, ports)
     runtime_context.publish(arguments, role="scheduler")
-    names = "gpu_id", "tp_rank", "moe_ep_rank", "pp_rank", "attn_cp_rank", "moe_dp_rank"
-    return Scheduler(arguments, ports, **dict.fromkeys(names, 0), dp_rank=None)
+    return Scheduler(
+        arguments,
+        ports,
+        gpu_id=gpu_id,
+        tp_rank=tp_rank,
+        moe_ep_rank=tp_rank if layout.ep > 1 else 0,
+        pp_rank=rank.pp_rank,
+        attn_cp_rank=0,
+        moe_dp_rank=0,
+        dp_rank=dp_rank,
+    )
+
+
+def run_until_idle(scheduler: Any) -> None:
+    """Turns of the scheduler's own loop until it has nothing to do; ranks make the same."""
+    if scheduler.pp_group.world_size > 1:
+        run_stages(scheduler)
+        return
+    for _ in steps(scheduler):
+        pass
+
+
+class Idle(Exception):  # noqa: N818 - no error
+    """Ends the loop of a stage."""
+
+
+def run_stages(scheduler: Any) -> None:
+    """The loop of pipeline stages, which goes on for ever: each turn begins by asking for requests. All stages see in
+    the same turn that none has a batch.
+    """
+    receiver, idle = scheduler.request_receiver, 0
+    receive = receiver.recv_requests
+
+    def receive_unless_idle(*args: Any, **kwargs: Any) -> Any:
+        nonlocal idle
+        busy = scheduler.waiting_queue or any(batch is not None for batch in scheduler.mbs)
+        idle = 0 if busy else idle + 1
+        if idle > 2 * scheduler.pp_loop_size:
+            raise Idle
+        return receive(*args, **kwargs)
+
+    receiver.recv_requests = receive_unless_idle
+    try:
+        scheduler.event_loop_pp()
+    except Idle:
+        pass
+    finally:
+        receiver.recv_requests = receive
 
 
 def steps(scheduler: Any) -> Iterator[Any]:
-    """Turns of the scheduler's own loop until it has nothing to do; yields each batch before it runs."""
+    """Turns of the loop of a single stage; yields each batch before it runs."""
     idle = 0
     # Where all requests of a batch have finished, it takes a turn to see that others wait.
     while idle < 2:
@@ -328,6 +408,9 @@ class Watched:
         if self.recorder is None:  # the engine's warm-up
             return forward(input_ids, positions, forward_batch, *args, **kw)
         counts = _tokens_of_requests(forward_batch, len(input_ids))
+        if self.shift == 0:
+            # For the log: the schedule that the engine chose. One write: ranks share the pipe.
+            sys.stdout.write(f"{forward_batch.forward_mode.name} of {len(counts)} requests\n")
         self.keys = []
         for rid, count in zip(forward_batch.rids, counts, strict=True):
             rows = slice(len(self.keys), len(self.keys) + count)
@@ -340,10 +423,10 @@ class Watched:
         if mode.is_draft_extend_v2():
             # The draft runs over all verified tokens, also over those that were rejected; only the last accepted row
             # is read.
-            accepted = forward_batch.spec_info.num_accept_tokens.tolist()
+            accepted = forward_batch.spec_info.num_accept_tokens[: len(counts)].tolist()
             self.kept = {i * counts[0] + count - 1 for i, count in enumerate(accepted)}
         if self.layers is not None:
-            self.layers.keys = self.keys
+            self.layers.keys = self.keys or None
         try:
             return forward(input_ids, positions, forward_batch, *args, **kw)
         finally:
@@ -361,19 +444,22 @@ class Watched:
         rows, self.rows = self.rows[: len(hidden)], self.rows[len(hidden) :]
         assert len(rows) == len(hidden), "logits of rows that the pass does not have"
         if self.recorder is not None:
-            kept = [i for i, row in enumerate(rows) if self.kept is None or row in self.kept]
+            # Rows behind those of requests are padding.
+            kept = [i for i, row in enumerate(rows) if row < len(self.keys) and (self.kept is None or row in self.kept)]
             stream = f"mtp.{self.draft_step}" if self.shift else "logits"
             self.recorder.add(stream, pick(self.keys, [rows[i] for i in kept]), logits[kept].float())
         return logits
 
 
 def _tokens_of_requests(forward_batch: Any, tokens: int) -> list[int]:
-    """How many of a pass's tokens belong to each request."""
+    """How many of a pass's tokens belong to each request; data-parallel ranks pad to each other's numbers."""
     mode, requests = forward_batch.forward_mode, len(forward_batch.rids)
-    if mode.is_extend() and not mode.is_target_verify():
-        return list(forward_batch.extend_seq_lens_cpu)
-    return [tokens // requests] * requests
+    if requests and mode.is_extend() and not mode.is_target_verify():
+        return list(forward_batch.extend_seq_lens_cpu[:requests])
+    if (unpadded := forward_batch._original_num_tokens) is not None:
+        tokens = unpadded
+    return [tokens // requests] * requests if requests else []
 
 
 if __name__ == "__main__":
-    program.main(SglangTestee)
+    program.main(SglangTestee, SglangTestee)

@@ -18,12 +18,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 from torch import nn
 
-from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, Part, Target, TensorSpec, checkpoint_tensors
+from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, Part, TensorSpec, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.layers.model import derived_is_current
-from dsv3_plugin.layout import WHOLE, Group, Layout
+from dsv3_plugin.layout import WHOLE, Layout
 from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.profile import Profile
 
@@ -158,17 +158,9 @@ def fingerprint(model: nn.Module, config: DeepseekV3Config, part: Part, layout: 
         if part in spec.targets and owner(owners[name]) == part
     }
     return _fingerprint(
-        (name, _whole(parameters[target.parameter][target.index], target, layout.tensor))
+        (name, target.whole(parameters[target.parameter][target.index], layout.tensor))
         for name, target in targets.items()
     )
-
-
-def _whole(tensor: torch.Tensor, target: Target, ranks: Group) -> torch.Tensor:
-    """The tensor of which this rank holds what `target` says, from all ranks."""
-    if not target.part:
-        return tensor
-    parts = ranks.gather(tensor.contiguous().view(torch.uint8))  # gloo knows no fp8
-    return torch.cat(parts, len(target.part) - 1).view(tensor.dtype)
 
 
 def owner(spec: TensorSpec) -> Part | None:

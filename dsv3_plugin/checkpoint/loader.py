@@ -85,10 +85,12 @@ class WeightLoader:
         return self._refused
 
     def tensor(self, name: str) -> torch.Tensor | None:
-        """What the model holds of a checkpoint's tensor, a view; None for one of another part or rank."""
+        """What the model holds of a checkpoint's tensor; None for one of another part, or of another rank's experts or
+        layers. Tensor-parallel ranks make this call together.
+        """
         if (target := self._own(name)) is None:
             return None
-        return dict(self.model.named_parameters())[target.parameter][target.index]
+        return target.whole(dict(self.model.named_parameters())[target.parameter][target.index], self.layout.tensor)
 
     def follow(self, layout: Layout) -> None:
         """The weights are where `layout` says: an engine may move experts, but not while an update is under way."""

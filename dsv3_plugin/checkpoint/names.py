@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from dsv3_plugin.config import FP8_BLOCK, DeepseekV3Config
-from dsv3_plugin.layout import WHOLE, Layout
+from dsv3_plugin.layout import WHOLE, Group, Layout
 from dsv3_plugin.ops.quantize import E4M3
 
 Part = Literal["main", "mtp"]
@@ -39,6 +39,12 @@ class Target:
     part: tuple[slice, ...] = ()
     replicas: tuple[tuple[int | slice, ...], ...] = ()
     """Further places in the parameter that hold the same: an expert may lie in several slots of a rank."""
+
+    def whole(self, held: torch.Tensor, ranks: Group) -> torch.Tensor:
+        """The checkpoint's tensor, of which each of the tensor-parallel ranks, which make this call together, holds
+        what stands here.
+        """
+        return ranks.gather_cut(held, len(self.part) - 1) if self.part else held
 
 
 @dataclass(frozen=True)

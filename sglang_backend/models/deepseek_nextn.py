@@ -12,8 +12,8 @@ from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.engines import switched_off
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.sglang_backend import compat
-from dsv3_plugin.sglang_backend.attention import LatentAttend
-from dsv3_plugin.sglang_backend.models.deepseek_v3 import CoreHead, plain_logits_processor, prepare
+from dsv3_plugin.sglang_backend.attention import LatentAttend, compute
+from dsv3_plugin.sglang_backend.models.deepseek_v3 import CoreHead, load_checkpoint, plain_logits_processor, prepare
 from dsv3_plugin.sglang_backend.updates import Bucket
 
 
@@ -25,19 +25,21 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__()
         path, load_format = compat.draft_checkpoint()
-        self.ops, self.config = prepare(config, "DeepseekV3ForCausalLMNextN", path, load_format)
-        self.model = DeepseekV3MTP(self.ops, self.config)
+        self.ops, self.config, self.layout = prepare(config, "DeepseekV3ForCausalLMNextN", path, load_format)
+        self.model = DeepseekV3MTP(self.ops, self.config, self.layout)
         self.lm_head = self.model.lm_head
         self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
         self.logits_processor = plain_logits_processor(config)
-        self.weight_loader = WeightLoader(self.model, self.config, "mtp", holds_weights=load_format == "dummy")
+        self.weight_loader = WeightLoader(
+            self.model, self.config, "mtp", layout=self.layout, holds_weights=load_format == "dummy"
+        )
         self.received: Bucket | None = None
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
         """Next tokens' ids [T] to SGLang's logits output; the hidden states in it feed a further draft step."""
         self.weight_loader.require_whole()
         attend = LatentAttend(self.ops, self.config, self.config.mtp_layer_idx, positions, forward_batch)
-        hidden = self.model(input_ids, positions, forward_batch.spec_info.hidden_states, attend)
+        hidden = compute(self.model, attend, input_ids, positions, forward_batch.spec_info.hidden_states)
         return self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
 
     def set_embed_and_head(self, embed: nn.Parameter, head: nn.Parameter) -> None:
@@ -50,9 +52,8 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
         """Load the MTP layer of a checkpoint; the parts of an update are left for `updates` to take."""
         if self.received is not None:
             self.received += weights
-            return
-        self.weight_loader.load(weights)
-        self.weight_loader.finish()
+        else:
+            load_checkpoint(self.weight_loader, weights, compat.draft_checkpoint()[0])
 
 
 EntryClass: Any = [] if switched_off() else DeepseekV3ForCausalLMNextN

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 from torch import nn
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
@@ -18,10 +19,12 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import switched_off
 from dsv3_plugin.layers.embedding import Head
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
+from dsv3_plugin.layout import Layout
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.sglang_backend import compat, options, plugin
-from dsv3_plugin.sglang_backend.attention import LatentAttend
+from dsv3_plugin.sglang_backend.attention import LatentAttend, compute
+from dsv3_plugin.sglang_backend.layout import layout_of
 from dsv3_plugin.sglang_backend.sampling import PromptLogprobs
 from dsv3_plugin.sglang_backend.updates import Bucket, Updates
 
@@ -42,14 +45,16 @@ class CoreHead:
 
 
 def plain_logits_processor(hf_config: Any) -> LogitsProcessor:
-    """SGLang's, for logits as the head gives them: a cap that config.json may name is of other models."""
-    processor = LogitsProcessor(hf_config)
+    """SGLang's, for logits as the head gives them: whole on every rank, and without the cap that config.json may name,
+    which is of other models.
+    """
+    processor = LogitsProcessor(hf_config, skip_all_gather=True)
     processor.final_logit_softcapping = None
     return processor
 
 
-def prepare(hf_config: Any, served: str, path: str, load_format: str) -> tuple[Ops, DeepseekV3Config]:
-    """Check what SGLang asks for, bind the kernels, and say in the log what will run.
+def prepare(hf_config: Any, served: str, path: str, load_format: str) -> tuple[Ops, DeepseekV3Config, Layout]:
+    """Check what SGLang asks for, bind the kernels of this rank's part, and say in the log what will run.
 
     SGLang builds a model under the default dtype and device that it shall have.
     """
@@ -65,29 +70,46 @@ def prepare(hf_config: Any, served: str, path: str, load_format: str) -> tuple[O
         config = DeepseekV3Config.from_dict(hf_config.to_dict(), where=path)
     options.require_environment()
     table = options.options(dtype_name(dtype), fp8=config.quantization_config is not None)
-    table.require_supported(compat.server_options())
-    compat.settle_graphs(device)
+    values = compat.server_options()
+    table.require_supported(values)
+    options.require_one_stage_for_drafts(values)
+    layout = layout_of(config)
+    compat.settle_graphs(device, layout)
     profile = profile_for(config, dtype)
-    ops = bind_ops(config, profile, device)
+    ops = bind_ops(config, profile, device, layout=layout)
     logger.info(ops.announcement(served))
-    return ops, config
+    return ops, config, layout
+
+
+def load_checkpoint(loader: WeightLoader, weights: Iterable[tuple[str, torch.Tensor]], path: str) -> None:
+    """A first load. SGLang gives every rank all tensors; of a folder only this rank's are read."""
+    if Path(path).is_dir():
+        loader.read(CheckpointReader(path))
+    else:
+        loader.load(weights)
+        loader.finish()
 
 
 class DeepseekV3ForCausalLM(nn.Module):
-    """The main model."""
+    """The main model, or the part of it that this rank holds."""
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__()
         path, load_format = compat.checkpoint()
-        self.ops, self.config = prepare(config, "DeepseekV3ForCausalLM", path, load_format)
-        deepseek = DeepseekV3(self.ops, self.config)
+        self.ops, self.config, self.layout = prepare(config, "DeepseekV3ForCausalLM", path, load_format)
+        layers = self.layout.layers_of(self.config)
+        self.start_layer, self.end_layer = layers.start, layers.stop  # SGLang sizes its pool by them
+        deepseek = DeepseekV3(self.ops, self.config, self.layout)
         # By the checkpoint's names.
         self.model = deepseek.model
-        self.lm_head = deepseek.lm_head
-        self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
+        if self.model.is_last:
+            self.lm_head = deepseek.lm_head
+            self.lm_head.quant_method = CoreHead()  # type: ignore[assignment]
         self.logits_processor = plain_logits_processor(config)
         self.prompt_logprobs = PromptLogprobs(self.logits_processor)
-        self.weight_loader = WeightLoader(self, self.config, "main", holds_weights=load_format == "dummy")
+        self.weight_loader = WeightLoader(
+            self, self.config, "main", layout=self.layout, holds_weights=load_format == "dummy"
+        )
         self.received: Bucket | None = None
         self.updates: Updates | None = None
 
@@ -97,13 +119,20 @@ class DeepseekV3ForCausalLM(nn.Module):
         positions: torch.Tensor,
         forward_batch: Any,
         input_embeds: torch.Tensor | None = None,
+        pp_proxy_tensors: PPProxyTensors | None = None,
     ) -> Any:
-        """Flattened tokens [T] to SGLang's logits output; hidden states in it are the normalised ones."""
+        """Flattened tokens [T], or what the stage before returned of them, to SGLang's logits output; hidden states in
+        it are the normalised ones. Stages before the last return `hidden_states` [T, hidden] for the next.
+        """
         self.weight_loader.require_whole()
-        if input_embeds is None:
-            input_embeds = self.model.embed_tokens(input_ids)
-        attend = LatentAttend(self.ops, self.config, 0, positions, forward_batch)
-        hidden = self.model(input_embeds, positions, attend)
+        if pp_proxy_tensors is not None:
+            hidden = pp_proxy_tensors["hidden_states"]
+        else:
+            hidden = self.model.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        attend = LatentAttend(self.ops, self.config, self.start_layer, positions, forward_batch)
+        hidden = compute(self.model, attend, hidden, positions)
+        if not self.model.is_last:
+            return PPProxyTensors({"hidden_states": hidden})
         if forward_batch.sampling_info is not None:
             self.prompt_logprobs.temperatures = forward_batch.sampling_info.temperatures
         return self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
@@ -116,14 +145,13 @@ class DeepseekV3ForCausalLM(nn.Module):
         """Load a checkpoint, all of it; the parts of an update are left for `updates` to take."""
         if self.received is not None:
             self.received += weights
-            return
-        self.weight_loader.load(weights)
-        self.weight_loader.finish()
+        else:
+            load_checkpoint(self.weight_loader, weights, compat.checkpoint()[0])
 
     def get_weights_by_name(self, name: str, truncate_size: int = 100, tp_size: int = 1) -> list[Any]:
         """The first rows of a tensor by its name in the checkpoint; SGLang asks the target for a draft's too."""
         assert self.updates is not None
-        return self.updates.tensor(name)[:truncate_size].float().tolist()
+        return self.updates.rows(name, truncate_size)
 
 
 EntryClass: Any = [] if switched_off() else DeepseekV3ForCausalLM

@@ -11,15 +11,17 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 def register() -> None:
     """Called by SGLang in each of its processes."""
-    HookRegistry.register("sglang.srt.distributed.bootstrap._init_cpu_threads_env", leave_threads, HookType.REPLACE)
+    for name in ("distributed.bootstrap._init_cpu_threads_env", "utils.numa_utils.init_threads_binding"):
+        HookRegistry.register(f"sglang.srt.{name}", leave_threads, HookType.REPLACE)
     use_triton_for_drafts()
+    pad_batches_as_a_cpu_does()
     hashing = "sglang.kernels.ops.sampling.murmur_hash.murmur_hash32"
     HookRegistry.register(hashing, murmur_hash32, HookType.REPLACE)
 
 
 def leave_threads(**kwargs: Any) -> None:
-    """SGLang binds threads to cores and shares memory between ranks by sgl_kernel; one rank on one thread needs
-    neither.
+    """SGLang binds threads to cores and shares memory between ranks by sgl_kernel; ranks on one thread each, with gloo
+    between them, need neither.
     """
 
 
@@ -37,6 +39,15 @@ def use_triton_for_drafts() -> None:
         module = import_module(name)
         if hasattr(module, "_is_xpu"):  # where the choice is made depends on the version
             module._is_xpu = True
+
+
+def pad_batches_as_a_cpu_does() -> None:
+    """Data-parallel ranks of attention pad their batches to each other's sizes: SGLang pins memory for that unless a
+    flag of the module says CPU. Versions without the flag pin none.
+    """
+    module = import_module("sglang.srt.model_executor.forward_batch_info")
+    if hasattr(module, "_is_cpu"):
+        module._is_cpu = True
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
