@@ -75,15 +75,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kv_cache_dtype": "fp8"}, "cache_config.cache_dtype='fp8': kv_cache_dtype: the latent cache has the model's"),
     ({"cpu_offload_gb": 1}, "cpu_offload_gb=1.0"),
     ({"offload_group_size": 2}, "offload_group_size=2"),
-    ({"enable_expert_parallel": True}, "parallel_config.enable_expert_parallel=True: the model holds all experts"),
-    ({"tensor_parallel_size": 2}, "parallel_config.tensor_parallel_size=2: the model is served on one rank"),
-    ({"pipeline_parallel_size": 2}, "Pipeline parallelism is not supported for this model"),  # vLLM's own words
-    ({"data_parallel_size": 2}, "parallel_config.data_parallel_size=2"),
+    (
+        {"pipeline_parallel_size": 2, "speculative_config": MTP},
+        "model runner V1 has no drafter on the first of pipeline_parallel_size=2 stages",
+    ),
+    (
+        {"enable_ep_weight_filter": True, "safetensors_load_strategy": "eager"},
+        "parallel_config.enable_ep_weight_filter=True: an update of weights is checked for all tensors",
+    ),
+    ({"expert_placement_strategy": "round_robin"}, "expert_placement_strategy='round_robin': a rank holds neighbour"),
     ({"enable_lora": True}, "enable_lora: the model takes no adapters"),
     ({"load_format": "sharded_state"}, "load_config.load_format='sharded_state': it is not the files"),
     ({"runner": "pooling"}, "model_config.runner='pooling': the model generates text only"),
     ({"enable_prompt_embeds": True}, "model_config.enable_prompt_embeds=True"),
-    ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "kv_transfer_config=KV"),
     ({"moe_backend": "triton"}, "kernel_config.moe_backend='triton': the model runs kernels of its own"),
     ({"weight_transfer_config": {"backend": "sparse_nccl"}}, "backend='sparse_nccl'): it writes past the adapter"),
     ({"additional_config": {"x": 1}}, "additional_config={'x': 1}"),
@@ -107,6 +111,9 @@ def test_every_option_has_a_rule(
         {"model": bf16, "speculative_config": MTP, "kv_cache_dtype": "bfloat16", "weight_transfer_config": {}},
         {"model": fp8, "speculative_config": MTP},
         {"model": bf16, "hf_overrides": {"rope_theta": 50000}},
+        {"model": bf16, "tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+        {"model": bf16, "data_parallel_size": 2, "enable_expert_parallel": True, "enable_ep_weight_filter": True},
+        {"model": bf16, "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
     ]
     told = ask(environment, [*served, *({"model": bf16} | start for start, _ in refused)], tmp_path)
 
@@ -121,7 +128,7 @@ def test_every_option_has_a_rule(
     answers = told["started"]
     for start, answer in zip(served, answers, strict=False):
         assert isinstance(answer, dict), (start, answer)
-    assert [answer["rope_theta"] for answer in answers[: len(served)]] == [10000, 10000, 10000, 50000]
+    assert [answer["rope_theta"] for answer in answers[: len(served)]] == [10000, 10000, 10000, 50000, *[10000] * 3]
     for (start, problem), answer in zip(refused, answers[len(served) :], strict=True):
         assert problem in answer, (start, answer)
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import REFERENCE, python_of, run
+from engines import REFERENCE, free_port, post, predict_logprobs, python_of, run, serving
 from paths import SUPPORT
+from typer.testing import CliRunner
 
+from dsv3_plugin.checkpoint.fingerprint import fingerprint_of_checkpoint
+from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
+from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.commands.cli import app
 from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.layouts import ParallelLayout
 
@@ -105,3 +113,80 @@ def test_rows_that_another_engine_left_are_answered_from(tiny_checkpoint, tmp_pa
         assert (stores["passes"][0], finds["passes"][0]) == (45, 13)
     assert told["finds others"]["passes"][0] == 13
     assert told["finds others"]["digests"] != told["alone 0"]["digests"]
+
+
+class Server:
+    """`vllm serve` on several ranks, with the calls of its development mode."""
+
+    def __init__(self, address: str, checkpoint: Path) -> None:
+        self.address = address
+        self.model = str(checkpoint)
+
+    def answers_as(self, checkpoint: Path) -> bool:
+        """Whether tokens and their log-probabilities are those of one rank that has this checkpoint."""
+        prompt = list(range(300, 340))
+        body = {"model": self.model, "prompt": prompt, "max_tokens": 6, "temperature": 0, "logprobs": 1}
+        body |= {"ignore_eos": True, "return_token_ids": True}
+        answer: dict[str, Any] = post(self.address, "/v1/completions", body)
+        (choice,) = answer["choices"]
+        tokens = choice["token_ids"]
+        rows = predict_logprobs(checkpoint, prompt + tokens)[len(prompt) - 1 : -1]
+        best = rows.max(-1)
+        return tokens == best.indices.tolist() and choice["logprobs"]["token_logprobs"] == best.values.tolist()
+
+    def holds(self, checkpoint: Path) -> bool:
+        """Whether the fingerprint of all its ranks is the checkpoint's."""
+        return CliRunner().invoke(app, ["fingerprint", self.address, str(checkpoint)]).exit_code == 0
+
+    def call(self, method: str, **kwargs: Any) -> list[Any]:
+        """What each worker returns."""
+        answer: dict[str, Any] = post(self.address, "/collective_rpc", {"method": method, "kwargs": kwargs})
+        return answer["results"]
+
+
+def kill_worker(port: int, name: str) -> None:
+    """End a worker of the server on a port as the system ends one that wants too much memory."""
+    told = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    processes = {
+        int(pid): (int(parent), words) for pid, parent, words in (line.split(None, 2) for line in told.splitlines())
+    }
+
+    def is_of_server(pid: int) -> bool:
+        return pid in processes and (f"--port {port}" in processes[pid][1] or is_of_server(processes[pid][0]))
+
+    (worker,) = (pid for pid, (_, words) in processes.items() if name in words and is_of_server(pid))
+    os.kill(worker, signal.SIGKILL)
+
+
+def test_a_server_on_two_ranks(tiny_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers, takes new weights on all ranks, tells what they hold, and ends when one of them dies."""
+    monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
+    checkpoint, port, log = tiny_checkpoint("bf16"), free_port(), tmp_path / "serve.log"
+    other = tmp_path / "other"
+    make_checkpoint(read_config("tiny"), other, 2, dtype=CheckpointDtype.bf16)
+    command = [str(Path(python_of("vllm")).with_name("vllm")), "serve", str(checkpoint), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--max-model-len", "256", "--tensor-parallel-size", "2"]
+    command += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with serving(command, port, log, settings) as address:
+        server = Server(address, checkpoint)
+        assert server.answers_as(checkpoint) and server.holds(checkpoint)
+        assert not server.holds(other)
+        one, two = server.call("dsv3_fingerprint")
+        held = one["tensors"] | two["tensors"]
+        assert held == fingerprint_of_checkpoint(CheckpointReader(checkpoint)).tensors
+        # Each answers for both ranks' heads, and for its own experts.
+        assert len(one["tensors"]) < len(held)
+
+        server.call("reload_weights", weights_path=str(other))
+        assert server.answers_as(other) and server.holds(other)
+
+        kill_worker(port, "Worker_TP1")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and "died unexpectedly" not in log.read_text():
+            time.sleep(0.5)
+        with pytest.raises(OSError):
+            while time.monotonic() < deadline:
+                post(address, "/v1/completions", {"model": str(checkpoint), "prompt": [5], "max_tokens": 1})
+                time.sleep(0.5)
+    assert re.search(r"Worker proc VllmWorker-1 died unexpectedly \(exit code: -9\)", log.read_text())
