@@ -25,6 +25,7 @@ from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.vllm_backend import compat, engine, layerwise, options, requests, worker
 from dsv3_plugin.vllm_backend.attention import LatentCache
+from dsv3_plugin.vllm_backend.eplb import MovableExperts, with_replicas
 from dsv3_plugin.vllm_backend.layout import layout_of_this_rank
 
 HIDDEN_STATES = "hidden_states"
@@ -101,7 +102,7 @@ def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Confi
             f" max_position_embeddings={config.max_position_embeddings}; set --max-model-len"
         )
     profile = profile_for(config, model_config.dtype)
-    layout = layout_of_this_rank(config)
+    layout = with_replicas(layout_of_this_rank(config), config, vllm_config.parallel_config)
     if layout.experts.size > 1 and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
         # How many rows go from rank to rank is known on the host only, which no graph asks.
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
@@ -120,13 +121,15 @@ def _load_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> se
         checkpoint, model.unread = model.unread, None
         model.weight_loader.read(checkpoint)
     else:
+        if isinstance(model, MovableExperts):
+            model.follow_experts()
         if layerwise.take_back(model):
             model.weight_loader.begin()
         model.weight_loader.load(weights)
     return {name for name, _ in model.named_parameters()}
 
 
-class DeepseekV3ForCausalLM(nn.Module):
+class DeepseekV3ForCausalLM(nn.Module, MovableExperts):
     """DeepSeek-V3 under vLLM's name for it, or a rank's part of it."""
 
     supports_pp = True

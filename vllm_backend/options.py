@@ -192,8 +192,9 @@ OPTIONS = Options(
         *_in("parallel_config", "dcp_kv_cache_interleave_size", "dcp_comm_backend", "dcp_q_replicate"),
         *_in("parallel_config", "cp_kv_cache_interleave_size", "_allow_auto_resolve_cp_interleave_size"),
     ),
-    refused("a rank's experts stay its own", *_in("parallel_config", "enable_eplb", "enable_elastic_ep")),
-    irrelevant("of moving experts, which is refused", *_in("parallel_config", "eplb_config", "elastic_ep_max_dp_size")),
+    honoured("`eplb` lets vLLM move experts", *_in("parallel_config", "enable_eplb", "eplb_config")),
+    refused("the number of ranks is fixed", "parallel_config.enable_elastic_ep"),
+    irrelevant("of elastic expert parallelism, which is refused", "parallel_config.elastic_ep_max_dp_size"),
     irrelevant("of models with n-gram embeddings", "engram_config"),
     irrelevant("of vLLM's own MoE layers; the model sends rows by itself", "parallel_config.all2all_backend"),
     refused(

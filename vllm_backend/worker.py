@@ -27,6 +27,7 @@ from dsv3_plugin.engines import class_name, is_ours
 from dsv3_plugin.errors import CheckpointError, EngineError
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.vllm_backend import layerwise, sampling
+from dsv3_plugin.vllm_backend.eplb import MovableExperts
 
 Method = Callable[..., Any]
 Tensors = Iterable[tuple[str, torch.Tensor]]
@@ -58,6 +59,8 @@ def dsv3_fingerprint(worker: Any) -> dict[str, Any]:
     found = None
     for model in _models(worker):
         model.weight_loader.require_whole()
+        if isinstance(model, MovableExperts):
+            model.follow_experts()
         held = fingerprint(model.weight_loader.model, model.config, model.weight_loader.part, model.layout)
         found = held if found is None else found | held
     if found is None:

@@ -28,6 +28,8 @@ class ExpertParallelMoE(MoE):
     logical_to_physical_map: torch.Tensor
     """Of each expert the slots that hold it, as in `Placement.maps`; an engine that moves experts writes to it."""
     logical_replica_count: torch.Tensor
+    expert_load: torch.Tensor | None = None
+    """Integers [num_slots], counts the rows that this rank sends to each slot, for an engine that moves experts."""
 
     def __init__(self, ops: Ops, config: DeepseekV3Config, layer_idx: int, layout: Layout) -> None:
         super().__init__(ops, config, layer_idx, layout)
@@ -47,6 +49,8 @@ class ExpertParallelMoE(MoE):
         own = self.layout.tensor.share_of(len(x))
         topk_ids, topk_weights = self.gate(x[own])
         rows, slots, slot_counts = permutation(self._chosen_slots(topk_ids), self.num_slots)
+        if self.expert_load is not None:
+            self.expert_load += slot_counts
         expert_out = self._at_the_experts(permute_activation(self.ops, activation, rows + own.start), slot_counts)
         combined = self.ops[combine](expert_out, slots, topk_weights, shared[own].contiguous())
         return self.layout.tensor.gather_shares(combined, len(x))
