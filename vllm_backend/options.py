@@ -308,8 +308,9 @@ ENVIRONMENT = Options(
         " another logprobs_mode than processed_logprobs",
         "VLLM_USE_V2_MODEL_RUNNER",
     ),
+    refused("a KV connector then takes a page for heads that tensor-parallel ranks share", "VLLM_MLA_DISABLE"),
 )
-"""Variables that change numbers of the model or of its log-probabilities."""
+"""Variables that change numbers of the model or of its log-probabilities, or what becomes of its pages."""
 
 FLAGS = Options(
     "vLLM's command line",
@@ -416,8 +417,10 @@ def environment(vllm_config: Any) -> dict[str, Any]:
 
     exact = vllm_config.model_config.logprobs_mode == "processed_logprobs"
     on_gpu = vllm_config.device_config.device_type != "cpu"
+    shared = vllm_config.kv_transfer_config is not None and vllm_config.parallel_config.tensor_parallel_size > 1
     return {
         "VLLM_FLOAT32_MATMUL_PRECISION": envs.VLLM_FLOAT32_MATMUL_PRECISION,
         "VLLM_BATCH_INVARIANT": bool(envs.VLLM_BATCH_INVARIANT) and exact and on_gpu,
         "VLLM_USE_V2_MODEL_RUNNER": bool(vllm_config.use_v2_model_runner) and exact,
+        "VLLM_MLA_DISABLE": bool(envs.VLLM_MLA_DISABLE) and shared,
     }

@@ -41,6 +41,8 @@ for mode in "raw_logprobs", "processed_logprobs":
         model_config=SimpleNamespace(logprobs_mode=mode),
         device_config=SimpleNamespace(device_type="cuda"),
         use_v2_model_runner=True,
+        kv_transfer_config=SimpleNamespace(),
+        parallel_config=SimpleNamespace(tensor_parallel_size=2),
     )
     try:
         options.ENVIRONMENT.require_supported(options.environment(config))
@@ -134,12 +136,13 @@ def test_every_option_has_a_rule(
 
 
 def test_variables_that_change_numbers(tmp_path: Path) -> None:
-    variables = {"VLLM_FLOAT32_MATMUL_PRECISION": "medium", "VLLM_BATCH_INVARIANT": "1"}
+    variables = {"VLLM_FLOAT32_MATMUL_PRECISION": "medium", "VLLM_BATCH_INVARIANT": "1", "VLLM_MLA_DISABLE": "1"}
     told = ask("vllm", [], tmp_path, **variables)["variables"]
     everywhere = "VLLM_FLOAT32_MATMUL_PRECISION='medium': it lets torch round the inputs of float32 products"
     of_logprobs = "VLLM_BATCH_INVARIANT=True: on a GPU", "VLLM_USE_V2_MODEL_RUNNER=True: model runner V2 has"
     assert everywhere in told["raw_logprobs"]
     assert everywhere in told["processed_logprobs"]
+    assert "VLLM_MLA_DISABLE=True: a KV connector then takes a page for heads" in told["raw_logprobs"]
     for problem in of_logprobs:
         assert problem in told["processed_logprobs"]
         assert problem not in told["raw_logprobs"]
