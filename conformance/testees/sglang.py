@@ -128,6 +128,8 @@ class SglangTestee:
         )
         configure_logger(arguments)
         self.scheduler = build_scheduler(arguments, self.rank)
+        if self.rank.layout.pp > 1:
+            self.scheduler.init_pp_loop_state()  # its loop has not begun, and a flush looks there
         # Some versions never mix chunks with drafts; the cases with drafts have no chunks.
         mixed = self.scheduler.is_mixed_chunk or num_speculative_tokens
         if self.scheduler.disable_radix_cache or not mixed:
@@ -241,28 +243,36 @@ class Idle(Exception):  # noqa: N818 - no error
     """Ends the loop of a stage."""
 
 
-def run_stages(scheduler: Any) -> None:
-    """The loop of pipeline stages, which goes on for ever: each turn begins by asking for requests. All stages see in
-    the same turn that none has a batch.
+class UntilIdle:
+    """In the place of what receives a stage's requests, by which each turn of its loop begins. All stages see in the
+    same turn that none has had a batch for some.
     """
-    receiver, idle = scheduler.request_receiver, 0
-    receive = receiver.recv_requests
 
-    def receive_unless_idle(*args: Any, **kwargs: Any) -> Any:
-        nonlocal idle
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.receiver = scheduler.request_receiver
+        self.idle = 0
+
+    def recv_requests(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises `Idle` in the end."""
+        scheduler = self.scheduler
         busy = scheduler.waiting_queue or any(batch is not None for batch in scheduler.mbs)
-        idle = 0 if busy else idle + 1
-        if idle > 2 * scheduler.pp_loop_size:
+        self.idle = 0 if busy else self.idle + 1
+        if self.idle > 2 * scheduler.pp_loop_size:
             raise Idle
-        return receive(*args, **kwargs)
+        return self.receiver.recv_requests(*args, **kwargs)
 
-    receiver.recv_requests = receive_unless_idle
+
+def run_stages(scheduler: Any) -> None:
+    """The loop of pipeline stages, which would go on for ever."""
+    scheduler.request_receiver = UntilIdle(scheduler)
     try:
         scheduler.event_loop_pp()
     except Idle:
-        pass
-    finally:
-        receiver.recv_requests = receive
+        # What was sent last is on its way, and the next loop would forget it.
+        for work in (scheduler.send_req_work, scheduler.send_proxy_work, scheduler.send_output_work):
+            scheduler._pp_commit_comm_work(work)
+        scheduler.request_receiver = scheduler.request_receiver.receiver
 
 
 def steps(scheduler: Any) -> Iterator[Any]:
