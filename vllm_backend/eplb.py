@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 from vllm.config import ParallelConfig
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.expert_parallel import ExpertParallelMoE
+from dsv3_plugin.layers.model import DeepseekV3Model
 from dsv3_plugin.layout import Layout, Placement
 
 
@@ -35,7 +35,7 @@ class MovableExperts:
     layout: Layout
     config: DeepseekV3Config
     weight_loader: WeightLoader
-    model: nn.Module
+    model: DeepseekV3Model
     expert_weights: Sequence[Sequence[torch.Tensor]] = ()
     """Of each layer its stacked weights, and scales: [num_local_physical_experts, ...]."""
 
@@ -109,8 +109,7 @@ class MovableExperts:
             self.weight_loader.follow(self.layout)
 
     def _layers(self) -> list[tuple[int, ExpertParallelMoE]]:
-        layers = self.model.get_submodule("layers")
-        return [(int(i), m.mlp) for i, m in layers.named_children() if isinstance(m.mlp, ExpertParallelMoE)]
+        return [(int(i), m.mlp) for i, m in self.model.layers.items() if isinstance(m.mlp, ExpertParallelMoE)]
 
 
 def placement_of(layer: ExpertParallelMoE) -> Placement:

@@ -11,9 +11,6 @@ from conftest import TinyCheckpoint
 from engines import python_of
 from paths import SUPPORT
 
-MOVES_AFTER = 4
-"""Passes; two follow."""
-
 
 def on_two_ranks(*arguments: object) -> list[dict[str, Any]]:
     command = python_of("vllm"), "-W", "ignore", SUPPORT / "vllm_eplb.py", *arguments
@@ -36,4 +33,5 @@ def test_experts_that_vllm_moves_change_no_bit(dtype: str, tiny_checkpoint: Tiny
 
 def test_rows_that_go_where_an_expert_was_are_caught(tiny_checkpoint: TinyCheckpoint) -> None:
     for answer in on_two_ranks(tiny_checkpoint("bf16"), "maps"):
-        assert answer["equal"] == [True] * MOVES_AFTER + [False] * 2
+        first, *others = answer["equal"]  # experts move after the first pass, and later again
+        assert first and not any(others)
