@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -58,6 +58,12 @@ class RowRecorder:
         assert len(keys) == len(values), f"{stream}: {len(keys)} keys for {len(values)} rows"
         self._values.setdefault(stream, []).append(values.detach().to("cpu", copy=True))
         self._keys.setdefault(stream, []).extend(keys)
+
+    def extend(self, other: RowRecorder, request: int) -> None:
+        """Add all rows of another recorder as those of `request`."""
+        for stream, keys in other._keys.items():
+            self._values.setdefault(stream, []).extend(other._values[stream])
+            self._keys.setdefault(stream, []).extend(replace(key, request=request) for key in keys)
 
     def save(self, file: Path) -> None:
         """Write the tensor file of the protocol."""

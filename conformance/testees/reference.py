@@ -9,9 +9,9 @@ With `--replays` a job's prompts are finished sequences, which other testees ans
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,7 +137,8 @@ class ReferenceTestee:
         reader = CheckpointReader(Path(job.checkpoint))
         reader.validate()
         self.config = reader.config
-        torch.set_default_device(job.device)
+        if job.device != "cpu":  # a default takes time in every call
+            torch.set_default_device(job.device)
         profile = reader.profile() if precision is None else PRECISIONS[precision]
         self.ops = bind_ops(self.config, profile, torch.device(job.device))
         self.mtp: DeepseekV3MTP | None = None
@@ -173,18 +174,20 @@ class ReferenceTestee:
             outcome = program.Outcome(requests=requests)
         else:
             outcome = Engine(self, case).run()
-        specification = outcome.specification = self.layers.recorder = RowRecorder()
+        specification = outcome.specification = RowRecorder()
+        whole = functools.cache(self.whole_sequence)
         for index, request in enumerate(outcome.requests):
-            self.whole_sequence(index, list(request.token_ids), specification)
+            specification.extend(whole(request.token_ids), index)
         return outcome
 
-    def whole_sequence(self, index: int, token_ids: list[int], recorder: RowRecorder) -> None:
+    def whole_sequence(self, token_ids: tuple[int, ...]) -> RowRecorder:
         """The specification of the numbers: all positions at once, each layer's latent vectors as one page.
 
-        The last token is left out: it was generated and never fed.
+        The rows are those of a request 0. The last token is left out: it was generated and never fed.
         """
+        recorder = self.layers.recorder = RowRecorder()
         inputs, successors = token_ids[:-1], token_ids[1:]
-        keys = [RowKey(index, p, prefix_digest(token_ids[: p + 1])) for p in range(len(token_ids))]
+        keys = [RowKey(0, p, prefix_digest(token_ids[: p + 1])) for p in range(len(token_ids))]
         positions = torch.arange(len(inputs))
         self.layers.keys = keys[:-1]
         attend = attend_to_itself(self.ops, self.config)
@@ -194,6 +197,7 @@ class ReferenceTestee:
         if self.mtp is not None:
             drafted = self.mtp(torch.tensor(successors), positions, hidden, attend)
             recorder.add("mtp.0", keys[1:], self.mtp.lm_head(drafted))
+        return recorder
 
 
 class Engine:
@@ -380,7 +384,7 @@ def main() -> None:
     parser.add_argument("--replays", action="store_true")
     parser.add_argument("--precision", choices=PRECISIONS)
     options, sys.argv[1:] = parser.parse_known_args()
-    program.main(partial(ReferenceTestee, **vars(options)))
+    program.main(functools.partial(ReferenceTestee, **vars(options)))
 
 
 if __name__ == "__main__":

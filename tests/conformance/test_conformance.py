@@ -396,6 +396,20 @@ def test_a_promised_row_must_be_there(tmp_path: Path) -> None:
     )
 
 
+def test_requests_of_equal_tokens_have_the_rows_of_one_pass(tmp_path: Path) -> None:
+    once = RowRecorder()
+    once.add("logits", [RowKey(0, p, prefix_digest(range(p + 1))) for p in range(3)], torch.randn(3, 2))
+    recorder = RowRecorder()
+    for request in (4, 1):
+        recorder.extend(once, request)
+    recorder.save(tmp_path / "rows.safetensors")
+    rows = compare.RowFile(tmp_path / "rows.safetensors")
+    digests = [prefix_digest(range(p + 1)) for p in range(3)]
+    assert rows.keys("logits") == [(request, digest) for request in (4, 1) for digest in digests]
+    assert rows.positions("logits").tolist() == [0, 1, 2] * 2
+    assert torch.equal(*rows.values("logits").chunk(2))
+
+
 def test_an_unknown_testee_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ConformanceError, match="no command after"):
         runner.TesteeCommand.parse("mine=", tmp_path)

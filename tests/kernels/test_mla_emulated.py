@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import shutil
 from typing import Any
@@ -149,12 +150,17 @@ SABOTAGE = {
 }
 
 
+@functools.cache
+def sabotaged_cases() -> list[tuple[Case, torch.Tensor]]:
+    cases = batch([1030], [9], 16, 64), batch([100], [3], 16, 64)
+    return [(case, expected(case)) for case in cases]
+
+
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_a_sabotaged_kernel_is_caught(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     library = emulation.build(tmp_path, [SABOTAGE[name]])
     wrong = 0
-    for shape in (([1030], [9], 16, 64), ([100], [3], 16, 64)):
-        case = batch(*shape)
-        wrong += bits_differ(expected(case), emulation.attend(monkeypatch, library, 1, *case, scale=SCALE))
+    for case, right in sabotaged_cases():
+        wrong += bits_differ(right, emulation.attend(monkeypatch, library, 1, *case, scale=SCALE))
     print(name, wrong, "outputs differ")
     assert wrong > 0

@@ -5,8 +5,6 @@
 
 #pragma once
 
-#include <deque>
-
 #include "threads.cuh"
 
 typedef uint32_t u32;
@@ -25,8 +23,6 @@ inline char* swizzled(u32 at) { return memory + (at ^ (at >> 7 & 7) << 4); }
 
 inline Barrier& barrier_at(u32 at) { return barriers.at(memory + at); }
 inline void barrier_init(u32 barrier, u32 count) {
-    static std::mutex several;
-    std::lock_guard guard(several);
     barriers[memory + barrier].init(count);
 }
 inline void barrier_init_fence() {}
@@ -93,8 +89,9 @@ void hold(float (&)[COUNT]) {}
 
 // The exponent by which the tensor core lines a number up with others.
 inline int exponent(double x) { return max((int)(bits_of<uint64_t>(x) >> 52 & 0x7FF) - 1023, -126); }
+inline double power_of_two(int exponent) { return bits_of<double>((uint64_t)(1023 + exponent) << 52); }
 
-inline void warpgroup_sync(int group) { running->groups[group]->arrive_and_wait(); }
+inline void warpgroup_sync(int group) { own().block->groups[group].arrive_and_wait(); }
 
 inline u32 bf16(float x) {
     const u32 bits = bits_of<u32>(x);
@@ -125,21 +122,22 @@ inline void store_matrices(u32 target, u32 a, u32 b, u32 c, u32 d) {
 inline void publish_to_units() {}
 
 // Written as late as the kernel allows.
-static thread_local std::deque<std::function<void()>> boxes;
+inline void write(const Box& box) {
+    const TensorMap& map = *box.map;
+    for (int o = 0; o < map.box[1]; o++)
+        for (int i = 0; i < map.box[0]; i++)
+            if (box.inner + i < map.size[0] && box.outer + o < map.size[1])
+                memcpy(const_cast<char*>(map.base) + (box.inner + i) * 2 + (box.outer + o) * map.stride[1],
+                       swizzled(box.source + (o * map.box[0] + i) * 2), 2);
+}
 
 template <int COUNT>
 void wait_for_boxes_but() {
-    for (; boxes.size() > COUNT; boxes.pop_front()) boxes.front()();
+    for (auto& boxes = own().boxes; boxes.size() > COUNT; boxes.pop_front()) write(boxes.front());
 }
 inline void finish_boxes() { wait_for_boxes_but<0>(); }
 
 inline void store_box(const TensorMap* map, u32 source, int inner, int outer) {
     if (source % 1024 != 0) abort();
-    boxes.push_back([=] {
-        for (int o = 0; o < map->box[1]; o++)
-            for (int i = 0; i < map->box[0]; i++)
-                if (inner + i < map->size[0] && outer + o < map->size[1])
-                    memcpy(const_cast<char*>(map->base) + (inner + i) * 2 + (outer + o) * map->stride[1],
-                           swizzled(source + (o * map->box[0] + i) * 2), 2);
-    });
+    own().boxes.push_back({map, source, inner, outer});
 }

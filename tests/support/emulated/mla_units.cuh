@@ -49,7 +49,7 @@ inline float multiply_add(const u16 (&a)[16], const u16 (&b)[16], float c) {
         y[k] = bits_of<float>((u32)b[k] << 16);
         largest = max(largest, exponent(x[k]) + exponent(y[k]));
     }
-    const double unit = std::ldexp(1.0, 25 - largest);
+    const double unit = power_of_two(25 - largest);
     double sum = std::trunc(c * unit);
     for (int k = 0; k < 16; k++) sum += std::trunc(x[k] * y[k] * unit);
     return (float)bits_of<double>(bits_of<uint64_t>(sum / unit) & ~((1ull << 29) - 1));
@@ -94,7 +94,7 @@ inline void multiply_values(float (&d)[64], const u32 (&a)[4], u64 b, int accumu
 inline float near_exp2(float x) {
     if (std::isnan(x)) return x;
     const double y = std::exp2((double)x);
-    if (y < std::ldexp(1.0, -126)) return 0.0f;
+    if (y < power_of_two(-126)) return 0.0f;
     const u32 bits = bits_of<u32>((float)y);
     const int behind = (int)(bits & 0xFFFF) - 0x8000;
     if (std::abs(behind) > NEAR) return (float)y;

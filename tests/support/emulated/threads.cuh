@@ -1,22 +1,16 @@
-// CUDA on a CPU: every thread of a thread block is a thread of the machine.
+// CUDA on a CPU: the threads of a cluster of thread blocks are fibers.
 
 #pragma once
 
 #include <algorithm>
-#include <barrier>
-#include <chrono>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
+#include <deque>
 #include <map>
-#include <memory>
-#include <mutex>
-#include <thread>
 #include <vector>
+
+#include "fibers.cuh"
 
 #define __device__
 #define __global__
@@ -28,11 +22,6 @@
 
 using std::max;
 using std::min;
-
-struct Index {
-    int x;
-};
-static thread_local Index threadIdx, blockIdx, gridDim;
 
 struct float2 {
     float x, y;
@@ -79,37 +68,56 @@ inline int __ffs(uint32_t x) { return __builtin_ffs((int)x); }
 // Warps, warpgroups and the thread block.
 
 struct Warp {
-    std::barrier<> together{32};
-    int slot[32];
+    Meeting together{32};
+    int slots[2][32];
 };
 
 struct Block {
-    std::vector<std::unique_ptr<Warp>> warps;
-    std::vector<std::unique_ptr<std::barrier<>>> groups;
-    std::barrier<> all;
+    std::vector<Warp> warps;
+    std::vector<Meeting> groups;
+    Meeting all;
 
-    explicit Block(int threads) : all(threads) {
-        for (int i = 0; i < threads / 32; i++) warps.push_back(std::make_unique<Warp>());
-        for (int i = 0; i < threads / 128; i++) groups.push_back(std::make_unique<std::barrier<>>(128));
-    }
+    explicit Block(int threads) : warps(threads / 32), groups(threads / 128, Meeting(128)), all(threads) {}
 };
-static thread_local Block* running;
-static std::barrier<>* cluster_together;
-static int cluster_blocks;
 
-inline Warp& own_warp() { return *running->warps[threadIdx.x / 32]; }
-inline void __syncwarp() { own_warp().together.arrive_and_wait(); }
-inline void __syncthreads() { running->all.arrive_and_wait(); }
+struct TensorMap;
+struct Box {
+    const TensorMap* map;
+    uint32_t source;
+    int inner, outer;
+};
+
+struct Index {
+    int x;
+};
+
+struct Thread : Fiber {
+    Index index, block_index;
+    Block* block;
+    int gathers = 0;
+    std::deque<Box> boxes;  // that it has yet to write (hopper.cuh)
+
+    Warp& warp() { return block->warps[index.x / 32]; }
+};
+inline Thread& own() { return static_cast<Thread&>(*self); }
+
+#define threadIdx own().index
+#define blockIdx own().block_index
+static Index gridDim;
+static int cluster_blocks;
+static Meeting* cluster_together;
+
+inline void __syncwarp() { own().warp().together.arrive_and_wait(); }
+inline void __syncthreads() { own().block->all.arrive_and_wait(); }
 
 // What all lanes give, seen by each.
 template <class Use>
 auto gather(int x, Use use) {
-    Warp& warp = own_warp();
-    warp.slot[threadIdx.x % 32] = x;
+    // Two arrays in turns, so that a lane may go on and give the next number while others still read.
+    int* slots = own().warp().slots[own().gathers++ % 2];
+    slots[threadIdx.x % 32] = x;
     __syncwarp();
-    const auto result = use(warp.slot);
-    __syncwarp();
-    return result;
+    return use(slots);
 }
 
 template <class T>
@@ -150,61 +158,62 @@ constexpr int MEMORY = 256 * 1024;  // of a thread block
 alignas(1024) static char memory[2 * MEMORY];
 
 class Barrier {
-    std::mutex mutex;
-    std::condition_variable changed;
     int count = 0, pending = 0;
     long bytes = 0;
     unsigned phase = 0;
+    Fibers waiting;
 
     void finish_phase() {
         if (pending != 0 || bytes != 0) return;
         ++phase;
         pending = count;
-        changed.notify_all();
+        wake(waiting);
     }
 
 public:
     void init(int arrivals) { count = pending = arrivals; }
     void arrive(long expected = 0) {
-        std::unique_lock lock(mutex);
         bytes += expected;
         --pending;
         finish_phase();
     }
     void complete(long copied) {
-        std::unique_lock lock(mutex);
         bytes -= copied;
         finish_phase();
     }
     void wait(unsigned parity) {
-        std::unique_lock lock(mutex);
-        if (changed.wait_for(lock, std::chrono::seconds(120), [&] { return (phase & 1) != parity; })) return;
-        fprintf(stderr, "thread %d of block %d waits for ever\n", threadIdx.x, blockIdx.x);
-        abort();
+        while ((phase & 1) == parity) wait_in(waiting);
     }
 };
 static std::map<const void*, Barrier> barriers;  // made by `barrier_init`
 
 // Run a kernel: one cluster of thread blocks after the other, each block in its own part of the memory.
-inline void launch(int blocks, int threads, const std::function<void()>& kernel, int cluster = 1) {
+template <class Kernel>
+void launch(int blocks, int threads, const Kernel& kernel, int cluster = 1) {
+    struct Of : Thread {
+        const Kernel* kernel;
+        void work() override {
+            (*kernel)();
+            cluster_together->arrive_and_drop();
+        }
+    };
+    gridDim.x = blocks;
+    cluster_blocks = cluster;
     for (int first = 0; first < blocks; first += cluster) {
         memset(memory, 0xFF, sizeof memory);
         barriers.clear();
-        std::barrier<> together(cluster * threads);
+        Meeting together(cluster * threads);
         cluster_together = &together;
-        cluster_blocks = cluster;
-        std::vector<std::unique_ptr<Block>> running_blocks;
-        for (int rank = 0; rank < cluster; rank++) running_blocks.push_back(std::make_unique<Block>(threads));
-        std::vector<std::thread> all;
-        for (int thread = 0; thread < cluster * threads; thread++)
-            all.emplace_back([&, thread] {
-                threadIdx.x = thread % threads;
-                blockIdx.x = first + thread / threads;
-                gridDim.x = blocks;
-                running = running_blocks[thread / threads].get();
-                kernel();
-                together.arrive_and_drop();
-            });
-        for (std::thread& thread : all) thread.join();
+        std::vector<Block> running(cluster, Block(threads));
+        std::deque<Of> all(cluster * threads);
+        Fibers fibers;
+        for (int i = 0; i < cluster * threads; i++) {
+            all[i].index.x = i % threads;
+            all[i].block_index.x = first + i / threads;
+            all[i].block = &running[i / threads];
+            all[i].kernel = &kernel;
+            fibers.push_back(&all[i]);
+        }
+        run(fibers);
     }
 }

@@ -6,7 +6,7 @@
 
 inline float e4m3(uint8_t x) {
     const int exponent = x >> 3 & 15, fraction = x & 7;
-    const float size = exponent ? std::ldexp(8.0f + fraction, exponent - 10) : std::ldexp((float)fraction, -9);
+    const float size = exponent ? (8 + fraction) * power_of_two(exponent - 10) : fraction * power_of_two(-9);
     return (exponent == 15 && fraction == 7 ? NAN : size) * (x & 0x80 ? -1 : 1);
 }
 
@@ -15,7 +15,7 @@ inline float multiply_add(const float (&a)[32], const float (&b)[32], float c) {
     int largest = max(exponent(c), -64);
     const auto exponent_of = [](float x) { return x == 0 ? -126 : max(exponent(x), -6); };
     for (int k = 0; k < 32; k++) largest = max(largest, exponent_of(a[k]) + exponent_of(b[k]));
-    const double unit = std::ldexp(1.0, 13 - largest);
+    const double unit = power_of_two(13 - largest);
     double sum = std::trunc(c * unit);
     for (int k = 0; k < 32; k++) sum += std::trunc((double)a[k] * b[k] * unit);
     return (float)bits_of<double>(bits_of<uint64_t>(sum / unit) & ~((1ull << 39) - 1));
