@@ -35,8 +35,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _shared(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(cache))
-    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(cache / "bytecode"))
+    for variable in "VLLM_CACHE_ROOT", "PYTHONPYCACHEPREFIX":
+        monkeypatch.setenv(variable, os.environ.get(variable, str(cache)))
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
 
 
@@ -160,7 +160,7 @@ class Server:
     ("options", "slices", "worker"),
     [
         (("--tensor-parallel-size", "2"), "2", "Worker_TP1"),
-        (("--data-parallel-size", "2", "--enable-expert-parallel"), "1", r"Worker_DP1\S*"),
+        (("--data-parallel-size", "2", "--enable-expert-parallel", "--api-server-count", "1"), "1", r"Worker_DP1\S*"),
     ],
     ids=["tp", "dp"],
 )
