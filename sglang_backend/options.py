@@ -288,6 +288,15 @@ _PARALLELISM = (
 
 _MEMORY = (
     honoured(
+        "what prefill computed is copied into the pool of decode, bit for bit",
+        *("disaggregation_mode", "disaggregation_transfer_backend", "disaggregation_bootstrap_port"),
+        *("disaggregation_ib_device", "disaggregation_decode_enable_radix_cache", "num_reserved_decode_tokens"),
+        *("disaggregation_decode_retraction_backup", "disaggregation_decode_extra_slots"),
+        *("optimistic_prefill_attempts", "disaggregation_decode_polling_interval"),
+        *("disaggregation_enable_kv_checksum", "disaggregation_decode_host_receive_threshold"),
+        *("disaggregation_decode_allocation_policy",),
+    ),
+    honoured(
         "weights that were released must come again before anything answers",
         *("enable_memory_saver", "enable_weights_cpu_backup", "enable_draft_weights_cpu_backup"),
     ),
@@ -301,7 +310,7 @@ _MEMORY = (
         *("enable_hierarchical_cache", "hicache_storage_backend", "enable_lmcache", "enable_flexkv"),
         *("enable_unified_cache_external_linker", "radix_cache_backend", "enable_page_major_kv_layout"),
         *("enable_unified_memory", "enable_hisparse", "prefill_only_disable_kv_cache", "enable_streaming_session"),
-        *("enable_session_radix_cache", "disaggregation_mode", "disaggregation_decode_enable_offload_kvcache"),
+        *("enable_session_radix_cache", "disaggregation_decode_enable_offload_kvcache"),
         *("enable_pd_role_switch", "kv_canary", "kv_canary_real_data"),
         unless=("null", "none"),
     ),
@@ -314,11 +323,6 @@ _MEMORY = (
         *("hicache_host_memory_fraction", "enable_linker_mla_dedup", "unified_cache_external_linker_backend"),
         *("unified_cache_external_linker_config", "lmcache_config_file", "flexkv_config_file", "kt_method"),
         *("kt_cpuinfer", "kt_threadpool_count", "kt_num_gpu_experts", "kt_max_deferred_experts_per_token"),
-        *("disaggregation_transfer_backend", "disaggregation_bootstrap_port", "disaggregation_ib_device"),
-        *("disaggregation_decode_enable_radix_cache", "disaggregation_decode_retraction_backup"),
-        *("num_reserved_decode_tokens", "disaggregation_decode_extra_slots", "optimistic_prefill_attempts"),
-        *("disaggregation_decode_polling_interval", "disaggregation_enable_kv_checksum"),
-        *("disaggregation_decode_host_receive_threshold", "disaggregation_decode_allocation_policy"),
         *("kv_canary_sweep_interval", "ple_offload_embedding", "ple_offload_backend", "ple_offload_dir"),
     ),
 )

@@ -27,6 +27,7 @@ from sglang.srt.layers.sampler import Sampler, multinomial_with_seed
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import is_ours
+from dsv3_plugin.sglang_backend.updates import not_whole
 
 logger = logging.getLogger("sglang.dsv3_plugin")
 
@@ -221,7 +222,7 @@ def handle_generate_request(original: Original, scheduler: Any, request: Any, *a
     problem = None
     model = scheduler.tp_worker.model_runner.model
     if is_ours(model):
-        problem = malformed(request, model.config) or unsupported(scheduler, request)
+        problem = malformed(request, model.config) or unsupported(scheduler, request) or not_whole(scheduler)
     if problem is None:
         return original(scheduler, request, *args, **kwargs)
     from sglang.srt.managers.io_struct import AbortReq

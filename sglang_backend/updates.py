@@ -6,6 +6,8 @@ computed with the old weights unless it is told otherwise. The hooks here stand 
 * Requests that run are sent back to the queue before a weight is written, and all caches are emptied: what SGLang
   computed with old weights is never read with new ones, whatever `flush_cache` says.
 * A bucket goes to the target and to its draft, or to neither. Which tensors came is counted by `WeightLoader`.
+  A scheduler that has not all that was computed for a request, a pipeline stage or one side of disaggregated prefill
+  and decode, cannot send it back: there an update is refused while a request is under way.
 * While some tensors of an update have come and others have not, requests end with an error that says so. They cannot
   wait: over HTTP a bucket waits until no request is in flight.
 * SGLang 0.5.23 says where an update begins and ends. Before it, one ends where it is whole, and where generation is
@@ -229,6 +231,8 @@ def update_weights_from_disk(original: Original, manager: Any, request: Any) -> 
             raise CheckpointError(f"load_format={request.load_format}: a checkpoint is read from safetensors files")
         updates.take_folder(request.model_path)
 
+    if (problem := under_way(manager.scheduler)) is not None:
+        return compat.answer("UpdateWeightFromDiskReqOutput", False, problem)
     with manager._observe_weight_load("disk"), new_weights(manager.scheduler):
         problem = attempt(updates, take)
     if problem is None:
@@ -277,8 +281,9 @@ def update_weights_from_bucket(
         for bucket in list(received.values())[:1]:
             updates.take(bucket, *(updates.models if to_all else received))
 
-    with new_weights(manager.scheduler):
-        problem = attempt(updates, take)
+    if (problem := under_way(manager.scheduler)) is None:
+        with new_weights(manager.scheduler):
+            problem = attempt(updates, take)
     if problem is not None:
         updates.refuse(problem)
         return compat.answer(output_class, False, problem)
@@ -439,6 +444,28 @@ def attempt(updates: Updates, action: Callable[[], None]) -> str | None:
 def roles(updates: Updates, selector: str) -> list[Role]:
     """The models that SGLang's selector (`target`, `draft`, `all`) names."""
     return [role for role in updates.models if selector in ("all", role)]
+
+
+def is_disaggregated(scheduler: Any) -> bool:
+    """Whether prefill and decode are in different servers, of which this is one."""
+    return bool(scheduler.disaggregation_mode.value != "null")
+
+
+def under_way(scheduler: Any) -> str | None:
+    """Why no weight may be written now, or None."""
+    if not is_disaggregated(scheduler) and scheduler.pp_group.world_size == 1:
+        return None
+    if all(of_all_ranks(scheduler.is_fully_idle())):
+        return None
+    return "requests are under way, of which this scheduler has a part: update the weights when they have ended"
+
+
+def not_whole(scheduler: Any) -> str | None:
+    """Why a request must not begin, or None. Servers of disaggregated prefill or decode ask when it comes, the others
+    when it would be computed (`get_next_batch_to_run`).
+    """
+    updates = updates_of(scheduler) if is_disaggregated(scheduler) else None
+    return None if updates is None else updates.problem
 
 
 @contextmanager

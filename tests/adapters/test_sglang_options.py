@@ -36,6 +36,7 @@ def start(device="cpu", **settings):
         get_exec().graph.cuda_graph_config.prefill.backend = "breakable"
     table = options.options("bfloat16", fp8=False)
     table.require_supported(compat.server_options())
+    options.require_one_stage_for_drafts(compat.server_options())
     compat.settle_graphs(torch.device(device))
     return table
 
@@ -66,8 +67,17 @@ print(json.dumps(answers))
 """
 
 SETTINGS: dict[str, tuple[str, dict[str, Any], str | None]] = {
-    "tensor parallel": ("cpu", {"tp_size": 2}, "tp_size=2: the model serves on one rank"),
-    "pipeline": ("cpu", {"pp_size": 2}, "pp_size=2: the model serves on one rank"),
+    "tensor parallel": ("cpu", {"tp_size": 2}, None),
+    "pipeline": ("cpu", {"pp_size": 2}, None),
+    "data parallel": ("cpu", {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True}, None),
+    "drafts in stages": (
+        "cpu",
+        {"drafts": True, "pp_size": 2},
+        "speculative_algorithm='EAGLE' with pp_size=2: a draft reads the target's embedding, which is on another",
+    ),
+    "context parallel": ("cpu", {"tp_size": 2, "attn_cp_size": 2}, "attn_cp_size=2: a sequence's tokens are on one"),
+    "dense MLPs": ("cpu", {"tp_size": 2, "moe_dense_tp_size": 1}, "moe_dense_tp_size=1: attention's TP ranks share"),
+    "two batches": ("cpu", {"enable_two_batch_overlap": True}, "enable_two_batch_overlap=True: the order of its"),
     "fp8 cache": ("cpu", {"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype='fp8_e4m3': the latent cache has"),
     "fp8 weights": ("cpu", {"quantization": "fp8"}, "quantization='fp8': the checkpoint's weights are served as they"),
     "offload": ("cpu", {"cpu_offload_gb": 1}, "cpu_offload_gb=1: all weights stay on the device"),
