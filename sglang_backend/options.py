@@ -33,18 +33,27 @@ def require_environment() -> None:
             raise EngineError(f"dsv3-plugin does not serve with {name}={os.environ[name]}: {reason}; unset it")
 
 
-def require_one_stage_for_drafts(values: Mapping[str, Any]) -> None:
-    """Raise `EngineError` for drafts of a model that pipeline stages share.
+def require_possible_in_stages(values: Mapping[str, Any]) -> None:
+    """Raise `EngineError` for what a model that pipeline stages share does not do.
 
     Args:
         values: SGLang's options as it was started.
     """
-    if values["pp_size"] > 1 and values["speculative_algorithm"] is not None:
-        raise EngineError(
-            f"dsv3-plugin does not serve speculative_algorithm={values['speculative_algorithm']!r} with"
-            f" pp_size={values['pp_size']}: a draft reads the target's embedding, which is on another stage than its"
-            " head. Leave one of them out"
-        )
+    if values["pp_size"] == 1:
+        return
+    for name, nothing, reason in (
+        (
+            "speculative_algorithm",
+            None,
+            "a draft reads the target's embedding, which is on another stage than its head",
+        ),
+        ("disaggregation_mode", "null", "not tested with stages"),
+    ):
+        if values[name] != nothing:
+            raise EngineError(
+                f"dsv3-plugin does not serve {name}={values[name]!r} with pp_size={values['pp_size']}: {reason}."
+                " Leave one of them out"
+            )
 
 
 def options(dtype: str, *, fp8: bool) -> Options:

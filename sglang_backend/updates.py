@@ -35,6 +35,7 @@ from dsv3_plugin.errors import CheckpointError, DSV3Error
 from dsv3_plugin.layers.model import derived_is_current, weights_changed
 from dsv3_plugin.sglang_backend import compat
 from dsv3_plugin.sglang_backend.layout import of_all_ranks
+from dsv3_plugin.sglang_backend.stages import Answers
 
 logger = logging.getLogger("sglang.dsv3_plugin")
 
@@ -58,6 +59,7 @@ class Updates:
         self.released = False
         """Whether the memory of the weights is given away."""
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.answers = Answers()
 
     @property
     def problem(self) -> str | None:
@@ -378,6 +380,8 @@ def check_weights(original: Original, manager: Any, request: Any) -> Any:
 def get_next_batch_to_run(original: Original, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """With weights that may not answer no request is computed: each ends with an error that says why."""
     updates = updates_of(scheduler)
+    if updates is not None:
+        updates.answers.send(scheduler)
     if updates is not None and scheduler.waiting_queue and (problem := updates.problem) is not None:
         from sglang.srt.managers.io_struct import AbortReq
         from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -393,11 +397,9 @@ def get_next_batch_to_run(original: Original, scheduler: Any, *args: Any, **kwar
 
 
 def get_internal_state(original: Original, scheduler: Any, request: Any) -> Any:
-    """Adds what `Updates.state` says."""
-    output = original(scheduler, request)
-    if (updates := updates_of(scheduler)) is not None:
-        output.internal_state["dsv3"] = updates.state()
-    return output
+    """Adds what `Updates.state` says, of all stages."""
+    output, updates = original(scheduler, request), updates_of(scheduler)
+    return output if updates is None else updates.answers.say(request, output, updates.state())
 
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"

@@ -72,7 +72,7 @@ def prepare(hf_config: Any, served: str, path: str, load_format: str) -> tuple[O
     table = options.options(dtype_name(dtype), fp8=config.quantization_config is not None)
     values = compat.server_options()
     table.require_supported(values)
-    options.require_one_stage_for_drafts(values)
+    options.require_possible_in_stages(values)
     layout = layout_of(config)
     compat.settle_graphs(device, layout)
     profile = profile_for(config, dtype)

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import time
-import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,6 +23,7 @@ from engines import (
     post,
     predict_logits,
     python_of,
+    refusal,
     run,
     serving,
     shipped_testee,
@@ -281,14 +281,6 @@ def test_sglang_serve_drafts(tiny_checkpoint, tmp_path: Path) -> None:
     assert f"{threshold}=0.1: a token is drawn from the target's distribution" in log.read_text()
     for name in ("DeepseekV3ForCausalLM", "DeepseekV3ForCausalLMNextN"):
         assert re.search(rf"dsv3-plugin \S+ serves {name}: profile bf16, strict mode", log.read_text())
-
-
-def refusal(address: str, path: str, body: dict[str, object]) -> str:
-    """What a server answers to a request that it refuses."""
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        post(address, path, body)
-    assert caught.value.code == 400
-    return caught.value.read().decode()
 
 
 PLUGIN_PROGRAM = """

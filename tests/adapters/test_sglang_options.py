@@ -36,7 +36,7 @@ def start(device="cpu", **settings):
         get_exec().graph.cuda_graph_config.prefill.backend = "breakable"
     table = options.options("bfloat16", fp8=False)
     table.require_supported(compat.server_options())
-    options.require_one_stage_for_drafts(compat.server_options())
+    options.require_possible_in_stages(compat.server_options())
     compat.settle_graphs(torch.device(device))
     return table
 

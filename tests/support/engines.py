@@ -121,3 +121,11 @@ def post(address: str, path: str, body: dict[str, object]) -> dict[str, object]:
 def get(address: str, path: str) -> dict[str, object]:
     with urllib.request.urlopen(address + path, timeout=120) as answer:
         return json.load(answer)
+
+
+def refusal(address: str, path: str, body: dict[str, object]) -> str:
+    """What a server answers to a request that it refuses."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(address, path, body)
+    assert caught.value.code == 400
+    return caught.value.read().decode()

@@ -1,0 +1,188 @@
+"""SGLang on several ranks: the bits of one, in real engines."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import (
+    REFERENCE,
+    cut_short,
+    free_port,
+    get,
+    post,
+    predict_logprobs,
+    python_of,
+    refusal,
+    run,
+    serving,
+    shipped_testee,
+)
+from typer.testing import CliRunner
+
+from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
+from dsv3_plugin.checkpoint.presets import read_config
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.commands.cli import app
+from dsv3_plugin.conformance.layouts import ParallelLayout
+
+PROMPT = list(range(300, 340))
+
+
+@pytest.fixture(scope="module")
+def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What Python would compile again in each of so many processes."""
+    return tmp_path_factory.mktemp("bytecode")
+
+
+@pytest.fixture(autouse=True)
+def _shared(bytecode: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(bytecode))
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "layout", "dtype", "slices"),
+    [
+        ("sglang", "dp=2,ep=2", "fp8", "1"),
+        ("sglang", "tp=2", "bf16", "2"),
+        ("sglang", "pp=2", "bf16", "1"),
+        ("sglang-0.5.17", "dp=2,ep=2", "bf16", "1"),
+        ("sglang-0.5.23", "dp=2,ep=2", "bf16", "1"),
+    ],
+)
+def test_a_layout_has_the_bits_of_one_rank(
+    tiny_checkpoint, tmp_path: Path, monkeypatch, environment: str, layout: str, dtype: str, slices: str
+) -> None:
+    """Prompts in chunks beside decodes, prefix hits, drafts, and a rank without requests in the last rounds."""
+    monkeypatch.setenv("DSV3_REDUCTION_SLICES", slices)
+    testee = shipped_testee(environment).on(ParallelLayout.parse(layout))
+    report = run([REFERENCE, testee], tiny_checkpoint(dtype), tmp_path, "prefix_cache_chunked", "mtp_2")
+    assert report.passed, (report.problems, [(v.problems, v.comparisons) for v in report.verdicts if not v.passed])
+    drafts = report.results[testee.name].cases[-1]
+    if layout == "pp=2":
+        assert all("no drafts for a model in stages" in (request.unsupported or "") for request in drafts.requests)
+    else:
+        assert 0 < drafts.num_accepted_tokens < drafts.num_draft_tokens
+    for verdict in report.verdicts:
+        if not verdict.declined:
+            pair = verdict.between("reference", testee.name)
+            assert pair is not None and pair.equal_rows > 500, verdict.case.name
+
+
+def server(checkpoint: Path, port: int, *arguments: str) -> list[str]:
+    """The command of an SGLang server on a CPU."""
+    command = [python_of("sglang"), "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "bfloat16"]
+    command += ["--attention-backend", "dsv3", "--disable-cuda-graph", "--enable-deterministic-inference"]
+    command += ["--context-length", "256", "--max-total-tokens", "2048", "--max-running-requests", "8"]
+    return [*command, *arguments]
+
+
+def predicted(checkpoint: Path, prompt: list[int], answer: dict[str, Any]) -> bool:
+    """Whether an answer's tokens, and the log-probabilities of the best 128 for each, are one rank's."""
+    tokens, meta = answer["output_ids"], answer["meta_info"]
+    rows = predict_logprobs(checkpoint, prompt + tokens)[len(prompt) - 1 : -1]
+    best = [[item[0] for item in items] for items in meta["output_top_logprobs"]]
+    return len(tokens) == 6 and rows.argmax(-1).tolist() == tokens and best == rows.topk(128).values.tolist()
+
+
+def ask(address: str, prompt: list[int], **more: Any) -> dict[str, Any]:
+    params = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
+    body = {"input_ids": prompt, "sampling_params": params, "return_logprob": True, "top_logprobs_num": 128}
+    return post(address, "/generate", body | more)
+
+
+def is_there(address: str) -> bool:
+    """Whether the server accepts a connection."""
+    try:
+        get(address, "/health")
+    except OSError as error:
+        return "refused" not in str(error)
+    return True
+
+
+def process_of(port: int, title: str) -> int:
+    """The process of that title whose parent, or its parent, serves at a port."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if title not in (folder / "cmdline").read_text():
+                continue
+            parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            if f"--port\0{port}\0" in Path("/proc", parent, "cmdline").read_text():
+                return int(folder.name)
+        except OSError:  # it has ended
+            continue
+    raise AssertionError(f"no {title} at {port}")
+
+
+def test_a_server_on_ranks_and_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers, takes new weights on all ranks, tells what they hold, and ends when one of them dies."""
+    monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
+    port, log = free_port(), tmp_path / "serve.log"
+    main, other = tmp_path / "main", tmp_path / "other"
+    config = read_config("tiny") | {"num_nextn_predict_layers": 0}
+    for seed, path in (1, main), (2, other):
+        make_checkpoint(config, path, seed, dtype=CheckpointDtype("bf16"))
+    with serving(server(main, port, "--tp", "2", "--pp-size", "2"), port, log, {}) as address:
+        with ThreadPoolExecutor(2) as threads:
+            prompts = [PROMPT, PROMPT[:7]]
+            for prompt, answer in zip(prompts, threads.map(lambda p: ask(address, p), prompts), strict=True):
+                assert predicted(main, prompt, answer)
+        same = CliRunner().invoke(app, ["fingerprint", address, str(main)])
+        assert same.exit_code == 0, same.output
+        assert CliRunner().invoke(app, ["fingerprint", address, str(other)]).exit_code == 1
+        # An expert of the other rank, and one that both hold a part of.
+        tensors = dict(CheckpointReader(main).tensors())
+        for name in "model.layers.1.mlp.experts.15.up_proj.weight", "model.layers.0.self_attn.o_proj.weight":
+            held = post(address, "/get_weights_by_name", {"name": name, "truncate_size": 3})
+            assert held == tensors[name][:3].float().tolist()
+
+        broken = cut_short(other, tmp_path / "broken")
+        assert "truncated" in refusal(address, "/update_weights_from_disk", {"model_path": str(broken)})
+        assert predicted(main, PROMPT, ask(address, PROMPT))
+        post(address, "/update_weights_from_disk", {"model_path": str(other)})
+        assert predicted(other, PROMPT, ask(address, PROMPT))
+        assert CliRunner().invoke(app, ["fingerprint", address, str(other)]).exit_code == 0
+
+        # As the system ends one that wants too much memory.
+        os.kill(process_of(port, "scheduler_PP1_TP1"), signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while is_there(address):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    assert "Connection closed by peer" in log.read_text()
+
+
+def test_what_prefill_computed_is_answered_from(tiny_checkpoint, tmp_path: Path) -> None:
+    """Prefill in one server, decode in another, latent rows between them over Mooncake's TCP."""
+    found = subprocess.run(
+        [python_of("sglang"), "-c", "import mooncake.engine, prometheus_client"], capture_output=True, text=True
+    )
+    if found.returncode:
+        pytest.skip(f"not run without mooncake-transfer-engine-non-cuda: {found.stderr.splitlines()[-1]}")
+    checkpoint, meeting = tiny_checkpoint("bf16"), free_port()
+    apart = ["--disaggregation-transfer-backend", "mooncake_tcp", "--disaggregation-bootstrap-port", str(meeting)]
+    apart += ["--disable-overlap-schedule", "--speculative-algorithm", "EAGLE", "--speculative-num-steps", "1"]
+    apart += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "2"]
+
+    def start(mode: str) -> str:
+        port = free_port()
+        command = server(checkpoint, port, "--disaggregation-mode", mode, *apart)
+        return servers.enter_context(serving(command, port, tmp_path / f"{mode}.log", {}))
+
+    with ExitStack() as servers, ThreadPoolExecutor() as threads:
+        addresses = list(threads.map(start, ("prefill", "decode")))
+        for room, prompt in enumerate((PROMPT, PROMPT[:13], PROMPT), 1):
+            place = {"bootstrap_host": "127.0.0.1", "bootstrap_port": meeting, "bootstrap_room": room}
+            first, whole = threads.map(partial(ask, prompt=prompt, **place), addresses)
+            assert first["output_ids"] == whole["output_ids"][:1]
+            assert predicted(checkpoint, prompt, whole)
