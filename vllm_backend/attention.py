@@ -45,6 +45,8 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+    answers = True
+    """Whether the next pass is of requests. A rank also makes passes only because others wait for it."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -64,8 +66,9 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
 
         Here and not in the model, whose forward pass no one enters when a CUDA graph is replayed.
         """
-        for weight_loader in self.weight_loaders:
-            weight_loader.require_whole()
+        if self.answers:
+            for weight_loader in self.weight_loaders:
+                weight_loader.require_whole()
         return self._build(common_attn_metadata)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> LatentMetadata:

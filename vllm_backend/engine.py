@@ -23,6 +23,7 @@ from dsv3_plugin.vllm_backend import worker
 
 Method = Callable[..., Any]
 Outputs = dict[int, EngineCoreOutputs]
+_WRITES = "reload_weights", "start_weight_update", "start_draft_weight_update", "update_weights"
 
 
 def install() -> None:
@@ -63,6 +64,24 @@ def _may_write(original: Method, core: Any, *args: Any, **kwargs: Any) -> Any:
             core.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
 
 
+def _rpc(original: Method, core: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    """Raises `EngineError` where weights are written while other engines' requests may use this one's experts."""
+    runs = hasattr(core, "scheduler") and core.scheduler.pause_state == PauseState.UNPAUSED
+    if not runs or core.vllm_config.parallel_config.data_parallel_size == 1:
+        return _may_write(original, core, method, *args, **kwargs)
+    refusal = EngineError(
+        "weights may not change while data-parallel engines, which use each other's experts, run: pause generation"
+        " before (POST /pause), resume after"
+    )
+    if method in _WRITES:
+        raise refusal
+    before = core.dsv3_weights or _weights(core)
+    result = _may_write(original, core, method, *args, **kwargs)
+    if core.dsv3_weights != before:  # by a function of the trainer's
+        raise refusal
+    return result
+
+
 def _step(original: Method, core: Any) -> tuple[Outputs | None, bool]:
     problem = next((weights.problem for weights in core.dsv3_weights or () if weights.problem is not None), None)
     if problem is None or not core.scheduler.has_unfinished_requests():
@@ -79,7 +98,7 @@ def _step(original: Method, core: Any) -> tuple[Outputs | None, bool]:
 
 
 _WRAPPED: dict[str, Method] = {
-    "collective_rpc": _may_write,
+    "collective_rpc": _rpc,
     "wake_up": _may_write,
     "step": _step,
     "step_with_batch_queue": _step,

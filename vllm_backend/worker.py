@@ -27,6 +27,7 @@ from dsv3_plugin.engines import class_name, is_ours
 from dsv3_plugin.errors import CheckpointError, EngineError
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.vllm_backend import layerwise, sampling
+from dsv3_plugin.vllm_backend.attention import LatentMetadataBuilder
 from dsv3_plugin.vllm_backend.eplb import MovableExperts
 
 Method = Callable[..., Any]
@@ -108,6 +109,15 @@ def _warm_up(original: Method, worker: Any) -> Any:
     """The last call before requests."""
     sampling.make_exact(worker.model_runner)
     return original(worker)
+
+
+def _dummy_batch(original: Method, worker: Any) -> None:
+    """Other ranks wait for this pass, whose tokens are nobody's, whatever the weights are."""
+    LatentMetadataBuilder.answers = False
+    try:
+        original(worker)
+    finally:
+        LatentMetadataBuilder.answers = True
 
 
 # The weight-transfer calls. vLLM tells its transfer engine which model, target or draft, an update is of.
@@ -238,6 +248,7 @@ def _derive_rotary_tables(model: nn.Module, config: DeepseekV3Config) -> None:
 
 _WRAPPED: dict[str, Method] = {
     "compile_or_warm_up_model": _warm_up,
+    "execute_dummy_batch": _dummy_batch,
     "start_weight_update": _start,
     "start_draft_weight_update": _start,
     "finish_weight_update": _finish,

@@ -271,10 +271,14 @@ def tensors(made):
 
 first = tensors(builder.build_for_cudagraph_capture(step([37, 16], [6, 1])))
 asked_by_capture = list(asked)
+LatentMetadataBuilder.answers = False
+builder.build(0, step([37, 16], [6, 1]))
+LatentMetadataBuilder.answers = True
+asked_by_dummy = list(asked)
 kept = {name: (x.data_ptr(), x) for name, x in first.items()}
 second = tensors(builder.build(0, step([15, 64, -1], [16, 5, 1])))
 print(json.dumps({
-    "asked": [asked_by_capture, asked],
+    "asked": [asked_by_capture, asked_by_dummy, asked],
     "values": {name: x.tolist() for name, x in second.items()},
     "same address": [second[name].data_ptr() == address for name, (address, _) in kept.items()],
     "as a graph reads it": {name: x.tolist() for name, (_, x) in kept.items()},
@@ -285,13 +289,13 @@ print(json.dumps({
 @pytest.mark.parametrize("environment", ["vllm", "vllm-0.27.1"])
 def test_a_step_s_metadata_stays_where_a_cuda_graph_reads_it(environment: str) -> None:
     """The second step is seen through the first one's tensors, the captured ones. A slot of -1 is page 0, which no
-    request has. Each step asks whether the weights are whole, a capture does not.
+    request has. Each step asks whether the weights are whole; a capture does not, nor a pass that answers nobody.
     """
     done = subprocess.run([python_of(environment), "-c", METADATA_PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["values"] == {"pages": [0, 4, 0], "offsets": [15, 0, 0], "seq_lens": [16, 5, 1]}
-    assert told["asked"] == [[], ["whole"]]
+    assert told["asked"] == [[], [], ["whole"]]
     assert told["same address"] == [True] * 3
     assert told["as a graph reads it"] == {"pages": [0, 4], "offsets": [15, 0], "seq_lens": [16, 5]}
 

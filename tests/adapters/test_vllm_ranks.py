@@ -184,3 +184,56 @@ def test_a_server_on_two_ranks(tiny_checkpoint, tmp_path: Path, monkeypatch: pyt
         while server.is_there():
             assert time.monotonic() < deadline
     assert re.search(r"Worker proc VllmWorker-\d died unexpectedly", log.read_text())
+
+
+PAUSE_PROGRAM = """
+from types import SimpleNamespace
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine.core import EngineCore
+from dsv3_plugin.vllm_backend import engine, worker
+
+updates = [1]
+
+
+def collective_rpc(method, *args, **kwargs):
+    if method in ("reload_weights", write):
+        updates[0] += 1
+    return [worker.Weights(list(updates), None)]
+
+
+def write(worker):
+    pass
+
+
+def told(size, state, method):
+    updates[0] = 1
+    core = SimpleNamespace(
+        dsv3_weights=None,
+        model_executor=SimpleNamespace(collective_rpc=collective_rpc),
+        reset_prefix_cache=lambda **kwargs: None,
+        scheduler=SimpleNamespace(pause_state=state),
+        vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=size)),
+    )
+    try:
+        EngineCore.collective_rpc(core, method)
+        return updates[0]
+    except Exception as error:
+        return f"{updates[0]} {type(error).__name__}: {error}"
+
+
+engine.install()
+for size, state in (1, PauseState.UNPAUSED), (2, PauseState.PAUSED_ALL), (2, PauseState.UNPAUSED):
+    for method in "dsv3_fingerprint", "reload_weights", write:
+        print("TOLD", told(size, state, method))
+"""
+
+
+@pytest.mark.parametrize("environment", ["vllm", "vllm-0.27.1"])
+def test_weights_change_while_data_parallel_engines_pause(environment: str) -> None:
+    """Another engine's request may need this one's experts. A trainer's function is known by what it did."""
+    done = subprocess.run([python_of(environment), "-c", PAUSE_PROGRAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = [line.removeprefix("TOLD ") for line in done.stdout.splitlines() if line.startswith("TOLD ")]
+    assert told[:7] == ["1", "2", "2", "1", "2", "2", "1"]
+    refusal = "EngineError: weights may not change while data-parallel engines, which use each other's experts, run"
+    assert told[7].startswith(f"1 {refusal}") and told[8].startswith(f"2 {refusal}")
