@@ -394,7 +394,9 @@ def _schedule_problems(case: Case, result: Result, outcome: CaseResult) -> list[
         return []
     problems = []
     last_round = outcome.requests[-len(case.single_rounds[-1]) :]
-    cached = min((r.num_cached_tokens for r in last_round if r.unsupported is None), default=0)
+    # A data-parallel rank finds what its own requests left.
+    least = max if ParallelLayout.parse(result.layout).dp > 1 else min
+    cached = least((r.num_cached_tokens for r in last_round if r.unsupported is None), default=0)
     if cached < case.min_cached_tokens:
         problems.append(f"{cached} tokens came from the prefix cache, {case.min_cached_tokens} should have")
     if outcome.num_accepted_tokens < case.min_accepted_tokens:
