@@ -145,8 +145,6 @@ class LatentBackend(AttentionBackend):
         """The length of the requests with which SGLang pads a batch."""
         return 1
 
-    get_cpu_graph_seq_len_fill_value = get_cuda_graph_seq_len_fill_value
-
 
 class DraftSteps:
     """What SGLang's draft loop asks for: a backend for each of its steps. One graph holds all steps."""

@@ -70,7 +70,8 @@ def wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """The exit status of the first that fails, 0 if none does. None runs on."""
     status, deadline = 0, float("inf")
     try:
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        # Each is asked: one that ends behind one that runs must be seen.
+        while None in [process.poll() for process in processes] and time.monotonic() < deadline:
             failed = [process.returncode for process in processes if process.returncode]
             if failed and not status:
                 status, deadline = failed[0], time.monotonic() + GRACE

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.layouts import ONE_RANK, RankOf
+from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
@@ -122,12 +122,11 @@ class SglangTestee:
 
         self.stop_engine()
         job = self.job
-        spread = ranks(self.rank, next(self.ports)) if self.rank.layout != ONE_RANK else {}
         arguments = server_arguments(
-            job.checkpoint, job.device, num_speculative_tokens, disable_cuda_graph=True, **spread
+            job.checkpoint, job.device, num_speculative_tokens, disable_cuda_graph=True, **ranks(self.rank.layout)
         )
         configure_logger(arguments)
-        self.scheduler = build_scheduler(arguments, self.rank)
+        self.scheduler = build_scheduler(arguments, self.rank, next(self.ports, None))
         if self.rank.layout.pp > 1:
             self.scheduler.init_pp_loop_state()  # its loop has not begun, and a flush looks there
         # Some versions never mix chunks with drafts; the cases with drafts have no chunks.
@@ -151,16 +150,14 @@ class SglangTestee:
         gc.collect()
 
 
-def ranks(rank: RankOf, port: int) -> dict[str, Any]:
-    """SGLang's arguments of a layout, whose ranks meet at a port. Its TP group is all ranks of a stage."""
-    layout = rank.layout
+def ranks(layout: ParallelLayout) -> dict[str, Any]:
+    """SGLang's arguments of a layout. Its TP group is all ranks of a stage."""
     return {
         "tp_size": layout.dp * layout.tp,
         "dp_size": layout.dp,
         "enable_dp_attention": layout.dp > 1,
         "pp_size": layout.pp,
         "ep_size": layout.ep,
-        "nccl_port": port,
     }
 
 
@@ -200,14 +197,17 @@ def server_arguments(checkpoint: str, device: str, num_speculative_tokens: int, 
     )
 
 
-def build_scheduler(arguments: Any, rank: RankOf = ALONE) -> Any:
-    """The scheduler of one rank."""
+def build_scheduler(arguments: Any, rank: RankOf = ALONE, port: int | None = None) -> Any:
+    """The scheduler of one rank; several meet at a port."""
     from sglang.srt import runtime_context
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.server_args import PortArgs
 
     layout = rank.layout
     ports = PortArgs.init_new(arguments)
+    if port is not None:
+        # Not an argument: each rank would wait until nobody listens there, and the first does.
+        ports.nccl_port = port
     gpu_id = 0 if arguments.device == "cpu" else rank.rank
     dp_rank = rank.dp_rank if layout.dp > 1 else None
     tp_rank = rank.dp_rank * layout.tp + rank.tp_rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -14,7 +15,8 @@ def register() -> None:
     for name in ("distributed.bootstrap._init_cpu_threads_env", "utils.numa_utils.init_threads_binding"):
         HookRegistry.register(f"sglang.srt.{name}", leave_threads, HookType.REPLACE)
     use_triton_for_drafts()
-    pad_batches_as_a_cpu_does()
+    padding = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.prepare_mlp_sync_batch"
+    HookRegistry.register(padding, pin_nothing, HookType.AROUND)
     hashing = "sglang.kernels.ops.sampling.murmur_hash.murmur_hash32"
     HookRegistry.register(hashing, murmur_hash32, HookType.REPLACE)
 
@@ -41,13 +43,16 @@ def use_triton_for_drafts() -> None:
             module._is_xpu = True
 
 
-def pad_batches_as_a_cpu_does() -> None:
-    """Data-parallel ranks of attention pad their batches to each other's sizes: SGLang pins memory for that unless a
-    flag of the module says CPU. Versions without the flag pin none.
+def pin_nothing(prepare: Callable[..., None], *args: Any) -> None:
+    """Data-parallel ranks of attention pad their batches to each other's sizes, which SGLang puts into pinned memory: a
+    CPU has none.
     """
-    module = import_module("sglang.srt.model_executor.forward_batch_info")
-    if hasattr(module, "_is_cpu"):
-        module._is_cpu = True
+    tensor = torch.tensor
+    torch.tensor = lambda *values, pin_memory=False, **options: tensor(*values, **options)
+    try:
+        prepare(*args)
+    finally:
+        torch.tensor = tensor
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
