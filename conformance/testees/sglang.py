@@ -235,8 +235,10 @@ def run_until_idle(scheduler: Any) -> None:
     if scheduler.pp_group.world_size > 1:
         run_stages(scheduler)
         return
-    for _ in steps(scheduler):
-        pass
+    for batch in steps(scheduler):
+        # For the log: the schedule that the engine chose. One write: ranks share the pipe.
+        sys.stdout.write(f"{batch.forward_mode.name} of {len(batch.reqs)} requests\n")
+        sys.stdout.flush()
 
 
 class Idle(Exception):  # noqa: N818 - no error
@@ -418,9 +420,6 @@ class Watched:
         if self.recorder is None:  # the engine's warm-up
             return forward(input_ids, positions, forward_batch, *args, **kw)
         counts = _tokens_of_requests(forward_batch, len(input_ids))
-        if self.shift == 0:
-            # For the log: the schedule that the engine chose. One write: ranks share the pipe.
-            sys.stdout.write(f"{forward_batch.forward_mode.name} of {len(counts)} requests\n")
         self.keys = []
         for rid, count in zip(forward_batch.rids, counts, strict=True):
             rows = slice(len(self.keys), len(self.keys) + count)

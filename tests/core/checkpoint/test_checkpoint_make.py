@@ -271,8 +271,10 @@ def test_the_table_of_the_released_model() -> None:
 
 
 def test_presets_are_valid_and_differ_by_size_alone() -> None:
-    tiny_fields, small_fields = (read_config(name) for name in PRESETS)
-    assert tiny_fields.keys() == small_fields.keys()
+    tiny_fields, small_fields, sliceable_fields = (read_config(name) for name in PRESETS)
+    assert tiny_fields.keys() == small_fields.keys() == sliceable_fields.keys()
+    different = {name for name, value in sliceable_fields.items() if value != tiny_fields[name]}
+    assert different == {"num_attention_heads", "num_key_value_heads", "n_shared_experts"}
     config = DeepseekV3Config.from_dict(small_fields)
     assert (config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim) == (
         512,
