@@ -74,7 +74,7 @@ def test_a_layout_has_the_bits_of_one_rank(
     else:
         assert 0 < drafts.num_accepted_tokens < drafts.num_draft_tokens
     for verdict in report.verdicts:
-        if not verdict.declined:
+        if not verdict.unsupported[testee.name]:
             pair = verdict.between("reference", testee.name)
             assert pair is not None and pair.equal_rows > 500, verdict.case.name
 
