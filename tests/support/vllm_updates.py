@@ -149,7 +149,7 @@ class Probe:
     def places(self) -> dict[str, int]:
         target, draft = self.worker.model_runner.model, self.worker.model_runner.drafter.model
         tensors = dict(target.named_parameters()) | {f"draft.{name}": p for name, p in draft.named_parameters()}
-        for i, layer in enumerate((*target.model.layers, draft.model.layer)):
+        for i, layer in enumerate((*target.model.layers.values(), draft.model.layer)):
             tensors |= {f"derived.{i}.{j}": tensor for j, tensor in enumerate(layer.self_attn.absorbed_weights())}
         return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
