@@ -120,7 +120,9 @@ class Placement:
         """EPLB's `logical_to_physical_map`, int64 [num_experts, most replicas], -1 behind an expert's last slot, and
         `logical_replica_count`, int64 [num_experts].
         """
-        slots = [[slot for slot, held in enumerate(self.experts) if held == expert] for expert in range(num_experts)]
+        slots: list[list[int]] = [[] for _ in range(num_experts)]
+        for slot, expert in enumerate(self.experts):
+            slots[expert].append(slot)
         most = max(map(len, slots))
         padded = [own + [-1] * (most - len(own)) for own in slots]
         return torch.tensor(padded), torch.tensor([len(own) for own in slots])

@@ -42,7 +42,7 @@ class MovableExperts:
     @property
     def moe_layers(self) -> list[ExpertParallelMoE]:
         """The layers whose experts ranks share, in order."""
-        return [module for module in self.model.modules() if isinstance(module, ExpertParallelMoE)]
+        return list(self._layers().values())
 
     @property
     def num_moe_layers(self) -> int:
@@ -102,14 +102,13 @@ class MovableExperts:
 
     def follow_experts(self) -> None:
         """Tell the weight loader where vLLM has moved experts to."""
-        held = {i: layer for i, layer in self._layers() if layer.expert_load is not None}
-        if held:
-            placements = {i: placement_of(layer) for i, layer in held.items()}
+        placements = {i: placement_of(layer) for i, layer in self._layers().items() if layer.expert_load is not None}
+        if placements:
             self.layout = replace(self.layout, placements=placements)
             self.weight_loader.follow(self.layout)
 
-    def _layers(self) -> list[tuple[int, ExpertParallelMoE]]:
-        return [(int(i), m.mlp) for i, m in self.model.layers.items() if isinstance(m.mlp, ExpertParallelMoE)]
+    def _layers(self) -> dict[int, ExpertParallelMoE]:
+        return {int(i): m.mlp for i, m in self.model.layers.items() if isinstance(m.mlp, ExpertParallelMoE)}
 
 
 def placement_of(layer: ExpertParallelMoE) -> Placement:

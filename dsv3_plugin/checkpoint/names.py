@@ -82,11 +82,16 @@ def copied_from(name: str) -> str:
     return "lm_head.weight" if name.endswith("shared_head.head.weight") else "model.embed_tokens.weight"
 
 
-@lru_cache(maxsize=8)
 def checkpoint_tensors(config: DeepseekV3Config, layout: Layout = WHOLE) -> Mapping[str, TensorSpec]:
     """All tensors of a checkpoint with this configuration by name, in the order of the released files, with their
     targets on a rank of `layout`.
     """
+    return _checkpoint_tensors(config, layout)
+
+
+# Behind a function of its own: with a default, `f(x)` and `f(x, WHOLE)` would be two entries of 92,000 tensors.
+@lru_cache(maxsize=8)
+def _checkpoint_tensors(config: DeepseekV3Config, layout: Layout) -> Mapping[str, TensorSpec]:
     table = _Table(config, layout)
     hidden, vocab = config.hidden_size, config.vocab_size
     embedding = "model.embed_tokens.weight"

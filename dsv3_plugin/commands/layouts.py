@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
-    place = RankOf(ParallelLayout.parse(options.layout), options.rank, tuple(map(int, options.ports.split(","))))
+    place = RankOf.parse(options.layout, options.rank, options.ports)
     rank = _Rank(place, options.checkpoint, options.device)
     rows = rank.measure([int(count) for count in options.tokens.split(",")], options.repeats)
     options.out.write_text(json.dumps(rows))

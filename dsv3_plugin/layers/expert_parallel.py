@@ -67,7 +67,7 @@ class ExpertParallelMoE(MoE):
         group = self.layout.experts
         of_ranks = slot_counts.view(group.size, -1)
         counts = group.exchange(of_ranks, [1] * group.size, [1] * group.size)
-        sent, received = of_ranks.sum(1).tolist(), counts.sum(1).tolist()
+        sent, received = torch.stack((of_ranks.sum(1), counts.sum(1))).tolist()  # the host waits once
         came = self._unpacked(group.exchange(self._packed(x), sent, received))
         # They came by rank, and by expert from each.
         local = torch.arange(counts.shape[1], device=counts.device).repeat(group.size)
@@ -77,7 +77,7 @@ class ExpertParallelMoE(MoE):
 
     def _packed(self, x: Activation) -> torch.Tensor:
         """One tensor [S, ...] of all that travels."""
-        if isinstance(x, torch.Tensor) and not self.experts.is_fp8:
+        if isinstance(x, torch.Tensor) and not self.ops.setting.profile.is_fp8:
             return x
         values, scale = quantize(self.ops, x)
         return torch.cat((values.view(torch.uint8), scale.contiguous().view(torch.uint8)), dim=1)

@@ -50,7 +50,6 @@ class Experts(nn.Module):
     def __init__(self, ops: Ops, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.ops = ops
-        self.is_fp8 = ops.setting.profile.is_fp8
         self.gate_up_proj = GroupedLinear(ops, num_experts, hidden_size, 2 * intermediate_size)
         self.down_proj = GroupedLinear(ops, num_experts, intermediate_size, hidden_size)
 
