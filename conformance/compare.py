@@ -200,8 +200,6 @@ def missing_rows(case: Case, requests: tuple[RequestResult, ...], rows: RowFile)
     Promised: the row that each generated token was chosen from, and every row of the prompt where the case or the
     request's log-probabilities ask for them; of requests that the testee can do.
     """
-    if all(result.unsupported is not None for result in requests):
-        return None
     if "logits" not in rows.streams:
         return "no logits at all"
     found = set(rows.keys("logits"))

@@ -77,6 +77,11 @@ class RankOf:
     ports: tuple[int, ...]
     """Free ports of this machine, the same for all ranks."""
 
+    @classmethod
+    def parse(cls, layout: str, rank: int, ports: str) -> RankOf:
+        """From what `testees.ranks.start_ranks` tells a process; ports are separated by commas."""
+        return cls(ParallelLayout.parse(layout), rank, tuple(map(int, ports.split(","))))
+
     @property
     def dp_rank(self) -> int:
         """Which of the processes with requests of their own."""
@@ -100,3 +105,7 @@ class RankOf:
     def has(self, index: int) -> bool:
         """Whether the request that is `index`-th of a round is this rank's."""
         return index % self.layout.dp == self.dp_rank
+
+
+ALONE = RankOf(ONE_RANK, 0, ())
+"""The process of one rank."""

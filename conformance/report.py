@@ -46,9 +46,9 @@ def layout_matrix(report: Report) -> dict[str, dict[str, LayoutCell]]:
     for name, result in report.results.items():
         comparisons = [c for v in report.verdicts if (c := v.between(SPECIFICATION, name)) is not None]
         declined = tuple(
-            f"{verdict.case.name}: {next(iter(requests.values()))}"
+            f"{verdict.case.name}: {next(iter(verdict.unsupported[name].values()))}"
             for verdict in report.verdicts
-            if len(requests := verdict.unsupported[name]) == len(verdict.case.requests)
+            if verdict.declined_by(name)
         )
         equal, different = sum(c.equal_rows for c in comparisons), sum(c.different_rows for c in comparisons)
         matrix.setdefault(result.testee, {})[result.layout] = LayoutCell(equal, different, declined)

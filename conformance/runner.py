@@ -134,7 +134,11 @@ class CaseVerdict:
     @property
     def declined(self) -> bool:
         """Whether no testee can run the case."""
-        return all(len(of_testee) == len(self.case.requests) for of_testee in self.unsupported.values())
+        return all(map(self.declined_by, self.unsupported))
+
+    def declined_by(self, testee: str) -> bool:
+        """Whether a testee can run no request of the case."""
+        return len(self.unsupported[testee]) == len(self.case.requests)
 
     def between(self, left: str, right: str) -> Comparison | None:
         """How two sides compare, if they were compared."""

@@ -28,7 +28,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import distributed as dist
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.conformance.layouts import ONE_RANK, RankOf
+from dsv3_plugin.conformance.layouts import ALONE, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, RequestResult, Served, prefix_digest
 from dsv3_plugin.conformance.rows import RowKey, RowRecorder, layer_streams
 from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
@@ -40,7 +40,6 @@ from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.weights import load_checkpoint
 
 Hook = Callable[[Any, Any, Any], None]
-ALONE = RankOf(ONE_RANK, 0, ())
 
 
 class MegatronTestee:

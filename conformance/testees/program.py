@@ -104,7 +104,7 @@ def main(make_testee: MakeTestee, make_rank: Callable[[Job, RankOf], Testee] | N
         elif options.rank is None:
             ranks.run_ranks(_this_program(), layout, job, options.job_dir, options.result_dir)
         else:
-            rank = RankOf(layout, options.rank, tuple(map(int, options.ports.split(","))))
+            rank = RankOf.parse(options.layout, options.rank, options.ports)
             run_job(lambda job: make_rank(job, rank), job, options.result_dir)
     except DSV3Error as error:
         print(f"error: {error}", file=sys.stderr)

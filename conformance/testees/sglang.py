@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout, RankOf
+from dsv3_plugin.conformance.layouts import ALONE, ParallelLayout, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
@@ -35,7 +35,6 @@ from dsv3_plugin.errors import ConformanceError
 from dsv3_plugin.sglang_backend import compat
 
 MAX_BATCHED_TOKENS = 2048
-ALONE = RankOf(ONE_RANK, 0, ())
 
 
 class SglangTestee:

@@ -34,14 +34,13 @@ import torch
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.cases import TOP_LOGPROBS
-from dsv3_plugin.conformance.layouts import ONE_RANK, RankOf
+from dsv3_plugin.conformance.layouts import ALONE, ONE_RANK, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, TokenTracker, pick
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.errors import ConformanceError, DSV3Error
 from dsv3_plugin.vllm_backend import compat
 
-ALONE = RankOf(ONE_RANK, 0, ())
 NO_DRAFTS = "vLLM's model runner V1 has no drafter on the first of several stages"
 
 
