@@ -15,15 +15,14 @@ from typing import Any
 
 import pytest
 from engines import (
-    REFERENCE,
     cut_short,
     free_port,
     get,
     post,
     predict_logprobs,
     python_of,
+    ran_as_one_rank,
     refusal,
-    run,
     serving,
     shipped_testee,
 )
@@ -63,20 +62,9 @@ def _shared(bytecode: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_layout_has_the_bits_of_one_rank(
     tiny_checkpoint, tmp_path: Path, monkeypatch, environment: str, layout: str, dtype: str, slices: str
 ) -> None:
-    """Prompts in chunks beside decodes, prefix hits, drafts, and a rank without requests in the last rounds."""
     monkeypatch.setenv("DSV3_REDUCTION_SLICES", slices)
     testee = shipped_testee(environment).on(ParallelLayout.parse(layout))
-    report = run([REFERENCE, testee], tiny_checkpoint(dtype), tmp_path, "prefix_cache_chunked", "mtp_2")
-    assert report.passed, (report.problems, [(v.problems, v.comparisons) for v in report.verdicts if not v.passed])
-    drafts = report.results[testee.name].cases[-1]
-    if layout == "pp=2":
-        assert all("no drafts for a model in stages" in (request.unsupported or "") for request in drafts.requests)
-    else:
-        assert 0 < drafts.num_accepted_tokens < drafts.num_draft_tokens
-    for verdict in report.verdicts:
-        if not verdict.unsupported[testee.name]:
-            pair = verdict.between("reference", testee.name)
-            assert pair is not None and pair.equal_rows > 500, verdict.case.name
+    ran_as_one_rank(testee, tiny_checkpoint(dtype), tmp_path, "no drafts for a model in stages")
 
 
 def server(checkpoint: Path, port: int, *arguments: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.error import HTTPError
 
 import pytest
-from engines import REFERENCE, free_port, post, predict_logprobs, python_of, run, serving
+from engines import REFERENCE, free_port, post, predict_logprobs, python_of, ran_as_one_rank, run, serving
 from paths import SUPPORT
 from typer.testing import CliRunner
 
@@ -62,21 +62,9 @@ def reads(work_dir: Path, layout: str) -> list[dict[str, Any]]:
 def test_a_layout_has_the_bits_of_one_rank(
     tiny_checkpoint, tmp_path: Path, monkeypatch, environment: str, layout: str, dtype: str, slices: str
 ) -> None:
-    """Prompts in chunks beside decodes, prefix hits, drafts, and a rank without requests in the last rounds."""
     monkeypatch.setenv("DSV3_REDUCTION_SLICES", slices)
-    testee = watched(environment, layout)
     checkpoint = tiny_checkpoint(dtype)
-    report = run([REFERENCE, testee], checkpoint, tmp_path, "prefix_cache_chunked", "mtp_2")
-    assert report.passed, (report.problems, [(v.problems, v.comparisons) for v in report.verdicts if not v.passed])
-    drafts = report.results[testee.name].cases[-1]
-    if layout == "pp=2":
-        assert all("no drafter on the first" in (request.unsupported or "") for request in drafts.requests)
-    else:
-        assert 0 < drafts.num_accepted_tokens < drafts.num_draft_tokens
-    for verdict in report.verdicts:
-        if layout != "pp=2" or not verdict.case.num_speculative_tokens:
-            pair = verdict.between("reference", testee.name)
-            assert pair is not None and pair.equal_rows > 500, verdict.case.name
+    ran_as_one_rank(watched(environment, layout), checkpoint, tmp_path, "no drafter on the first")
 
     if environment != "vllm":
         return

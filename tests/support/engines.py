@@ -46,6 +46,24 @@ def run(testees: Sequence[runner.TesteeCommand], checkpoint: Path, work_dir: Pat
     return runner.run(testees, checkpoint, lambda name, what: None, keep=work_dir / "kept", only=cases)
 
 
+def ran_as_one_rank(testee: runner.TesteeCommand, checkpoint: Path, work_dir: Path, no_drafts: str) -> None:
+    """Prompts in chunks beside decodes, prefix hits, drafts, and a rank without requests in the last rounds: the bits
+    of one rank. Stages decline the case of drafts, and say `no_drafts`.
+    """
+    report = run([REFERENCE, testee], checkpoint, work_dir, "prefix_cache_chunked", "mtp_2")
+    assert report.passed, (report.problems, [(v.problems, v.comparisons) for v in report.verdicts if not v.passed])
+    in_stages = testee.layout.pp > 1
+    drafts = report.results[testee.name].cases[-1]
+    if in_stages:
+        assert all(no_drafts in (request.unsupported or "") for request in drafts.requests)
+    else:
+        assert 0 < drafts.num_accepted_tokens < drafts.num_draft_tokens
+    for verdict in report.verdicts:
+        if not in_stages or not verdict.case.num_speculative_tokens:
+            pair = verdict.between("reference", testee.name)
+            assert pair is not None and pair.equal_rows > 500, verdict.case.name
+
+
 def own_model_served_when_switched_off(
     engine: str, checkpoint: Path, work_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> str:
