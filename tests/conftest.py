@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import time
 from collections import Counter
@@ -24,17 +25,35 @@ TinyCheckpoint = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+def run_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Of all processes of this run of pytest."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if hasattr(request.config, "workerinput") else folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(run_folder: Path) -> TinyCheckpoint:
     """`tiny_checkpoint("bf16")`: the preset `tiny` in `bf16`, `fp32` or `fp8`, seed 1, made once. Read it only."""
-    root = tmp_path_factory.mktemp("tiny-checkpoints")
+    root = run_folder / "tiny-checkpoints"
+    root.mkdir(exist_ok=True)
 
     def get(dtype: str) -> Path:
         path = root / dtype
-        if not path.exists():
-            make_checkpoint(read_config("tiny"), path, 1, dtype=CheckpointDtype(dtype))
+        with (root / f"{dtype}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                make_checkpoint(read_config("tiny"), path, 1, dtype=CheckpointDtype(dtype))
         return path
 
     return get
+
+
+@pytest.fixture(autouse=True)
+def _vllm_cache(run_folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a vLLM finds out about a model class, in a process that imports all of vLLM, it finds out once."""
+    parameters = getattr(request.node, "callspec", None)
+    environment = parameters.params.get("environment", "vllm") if parameters else "vllm"
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(run_folder / "vllm-cache" / environment))
 
 
 @pytest.fixture(scope="session")

@@ -4,20 +4,16 @@ its device.
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 from conftest import TinyCheckpoint
-from engines import python_of
+from engines import warm
 from paths import SUPPORT
 
 
 @pytest.mark.parametrize("environment", ["vllm", "vllm-0.27.1", "sglang", "sglang-0.5.17", "sglang-0.5.23"])
 def test_a_sparse_layer_and_a_step_without_reads(environment: str, tiny_checkpoint: TinyCheckpoint) -> None:
     program = SUPPORT / f"attention_in_{environment.partition('-')[0]}.py"
-    done = subprocess.run(
-        [python_of(environment), str(program), str(tiny_checkpoint("bf16"))], capture_output=True, text=True
-    )
+    done = warm(environment, program, tiny_checkpoint("bf16"))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "sparse equals whole sequences: True" in lines, done.stdout

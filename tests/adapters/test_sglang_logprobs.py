@@ -5,10 +5,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
 import pytest
-from engines import python_of
+from engines import warm
 
 PROGRAM = """
 import json
@@ -93,7 +92,7 @@ print(json.dumps({
 
 @pytest.mark.parametrize("environment", ["sglang", "sglang-0.5.17", "sglang-0.5.23"])
 def test_a_seed_draws_the_same_in_any_company(environment: str) -> None:
-    done = subprocess.run([python_of(environment), "-c", PROGRAM], capture_output=True, text=True)
+    done = warm(environment, "-c", PROGRAM)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(done.stdout.splitlines()[-1])
     # Of 48,000 tokens. Sums of probabilities round: beyond 1, where a request without top_p loses tokens beside one

@@ -22,6 +22,7 @@ from engines import (
     run,
     serving,
     shipped_testee,
+    warm,
 )
 from typer.testing import CliRunner
 
@@ -79,7 +80,7 @@ def vllm_serve(checkpoint: Path, log: Path, *arguments: str) -> AbstractContextM
     port = free_port()
     command = [str(Path(python_of("vllm")).with_name("vllm")), "serve", str(checkpoint), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-model-len", "256", *arguments]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CACHE_ROOT": str(log.parent / "vllm-cache")}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1"}
     # For /collective_rpc.
     settings |= {"VLLM_SERVER_DEV_MODE": "1"}
     return serving(command, port, log, settings)
@@ -127,43 +128,37 @@ class TestBadInput:
     """Each ends the engine with a last line that says what to do; none falls back to vLLM's own model."""
 
     @staticmethod
-    def start(checkpoint: Path, tmp_path: Path, arguments: str = "", **environment: str) -> tuple[int, str]:
+    def start(checkpoint: Path, arguments: str = "", **variables: str) -> tuple[int, str]:
         program = f"from vllm import LLM; LLM({str(checkpoint)!r}, enforce_eager=True, max_model_len=64, {arguments})"
-        settings = {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
-        }
-        done = subprocess.run(
-            [python_of("vllm"), "-c", program], capture_output=True, text=True, env=os.environ | settings | environment
-        )
+        settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        done = warm("vllm", "-c", program, **settings, **variables)
         return done.returncode, done.stdout + done.stderr
 
     def test_checkpoint_without_a_tensor(self, tiny_checkpoint, tmp_path: Path) -> None:
-        status, output = self.start(cut_short(tiny_checkpoint("bf16"), tmp_path / "broken"), tmp_path)
+        status, output = self.start(cut_short(tiny_checkpoint("bf16"), tmp_path / "broken"))
         assert status != 0
         assert re.search(r"CheckpointError: .*model\.safetensors", output), output[-2000:]
 
-    def test_unsupported_dtype(self, tiny_checkpoint, tmp_path: Path) -> None:
-        status, output = self.start(tiny_checkpoint("bf16"), tmp_path, "dtype='float16'")
+    def test_unsupported_dtype(self, tiny_checkpoint) -> None:
+        status, output = self.start(tiny_checkpoint("bf16"), "dtype='float16'")
         assert status != 0
         assert "ConfigError: dtype=torch.float16 has no numerics profile; use float32 or bfloat16" in output
 
-    def test_a_quantization_that_is_not_the_checkpoint_s(self, tiny_checkpoint, tmp_path: Path) -> None:
-        status, output = self.start(tiny_checkpoint("bf16"), tmp_path, "quantization='fp8'")
+    def test_a_quantization_that_is_not_the_checkpoint_s(self, tiny_checkpoint) -> None:
+        status, output = self.start(tiny_checkpoint("bf16"), "quantization='fp8'")
         assert status != 0
         assert (
             "EngineError: dsv3-plugin does not serve these options of vLLM: model_config.quantization='fp8'" in output
         )
 
-    def test_a_length_beyond_the_checkpoint_s_positions(self, tiny_checkpoint, tmp_path: Path) -> None:
+    def test_a_length_beyond_the_checkpoint_s_positions(self, tiny_checkpoint) -> None:
         shorter = "hf_overrides={'max_position_embeddings': 32}"
-        status, output = self.start(tiny_checkpoint("bf16"), tmp_path, shorter, VLLM_ALLOW_LONG_MAX_MODEL_LEN="1")
+        status, output = self.start(tiny_checkpoint("bf16"), shorter, VLLM_ALLOW_LONG_MAX_MODEL_LEN="1")
         assert status != 0
         assert "EngineError: max_model_len=64 exceeds the positions that the checkpoint knows" in output
 
-    def test_unknown_mode(self, tiny_checkpoint, tmp_path: Path) -> None:
-        status, output = self.start(tiny_checkpoint("bf16"), tmp_path, DSV3_PLUGIN_MODE="careful")
+    def test_unknown_mode(self, tiny_checkpoint) -> None:
+        status, output = self.start(tiny_checkpoint("bf16"), DSV3_PLUGIN_MODE="careful")
         assert status != 0
         assert "KernelError: DSV3_PLUGIN_MODE='careful'; use strict or fast" in output
 
@@ -198,11 +193,11 @@ for value in "0", "1":
 
 
 @pytest.mark.parametrize("environment", ["vllm", "vllm-0.27.1"])
-def test_the_entry_point(environment: str, tmp_path: Path) -> None:
+def test_the_entry_point(environment: str) -> None:
     """In order: the kill switch, registering twice, another plugin in the way, an untested version, a variable that
     changes log-probabilities.
     """
-    variables = {"VLLM_PLUGINS": "", "VLLM_CACHE_ROOT": str(tmp_path)}
+    variables = {"VLLM_PLUGINS": ""}
     command = [python_of(environment), "-u", "-c", PLUGIN_PROGRAM]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | variables
@@ -291,7 +286,7 @@ def test_a_step_s_metadata_stays_where_a_cuda_graph_reads_it(environment: str) -
     """The second step is seen through the first one's tensors, the captured ones. A slot of -1 is page 0, which no
     request has. Each step asks whether the weights are whole; a capture does not, nor a pass that answers nobody.
     """
-    done = subprocess.run([python_of(environment), "-c", METADATA_PROGRAM], capture_output=True, text=True)
+    done = warm(environment, "-c", METADATA_PROGRAM)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["values"] == {"pages": [0, 4, 0], "offsets": [15, 0, 0], "seq_lens": [16, 5, 1]}

@@ -6,11 +6,9 @@ What whole engines answer is judged by the suite's cases, in `test_vllm.py`.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 
 import pytest
-from engines import python_of
+from engines import warm
 
 PROGRAM = """
 import dataclasses, json
@@ -179,12 +177,7 @@ print("TOLD " + json.dumps(told))
 
 @pytest.mark.parametrize("environment", ["vllm", "vllm-0.27.1"])
 def test_the_samplers_beside_vllm_s_own(environment: str) -> None:
-    done = subprocess.run(
-        [python_of(environment), "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = warm(environment, "-c", PROGRAM)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("TOLD "))[5:])
     # Values equal to log-softmax(logits / temperature) of the row, of three requests; greedy is the argmax.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import python_of
+from engines import python_of, warm
 
 from dsv3_plugin.options import Options
 from dsv3_plugin.vllm_backend.options import FLAGS, OPTIONS
@@ -56,9 +56,13 @@ print("TOLD " + json.dumps(told))
 def ask(environment: str, starts: list[dict[str, Any]], work_dir: Path, **variables: str) -> dict[str, Any]:
     file = work_dir / "starts.json"
     file.write_text(json.dumps(starts))
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CACHE_ROOT": str(work_dir / "cache"), "VLLM_NO_USAGE_STATS": "1"}
-    command = [python_of(environment), "-c", PROGRAM, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings | variables)
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    command = "-c", PROGRAM, str(file)
+    if variables:  # some are read where vLLM is imported
+        all_variables = os.environ | settings | variables
+        done = subprocess.run([python_of(environment), *command], capture_output=True, text=True, env=all_variables)
+    else:
+        done = warm(environment, *command, **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("TOLD "))[5:])
 

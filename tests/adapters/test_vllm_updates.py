@@ -32,7 +32,7 @@ def run_updates(environment: str, job: dict[str, object], work_dir: Path) -> lis
     """What `vllm_updates.py` tells, in order."""
     file = work_dir / "job.json"
     file.write_text(json.dumps(job))
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CACHE_ROOT": str(work_dir / "cache"), "OMP_NUM_THREADS": "1"}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     settings |= {"VLLM_MLA_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     command = [python_of(environment), str(PROGRAM), str(file)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)

@@ -12,7 +12,7 @@ from warm import WarmPython
 
 @pytest.fixture(scope="module")
 def python() -> WarmPython:
-    return WarmPython(sys.executable, ["fractions"])
+    return WarmPython(sys.executable, ["fractions", "this"])  # the second prints
 
 
 def test_it_is_told_and_says_what_a_new_process_would(python, tmp_path):

@@ -17,7 +17,8 @@ class WarmPython:
 
     def __init__(self, python: str, modules: Sequence[str]) -> None:
         command = [python, "-W", "ignore", str(SUPPORT / "warm_python.py"), *modules]
-        pipe, environment = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+        path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+        pipe, environment = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         self._server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def run(

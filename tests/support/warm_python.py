@@ -22,6 +22,9 @@ SECONDS = 900
 
 def serve() -> None:
     """Answer requests; a child returns once it has run its program, so that it ends as any Python does."""
+    # Engines print while they are imported.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     for module in sys.argv[1:]:
         importlib.import_module(module)
     for line in sys.stdin:
@@ -32,7 +35,7 @@ def serve() -> None:
             if child == 0:
                 return run(request, environment)
             children.add(child)
-        print(json.dumps(wait_for(children)), flush=True)
+        print(json.dumps(wait_for(children)), file=answers, flush=True)
 
 
 def run(request: dict[str, Any], environment: dict[str, str]) -> None:
