@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from dsv3_plugin.conformance import keeper
 from dsv3_plugin.conformance.protocol import PROGRESS_PREFIX
@@ -58,8 +59,16 @@ def work_folder(keep: Path | None) -> Iterator[Path]:
             _end(clearing)
 
 
-def run_programs(commands: Mapping[str, Sequence[str]], folder: Path, progress: Progress) -> None:
-    """Run all programs at the same time, each with `folder` and a new folder of its own name in it.
+class Program(NamedTuple):
+    """A testee's command, the folder that holds its job, and the one that its result and log go to."""
+
+    command: Sequence[str]
+    job_dir: Path
+    result_dir: Path
+
+
+def run_programs(programs: Mapping[str, Program], progress: Progress) -> None:
+    """Run all programs at the same time, by the names that they have in what is said of them.
 
     However this process ends, they end with it, by `keeper`. Raises `ConformanceError` with the last words of those
     that failed.
@@ -67,16 +76,18 @@ def run_programs(commands: Mapping[str, Sequence[str]], folder: Path, progress: 
     failures: list[str] = []
     processes: dict[str, subprocess.Popen[str]] = {}
     try:
-        for name, command in commands.items():
+        for name, (command, job_dir, result_dir) in programs.items():
             if shutil.which(command[0]) is None:
                 raise ConformanceError(
                     f"testee {name} cannot be started: {command[0]}: No such file, or not executable"
                 )
-            (folder / name).mkdir()
-            words = (*command, str(folder), str(folder / name))
+            result_dir.mkdir()
+            words = (*command, str(job_dir), str(result_dir))
             processes[name] = _start_keeper("run", *words, output=subprocess.PIPE)
         threads = [
-            threading.Thread(target=_follow, args=(name, process, folder / name, progress, failures), daemon=True)
+            threading.Thread(
+                target=_follow, args=(name, process, programs[name].result_dir, progress, failures), daemon=True
+            )
             for name, process in processes.items()
         ]
         for thread in threads:

@@ -26,7 +26,7 @@ from dsv3_plugin.conformance.compare import (
 )
 from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout
 from dsv3_plugin.conformance.logprobs import LogprobComparison, judge
-from dsv3_plugin.conformance.programs import Progress, run_programs, work_folder
+from dsv3_plugin.conformance.programs import Program, Progress, run_programs, work_folder
 from dsv3_plugin.conformance.protocol import (
     Case,
     CaseResult,
@@ -237,7 +237,7 @@ def run(
     with work_folder(keep) as work_dir:
         job = Job(checkpoint=str(checkpoint.resolve()), device=device, block_size=BLOCK_SIZE, cases=cases)
         write_message(job, work_dir)
-        run_programs({testee.name: testee.command for testee in testees}, work_dir, progress)
+        run_programs({t.name: Program(t.command, work_dir, work_dir / t.name) for t in testees}, progress)
         results = {testee.name: _read_complete_result(job, testee, work_dir / testee.name) for testee in testees}
         _replay(job, results, work_dir, progress)
         report = Report(str(checkpoint), str(reader.profile()), results)
@@ -280,36 +280,21 @@ def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Prog
     """Let the reference compute the sequences that testees answered, where its own run does not hold them; they are
     their specification. Those of a testee that claims closeness it computes in another precision too.
     """
-    replayed = [
-        (name, case) for name, result in results.items() for case in job.cases if _is_replayed(case, name, results)
-    ]
-    if not replayed:
-        return
-
-    def job_of(pairs: list[tuple[str, Case]], folder: Path) -> Path:
-        cases = tuple(
-            Case(
-                name=_replay_name(case.name, name),
-                title=f"{case.title}: the tokens of {name}",
-                rounds=tuple(
-                    (_whole(request, result),)
-                    for request, result in zip(case.requests, results[name].outcome_of(case).requests, strict=True)
-                ),
-            )
-            for name, case in pairs
-        )
-        folder.mkdir()
-        write_message(job.model_copy(update={"cases": cases}), folder)
-        return folder
-
     module = (sys.executable, "-m", f"{_PACKAGE}.reference", "--replays")
-    replay_dir = job_of(replayed, work_dir / _REPLAY)
-    run_programs({SPECIFICATION: module}, replay_dir, progress)
-    close = [(name, case) for name, case in replayed if results[name].claim == "closeness"]
-    if close:
-        precision = "bf16" if CheckpointReader(job.checkpoint).profile().dtype == torch.float32 else "fp32"
-        command = (*module, "--precision", precision)
-        run_programs({SPECIFICATION: command}, job_of(close, work_dir / _SPREAD), progress)
+    precision = "bf16" if CheckpointReader(job.checkpoint).profile().dtype == torch.float32 else "fp32"
+    programs = {}
+    for name, result in results.items():
+        cases = [_finished(case, result) for case in job.cases if _is_replayed(case, name, results)]
+        if not cases:
+            continue
+        folder = work_dir / _REPLAY / name
+        folder.mkdir(parents=True)
+        write_message(job.model_copy(update={"cases": tuple(cases)}), folder)
+        programs[f"{SPECIFICATION} of {name}"] = Program(module, folder, folder / SPECIFICATION)
+        if result.claim == "closeness":
+            command = (*module, "--precision", precision)
+            programs[f"{precision} of {name}"] = Program(command, folder, folder / _SPREAD)
+    run_programs(programs, progress)
 
 
 def _is_replayed(case: Case, name: str, results: dict[str, Result]) -> bool:
@@ -324,13 +309,16 @@ def _reference(results: dict[str, Result]) -> str | None:
     return next((name for name, result in results.items() if result.testee == REFERENCE), None)
 
 
-def _whole(request: Request, result: RequestResult) -> Request:
-    """A finished sequence as a prompt; of one that the testee cannot do, the prompt that it was given."""
-    return Request(prompt_token_ids=result.token_ids or request.prompt_token_ids, max_tokens=0)
-
-
-def _replay_name(case_name: str, testee: str) -> str:
-    return f"{case_name}.{testee}"
+def _finished(case: Case, result: Result) -> Case:
+    """The sequences that a testee answered, as prompts; of one that it cannot do, the prompt that it was given."""
+    return Case(
+        name=case.name,
+        title=case.title,
+        rounds=tuple(
+            (Request(prompt_token_ids=answer.token_ids or request.prompt_token_ids, max_tokens=0),)
+            for request, answer in zip(case.requests, result.outcome_of(case).requests, strict=True)
+        ),
+    )
 
 
 def _specification(case: Case, results: dict[str, Result], work_dir: Path) -> dict[str, RowFile]:
@@ -338,7 +326,7 @@ def _specification(case: Case, results: dict[str, Result], work_dir: Path) -> di
 
     def file_of(name: str) -> Path:
         if _is_replayed(case, name, results):
-            return specification_file(work_dir / _REPLAY / SPECIFICATION, _replay_name(case.name, name))
+            return specification_file(work_dir / _REPLAY / name / SPECIFICATION, case.name)
         own = name if results[name].testee == REFERENCE else _reference(results)
         assert own is not None, "else it is replayed"
         return specification_file(work_dir / own, case.name)
@@ -412,7 +400,7 @@ def _schedule_problems(case: Case, result: Result, outcome: CaseResult) -> list[
 
 
 def _closeness(case: Case, name: str, specification: RowFile, rows: RowFile, work_dir: Path) -> Closeness:
-    spread = RowFile(specification_file(work_dir / _SPREAD / SPECIFICATION, _replay_name(case.name, name)))
+    spread = RowFile(specification_file(work_dir / _REPLAY / name / _SPREAD, case.name))
     return Closeness(
         name,
         distance(case.name, specification, rows),
