@@ -89,11 +89,13 @@ $(WORK)/sliceable-%: | .envs/core/.ready
 	.envs/tools/bin/python -m pip install --quiet uv==0.13.9
 	touch $@
 
+PACKAGES := $(shell find requirements -mindepth 2 -type f)
+
 # The reference needs nothing beyond the core.
 .envs/reference/.ready: .envs/core/.ready
 	mkdir -p .envs/reference && touch $@
 
-.envs/%/.ready: requirements/%.txt pyproject.toml .envs/tools/.ready
+.envs/%/.ready: requirements/%.txt pyproject.toml $(PACKAGES) .envs/tools/.ready
 	$(UV) venv --quiet --clear --python $(PYTHON) .envs/$*
 	$(UV) pip install --quiet --python .envs/$*/bin/python --no-deps $(TORCH_BACKEND) --requirement $<
 	for file in $(wildcard requirements/$*.any-python.txt); do \
