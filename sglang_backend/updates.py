@@ -213,6 +213,7 @@ def updates_of(engine: Any) -> Updates | None:
     if target.updates is None:
         draft = compat.draft_model(engine.draft_worker)
         target.updates = Updates(target, draft if is_ours(draft) else None)
+    target.follow_experts()
     return target.updates
 
 
