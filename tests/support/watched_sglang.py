@@ -16,8 +16,8 @@ import torch
 
 from dsv3_plugin.conformance.testees import program, sglang
 
-EPLB = {"enable_eplb": True, "ep_num_redundant_experts": 4, "eplb_rebalance_num_iterations": 7}
-EPLB |= {"expert_distribution_recorder_buffer_size": 5}
+EPLB = {"enable_eplb": True, "ep_num_redundant_experts": 4, "eplb_rebalance_num_iterations": 4}
+EPLB |= {"expert_distribution_recorder_buffer_size": 4}
 
 
 class Watched(sglang.SglangTestee):
