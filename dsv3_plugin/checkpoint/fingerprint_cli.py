@@ -81,7 +81,7 @@ def _of_server(address: str) -> Fingerprint:
             raise EngineError(
                 f"{address}: no fingerprint: it is no server of dsv3-plugin, or a vLLM without VLLM_SERVER_DEV_MODE=1"
             )
-        if problem := answers[0].get("problem"):
+        if problem := next(filter(None, (answer.get("problem") for answer in answers)), None):
             raise EngineError(f"{address}: its weights may not answer: {problem}")
         parts = [Fingerprint.model_validate({"tensors": answer["fingerprint"]["tensors"]}) for answer in answers]
     except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
