@@ -153,7 +153,7 @@ def _follow(
 # stand behind a progress bar, which has no end of line.
 _ERRORS = (
     re.compile(r"(?:(?<=\])|^)error: .+|\bdsv3_plugin\.errors\.\w+: .+"),
-    re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b: .+"),
+    re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b(?:: .+|$)"),
 )
 _PROGRESS_BAR = re.compile(r"\d+%|\d+/\d+ \[|[\u2501\u2588]{3}|\bit/s\b|\bs/it\b")
 

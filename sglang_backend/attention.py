@@ -41,16 +41,18 @@ class LatentAttend:
         self.pool = backend.token_to_kv_pool
         self.slots = forward_batch.out_cache_loc
         counts = query_counts(forward_batch, len(positions))
+        starts = host_starts(forward_batch, len(positions))
         ends = counts.cumsum(0)
         self.batch = PagedBatch(
             block_table=block_tables(backend, forward_batch.req_pool_indices),
             # All rows with which SGLang pads a graph are at position 0: their requests are as long as their queries.
             seq_lens=torch.maximum(positions[ends - 1] + 1, counts),
             query_start_loc=torch.cat((ends.new_zeros(1), ends)),
-            num_tokens=len(positions),
+            # SGLang pads a prefill to a multiple of attention's TP ranks: what is behind is no request's.
+            num_tokens=len(positions) if starts is None else starts[-1],
             num_blocks=len(self.pages(first_layer)),
             block_size=1,
-            host_query_start_loc=host_starts(forward_batch, len(positions)),
+            host_query_start_loc=starts,
         )
 
     def pages(self, layer_idx: int) -> torch.Tensor:
@@ -60,12 +62,18 @@ class LatentAttend:
     def __call__(
         self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
     ) -> torch.Tensor:
-        """See `dsv3_plugin.layers.attend.Attend`. Without tokens of its own the pass writes and reads nothing."""
-        if self.batch.num_tokens == 0:
-            return q.new_zeros(*q.shape[:2], self.config.kv_lora_rank)
-        pages = self.pages(layer_idx)
-        pages[self.slots, 0] = cached
-        return attend_to_pages(self.ops, self.config, q, pages, self.batch, select)
+        """See `dsv3_plugin.layers.attend.Attend`. Rows of no request write and read nothing, and get zeros."""
+        tokens = self.batch.num_tokens
+        out = q.new_zeros(*q.shape[:2], self.config.kv_lora_rank) if tokens < len(q) else None
+        if tokens:
+            pages = self.pages(layer_idx)
+            pages[self.slots[:tokens], 0] = cached[:tokens]
+            attended = attend_to_pages(self.ops, self.config, q[:tokens], pages, self.batch, select)
+            if out is None:
+                return attended
+            out[:tokens] = attended
+        assert out is not None
+        return out
 
 
 def compute(model: Callable[..., torch.Tensor], attend: LatentAttend, *rows: torch.Tensor) -> torch.Tensor:

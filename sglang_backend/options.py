@@ -33,27 +33,33 @@ def require_environment() -> None:
             raise EngineError(f"dsv3-plugin does not serve with {name}={os.environ[name]}: {reason}; unset it")
 
 
-def require_possible_in_stages(values: Mapping[str, Any]) -> None:
-    """Raise `EngineError` for what a model that pipeline stages share does not do.
+def require_possible_together(values: Mapping[str, Any]) -> None:
+    """Raise `EngineError` for options that are served one by one, and not together.
 
     Args:
         values: SGLang's options as it was started.
     """
-    if values["pp_size"] == 1:
-        return
-    for name, nothing, reason in (
+    stages = f"pp_size={values['pp_size']}" if values["pp_size"] > 1 else None
+    experts = f"ep_size={values['ep_size']}" if values["ep_size"] != values["tp_size"] else None
+    for name, nothing, other, reason in (
         (
             "speculative_algorithm",
             None,
-            "a draft reads the target's embedding, which is on another stage than its head",
+            stages,
+            "a draft reads the target's embedding, which is on another stage than its head. Leave one of them out",
         ),
-        ("disaggregation_mode", "null", "not tested with stages"),
+        ("disaggregation_mode", "null", stages, "not tested with stages. Leave one of them out"),
+        ("enable_eplb", False, stages, "SGLang counts the rows of all stages at once. Leave one of them out"),
+        (
+            "enable_eplb",
+            False,
+            experts,
+            f"SGLang moves experts between as many ranks, and the model's lie on all ranks of the TP group: set"
+            f" --ep-size {values['tp_size']}",
+        ),
     ):
-        if values[name] != nothing:
-            raise EngineError(
-                f"dsv3-plugin does not serve {name}={values[name]!r} with pp_size={values['pp_size']}: {reason}."
-                " Leave one of them out"
-            )
+        if other is not None and values[name] != nothing:
+            raise EngineError(f"dsv3-plugin does not serve {name}={values[name]!r} with {other}: {reason}")
 
 
 def options(dtype: str, *, fp8: bool) -> Options:
@@ -260,14 +266,24 @@ _PARALLELISM = (
     ),
     refused("all ranks take an update of the weights together", "enable_dp_attention_local_control_broadcast"),
     refused("what travels between ranks keeps its bits", "enable_quant_communications"),
+    honoured(
+        "experts lie where SGLang has them, and a move changes no bit (`eplb`)",
+        *("ep_num_redundant_experts", "init_expert_location", "enable_eplb", "eplb_algorithm"),
+        *("eplb_rebalance_num_iterations", "eplb_rebalance_layers_per_chunk"),
+        *("eplb_min_rebalancing_utilization_threshold", "expert_distribution_recorder_buffer_size"),
+    ),
+    refused("an expert's rows go to its replicas in turns", "ep_dispatch_algorithm", unless=("static", "dynamic")),
     refused(
-        "each expert is where the model has it, and its tokens are not counted",
-        *("ep_num_redundant_experts", "ep_dispatch_algorithm", "init_expert_location", "enable_eplb"),
-        *("elastic_ep_backend", "enable_elastic_expert_backup"),
-        *("enable_waterfill", "ep_join_mode", "max_ep_size", "elastic_ep_initial_size", "elastic_ep_rejoin"),
-        *("expert_distribution_recorder_mode", "expert_balancedness_report_mode", "enable_paged_experts"),
-        *("enable_expert_distribution_metrics",),
-        unless=(0, "trivial", "none", "off"),
+        "rows are counted by expert, and not told token by token",
+        "expert_distribution_recorder_mode",
+        unless=("stat",),
+    ),
+    refused(
+        "the number of ranks is fixed, each has its experts, and how even their loads are is not reported",
+        *("elastic_ep_backend", "enable_elastic_expert_backup", "enable_waterfill", "ep_join_mode", "max_ep_size"),
+        *("elastic_ep_initial_size", "elastic_ep_rejoin", "enable_paged_experts"),
+        *("expert_balancedness_report_mode", "enable_expert_distribution_metrics"),
+        unless=("none", "off"),
     ),
     refused(
         "these backends add up rows in orders of their own; the model's exchange adds nothing",
@@ -287,9 +303,7 @@ _PARALLELISM = (
     irrelevant(
         "concerns something that is refused",
         *("dcp_comm_backend", "dcp_replicate_q_proj", "cp_strategy", "prefill_cp_mode", "dsa_prefill_cp_mode"),
-        *("enable_dsa_cache_layer_split", "enable_cp_tp_group_sharing", "eplb_algorithm"),
-        *("eplb_rebalance_num_iterations", "eplb_rebalance_layers_per_chunk", "elastic_ep_scale_timeout"),
-        *("eplb_min_rebalancing_utilization_threshold", "expert_distribution_recorder_buffer_size"),
+        *("enable_dsa_cache_layer_split", "enable_cp_tp_group_sharing", "elastic_ep_scale_timeout"),
         *("mooncake_ib_device", "ep_join_rank_offset", "enable_megamoe_for_layernorm_sp"),
         *("paged_experts_num_resident",),
     ),

@@ -14,6 +14,7 @@ from sglang.srt.distributed.parallel_state import get_pp_group, get_tp_group
 from torch.distributed import distributed_c10d
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint
+from dsv3_plugin.errors import CheckpointError
 
 
 class Answers:
@@ -53,11 +54,14 @@ class Answers:
 
 def together(said: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """What two stages say of the model that they share, see `updates.Updates.state`."""
-    problem = said["problem"] or other["problem"]
-    if problem is not None:
-        return said | {"problem": problem, "fingerprint": None}
-    held, of_other = (Fingerprint(tensors=stage["fingerprint"]["tensors"]) for stage in (said, other))
-    return said | {"fingerprint": (held | of_other).model_dump()}
+    try:
+        for stage in (said, other):
+            if stage["problem"] is not None:
+                raise CheckpointError(stage["problem"])
+        held, of_other = (Fingerprint(tensors=stage["fingerprint"]["tensors"]) for stage in (said, other))
+        return said | {"fingerprint": (held | of_other).model_dump()}
+    except CheckpointError as error:
+        return said | {"problem": str(error), "fingerprint": None}
 
 
 def _store() -> Any:

@@ -20,6 +20,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import reduce
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -191,8 +192,10 @@ class Updates:
         problem = next((each for each in of_all_ranks(problem) if each is not None), None)
         for role, loader in self.loaders().items() if problem is None else ():
             held |= fingerprint(loader.model, self.models[role].config, loader.part, loader.layout)
-        for of_rank in of_all_ranks(held):
-            held |= of_rank
+        try:
+            held = reduce(Fingerprint.__or__, of_all_ranks(held))
+        except CheckpointError as error:
+            problem = str(error)
         served = {
             model.weight_loader.part: {"class": class_name(model), **model.ops.record()}
             for model in self.models.values()
@@ -213,6 +216,7 @@ def updates_of(engine: Any) -> Updates | None:
     if target.updates is None:
         draft = compat.draft_model(engine.draft_worker)
         target.updates = Updates(target, draft if is_ours(draft) else None)
+    target.follow_experts()
     return target.updates
 
 

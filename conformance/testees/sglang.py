@@ -141,11 +141,13 @@ class SglangTestee:
         if self.scheduler is None:
             return
         from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+        from sglang.srt.eplb.expert_location import set_global_expert_location_metadata
 
         self.scheduler.release_host_resources()
         self.scheduler = self.observer = None
         destroy_model_parallel()
         destroy_distributed_environment()
+        set_global_expert_location_metadata(None, allow_overwrite=True)
         gc.collect()
 
 

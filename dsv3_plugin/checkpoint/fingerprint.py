@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 from torch import nn
 
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, Part, TensorSpec, checkpoint_tensors
-from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.checkpoint.reader import CheckpointReader, some_names
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.layers.model import derived_is_current
@@ -50,7 +50,10 @@ class Fingerprint(BaseModel):
         return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
 
     def __or__(self, other: Fingerprint) -> Fingerprint:
-        """Of the tensors of both."""
+        """Of the tensors of both. Raises `CheckpointError` where both have one of them, and not the same."""
+        both = self.tensors.keys() & other.tensors.keys()
+        if different := [name for name in both if self.tensors[name] != other.tensors[name]]:
+            raise CheckpointError(f"ranks hold different weights: {some_names(different)}")
         return Fingerprint(tensors=self.tensors | other.tensors)
 
     def difference(self, other: Fingerprint) -> list[str]:

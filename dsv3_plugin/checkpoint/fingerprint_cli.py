@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from enum import StrEnum
 from functools import reduce
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint_of_checkpoint
 from dsv3_plugin.checkpoint.reader import CheckpointReader, some_names
-from dsv3_plugin.errors import EngineError
+from dsv3_plugin.errors import CheckpointError, EngineError
 
 _TIMEOUT_S = 600.0
 """A server answers between two steps, and first sums all its weights."""
@@ -82,21 +81,15 @@ def _of_server(address: str) -> Fingerprint:
             raise EngineError(
                 f"{address}: no fingerprint: it is no server of dsv3-plugin, or a vLLM without VLLM_SERVER_DEV_MODE=1"
             )
-        if problem := answers[0].get("problem"):
+        if problem := next(filter(None, (answer.get("problem") for answer in answers)), None):
             raise EngineError(f"{address}: its weights may not answer: {problem}")
         parts = [Fingerprint.model_validate({"tensors": answer["fingerprint"]["tensors"]}) for answer in answers]
     except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise EngineError(f"{address}: answered something else than a fingerprint: {error!r}") from None
-    return _of_ranks(address, parts)
-
-
-def _of_ranks(address: str, parts: Sequence[Fingerprint]) -> Fingerprint:
-    """Of the model that ranks share. Raises `EngineError` where two of them hold different weights."""
-    whole = reduce(Fingerprint.__or__, parts)
-    held = (name for part in parts for name, digest in part.tensors.items() if digest != whole.tensors[name])
-    if different := set(held):
-        raise EngineError(f"{address}: its ranks hold different weights: {some_names(different)}")
-    return whole
+    try:
+        return reduce(Fingerprint.__or__, parts)
+    except CheckpointError as error:
+        raise EngineError(f"{address}: its {error}") from None
 
 
 def _ask(url: str, body: Any = None) -> Any:

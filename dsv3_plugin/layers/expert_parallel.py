@@ -13,7 +13,7 @@ import torch
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.linear import Activation, Quantized, quantize
 from dsv3_plugin.layers.moe import MoE, permute_activation
-from dsv3_plugin.layout import Layout
+from dsv3_plugin.layout import Layout, Placement
 from dsv3_plugin.ops.combine import combine
 from dsv3_plugin.ops.permute import permutation
 from dsv3_plugin.ops.quantize import E4M3
@@ -37,11 +37,17 @@ class ExpertParallelMoE(MoE):
         self.hidden_size = config.hidden_size
         placement = layout.placement(config, layer_idx)
         self.num_slots = len(placement.experts)
-        with torch.device("cpu"):
-            slots, counts = placement.maps(config.n_routed_experts)
         device = torch.get_default_device()
-        self.register_buffer("logical_to_physical_map", slots.to(device), persistent=False)
-        self.register_buffer("logical_replica_count", counts.to(device), persistent=False)
+        for name in ("logical_to_physical_map", "logical_replica_count"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device), persistent=False)
+        self.place(placement)
+
+    def place(self, placement: Placement) -> None:
+        """The experts lie so from now on: whoever says so has moved them."""
+        device = self.logical_replica_count.device
+        with torch.device("cpu"):
+            slots, counts = placement.maps(self.gate.config.n_routed_experts)
+        self.logical_to_physical_map, self.logical_replica_count = slots.to(device), counts.to(device)
 
     def forward(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """See `MoE.forward`; x is the same on each rank of `layout.tensor`."""

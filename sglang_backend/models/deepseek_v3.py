@@ -24,6 +24,7 @@ from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.sglang_backend import compat, options, plugin
 from dsv3_plugin.sglang_backend.attention import LatentAttend, compute
+from dsv3_plugin.sglang_backend.eplb import MovableExperts, placed
 from dsv3_plugin.sglang_backend.layout import layout_of
 from dsv3_plugin.sglang_backend.sampling import PromptLogprobs
 from dsv3_plugin.sglang_backend.updates import Bucket, Updates
@@ -72,8 +73,8 @@ def prepare(hf_config: Any, served: str, path: str, load_format: str) -> tuple[O
     table = options.options(dtype_name(dtype), fp8=config.quantization_config is not None)
     values = compat.server_options()
     table.require_supported(values)
-    options.require_possible_in_stages(values)
-    layout = layout_of(config)
+    options.require_possible_together(values)
+    layout = placed(layout_of(config), config)
     compat.settle_graphs(device, layout)
     profile = profile_for(config, dtype)
     ops = bind_ops(config, profile, device, layout=layout)
@@ -90,7 +91,7 @@ def load_checkpoint(loader: WeightLoader, weights: Iterable[tuple[str, torch.Ten
         loader.finish()
 
 
-class DeepseekV3ForCausalLM(nn.Module):
+class DeepseekV3ForCausalLM(nn.Module, MovableExperts):
     """The main model, or the part of it that this rank holds."""
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
@@ -130,7 +131,8 @@ class DeepseekV3ForCausalLM(nn.Module):
         else:
             hidden = self.model.embed_tokens(input_ids) if input_embeds is None else input_embeds
         attend = LatentAttend(self.ops, self.config, self.start_layer, positions, forward_batch)
-        hidden = compute(self.model, attend, hidden, positions)
+        with self.following_experts():
+            hidden = compute(self.model, attend, hidden, positions)
         if not self.model.is_last:
             return PPProxyTensors({"hidden_states": hidden})
         if forward_batch.sampling_info is not None:

@@ -36,7 +36,7 @@ def start(device="cpu", **settings):
         get_exec().graph.cuda_graph_config.prefill.backend = "breakable"
     table = options.options("bfloat16", fp8=False)
     table.require_supported(compat.server_options())
-    options.require_possible_in_stages(compat.server_options())
+    options.require_possible_together(compat.server_options())
     compat.settle_graphs(torch.device(device))
     return table
 
@@ -81,7 +81,19 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "fp8 cache": ("cpu", {"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype='fp8_e4m3': the latent cache has"),
     "fp8 weights": ("cpu", {"quantization": "fp8"}, "quantization='fp8': the checkpoint's weights are served as they"),
     "offload": ("cpu", {"cpu_offload_gb": 1}, "cpu_offload_gb=1: all weights stay on the device"),
-    "experts": ("cpu", {"ep_num_redundant_experts": 4}, "ep_num_redundant_experts=4: each expert is where"),
+    "moved experts": ("cpu", {"tp_size": 2, "ep_size": 2, "enable_eplb": True}, None),
+    "moved experts on some ranks": (
+        "cpu",
+        {"tp_size": 4, "ep_size": 2, "enable_eplb": True},
+        "enable_eplb=True with ep_size=2: SGLang moves experts between as many ranks, and the model's lie on all ranks"
+        " of the TP group: set --ep-size 4",
+    ),
+    "moved experts in stages": (
+        "cpu",
+        {"tp_size": 2, "ep_size": 2, "pp_size": 2, "enable_eplb": True},
+        "enable_eplb=True with pp_size=2: SGLang counts the rows of all stages at once",
+    ),
+    "drawn replicas": ("cpu", {"ep_dispatch_algorithm": "fake"}, "ep_dispatch_algorithm='fake': an expert's rows go"),
     "routed experts": ("cpu", {"enable_return_routed_experts": True}, "enable_return_routed_experts=True: nothing of"),
     "lora": (
         "cpu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from engines import (
+    REFERENCE,
     cut_short,
     free_port,
     get,
@@ -23,15 +25,18 @@ from engines import (
     python_of,
     ran_as_one_rank,
     refusal,
+    run,
     serving,
     shipped_testee,
 )
+from paths import SUPPORT
 from typer.testing import CliRunner
 
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.commands.cli import app
+from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.layouts import ParallelLayout
 
 PROMPT = list(range(300, 340))
@@ -65,6 +70,31 @@ def test_a_layout_has_the_bits_of_one_rank(
     monkeypatch.setenv("DSV3_REDUCTION_SLICES", slices)
     testee = shipped_testee(environment).on(ParallelLayout.parse(layout))
     ran_as_one_rank(testee, tiny_checkpoint(dtype), tmp_path, "no drafts for a model in stages")
+
+
+def moves_experts(layout: str) -> runner.TesteeCommand:
+    program = python_of("sglang"), str(SUPPORT / "watched_sglang.py")
+    return runner.TesteeCommand("sglang", program).on(ParallelLayout.parse(layout))
+
+
+def test_experts_that_sglang_moves_change_no_bit(tiny_checkpoint, tmp_path: Path) -> None:
+    testee = moves_experts("dp=2,ep=2")
+    ran_as_one_rank(testee, tiny_checkpoint("fp8"), tmp_path, "")
+    files = (tmp_path / "kept" / testee.name).glob("rank-*/experts.json")
+    first, second = (json.loads(file.read_text()) for file in files)
+    assert first == second and len(first) > 2
+    # Of 20 slots; the first of the four layers is dense.
+    assert all(set(experts) == set(range(16)) and len(experts) == 20 for layers in first for experts in layers[1:])
+
+
+def test_rows_that_go_where_an_expert_was_are_caught(tiny_checkpoint, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WATCHED_SGLANG", "maps")
+    testee = moves_experts("dp=2,ep=2")
+    report = run([REFERENCE, testee], tiny_checkpoint("bf16"), tmp_path, "prefix_cache_chunked")
+    assert not report.passed
+    pair = report.verdicts[0].between("reference", testee.name)
+    assert pair is not None and pair.first_difference is not None
+    assert re.fullmatch(r"layers\.\d\.mlp", pair.first_difference.stream)
 
 
 def server(checkpoint: Path, port: int, *arguments: str) -> list[str]:

@@ -28,6 +28,13 @@ from dsv3_plugin.profile import BF16
 MASK = (1 << 64) - 1
 
 
+def test_parts_that_disagree_are_not_put_together() -> None:
+    one, other = (Fingerprint(tensors={"a": digest, "b": "3"}) for digest in "12")
+    assert (one | Fingerprint(tensors={"b": "3", "c": "4"})).tensors == {"a": "1", "b": "3", "c": "4"}
+    with pytest.raises(CheckpointError, match=r"ranks hold different weights: a$"):
+        one | other
+
+
 def split_mix_64(z: int) -> int:
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
     z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK

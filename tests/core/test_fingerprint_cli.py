@@ -88,6 +88,11 @@ def test_servers(tiny_checkpoint, server: str, engine: str) -> None:
     assert status == 1 and f"1 tensors are not those of {folder}: {name}" in err
 
 
+def _said(digest: str) -> dict[str, Any]:
+    """What an SGLang rank says of a norm."""
+    return {"dsv3": {"fingerprint": {"tensors": {"model.norm.weight": digest}}, "problem": None}}
+
+
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
@@ -96,6 +101,19 @@ def test_servers(tiny_checkpoint, server: str, engine: str) -> None:
         (
             {"/server_info": (200, {"internal_states": [{"dsv3": {"fingerprint": None, "problem": "half done"}}]})},
             "its weights may not answer: half done",
+        ),
+        (
+            {
+                "/server_info": (
+                    200,
+                    {"internal_states": [_said("1"), {"dsv3": {"fingerprint": None, "problem": "no"}}]},
+                )
+            },
+            "its weights may not answer: no",
+        ),
+        (
+            {"/server_info": (200, {"internal_states": [_said("1"), _said("2")]})},
+            "its ranks hold different weights: model.norm.weight",
         ),
         ({"/collective_rpc": (500, "CheckpointError: half done")}, "status 500: CheckpointError: half done"),
         ({"/collective_rpc": (200, {"results": [{"tensors": 3}]})}, "something else than a fingerprint"),

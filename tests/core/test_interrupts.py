@@ -221,6 +221,7 @@ BAR = "Loading safetensors checkpoint shards: 100% Completed | 1/1 [00:00<00:00,
             "error: tensor x has shape [1]",
         ),
         (["import error: of no consequence", "RuntimeError: the reason", BAR], "RuntimeError: the reason"),
+        (["[rank0]: AssertionError", "a warning: something leaked"], "AssertionError"),
         ([], "it said nothing"),
     ],
 )
