@@ -89,7 +89,7 @@ $(WORK)/sliceable-%: | .envs/core/.ready
 	.envs/tools/bin/python -m pip install --quiet uv==0.13.9
 	touch $@
 
-PACKAGES := $(shell find requirements -mindepth 2 -type f)
+PACKAGES := $(shell find requirements -mindepth 2 -name '*.py' -o -name pyproject.toml)
 
 # The reference needs nothing beyond the core.
 .envs/reference/.ready: .envs/core/.ready
