@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from dsv3_plugin.conformance import closeness, compare, runner
 from dsv3_plugin.conformance import report as reports
 from dsv3_plugin.conformance.cases import make_cases
-from dsv3_plugin.conformance.protocol import Case, Request, RequestResult, prefix_digest
+from dsv3_plugin.conformance.protocol import Case, Request, RequestResult, prefix_digest, specification_file
 from dsv3_plugin.conformance.rows import RowKey, RowRecorder, TokenTracker
 from dsv3_plugin.conformance.sampling import processed_logprobs
 from dsv3_plugin.errors import ConformanceError
@@ -175,7 +175,7 @@ def test_a_testee_that_claims_closeness(tiny_checkpoint, tmp_path: Path) -> None
 
 
 def _nothing_without_a_distance_is_close(kept: Path, file: Path) -> None:
-    specification = compare.RowFile(kept / "replay" / "specification" / "decode.hf.specification.safetensors")
+    specification = compare.RowFile(specification_file(kept / "replay" / "hf" / "specification", "decode"))
     tensors = load_file(kept / "hf" / "decode.safetensors")
     logits = tensors["logits"]
     for harmed, problem in (
