@@ -64,8 +64,11 @@ def bench_layouts(
     table = Table(title=f"{checkpoint} ({profile}), {repeats} passes, median ms (quartiles)", title_justify="left")
     for column in ("layout", "tokens a rank", "one rank", "shared", "ratio", "a sum of all ranks", "bits"):
         table.add_column(column, justify="right")
+    cards = torch.cuda.device_count() if device == "cuda" else 0
     equal = True
     for each in layouts:
+        if 0 < cards < each.ranks:
+            print(f"{each}: {each.ranks} ranks on {cards} cards, with gloo between them through the host's memory")
         for row in _measured(each, checkpoint, tokens or [1, 32, 128, 1024], repeats, device):
             equal &= row["equal"]
             ratio = statistics.median(row["shared"]) / statistics.median(row["alone"])
