@@ -12,12 +12,12 @@ from bits import same_bits
 from hopper_card import needs_hopper
 from ranks import group, on_ranks
 
-from dsv3_plugin.checkpoint.loader import WeightLoader
+from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.layers.attend import attend_to_itself
-from dsv3_plugin.layers.model import DeepseekV3, bind_ops
+from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.layout import WHOLE, GroupSlices, Layout
 from dsv3_plugin.ops.slices import tree_sum
 
@@ -31,9 +31,7 @@ def compute(path: Path, slices: int, layout: Layout, first: int = 0) -> torch.Te
     reader = CheckpointReader(path)
     config, profile = reader.config, replace(reader.profile(), reduction_slices=slices)
     ops = bind_ops(config, profile, CARD, layout=layout)
-    with CARD:
-        model = DeepseekV3(ops, config, layout)
-    WeightLoader(model, config, "main", layout=layout).read(reader)
+    model = load_model(reader, ops, layout)
     attend = attend_to_itself(ops, config)
     logits = []
     for length in LENGTHS:
