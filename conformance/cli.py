@@ -31,7 +31,7 @@ def run(
     testee: Annotated[
         list[str],
         typer.Option(
-            help="A testee of the suite (reference, vllm, sglang, megatron), or NAME=COMMAND for your own;"
+            help="A testee of the suite (reference, core, vllm, sglang, megatron), or NAME=COMMAND for your own;"
             " NAME@LAYOUT for one in a layout of its own. Repeat it."
         ),
     ],

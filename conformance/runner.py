@@ -43,7 +43,7 @@ from dsv3_plugin.conformance.protocol import (
 from dsv3_plugin.conformance.texts import real_text, tokenize
 from dsv3_plugin.errors import ConformanceError
 
-ENGINES = {"reference": None, "vllm": "vllm", "sglang": "sglang", "megatron": "megatron"}
+ENGINES = {"reference": None, "core": None, "vllm": "vllm", "sglang": "sglang", "megatron": "megatron"}
 """Testees that ship with the suite, and the module that their environment must have. They name themselves so in their
 results, and must serve dsv3-plugin's model.
 """

@@ -90,14 +90,6 @@ def always(setting: Setting) -> Support:
     return SUPPORTED
 
 
-def whole_sums_only(setting: Setting) -> Support:
-    """A kernel that cannot keep the sums of reduction slices apart (`dsv3_plugin.ops.slices`)."""
-    slices = setting.profile.reduction_slices
-    if slices == 1:
-        return SUPPORTED
-    return unsupported(f"keeps no fp32 sums of slices, {slices} reduction slices were asked for")
-
-
 def versions_of(*distributions: str) -> Callable[[], dict[str, str]]:
     """What asks for the installed versions of torch and `distributions`, `absent` where one is not there."""
 

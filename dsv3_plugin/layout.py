@@ -37,9 +37,10 @@ class Group:
         """Every rank's x, of one shape and dtype on all, in the order of ranks."""
         if self.size == 1:
             return [x]
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.process_group)
-        return parts
+        sent = self._reachable(x)
+        parts = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(parts, sent, group=self.process_group)
+        return [part.to(x.device) for part in parts]
 
     def gather_columns(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, N] of every rank to [T, N size]."""
@@ -54,9 +55,18 @@ class Group:
         """Send the first `sent[0]` rows of x [sum(sent), ...] to rank 0, the next `sent[1]` to rank 1, and so on;
         returns what came, `received[i]` rows from rank i, in the order of ranks.
         """
-        out = x.new_empty(sum(received), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=self.process_group)
-        return out
+        rows = self._reachable(x)
+        out = rows.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(out, rows, list(received), list(sent), group=self.process_group)
+        return out.to(x.device)
+
+    def _reachable(self, x: torch.Tensor) -> torch.Tensor:
+        """x, contiguous, where the group's backend can read it: gloo reads no GPU, for which x is copied to pinned
+        memory of the host. That is slow, and meant for tests: NCCL refuses several ranks on one card, gloo does not.
+        """
+        if x.is_cuda and dist.get_backend(self.process_group) == dist.Backend.GLOO:
+            return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True).copy_(x)
+        return x.contiguous()
 
     def share_of(self, count: int) -> slice:
         """This rank's part of `count` rows, of which each rank has as many but the last ones."""

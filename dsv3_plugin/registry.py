@@ -97,8 +97,13 @@ class Choice:
 class MasterWeights(Protocol):
     """How a trainer multiplies with FP8 weights that it holds in the profile's dtype; each call quantizes anew."""
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """x [M, K], weight [N, K] to [M, N], with fp8_linear's `out_dtype`."""
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [M, K], weight [N, K] to [M, N]."""
+
+    def sliced_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, slices: int, *, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The same with K in slices, as `sliced_fp8_linear` does it."""
 
     def grouped_linear(self, x: torch.Tensor, expert_counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [M, K] sorted by expert, expert_counts [E], weight [E, N, K] to [M, N]."""
@@ -137,13 +142,19 @@ class Ops:
         return found
 
     @property
+    def columns_are_alone(self) -> bool:
+        """Whether an output of an unquantized product has the same bits however many outputs there are: a tensor core
+        has no other way, a CPU's library has.
+        """
+        return self.setting.arithmetic != "cpu"
+
+    @property
     def quantizes_ahead(self) -> bool:
         """Whether what makes an activation also quantizes it, once for all FP8 projections that read it.
 
-        In training, and where products are cut into slices, each projection does that itself.
+        In training each projection does that itself.
         """
-        profile = self.setting.profile
-        return profile.is_fp8 and self.master_weights is None and profile.reduction_slices == 1
+        return self.setting.profile.is_fp8 and self.master_weights is None
 
     def announcement(self, served: str) -> str:
         """What an adapter writes to its engine's log when it builds the model class `served`."""
@@ -273,8 +284,8 @@ def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] |
     provenance: list[Choice] = []
     missing: dict[AnyOperation, list[Candidate]] = {}
     for op in operations().values():
-        if op.fp8 and not setting.profile.is_fp8:
-            bound[op] = partial(_not_bound, op.name, setting.profile.name)
+        if not op.is_used_by(setting.profile):
+            bound[op] = partial(_not_bound, op.name, str(setting.profile))
             continue
         best, offered = candidates(op, setting, mode, kernels)
         if best is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3_plugin.hooks import SUPPORTED, IsSupported, Setting, Support, unsupported, whole_sums_only
+from dsv3_plugin.hooks import SUPPORTED, IsSupported, Setting, Support, unsupported
 
 CERTIFICATES = Path(__file__).with_name("certificates.json")
 """Those that this package ships: written on a card by `dsv3 kernels check --certify`, never by hand."""
@@ -28,7 +28,7 @@ def on_hopper_with(missing: Callable[[], str | None]) -> IsSupported:
             return unsupported(f"the tensor core multiplies bf16 or fp8, the profile computes in {dtype}")
         if lacking := missing():
             return unsupported(lacking)
-        return whole_sums_only(setting)
+        return SUPPORTED
 
     return is_supported
 

@@ -29,6 +29,7 @@ from dsv3_plugin.engines import class_name
 from dsv3_plugin.layers.attend import Select, attend_to_itself, attend_to_pages, select_all
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
+from dsv3_plugin.layout import WHOLE, Layout
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.profile import BF16, FP32
 from dsv3_plugin.registry import Ops
@@ -132,7 +133,9 @@ class ReferenceTestee:
     name = "reference"
     schedule_not_followed = None
 
-    def __init__(self, job: Job, *, replays: bool = False, precision: str | None = None) -> None:
+    def __init__(
+        self, job: Job, *, replays: bool = False, precision: str | None = None, layout: Layout = WHOLE
+    ) -> None:
         self.replays = replays
         reader = CheckpointReader(Path(job.checkpoint))
         reader.validate()
@@ -140,12 +143,12 @@ class ReferenceTestee:
         if job.device != "cpu":  # a default takes time in every call
             torch.set_default_device(job.device)
         profile = reader.profile() if precision is None else PRECISIONS[precision]
-        self.ops = bind_ops(self.config, profile, torch.device(job.device))
+        self.ops = bind_ops(self.config, profile, torch.device(job.device), layout=layout)
         self.mtp: DeepseekV3MTP | None = None
         if precision is None:
-            self.model = load_model(reader, self.ops)
+            self.model = load_model(reader, self.ops, layout)
             if any(case.num_speculative_tokens for case in job.cases):
-                self.mtp = load_mtp(reader, self.ops)
+                self.mtp = load_mtp(reader, self.ops, layout)
         else:
             # Its FP8 weights as the numbers that they stand for.
             self.config = self.config.model_copy(update={"quantization_config": None})

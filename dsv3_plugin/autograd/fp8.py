@@ -7,6 +7,8 @@ of the two dequantized operands, and rounding counts as the identity.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,19 +18,27 @@ from dsv3_plugin.ops.fp8_linear import fp8_linear, grouped_fp8_linear
 from dsv3_plugin.ops.linear import product_gradients, split_by_expert
 from dsv3_plugin.ops.operation import BoundKernels
 from dsv3_plugin.ops.quantize import dequantize_weight, quantize_fp8, quantize_weight
+from dsv3_plugin.ops.sliced_linear import sliced_fp8_linear
 from dsv3_plugin.profile import ScaleFormat
 from dsv3_plugin.registry import Ops
 
 
 class MasterWeights:
-    """The three uses of a master weight, with the kernels of `ops`: what `Ops.master_weights` is in training."""
+    """The uses of a master weight, with the kernels of `ops`: what `Ops.master_weights` is in training."""
 
     def __init__(self, ops: Ops) -> None:
         self.ops, self.scale_format = ops, ops.scale_format
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """x [M, K], weight [N, K] to [M, N]."""
-        return _Linear.apply(self.ops, self.scale_format, x, weight, out_dtype)
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [M, K], weight [N, K] to bf16 [M, N]."""
+        return _Linear.apply(self.ops, self.scale_format, self.ops[fp8_linear], x, weight)
+
+    def sliced_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, slices: int, *, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The same with K in `slices` slices, to bf16 or fp32."""
+        product = partial(self.ops[sliced_fp8_linear], slices=slices, out_dtype=out_dtype)
+        return _Linear.apply(self.ops, self.scale_format, product, x, weight)
 
     def grouped_linear(self, x: torch.Tensor, expert_counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [M, K] sorted by expert, expert_counts [E], weight [E, N, K] to [M, N]."""
@@ -50,20 +60,20 @@ class _Linear(torch.autograd.Function):
         ctx: Any,
         ops: BoundKernels,
         scale_format: ScaleFormat,
+        product: Callable[..., torch.Tensor],
         x: torch.Tensor,
         weight: torch.Tensor,
-        out_dtype: torch.dtype,
     ) -> torch.Tensor:
         operands = *ops[quantize_fp8](x, scale_format), *quantize_weight(weight, scale_format)
         ctx.save_for_backward(*operands)
         ctx.dtypes = x.dtype, weight.dtype
-        return ops[fp8_linear](*operands, out_dtype=out_dtype)
+        return product(*operands)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, x_scale, weight, weight_scale = ctx.saved_tensors
         gradients = product_gradients(grad, _dequantize_rows(x, x_scale), dequantize_weight(weight, weight_scale))
-        return None, None, gradients[0].to(ctx.dtypes[0]), gradients[1].to(ctx.dtypes[1]), None
+        return None, None, None, gradients[0].to(ctx.dtypes[0]), gradients[1].to(ctx.dtypes[1])
 
 
 class _GroupedLinear(torch.autograd.Function):

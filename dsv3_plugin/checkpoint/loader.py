@@ -256,23 +256,25 @@ def load_weights(
     loader.finish()
 
 
-def load_model(reader: CheckpointReader, ops: Ops) -> DeepseekV3:
-    """Validate a checkpoint and load its main model for `ops`, on the device that they were bound for."""
+def load_model(reader: CheckpointReader, ops: Ops, layout: Layout = WHOLE) -> DeepseekV3:
+    """Validate a checkpoint and load its main model for `ops`, or what is held here of it, on the device that they were
+    bound for.
+    """
     reader.validate()
     with torch.device(ops.setting.device_type):
-        model = DeepseekV3(ops, reader.config)
-    load_weights(model, reader.config, reader.tensors(), "main")
+        model = DeepseekV3(ops, reader.config, layout)
+    WeightLoader(model, reader.config, "main", layout=layout).read(reader)
     return model
 
 
-def load_mtp(reader: CheckpointReader, ops: Ops) -> DeepseekV3MTP:
+def load_mtp(reader: CheckpointReader, ops: Ops, layout: Layout = WHOLE) -> DeepseekV3MTP:
     """Validate a checkpoint and load its MTP layer with embedding and head. Raises `CheckpointError` without one."""
     if not reader.config.num_nextn_predict_layers:
         raise CheckpointError(f"{reader.path}: has no MTP layer (num_nextn_predict_layers is 0)")
     reader.validate()
     with torch.device(ops.setting.device_type):
-        model = DeepseekV3MTP(ops, reader.config)
-    load_weights(model, reader.config, reader.tensors(), "mtp")
+        model = DeepseekV3MTP(ops, reader.config, layout)
+    WeightLoader(model, reader.config, "mtp", layout=layout).read(reader)
     return model
 
 

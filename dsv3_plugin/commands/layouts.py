@@ -23,14 +23,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import distributed as dist
 
-from dsv3_plugin.checkpoint.loader import WeightLoader
+from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.layouts import ParallelLayout, RankOf
+from dsv3_plugin.conformance.process_groups import join
 from dsv3_plugin.conformance.testees.ranks import start_ranks, wait_for_ranks
 from dsv3_plugin.errors import ConformanceError
 from dsv3_plugin.layers.attend import attend_to_itself
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
-from dsv3_plugin.layout import WHOLE, Group, Layout
+from dsv3_plugin.layout import WHOLE, Layout
 
 _WARM_UP = 2
 
@@ -103,32 +104,14 @@ class _Rank:
     """One process."""
 
     def __init__(self, place: RankOf, checkpoint: Path, device: str) -> None:
-        cards = torch.cuda.device_count() if device == "cuda" else 0
-        self.device = torch.device("cuda", place.rank % cards) if cards else torch.device("cpu")
-        if cards:
-            torch.cuda.set_device(self.device)
-        store = dist.TCPStore("127.0.0.1", place.ports[0], place.layout.ranks, place.rank == 0)  # type: ignore[attr-defined]
-        # NCCL refuses two ranks on one card.
-        backend = "nccl" if cards >= place.layout.ranks else "gloo"
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.layout.ranks)
+        self.device, self.layout = join(place, device)
         self.reader = CheckpointReader(checkpoint)
-        layout = place.layout
-        first = place.dp_rank * layout.tp
-        self.layout = Layout(
-            _group(place.tp_rank, [[dp * layout.tp + tp for tp in range(layout.tp)] for dp in range(layout.dp)], first),
-            _group(place.rank, [list(range(layout.ranks))], 0),
-        )
         self.seed = place.dp_rank
 
     def load(self, layout: Layout) -> DeepseekV3:
         """The model, or this rank's part of it."""
-        config = self.reader.config
-        ops = bind_ops(config, self.reader.profile(), self.device, layout=layout)
-        with self.device:
-            model = DeepseekV3(ops, config, layout)
-        loader = WeightLoader(model, config, "main", layout=layout)
-        loader.read(self.reader)
-        return model
+        ops = bind_ops(self.reader.config, self.reader.profile(), self.device, layout=layout)
+        return load_model(self.reader, ops, layout)
 
     def measure(self, tokens: Sequence[int], repeats: int) -> list[_Row]:
         """A row for each number of tokens."""
@@ -184,12 +167,6 @@ class _Rank:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _group(rank: int, groups: Sequence[Sequence[int]], own: int) -> Group:
-    """The group that begins at rank `own`; every rank makes every group."""
-    made = {members[0]: dist.new_group(list(members)) for members in groups}
-    return Group(rank, len(groups[0]), made[own] if len(groups[0]) > 1 else None)
 
 
 def main() -> None:

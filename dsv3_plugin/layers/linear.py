@@ -15,7 +15,7 @@ from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.ops.fp8_linear import fp8_linear, grouped_fp8_linear
 from dsv3_plugin.ops.linear import grouped_linear, linear
 from dsv3_plugin.ops.quantize import E4M3, dequantize_weight, quantize_fp8
-from dsv3_plugin.ops.slices import tree_sum
+from dsv3_plugin.ops.sliced_linear import sliced_fp8_linear, sliced_linear
 from dsv3_plugin.registry import Ops
 
 
@@ -109,28 +109,30 @@ class RowLinear(Linear):
     def forward(self, x: Activation) -> torch.Tensor:
         """x [T, in_features] to [T, out_features]."""
         profile, slices = self.ops.setting.profile, self.ops.slices
-        if isinstance(x, Quantized) or profile.reduction_slices == 1:
+        if profile.reduction_slices == 1:
             return super().forward(x)
-        parts = zip(x.chunk(slices.held, 1), range(slices.held), strict=True)
-        return slices.fold(tree_sum([self._sum(part.contiguous(), i) for part, i in parts])).to(profile.dtype)
+        if slices.held == profile.reduction_slices:
+            return self._sum_of_slices(x, profile.dtype)
+        return slices.fold(self._sum_of_slices(x, torch.float32)).to(profile.dtype)
 
-    def _sum(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """x [T, in_features / slices] times slice `index` of the weight's columns, to fp32 [T, out_features]."""
-        count = self.ops.slices.held
-        weight = self.weight.chunk(count, 1)[index].contiguous()
+    def _sum_of_slices(self, x: Activation, out_dtype: torch.dtype) -> torch.Tensor:
+        """x [T, in_features] to the sum of the slices held here, [T, out_features]."""
+        held = self.ops.slices.held
         if not self.is_fp8:
-            return self.ops[linear](x, weight, out_dtype=torch.float32)
+            if held == 1:  # the same, by faster kernels
+                return self.ops[linear](_unquantized(x), self.weight, out_dtype=out_dtype)
+            return self.ops[sliced_linear](_unquantized(x), self.weight, held, out_dtype=out_dtype)
         if self.masters is not None:
-            return self.masters.linear(x, weight, out_dtype=torch.float32)
-        scale = self.weight_scale_inv.chunk(count, 1)[index].contiguous()
-        return self.ops[fp8_linear](*quantize(self.ops, x), weight, scale, out_dtype=torch.float32)
+            return self.masters.sliced_linear(_unquantized(x), self.weight, held, out_dtype=out_dtype)
+        weight = self.weight, self.weight_scale_inv
+        return self.ops[sliced_fp8_linear](*quantize(self.ops, x), *weight, held, out_dtype=out_dtype)
 
 
 def linear_in_slices(
     ops: Ops, x: torch.Tensor, weight: torch.Tensor, slices: int, *, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """x [T, K] times weight [N, K], each of `slices` equal slices of N as a product of its own, to [T, N]."""
-    if slices == 1:
+    if slices == 1 or ops.columns_are_alone:
         return ops[linear](x, weight, out_dtype=out_dtype)
     return torch.cat([ops[linear](x, rows, out_dtype=out_dtype) for rows in weight.chunk(slices)], dim=1)
 

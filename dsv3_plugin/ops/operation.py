@@ -31,6 +31,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from dsv3_plugin.ops.drawing import Case, Sizes
 from dsv3_plugin.ops.products import CPU, Products
+from dsv3_plugin.profile import Profile
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,6 +57,7 @@ class Operation(Generic[P, R]):
         version: int,
         summary: str,
         fp8: bool = False,
+        sliced: bool = False,
         dims: tuple[str, ...] = (),
         page_sizes: Iterable[int] = (),
     ) -> None:
@@ -70,6 +72,8 @@ class Operation(Generic[P, R]):
         self.summary = summary
         self.fp8 = fp8
         """Whether only FP8 profiles use it."""
+        self.sliced = sliced
+        """Whether only profiles in several reduction slices use it."""
         self.dims = dims
         """Sizes of the model, by their configuration names, about which a kernel may be particular."""
         self.page_sizes = frozenset(page_sizes)
@@ -105,6 +109,10 @@ class Operation(Generic[P, R]):
         reference = f"{self.__module__}:{self.name}"
         return (reference, f"{Products.__module__}:CPU") if self._on else (reference,)
 
+    def is_used_by(self, profile: Profile) -> bool:
+        """Whether a model in this profile calls it."""
+        return (profile.is_fp8 or not self.fp8) and (profile.reduction_slices > 1 or not self.sliced)
+
     def on(self, products: Products) -> Callable[P, R]:
         """The reference with the products of another machine; itself if it has none."""
         return self._on(products) if self._on else self
@@ -136,18 +144,39 @@ class Operation(Generic[P, R]):
 
 
 def operation(
-    *, version: int, summary: str, fp8: bool = False, dims: tuple[str, ...] = (), page_sizes: Iterable[int] = ()
+    *,
+    version: int,
+    summary: str,
+    fp8: bool = False,
+    sliced: bool = False,
+    dims: tuple[str, ...] = (),
+    page_sizes: Iterable[int] = (),
 ) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """Declare the decorated function as an operation's reference."""
 
     def declare(function: Callable[P, R]) -> Operation[P, R]:
-        return Operation(function, None, version=version, summary=summary, fp8=fp8, dims=dims, page_sizes=page_sizes)
+        return Operation(
+            function,
+            None,
+            version=version,
+            summary=summary,
+            fp8=fp8,
+            sliced=sliced,
+            dims=dims,
+            page_sizes=page_sizes,
+        )
 
     return declare
 
 
 def matrix_operation(
-    *, version: int, summary: str, fp8: bool = False, dims: tuple[str, ...] = (), page_sizes: Iterable[int] = ()
+    *,
+    version: int,
+    summary: str,
+    fp8: bool = False,
+    sliced: bool = False,
+    dims: tuple[str, ...] = (),
+    page_sizes: Iterable[int] = (),
 ) -> Callable[[Callable[Concatenate[Products, P], R]], Operation[P, R]]:
     """The same of a function that contains matrix products: it takes the machine's as its first argument, which
     kernels do not have.
@@ -157,7 +186,16 @@ def matrix_operation(
         def on(products: Products) -> Callable[P, R]:
             return cast(Callable[P, R], functools.partial(cast(Any, function), products))
 
-        return Operation(function, on, version=version, summary=summary, fp8=fp8, dims=dims, page_sizes=page_sizes)
+        return Operation(
+            function,
+            on,
+            version=version,
+            summary=summary,
+            fp8=fp8,
+            sliced=sliced,
+            dims=dims,
+            page_sizes=page_sizes,
+        )
 
     return declare
 

@@ -3,11 +3,10 @@
 Contract, for `Profile.reduction_slices` = n > 1:
 
 * Row-parallel products (`o_proj`, and `down_proj` of the dense MLP and of the shared expert; the weight is cut along
-  K) split K into n equal slices. Each slice's sum is that of the product's own contract, kept in fp32. A binary tree
-  adds the n sums: neighbours first, then neighbouring pairs, each addition rounded to fp32. One rounding at the end.
+  K) split K into n equal slices, whose sums a binary tree adds (`sliced_linear`).
 * Column-parallel products (`q_proj` or `q_b_proj`, `gate_up_proj` of the same MLPs, `eh_proj`, `lm_head`; the weight is
   cut along its rows) compute n equal slices of the outputs as products of their own, gate and up each: on a CPU an
-  unquantized product's bits depend on how many outputs it has. Those of an FP8 product do not.
+  unquantized product's bits depend on how many outputs it has. Those of an FP8 product, and of a tensor core's, do not.
 * Everything else is whole on every rank or, like attention and the absorbed halves of `kv_b_proj`, has one product a
   head. Routed experts are never cut.
 

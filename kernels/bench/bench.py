@@ -35,7 +35,7 @@ from dsv3_plugin.kernels.bench.measure import (
     workspace_bytes,
 )
 from dsv3_plugin.kernels.bench.memory_bound import small_cases
-from dsv3_plugin.kernels.bench.products import bf16_cases, dense_cases, grouped_cases
+from dsv3_plugin.kernels.bench.products import bf16_cases, dense_cases, grouped_cases, sliced_cases
 from dsv3_plugin.kernels.bench.scoreboard import Record, Scoreboard
 from dsv3_plugin.version import __version__
 
@@ -50,6 +50,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "grouped": grouped_cases,
     "moe": moe_cases,
     "bf16": bf16_cases,
+    "sliced": sliced_cases,
     "small": small_cases,
 }
 

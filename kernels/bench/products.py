@@ -26,7 +26,7 @@ from dsv3_plugin.kernels.bench.case import (
     served,
 )
 from dsv3_plugin.kernels.bench.measure import Call, Rows
-from dsv3_plugin.kernels.triton import fp8_linear, linear, quantize
+from dsv3_plugin.kernels.triton import fp8_linear, linear, quantize, sliced_linear
 from dsv3_plugin.kernels.vendors import cublas
 from dsv3_plugin.ops import fp8_linear as fp8_contracts
 from dsv3_plugin.ops import linear as contracts
@@ -73,6 +73,48 @@ def _dense_rows(n: int, k: int) -> Rows:
     weight = fp8_weight(n, k)
     values, scales = quantize.quantize_fp8(bf16(MOST_ROWS, k), "float32")
     return Rows(MOST_ROWS, lambda i: fp8_linear.fp8_linear(*permute_fp8(values, scales, i), *weight))
+
+
+_SLICES = 8
+
+
+def sliced_cases() -> Iterator[Case]:
+    """What slices cost one rank: the projections whose sums tensor-parallel ranks share, attention's and the shared
+    expert's, beside what a model runs without slices.
+    """
+    depths = (16384, 2048)
+    rows = {k: (partial(_sliced_fp8_rows, k), partial(_sliced_rows, k)) for k in depths}
+    for m, k in [(m, k) for k in depths for m in (1, 16, 128, 4096)]:
+
+        def in_fp8(m: int = m, k: int = k) -> Contenders:
+            weight, x = fp8_weight(HIDDEN, k), quantize.quantize_fp8(bf16(m, k), "float32")
+            return Contenders(
+                lambda: sliced_linear.sliced_fp8_linear(*x, *weight, _SLICES),
+                invariant={"not in slices": lambda: served()[fp8_contracts.fp8_linear](*x, *weight)},
+            )
+
+        def in_bf16(m: int = m, k: int = k) -> Contenders:
+            weight, x = bf16(HIDDEN, k), bf16(m, k)
+            return Contenders(
+                lambda: sliced_linear.sliced_linear(x, weight, _SLICES),
+                invariant={"not in slices": lambda: served()[contracts.linear](x, weight)},
+            )
+
+        shape = f"{m} x {HIDDEN} x {k} in {_SLICES} slices"
+        inputs, outputs, work = (m + HIDDEN) * k, m * HIDDEN, 2 * m * HIDDEN * k
+        yield Case(f"fp8 {shape}", in_fp8, inputs + 2 * outputs, fp8_operations=work, rows=rows[k][0])
+        yield Case(f"bf16 {shape}", in_bf16, 2 * (inputs + outputs), bf16_operations=work, rows=rows[k][1])
+
+
+def _sliced_fp8_rows(k: int) -> Rows:
+    weight = fp8_weight(HIDDEN, k)
+    values, scales = quantize.quantize_fp8(bf16(MOST_ROWS, k), "float32")
+    return Rows(MOST_ROWS, lambda i: sliced_linear.sliced_fp8_linear(*permute_fp8(values, scales, i), *weight, _SLICES))
+
+
+def _sliced_rows(k: int) -> Rows:
+    x, weight = bf16(MOST_ROWS, k), bf16(HIDDEN, k)
+    return Rows(MOST_ROWS, lambda i: sliced_linear.sliced_linear(x[i], weight, _SLICES))
 
 
 _LOCAL_EXPERTS = 32

@@ -76,7 +76,7 @@ _LEGEND = (
     "* bits: outputs of ours that changed with the batch (1 to 4096 rows, shuffled, other mates), of those compared.",
     "* workspace: the most memory that a call of ours holds besides its inputs and results.",
     "* n bits: outputs of a peer that are not ours, bit for bit.",
-    "* invariant modes: what a peer does where it promises the same.",
+    "* invariant modes: what a peer does where it promises the same; beside sums in slices, what a model runs without.",
     "* copy: a plain copy of as many bytes as the case has to move.",
 )
 
@@ -93,6 +93,7 @@ TITLES = {
     "dense": "fp8 projections: tokens x columns x depth",
     "small": "Norm, SwiGLU, quantization, router and moves of rows",
     "bf16": "bf16 products: tokens x columns x depth",
+    "sliced": "Products whose sums are in slices: tokens x columns x depth",
     "grouped": "fp8 products of experts: experts x columns x depth",
 }
 

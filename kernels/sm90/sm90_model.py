@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
-from dsv3_plugin.hooks import Kernel, Setting, Support, unsupported, whole_sums_only
+from dsv3_plugin.hooks import SUPPORTED, Kernel, Setting, Support, unsupported
 from dsv3_plugin.kernels.sm90.tensor_core import BF16, FP8, dot
 from dsv3_plugin.ops.operation import Operation, operations
 from dsv3_plugin.ops.products import Products
@@ -48,7 +48,7 @@ def is_supported(setting: Setting) -> Support:
     if setting.profile.dtype != torch.bfloat16:
         dtype = setting.profile.dtype
         return unsupported(f"the tensor core multiplies bf16 or fp8, the profile computes in {dtype}")
-    return whole_sums_only(setting)
+    return SUPPORTED
 
 
 def model_of(op: Operation[P, R]) -> Callable[P, R]:

@@ -14,6 +14,7 @@ from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout, RankOf
 from dsv3_plugin.errors import ConformanceError
 
+CORE = runner.TesteeCommand("core", (sys.executable, "-m", "dsv3_plugin.conformance.testees.core"))
 SPREAD = runner.TesteeCommand("spread", (sys.executable, str(SUPPORT / "spread_testee.py")))
 
 
@@ -35,8 +36,10 @@ def test_a_rank_knows_its_place() -> None:
     assert [rank for rank in range(8) if RankOf(layout, rank, ()).has(3)] == [4, 5, 6, 7]
 
 
-def run(checkpoint: Path, work_dir: Path, layout: str, *cases: str) -> runner.Report:
-    testees = [SPREAD.on(ParallelLayout.parse(layout))]
+def run(
+    checkpoint: Path, work_dir: Path, layout: str, *cases: str, testee: runner.TesteeCommand = SPREAD
+) -> runner.Report:
+    testees = [testee.on(ParallelLayout.parse(layout))]
     return runner.run(testees, checkpoint, lambda name, what: None, keep=work_dir / "kept", only=cases or ("batch",))
 
 
@@ -83,6 +86,18 @@ def test_a_case_that_cannot_run_so_is_named(
     assert report.passed, report.problems
     assert reports.layout_matrix(report)["spread"]["pp=2"].declined == ("decode: no decode over stages",)
     assert "decode: no decode over stages" in reports.to_html(report)
+
+
+def test_the_core_alone_runs_tensor_parallel_ranks(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSV3_REDUCTION_SLICES", "4")
+    report = run(tiny_checkpoint("bf16"), tmp_path, "tp=2", "batch", testee=CORE)
+    assert report.passed, report.problems
+    cell = reports.layout_matrix(report)["core"]["tp=2"]
+    assert cell.equal > 100 and not cell.different and not cell.declined
+    with pytest.raises(ConformanceError, match="--layout dp=2,ep=2: the core alone runs tensor-parallel ranks"):
+        run(tiny_checkpoint("bf16"), tmp_path / "other", "dp=2,ep=2", testee=CORE)
 
 
 def test_slices_are_asked_for(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from dsv3_plugin.autograd.bind import differentiable
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import ConfigError, KernelError
+from dsv3_plugin.hooks import Arithmetic
 from dsv3_plugin.layers import linear as layers
 from dsv3_plugin.layers.mlp import MLP
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.quantize import E4M3, quantize_weight
+from dsv3_plugin.ops.sliced_linear import sliced_linear
 from dsv3_plugin.ops.slices import Slices, tree_sum
-from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32, Profile, profile_for
+from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, FP32, Profile, profile_for
 from dsv3_plugin.registry import Ops
 
 CPU = torch.device("cpu")
@@ -27,8 +29,8 @@ CONFIG = DeepseekV3Config.from_dict(read_config("small"))
 HIDDEN, INTERMEDIATE = 512, 1024
 
 
-def ops_for(profile: Profile, slices: int) -> Ops:
-    return bind_ops(CONFIG, replace(profile, reduction_slices=slices), CPU)
+def ops_for(profile: Profile, slices: int, arithmetic: Arithmetic | None = None) -> Ops:
+    return bind_ops(CONFIG, replace(profile, reduction_slices=slices), CPU, arithmetic=arithmetic)
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,14 @@ def on_ranks(
     x: torch.Tensor,
     weights: tuple[torch.Tensor, ...],
     add: Callable[[list[torch.Tensor]], torch.Tensor] = tree_sum,
+    arithmetic: Arithmetic | None = None,
 ) -> torch.Tensor:
     """The MLP cut over `ranks`, one after the other in this process; `add` puts their branches together."""
     gate, up, down = weights
     branches: list[torch.Tensor] = []
 
     def run(rank: int, fold: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        ops = replace(ops_for(profile, slices), slices=Rank(slices // ranks, fold))
+        ops = replace(ops_for(profile, slices, arithmetic), slices=Rank(slices // ranks, fold))
         parts = gate.chunk(ranks)[rank], up.chunk(ranks)[rank], down.chunk(ranks, 1)[rank]
         return mlp_of(ops, *parts)(x)
 
@@ -88,6 +91,22 @@ def test_ranks_have_the_bits_of_one(profile: Profile, slices: int, ranks: int) -
     x = torch.randn(70, HIDDEN, generator=generator).to(profile.dtype)
     alone = mlp_of(ops_for(profile, slices), *weights)(x)
     assert torch.equal(on_ranks(profile, slices, ranks, x, weights), alone)
+
+
+@pytest.mark.parametrize("profile", [BF16, FP8_FLOAT32], ids=str)
+def test_ranks_have_the_bits_of_one_on_hopper(profile: Profile) -> None:
+    """In the model of its arithmetic; the twin adds the ranks' fp32 sums in another order."""
+    generator = torch.Generator().manual_seed(2)
+    weights = mlp_weights(generator)
+    x = torch.randn(3, HIDDEN, generator=generator).to(profile.dtype)
+    alone = mlp_of(ops_for(profile, 4, "sm90"), *weights)(x)
+    assert torch.equal(on_ranks(profile, 4, 2, x, weights, arithmetic="sm90"), alone)
+
+    def add(branches: list[torch.Tensor]) -> torch.Tensor:
+        assert not torch.equal(tree_sum([*branches[1:], branches[0]]), tree_sum(branches))
+        return tree_sum(branches)
+
+    assert torch.equal(on_ranks(profile, 4, 4, x, weights, add, "sm90"), alone)
 
 
 def test_ranks_without_slices_are_caught() -> None:
@@ -172,6 +191,8 @@ def test_sizes_that_cannot_be_cut_are_named(monkeypatch: pytest.MonkeyPatch) -> 
         profile_for(DeepseekV3Config.from_dict(fp8))
 
 
-def test_kernels_that_cannot_slice_refuse() -> None:
-    with pytest.raises(KernelError, match=r"sm90-model .*: keeps no fp32 sums of slices, 2 reduction slices"):
-        bind_ops(CONFIG, replace(BF16, reduction_slices=2), CPU, arithmetic="sm90")
+def test_a_model_without_slices_has_no_kernel_of_them() -> None:
+    with pytest.raises(KernelError, match="sliced_linear was called in the bf16 profile, which does not use it"):
+        ops_for(BF16, 1)[sliced_linear](torch.zeros(1, 2), torch.zeros(1, 2), 2)
+    bound = {choice.op for choice in ops_for(BF16, 2).provenance}
+    assert "sliced_linear" in bound and "sliced_fp8_linear" not in bound

@@ -20,6 +20,7 @@ from dsv3_plugin.kernels.triton import (
     rope,
     router,
     silu_and_mul,
+    sliced_linear,
 )
 from dsv3_plugin.kernels.vendors import flash_mla
 from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
@@ -49,6 +50,16 @@ CASES = {
         linear.grouped_linear,
         (bf16(4, 16), torch.tensor([4]), bf16(2, 8, 16)),
         r"grouped_linear: expert_counts has shape \(1,\)",
+    ),
+    "slices, K": (
+        sliced_linear.sliced_linear,
+        (bf16(2, 24), bf16(8, 24), 16),
+        "sliced_linear: K=24 has no 16 equal slices",
+    ),
+    "fp8 slices, K": (
+        sliced_linear.sliced_fp8_linear,
+        (e4m3(2, 256), fp32(2, 2), e4m3(8, 256), fp32(1, 2), 4),
+        "sliced_fp8_linear: K=256 has no 4 equal slices of whole blocks of 128",
     ),
     "quantize, K": (quantize.quantize_fp8, (bf16(2, 96), "ue8m0"), "quantize_fp8: K=96 is not a multiple of 128"),
     "fp8, dtype": (

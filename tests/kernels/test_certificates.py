@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -32,6 +33,7 @@ from dsv3_plugin.profile import BF16, FP8_UE8M0
 from dsv3_plugin.registry import Ops, bind
 
 HOPPER = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), V3_LATENT)
+IN_SLICES = replace(HOPPER, profile=replace(FP8_UE8M0, reduction_slices=2))
 OTHER_LATENT = Setting("cuda", "sm90", BF16, (9, 0), {"kv_lora_rank": 128, "qk_rope_head_dim": 32})
 VERSIONS = {
     "dsv3-plugin": "0.1.0",
@@ -122,7 +124,7 @@ def test_the_shipped_certificates_are_of_todays_kernels(h200):
     if stale:
         pytest.skip(f"dsv3 kernels check --certify kernels/certificates.json is to be run on a Hopper card: {stale}")
     assert shipped.keys() == wanted.keys()
-    for setting in (HOPPER, OTHER_LATENT):
+    for setting in (HOPPER, IN_SLICES, OTHER_LATENT):
         assert all(part.certificate for choice in strict(setting).provenance for part in choice.parts)
     assert all(found.cases >= 300 and found.cases_on_cpu >= 63 for found in shipped.values())
 
@@ -175,9 +177,18 @@ def test_another_version_of_a_compiler_is_refused_with_the_command_that_certifie
 
 def test_another_torch_is_refused(certified, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.12.0+cu130")
-    message = why_not()
+    message = why_not(IN_SLICES)
     assert "torch is 2.12.0+cu130, with 2.11.0+cu130 it was compared" in message
     assert all(op.name in message for op in operations().values())
+
+
+def test_a_model_without_slices_needs_no_certificate_of_them(certified):
+    left = [found for found in certificates.read(certified) if not found.subject.operation.startswith("sliced_")]
+    strict(IN_SLICES)
+    certified.unlink()
+    certificates.write(certified, left)
+    strict()
+    assert re.search(r": sliced_linear, sliced_fp8_linear \(.*triton 0\.1\.0: has no certificate", why_not(IN_SLICES))
 
 
 def test_another_deep_gemm_leaves_its_products_to_ours(certified, h200):
@@ -313,7 +324,14 @@ def edited(h200, monkeypatch, copies):
 
 
 MATH = {"triton.router", "triton.silu_and_mul"}
-PRODUCTS = {"triton.linear", "triton.router", "triton.mla_attention", "cuda.mla_hopper", "deep_gemm.bf16_gemm_nt"}
+PRODUCTS = {
+    "triton.linear",
+    "triton.sliced_linear",
+    "triton.router",
+    "triton.mla_attention",
+    "cuda.mla_hopper",
+    "deep_gemm.bf16_gemm_nt",
+}
 PRODUCTS |= {"cuda.fp8_gemm", "triton.fp8_gluon", "triton.fp8_linear", "deep_gemm.fp8_gemm_nt"}
 PRODUCTS |= {"deep_gemm.m_grouped_fp8_gemm_nt_contiguous"}
 EDITS = {

@@ -112,6 +112,23 @@ def test_a_kernel_that_is_right_once_is_wrong():
     assert (result.wrong_cases, result.wrong_outputs) == (CASES, CASES)
 
 
+def test_slices_that_are_added_from_left_to_right_are_wrong():
+    model, product = model_kernel("sliced_linear"), model_kernel("linear").run
+
+    def run(x: torch.Tensor, weight: torch.Tensor, slices: int, *, out_dtype: torch.dtype | None = None) -> Any:
+        parts = zip(x.chunk(slices, 1), weight.chunk(slices, 1), strict=True)
+        total, *sums = [product(a.contiguous(), b.contiguous(), out_dtype=torch.float32) for a, b in parts]
+        for of_slice in sums:
+            total = total + of_slice
+        return total.to(out_dtype or x.dtype)
+
+    drawn = drawing.SMALL._replace(depths=(512,))
+    targets = [Target(replace(model, run=run), replace(part, run=run)) for part in model.parts]
+    targets += [Target(model, part) for part in model.parts]
+    wrong, right = compare._check_group(targets, drawn, (torch.bfloat16,), range(20), SEED, Where("cpu", "cpu", 0))
+    assert wrong.failed and wrong.wrong_cases > 3 and not right.wrong_cases
+
+
 def test_a_zero_of_the_other_sign_is_wrong(monkeypatch):
     model = model_kernel("mla_attention")
 

@@ -18,7 +18,7 @@ from dsv3_plugin.kernels.vendors import cublas, deep_gemm, flash_mla
 from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.quantize import E4M3
-from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32, Profile
+from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32
 from dsv3_plugin.registry import bind
 
 HOPPER = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), V3_LATENT)
@@ -33,7 +33,6 @@ def test_each_can_be_certified_or_says_why_not(kernel):
         Setting("cpu", "sm90", BF16),
         Setting("cuda", "sm90", FP32, (9, 0), V3_LATENT),
         Setting("cuda", "sm90", BF16, (10, 0), V3_LATENT),
-        Setting("cuda", "sm90", Profile("bf16", torch.bfloat16, reduction_slices=2), (9, 0), V3_LATENT),
     ):
         assert not kernel.is_supported(elsewhere), elsewhere
 

@@ -28,11 +28,12 @@ from dsv3_plugin.kernels.triton import (
     rope,
     router,
     silu_and_mul,
+    sliced_linear,
 )
 from dsv3_plugin.ops.router import K_CHUNK
 
 _EXACT = {"enable_fp_fusion": False}
-_ALIGNED = ("columns", "depth", "width", "heads", "block_size", "token_stride", "head_stride", "block_stride")
+_ALIGNED = ("columns", "depth", "size", "width", "heads", "block_size", "token_stride", "head_stride", "block_stride")
 _ALIGNED += ("x_row_stride", "x_head_stride", "out_row_stride", "out_head_stride")
 
 
@@ -75,6 +76,19 @@ def _bf16(rows: int, columns: int, depth: int, warps: int, stages: int) -> Sourc
     constants = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "BAND": 8}
     types = "*bf16 *bf16 *bf16 i32 i32 i32 i32 i32 i32 i32"
     return Source(linear._linear, types, constants, {"num_warps": warps, "num_stages": stages})
+
+
+def _sliced(tile: sliced_linear.Tile) -> Source:
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "BAND": 8}
+    types = "*bf16 *bf16 *fp32 i32 i32 i32 i32"
+    return Source(sliced_linear._sliced_linear, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
+
+
+def _sliced_fp8(tile: sliced_linear.Tile) -> Source:
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "WEIGHT_FIRST": tile.rows <= 64, "BAND": 8}
+    types = "*fp8e4nv *fp32 *fp8e4nv *fp32 *fp32 i32 i32 i32 i32 i32 i32"
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return Source(sliced_linear._sliced_fp8_linear, types, constants, options)
 
 
 def _norm(*wanted: str, without: tuple[str, ...] = ()) -> Source:
@@ -137,6 +151,11 @@ SOURCES: dict[str, Source] = {
     "bf16 many rows": _bf16(128, 256, 64, 8, 3),
     "fp8 few rows": _fp8(16, 64, True, 4),
     "fp8 many rows": _fp8(128, 128, False, 8),
+    "bf16 slices, few rows": _sliced(sliced_linear.choose_tile(16)),
+    "bf16 slices, many rows": _sliced(sliced_linear.choose_tile(4096)),
+    "fp8 slices, few rows": _sliced_fp8(sliced_linear.choose_fp8_tile(16)),
+    "fp8 slices, many rows": _sliced_fp8(sliced_linear.choose_fp8_tile(4096)),
+    "slices added": Source(sliced_linear._add_slices, "*fp32 *bf16 i32", {"SLICES": 8, "SIZE": 1024}, {}),
     "fp8 experts, few rows": Source(
         fp8_linear._grouped_fp8_linear,
         "*fp8e4nv *fp32 *i64 *fp8e4nv *fp32 *bf16 i32 i32 i32 i32",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import distributed as dist
@@ -19,22 +19,26 @@ from dsv3_plugin.layout import Group
 
 T = TypeVar("T")
 SECONDS = 60
+# A new process imports and compiles.
+_SECONDS_WITH_A_GPU = 240
 
 
-def on_ranks(count: int, work: Callable[[int], T]) -> list[T]:
-    """What `work(rank)` returns on each of `count` ranks, which are forks of this process. Raises what one raised."""
-    context = get_context("fork")
+def on_ranks(count: int, work: Callable[[int], T], start: Literal["fork", "spawn"] = "fork") -> list[T]:
+    """What `work(rank)` returns on each of `count` ranks, which are forks of this process, or new ones where it uses a
+    GPU. Raises what one raised.
+    """
+    context, seconds = get_context(start), SECONDS if start == "fork" else _SECONDS_WITH_A_GPU
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(count)]
         ranks = [
-            context.Process(target=_rank, args=(rank, count, f"{folder}/store", work, sender))
+            context.Process(target=_rank, args=(rank, count, f"{folder}/store", seconds, work, sender))
             for rank, (_, sender) in enumerate(pipes)
         ]
         for rank in ranks:
             rank.start()
         try:
             answers = [
-                pickle.loads(receiver.recv_bytes()) if receiver.poll(SECONDS) else (None, "no answer")
+                pickle.loads(receiver.recv_bytes()) if receiver.poll(seconds) else (None, "no answer")
                 for receiver, _ in pipes
             ]
         finally:
@@ -54,11 +58,11 @@ def group(ranks: Sequence[int]) -> Group:
     return Group(ranks.index(dist.get_rank()), len(ranks), groups[tuple(ranks)])
 
 
-def _rank(rank: int, count: int, store: str, work: Callable[[int], T], sender: Connection) -> None:
+def _rank(rank: int, count: int, store: str, seconds: int, work: Callable[[int], T], sender: Connection) -> None:
     try:
         torch.set_num_threads(1)
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=SECONDS)
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=seconds)
         )
         # Pickled here, because multiprocessing would send a tensor as a place in this process's memory.
         sender.send_bytes(pickle.dumps((work(rank), None)))

@@ -15,6 +15,7 @@ from dsv3_plugin.ops.linear import grouped_linear, head_linear, linear
 from dsv3_plugin.ops.rms_norm import rms_norm
 from dsv3_plugin.ops.router import router_linear
 from dsv3_plugin.ops.silu_and_mul import silu_and_mul
+from dsv3_plugin.ops.sliced_linear import sliced_linear
 from dsv3_plugin.profile import ScaleFormat
 
 Tensor = torch.Tensor
@@ -25,6 +26,7 @@ def row_operations(dtype: torch.dtype, columns: int, outputs: int) -> Iterator[t
     weight = normal(outputs, columns, seed=1, dtype=dtype)
     yield "linear", lambda x: linear(x, weight)
     yield "linear to fp32", lambda x: linear(x, weight, out_dtype=torch.float32)
+    yield "sliced_linear", lambda x: sliced_linear(x, weight, 4)
     heads = normal(4, outputs, columns // 4, seed=2, dtype=dtype)
     yield "head_linear", lambda x: head_linear(x.view(len(x), 4, -1), heads).flatten(1)
     yield "grouped_linear", lambda x: grouped_linear(x, torch.tensor([0, len(x)]), torch.stack((weight + 1, weight)))

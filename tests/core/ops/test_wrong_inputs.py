@@ -20,6 +20,7 @@ from dsv3_plugin.ops.rms_norm import rms_norm
 from dsv3_plugin.ops.rope import rope
 from dsv3_plugin.ops.router import route, router_linear
 from dsv3_plugin.ops.silu_and_mul import silu_and_mul
+from dsv3_plugin.ops.sliced_linear import sliced_fp8_linear, sliced_linear
 
 Tensor = torch.Tensor
 
@@ -67,6 +68,12 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (r"fp8_linear: x has K=256, weight has K=128", lambda: fp8.fp8_linear(Q8, S8, W8[:, :128].contiguous(), WS8)),
     (r"fp8_linear: x_scale has shape \(2, 1\)", lambda: fp8.fp8_linear(Q8, S8[:, :1], W8, WS8)),
     (r"fp8_linear: weight_scale has shape \(1, 2\)", lambda: fp8.fp8_linear(Q8, S8, W8, WS8[:1])),
+    (r"sliced_linear: 3 slices are no power of two", lambda: sliced_linear(X, X, 3)),
+    (r"sliced_linear: K=256 has no 512 equal slices", lambda: sliced_linear(X, X, 512)),
+    (
+        r"sliced_fp8_linear: K=256 has no 4 equal slices of whole blocks of 128",
+        lambda: sliced_fp8_linear(Q8, S8, W8, WS8, 4),
+    ),
     (r"rms_norm: weight is torch.bfloat16", lambda: rms_norm(X, torch.ones(256).bfloat16(), 1e-6)),
     (r"rms_norm: weight has shape \(255,\)", lambda: rms_norm(X, torch.ones(255), 1e-6)),
     (r"silu_and_mul: gate_up has an odd width 255", lambda: silu_and_mul(torch.zeros(2, 255))),
