@@ -1,7 +1,8 @@
 """The configurations that ship with the package, and reading one that does not.
 
 `tiny` is for tests and CI. `small` has DeepSeek-V3's real attention sizes, so that kernels which are written for those
-sizes run, and a tenth of its vocabulary, whose products would take most of the time on a CPU. `sliceable` is `tiny` with sums that four ranks can share, in fp8 too.
+sizes run, and a tenth of its vocabulary, whose products would take most of the time on a CPU. `sliceable` is `tiny`
+with sums that four ranks can share, in fp8 too.
 """
 
 from __future__ import annotations
