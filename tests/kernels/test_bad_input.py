@@ -93,6 +93,7 @@ CASES = {
         (bf16(2, 96 * 2), "float32"),
         "silu_and_mul_fp8: I=96 is not a multiple of 128",
     ),
+    "sort_by_expert, dtype": (permute.sort_by_expert, (fp32(2, 8), 256), "sort_by_expert: topk_ids is torch.float32"),
     "permute, rows": (permute.permute, (bf16(2, 64), fp32(2)), "permute: rows are torch.float32, expected integers"),
     "permute_fp8, scales": (
         permute.permute_fp8,

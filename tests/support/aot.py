@@ -127,6 +127,9 @@ SOURCES: dict[str, Source] = {
         {"COLUMNS": 1024, "FP8": True, "UE8M0": False},
         _EXACT,
     ),
+    "sort_by_expert": Source(
+        permute._sort_by_expert, "*i64 *i64 *i64 *i64 i32", {"TOPK": 8, "PAIRS": 2048}, {"num_warps": 8}
+    ),
     "permute": Source(permute._permute, "*u8 *fp32 *i64 *u8 *fp32 i32 i32 i32 i32 i32", {"ROWS": 8, "BLOCKS": 8}, {}),
     "rope": Source(rope._rope, "*bf16 *fp32 *fp32 *bf16 i32 i32 i32", {"PAIRS": 32, "WIDTH": 32, "HEADS": 16}, _EXACT),
     "combine": Source(combine._combine, "*bf16 *i64 *fp32 *bf16 *bf16 i32", {"TOPK": 8, "COLUMNS": 1024}, _EXACT),
