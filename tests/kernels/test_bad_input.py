@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed: `make test` runs 
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.kernels.cuda import mla_hopper
 from dsv3_plugin.kernels.triton import (
+    absorb,
     combine,
     fp8_linear,
     linear,
@@ -45,6 +46,21 @@ CASES = {
     "linear, K": (linear.linear, (bf16(2, 16), bf16(8, 24)), "linear: x has K=16, weight has K=24"),
     "linear, strides": (linear.linear, (bf16(16, 2).t(), bf16(8, 16)), "linear: x .* not contiguous"),
     "head_linear, heads": (linear.head_linear, (bf16(2, 3, 16), bf16(4, 8, 16)), r"\(2, 3, 16\) does not fit"),
+    "head_linear_fp8, heads": (
+        linear.head_linear_fp8,
+        (bf16(2, 3, 16), bf16(4, 128, 16), "ue8m0"),
+        r"head_linear_fp8: x of shape \(2, 3, 16\) does not fit",
+    ),
+    "absorb, latent": (
+        absorb.absorb,
+        (bf16(2, 3, 24), bf16(3, 32, 16), bf16(2, 41), bf16(32), 1e-6, fp32(2, 4), fp32(2, 4)),
+        r"absorb: heads of shape \(2, 3, 24\) do not fit w_uk of shape \(3, 32, 16\), latent of shape \(2, 41\)",
+    ),
+    "absorb, table": (
+        absorb.absorb,
+        (bf16(2, 3, 24), bf16(3, 32, 16), bf16(2, 40), bf16(32), 1e-6, fp32(2, 4), bf16(2, 4)),
+        "absorb: sin is torch.bfloat16 of shape",
+    ),
     "grouped_linear, counts": (
         linear.grouped_linear,
         (bf16(4, 16), torch.tensor([4]), bf16(2, 8, 16)),

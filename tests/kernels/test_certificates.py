@@ -313,7 +313,14 @@ def edited(h200, monkeypatch, copies):
 
 
 MATH = {"triton.router", "triton.silu_and_mul"}
-PRODUCTS = {"triton.linear", "triton.router", "triton.mla_attention", "cuda.mla_hopper", "deep_gemm.bf16_gemm_nt"}
+PRODUCTS = {
+    "triton.linear",
+    "triton.absorb",
+    "triton.router",
+    "triton.mla_attention",
+    "cuda.mla_hopper",
+    "deep_gemm.bf16_gemm_nt",
+}
 PRODUCTS |= {"cuda.fp8_gemm", "triton.fp8_gluon", "triton.fp8_linear", "deep_gemm.fp8_gemm_nt"}
 PRODUCTS |= {"deep_gemm.m_grouped_fp8_gemm_nt_contiguous"}
 EDITS = {
@@ -327,7 +334,7 @@ EDITS = {
     "kernels/triton/elementary.py": (
         "rcp.approx.ftz.f32",
         "rcp.approx.f32",
-        MATH | {"triton.quantize", "triton.rms_norm"},
+        MATH | {"triton.quantize", "triton.linear", "triton.rms_norm"},
     ),
     "kernels/vendors/deep_gemm.py": ("columns % 8", "columns % 16", {"deep_gemm.bf16_gemm_nt"}),
     # Contracts' constants.
