@@ -11,6 +11,7 @@ from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.attend import Attend
+from dsv3_plugin.layers.beside import beside
 from dsv3_plugin.layers.linear import Activation, ColumnLinear, Linear, Quantized, RowLinear
 from dsv3_plugin.layers.norm import RMSNorm
 from dsv3_plugin.ops.absorb import absorb
@@ -71,7 +72,10 @@ class MLA(nn.Module):
         """x [T, hidden] to what the up projections read: queries [T, q_lora_rank], or x itself where the model has no
         q_lora_rank, and keys and values [T, latent_dim].
         """
-        return x if self.config.q_lora_rank is None else self.q_a_proj(x), self.kv_a_proj_with_mqa(x)
+        if self.config.q_lora_rank is None:
+            return x, self.kv_a_proj_with_mqa(x)
+        latent = beside(lambda: self.kv_a_proj_with_mqa(x), self.kv_a_proj_with_mqa.weight.device)
+        return self.q_a_proj(x), latent()
 
     def up_project(
         self, queries: Activation, latent: torch.Tensor, w_uk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
