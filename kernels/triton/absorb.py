@@ -1,6 +1,8 @@
 """What attention reads: queries with the key half of `kv_b_proj` folded in, and latent vectors as they are cached.
 
-The product writes where the rotary part joins it, so that nothing is copied; one more kernel does the rest of both.
+The product writes where the rotary part joins it, so that nothing is copied. With few tokens one more kernel does the
+rest of both. With many it has the latent vectors alone: what the product's CTAs read of a query is next to its rotary
+part in memory, so they rotate it as well.
 """
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
 
@@ -18,9 +20,56 @@ from dsv3_plugin.ops import absorb as contracts
 from dsv3_plugin.ops.checks import require
 from dsv3_plugin.ops.operation import implements
 
-# Heads of a CTA: with many tokens there are CTAs enough.
-_HEADS, _HEADS_OF_MANY_TOKENS = 16, 128
-_MANY_TOKENS = 1024
+# From so many tokens on the product's CTAs rotate as well. Any choice gives the same bits.
+_MANY_TOKENS = 512
+_HEADS = 16
+_ROWS, _COLUMNS = 128, 64
+
+
+@triton.jit
+def _multiply_and_rotate(
+    queries,
+    w_uk,
+    cos,
+    sin,
+    q,
+    tokens,
+    heads,
+    NOPE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    RANK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A CTA has ROWS queries of a head, which stay; the head's weight passes by. NOPE is padded to DEPTH."""
+    head = tl.program_id(1)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = (token.to(tl.int64) * heads + head)[:, None]
+    queries += row * (NOPE + 2 * PAIRS)
+    q += row * (RANK + 2 * PAIRS)
+    inside = (token < tokens)[:, None]
+
+    k = tl.arange(0, DEPTH)
+    x = tl.load(queries + k[None, :], mask=inside & (k < NOPE)[None, :], other=0)
+    w_uk += head.to(tl.int64) * RANK * NOPE
+    for first in tl.range(0, RANK, COLUMNS, num_stages=3):
+        column = first + tl.arange(0, COLUMNS)
+        weight = tl.load(
+            w_uk + column[None, :] * NOPE + k[:, None], mask=(column < RANK)[None, :] & (k < NOPE)[:, None], other=0
+        )
+        out = tl.dot(x, weight).to(q.dtype.element_ty)
+        tl.store(q + column[None, :], out, mask=inside & (column < RANK)[None, :])
+
+    element, pair = tl.arange(0, 2 * WIDTH)[None, :], tl.arange(0, WIDTH)[None, :]
+    rotary = tl.load(queries + NOPE + element, mask=inside & (element < 2 * PAIRS), other=0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(rotary, (ROWS, WIDTH, 2)))
+    at = token[:, None] * PAIRS + pair
+    c = tl.load(cos + at, mask=inside & (pair < PAIRS), other=0)
+    s = tl.load(sin + at, mask=inside & (pair < PAIRS), other=0)
+    rotated = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (ROWS, 2 * WIDTH))
+    tl.store(q + RANK + element, rotated.to(q.dtype.element_ty), mask=inside & (element < 2 * PAIRS))
 
 
 @triton.jit
@@ -93,9 +142,31 @@ def absorb(
         require(fits, op, f"{name} is {table.dtype} of shape {tuple(table.shape)}, expected contiguous fp32 [T, P / 2]")
     q, out = heads.new_empty(tokens, count, rank + rotary), heads.new_empty(tokens, rank + rotary)
     if tokens:
-        multiply_heads(heads[..., :nope], w_uk, q[..., :rank])
-        heads_of_cta = _HEADS if tokens < _MANY_TOKENS else _HEADS_OF_MANY_TOKENS
-        _norm_and_rotate[(tokens, 1 + triton.cdiv(count, heads_of_cta))](
+        pairs, width = rotary // 2, triton.next_power_of_2(rotary // 2)
+        of_queries = 0
+        if tokens < _MANY_TOKENS:
+            multiply_heads(heads[..., :nope], w_uk, q[..., :rank])
+            of_queries = triton.cdiv(count, _HEADS)
+        else:
+            _multiply_and_rotate[(triton.cdiv(tokens, _ROWS), count)](
+                heads,
+                w_uk,
+                cos,
+                sin,
+                q,
+                tokens,
+                count,
+                nope,
+                max(16, triton.next_power_of_2(nope)),
+                rank,
+                pairs,
+                width,
+                _ROWS,
+                _COLUMNS,
+                num_warps=8,
+                **EXACT,
+            )
+        _norm_and_rotate[(tokens, 1 + of_queries)](
             heads,
             latent,
             norm_weight,
@@ -109,9 +180,9 @@ def absorb(
             nope,
             rank,
             triton.next_power_of_2(triton.cdiv(rank, 128)),
-            rotary // 2,
-            triton.next_power_of_2(rotary // 2),
-            heads_of_cta,
+            pairs,
+            width,
+            _HEADS,
             num_warps=4,
             **EXACT,
         )

@@ -218,7 +218,7 @@ def choose_head_tile(rows: int, depth: int) -> Tile:
     if rows <= 64:
         height = 32 if rows <= 32 else 64
         return Tile(height, 128, 64, 4, 1) if depth <= 128 else Tile(height, 128, 128, 4, 4 if rows <= 32 else 3)
-    return Tile(128, 128, 64, 8, 2)
+    return Tile(128, 128, 64, 8, 2 if depth <= 128 else 3)
 
 
 @implements(contracts.head_linear)

@@ -111,6 +111,7 @@ _ROUTE |= {"GROUPS_PADDED": 8, "SIZE_PADDED": 32, "TOPK_PADDED": 8, "SPLITS": 14
 _MLA = {"BLOCK_SIZE": 16, "REQUESTS": 128, "PADDED": 128, "RANK": 512, "ROPE": 64, "RANK_PADDED": 512}
 _MLA |= {"ROPE_PADDED": 64, "ROWS": 64, "KEYS": 64, "SPLIT": 1024, "STEP": 8}
 _ABSORB = {"NOPE": 128, "RANK": 512, "BLOCKS": 4, "PAIRS": 32, "WIDTH": 32, "HEADS": 16}
+_ABSORB_MANY = {"NOPE": 128, "DEPTH": 128, "RANK": 512, "PAIRS": 32, "WIDTH": 32, "ROWS": 128, "COLUMNS": 64}
 _GROUPED = {"GROUPS": 256, "PADDED": 256, "ROWS": 16, "COLUMNS": 128}
 
 SOURCES: dict[str, Source] = {
@@ -142,6 +143,12 @@ SOURCES: dict[str, Source] = {
     "permute": Source(permute._permute, "*u8 *fp32 *i64 *u8 *fp32 i32 i32 i32 i32 i32", {"ROWS": 8, "BLOCKS": 8}, {}),
     "absorb": Source(
         absorb._norm_and_rotate, "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *bf16 fp32 i32 i32", _ABSORB, _EXACT
+    ),
+    "absorb, many tokens": Source(
+        absorb._multiply_and_rotate,
+        "*bf16 *bf16 *fp32 *fp32 *bf16 i32 i32",
+        _ABSORB_MANY,
+        _EXACT | {"num_warps": 8},
     ),
     "rope": Source(rope._rope, "*bf16 *fp32 *fp32 *bf16 i32 i32 i32", {"PAIRS": 32, "WIDTH": 32, "HEADS": 16}, _EXACT),
     "combine": Source(combine._combine, "*bf16 *i64 *fp32 *bf16 *bf16 i32", {"TOPK": 8, "COLUMNS": 1024}, _EXACT),
