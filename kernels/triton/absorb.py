@@ -21,7 +21,7 @@ from dsv3_plugin.ops.checks import require
 from dsv3_plugin.ops.operation import implements
 
 # From so many tokens on the product's CTAs rotate as well. Any choice gives the same bits.
-_MANY_TOKENS = 512
+_MANY_TOKENS = 128
 _HEADS = 16
 _ROWS, _COLUMNS = 128, 64
 

@@ -19,7 +19,7 @@ from dsv3_plugin.ops.quantize import E4M3
 
 _ROWS, _BLOCKS = 8, 8
 # Pairs that a CTA of `_sort_by_expert` looks at at a time.
-_FEWEST_PAIRS, _MOST_PAIRS = 64, 2048
+_FEWEST_PAIRS, _MOST_PAIRS = 64, 4096
 
 
 @triton.jit

@@ -138,7 +138,7 @@ SOURCES: dict[str, Source] = {
         _EXACT,
     ),
     "sort_by_expert": Source(
-        permute._sort_by_expert, "*i64 *i64 *i64 *i64 i32", {"TOPK": 8, "PAIRS": 2048}, {"num_warps": 8}
+        permute._sort_by_expert, "*i64 *i64 *i64 *i64 i32", {"TOPK": 8, "PAIRS": 4096}, {"num_warps": 8}
     ),
     "permute": Source(permute._permute, "*u8 *fp32 *i64 *u8 *fp32 i32 i32 i32 i32 i32", {"ROWS": 8, "BLOCKS": 8}, {}),
     "absorb": Source(
