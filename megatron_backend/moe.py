@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from dsv3_plugin.layers.moe import Experts
 from dsv3_plugin.megatron_backend.layers import Binding, make_trainable
 from dsv3_plugin.ops.combine import combine
-from dsv3_plugin.ops.permute import permutation
+from dsv3_plugin.ops.permute import sort_by_expert
 from dsv3_plugin.ops.router import route, router_linear
 
 
@@ -146,8 +146,8 @@ class MoE(MoELayer):  # type: ignore[misc]
         """output [s b k, hidden], this rank's rows as they came back from the experts; to [s, b, hidden]."""
         assert shared_expert_output is not None
         shape, routing_map = shared_expert_output.shape, self.token_dispatcher.routing_map
-        topk_ids = routing_map.nonzero()[:, 1].view(len(routing_map), -1)
-        _, slots, _ = permutation(topk_ids, routing_map.shape[1])
+        topk_ids = routing_map.nonzero()[:, 1].contiguous().view(len(routing_map), -1)
+        _, slots, _ = self.binding.ops[sort_by_expert](topk_ids, routing_map.shape[1])
         weights = self.token_dispatcher.probs.gather(1, topk_ids)
         shared = shared_expert_output.reshape(-1, shape[-1])
         return self.binding.ops[combine](output, slots, weights, shared).view(shape)

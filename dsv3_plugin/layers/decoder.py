@@ -1,4 +1,7 @@
-"""One transformer layer: attention, then a dense MLP or experts, each behind an RMSNorm and a residual sum."""
+"""One transformer layer: attention, then a dense MLP or experts, each behind an RMSNorm and a residual sum.
+
+The sum behind a layer is left to the norm that follows, which makes both in one kernel.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,16 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = ExpertParallelMoE(ops, config, layer_idx, layout)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """x [T, hidden]; cos, sin fp32 [T, qk_rope_head_dim / 2] at the tokens' positions; to [T, hidden]."""
-        attention = self.self_attn(self.input_layernorm.for_projection(x), cos, sin, attend)
-        x, normalised, activation = self.post_attention_layernorm.of_sum(x, attention)
-        return x + (self.mlp(normalised, activation) if isinstance(self.mlp, MoE) else self.mlp(activation))
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, hidden] and, behind another layer, the residual [T, hidden] that it is added to; cos, sin fp32 [T,
+        qk_rope_head_dim / 2] at the tokens' positions; to x and the residual of the layer or norm that follows.
+        """
+        if residual is None:
+            residual, activation = x, self.input_layernorm.for_projection(x)
+        else:
+            residual, _, activation = self.input_layernorm.of_sum(residual, x)
+        attention = self.self_attn(activation, cos, sin, attend)
+        residual, normalised, activation = self.post_attention_layernorm.of_sum(residual, attention)
+        return self.mlp(normalised, activation) if isinstance(self.mlp, MoE) else self.mlp(activation), residual

@@ -15,7 +15,7 @@ from dsv3_plugin.layers.linear import Activation, Quantized, quantize
 from dsv3_plugin.layers.moe import MoE, permute_activation
 from dsv3_plugin.layout import Layout, Placement
 from dsv3_plugin.ops.combine import combine
-from dsv3_plugin.ops.permute import permutation
+from dsv3_plugin.ops.permute import sort_by_expert
 from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.registry import Ops
 
@@ -54,7 +54,7 @@ class ExpertParallelMoE(MoE):
         shared = self.shared_experts(activation)
         own = self.layout.tensor.share_of(len(x))
         topk_ids, topk_weights = self.gate(x[own])
-        rows, slots, slot_counts = permutation(self._chosen_slots(topk_ids), self.num_slots)
+        rows, slots, slot_counts = self.ops[sort_by_expert](self._chosen_slots(topk_ids), self.num_slots)
         if self.expert_load is not None:
             self.expert_load += slot_counts
         expert_out = self._at_the_experts(permute_activation(self.ops, activation, rows + own.start), slot_counts)
@@ -77,7 +77,8 @@ class ExpertParallelMoE(MoE):
         came = self._unpacked(group.exchange(self._packed(x), sent, received))
         # They came by rank, and by expert from each.
         local = torch.arange(counts.shape[1], device=counts.device).repeat(group.size)
-        order, places, own_counts = permutation(local.repeat_interleave(counts.flatten())[:, None], counts.shape[1])
+        experts = local.repeat_interleave(counts.flatten())[:, None]
+        order, places, own_counts = self.ops[sort_by_expert](experts, counts.shape[1])
         out = self.experts(permute_activation(self.ops, came, order), own_counts)
         return group.exchange(out[places.flatten()], received, sent)
 

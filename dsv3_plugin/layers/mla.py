@@ -11,10 +11,11 @@ from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.attend import Attend
-from dsv3_plugin.layers.linear import Activation, ColumnLinear, Linear, RowLinear
+from dsv3_plugin.layers.beside import beside
+from dsv3_plugin.layers.linear import Activation, ColumnLinear, Linear, Quantized, RowLinear
 from dsv3_plugin.layers.norm import RMSNorm
-from dsv3_plugin.ops.linear import head_linear
-from dsv3_plugin.ops.rope import rope
+from dsv3_plugin.ops.absorb import absorb
+from dsv3_plugin.ops.linear import head_linear, head_linear_fp8
 from dsv3_plugin.registry import Ops
 
 
@@ -71,7 +72,10 @@ class MLA(nn.Module):
         """x [T, hidden] to what the up projections read: queries [T, q_lora_rank], or x itself where the model has no
         q_lora_rank, and keys and values [T, latent_dim].
         """
-        return x if self.config.q_lora_rank is None else self.q_a_proj(x), self.kv_a_proj_with_mqa(x)
+        if self.config.q_lora_rank is None:
+            return x, self.kv_a_proj_with_mqa(x)
+        latent = beside(lambda: self.kv_a_proj_with_mqa(x), self.kv_a_proj_with_mqa.weight.device)
+        return self.q_a_proj(x), latent()
 
     def up_project(
         self, queries: Activation, latent: torch.Tensor, w_uk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -86,16 +90,20 @@ class MLA(nn.Module):
             assert isinstance(queries, torch.Tensor)
             heads = self.q_b_proj(self.q_a_layernorm.for_projection(queries))
         heads = heads.view(-1, config.num_attention_heads, config.qk_head_dim)
-        q_nope, q_pe = heads.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        q = torch.cat((self.ops[head_linear](q_nope, w_uk), self.ops[rope](q_pe, cos, sin)), dim=-1)
+        norm = self.kv_a_layernorm
+        return self.ops[absorb](heads, w_uk, latent, norm.weight, norm.eps, cos, sin)
 
-        compressed, k_pe = latent.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        compressed = self.kv_a_layernorm(compressed.contiguous())
-        return q, torch.cat((compressed, self.ops[rope](k_pe.unsqueeze(1), cos, sin).squeeze(1)), dim=-1)
+    def values(self, out: torch.Tensor, w_uv: torch.Tensor) -> Activation:
+        """What attention found [T, H, kv_lora_rank], and the value half of `absorbed_weights`, to [T, H * v_head_dim]
+        as `o_proj` reads it.
+        """
+        if self.ops.quantizes_ahead:
+            return Quantized(*self.ops[head_linear_fp8](out, w_uv, self.ops.scale_format))
+        return self.ops[head_linear](out, w_uv).flatten(1)
 
     def forward(self, x: Activation, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         """x [T, hidden]; cos, sin fp32 [T, qk_rope_head_dim / 2] at the tokens' positions; to [T, hidden]."""
         w_uk, w_uv = self.absorbed_weights()
         q, latent = self.up_project(*self.compress(x), w_uk, cos, sin)
         out = attend(self.layer_idx, q, latent)
-        return self.o_proj(self.ops[head_linear](out, w_uv).flatten(1))
+        return self.o_proj(self.values(out, w_uv))

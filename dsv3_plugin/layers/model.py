@@ -70,9 +70,12 @@ class DeepseekV3Model(nn.Module):
         integers [T], to the normalised hidden states [T, hidden], or to those for the next stage.
         """
         cos, sin = self.rotary(positions)
+        residual: torch.Tensor | None = None
         for layer in self.layers.values():
-            hidden_states = layer(hidden_states, cos, sin, attend)
-        return self.norm(hidden_states) if self.is_last else hidden_states
+            hidden_states, residual = layer(hidden_states, residual, cos, sin, attend)
+        if self.is_last:
+            return self.norm(hidden_states, residual)
+        return hidden_states if residual is None else hidden_states + residual
 
 
 class DeepseekV3(nn.Module):

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.layers.beside import beside
 from dsv3_plugin.layers.linear import Activation, GroupedLinear, Quantized
 from dsv3_plugin.layers.mlp import MLP, swiglu
 from dsv3_plugin.layout import WHOLE, Layout
 from dsv3_plugin.ops.combine import combine
-from dsv3_plugin.ops.permute import permutation, permute, permute_fp8
+from dsv3_plugin.ops.permute import permute, permute_fp8, sort_by_expert
 from dsv3_plugin.ops.router import moe_router
 from dsv3_plugin.registry import Ops
 
@@ -71,10 +72,11 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """x [T, hidden] for the router, and the same as projections read it, to [T, hidden]."""
+        shared_out = beside(lambda: self.shared_experts(activation), x.device)
         topk_ids, topk_weights = self.gate(x)
-        rows, slots, expert_counts = permutation(topk_ids, self.gate.config.n_routed_experts)
+        rows, slots, expert_counts = self.ops[sort_by_expert](topk_ids, self.gate.config.n_routed_experts)
         expert_out = self.experts(permute_activation(self.ops, activation, rows), expert_counts)
-        return self.ops[combine](expert_out, slots, topk_weights, self.shared_experts(activation))
+        return self.ops[combine](expert_out, slots, topk_weights, shared_out())
 
 
 def permute_activation(ops: Ops, x: Activation, rows: torch.Tensor) -> Activation:

@@ -56,7 +56,7 @@ class MTPLayer(DecoderLayer):
         The result is normalised; it goes to the shared head, and is the hidden state of a further draft step.
         """
         x = self.eh_proj(torch.cat((self.enorm(inputs_embeds), self.hnorm(hidden_states)), dim=-1))
-        return self.shared_head.norm(self.forward(self.ranks.gather_columns(x), cos, sin, attend))
+        return self.shared_head.norm(*self.forward(self.ranks.gather_columns(x), None, cos, sin, attend))
 
 
 class DeepseekV3MTP(nn.Module):

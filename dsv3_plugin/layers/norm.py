@@ -19,9 +19,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=ops.setting.profile.dtype), requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, size] to [T, size]."""
-        return self.ops[rms_norm](x, self.weight, self.eps)
+    def forward(self, x: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, size], or its sum with addend [T, size], normalised."""
+        if addend is None:
+            return self.ops[rms_norm](x, self.weight, self.eps)
+        return self.ops[add_rms_norm](x, addend, self.weight, self.eps)[1]
 
     def for_projection(self, x: torch.Tensor) -> Activation:
         """x [T, size], normalised, as projections read it."""

@@ -1,7 +1,8 @@
 """Matrix products with unquantized weights: `linear`, `head_linear`, `grouped_linear`.
 
 Contract: operands in the profile's dtype; one running fp32 accumulator over ascending K; one rounding to the
-output dtype. On a CPU the sum over K is the library's for a tile of `tile.ROWS` rows.
+output dtype. On a CPU the sum over K is the library's for a tile of `tile.ROWS` rows. `head_linear_fp8` is by
+definition `head_linear`, then `quantize_fp8`, the rounding between them included.
 
 Gradients: y = x W^T gives dx = dy W and dW = dy^T x. Their sums run over the wider of the two operands' dtypes, so that
 fp32 logits have fp32 products; each gradient is rounded once, to its operand's dtype.
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 
 from dsv3_plugin.ops.checks import require, require_matrix
-from dsv3_plugin.ops.drawing import MOST_PRODUCTS, Case, Sizes, experts, numbers, size_of_numbers, sizes
+from dsv3_plugin.ops.drawing import MOST_PRODUCTS, SCALE_FORMATS, Case, Sizes, experts, numbers, size_of_numbers, sizes
 from dsv3_plugin.ops.operation import BoundKernels, matrix_operation
 from dsv3_plugin.ops.products import Products
+from dsv3_plugin.ops.quantize import quantize_fp8
+from dsv3_plugin.profile import ScaleFormat
 
 
 @matrix_operation(version=1, summary="x @ weight.T, fp32 sum over ascending K, one rounding")
@@ -53,6 +56,14 @@ def head_linear(products: Products, x: torch.Tensor, weight: torch.Tensor) -> to
     require(weight.is_contiguous(), "head_linear", "weight is not contiguous")
     heads = [products.linear(x[:, h].contiguous(), weight[h], x.dtype) for h in range(x.shape[1])]
     return torch.stack(heads, dim=1)
+
+
+@matrix_operation(version=1, summary="head_linear, then quantize_fp8", fp8=True)
+def head_linear_fp8(
+    products: Products, x: torch.Tensor, weight: torch.Tensor, scale_format: ScaleFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, H, K], weight [H, N, K] of one dtype, to (e4m3 [M, H N], fp32 scales [M, H N / 128])."""
+    return quantize_fp8(head_linear.on(products)(x, weight).flatten(1), scale_format)
 
 
 @matrix_operation(version=1, summary="one linear for each expert over its rows")
@@ -171,6 +182,16 @@ def _head_linear_case(rng: random.Random, at: Sizes) -> Case:
     size = size_of_numbers(rng)
     wide = numbers(rng, rows, heads, depth + 64) * size
     return head_linear.case(wide[..., :depth], numbers(rng, heads, columns, depth) * size)
+
+
+@head_linear_fp8.cases
+def _head_linear_fp8_case(rng: random.Random, at: Sizes) -> Case:
+    """Heads of one scale block, of two, and of half a one; both scale formats."""
+    heads, depth, columns = 2 * rng.choice(at.heads), rng.choice(at.head_sizes), rng.choice((128, 128, 256, 64))
+    rows = min(rng.choice(at.rows), max(1, MOST_PRODUCTS // (heads * depth * columns)))
+    size = size_of_numbers(rng)
+    x, weight = numbers(rng, rows, heads, depth) * size, numbers(rng, heads, columns, depth) * size
+    return head_linear_fp8.case(x, weight, rng.choice(SCALE_FORMATS))
 
 
 @grouped_linear.cases

@@ -1,6 +1,6 @@
 """Rows of activations in another order, experts' tokens one after the other: as they are, or quantized with scales.
 
-Contract: nothing is computed.
+Contract: nothing is computed. `sort_by_expert` says which order: by expert, and by token within an expert.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import random
 
 import torch
 
+from dsv3_plugin.ops.checks import require_matrix
 from dsv3_plugin.ops.drawing import SCALE_FORMATS, Case, Sizes, generator, numbers
 from dsv3_plugin.ops.operation import BoundKernels, operation
 from dsv3_plugin.ops.quantize import quantize_fp8
@@ -26,18 +27,38 @@ def permute_fp8(values: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor) 
     return values.view(torch.uint8)[rows].view(values.dtype), scales[rows]
 
 
-def permutation(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sort (token, expert) pairs by expert, and by token within an expert.
-
-    topk_ids [T, k] to (rows int64 [T k], the token of each sorted pair; slots int64 [T, k], where each token's pairs
-    went; expert_counts int64 [num_experts]).
+@operation(version=1, summary="(token, expert) pairs by expert, and by token within an expert")
+def sort_by_expert(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """topk_ids integers [T, k], each below `num_experts`, to (rows int64 [T k], the token of each sorted pair; slots
+    int64 [T, k], where each token's pairs went; expert_counts int64 [num_experts]).
     """
+    require_matrix("sort_by_expert", "topk_ids", topk_ids, (torch.int64, torch.int32))
     experts, order = torch.sort(topk_ids.flatten(), stable=True)
     slots = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
     # Not `bincount`, which a CUDA graph cannot hold.
     ends = torch.searchsorted(experts, torch.arange(num_experts, device=experts.device), right=True)
     counts = ends.diff(prepend=ends.new_zeros(1))
     return order // topk_ids.shape[1], slots.view_as(topk_ids), counts
+
+
+@sort_by_expert.cases
+def _sort_case(rng: random.Random, at: Sizes) -> Case:
+    """The routers of V3, Kimi-K2, Moonlight and a tiny one, and the one expert of each row that another rank sent; in
+    some cases a few experts get all tokens.
+    """
+    experts, topk = rng.choice(((256, 8), (384, 8), (64, 6), (16, 4), (32, 1)))
+    favour = torch.zeros(experts)
+    if rng.random() < 0.3:
+        favour[rng.sample(range(experts), topk + 1)] = 1
+    drawn = torch.rand(rng.choice(at.rows), experts, generator=generator(rng)) + favour
+    return sort_by_expert.case(drawn.topk(topk).indices.sort(1).values, experts)
+
+
+@sort_by_expert.gradient
+def _of_integers(
+    ops: BoundKernels, topk_ids: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return ops[sort_by_expert](topk_ids, num_experts)  # which have none
 
 
 @permute.gradient

@@ -24,7 +24,6 @@ from dsv3_plugin.kernels.bench.case import (
 )
 from dsv3_plugin.kernels.bench.measure import Rows
 from dsv3_plugin.kernels.triton import combine, fp8_linear, permute, quantize, silu_and_mul
-from dsv3_plugin.ops.permute import permutation
 
 
 def moe_cases() -> Iterator[Case]:
@@ -33,7 +32,7 @@ def moe_cases() -> Iterator[Case]:
     down = fp8_weight(EXPERTS, HIDDEN, EXPERT_SIZE)
 
     def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-        rows, slots, counts = permutation(ids, EXPERTS)
+        rows, slots, counts = permute.sort_by_expert(ids, EXPERTS)
         quantized = permute.permute_fp8(*quantize.quantize_fp8(x, "float32"), rows)
         b = silu_and_mul.silu_and_mul_fp8(fp8_linear.grouped_fp8_linear(*quantized, counts, *gate_up), "float32")
         return combine.combine(fp8_linear.grouped_fp8_linear(*b, counts, *down), slots, weights, shared)

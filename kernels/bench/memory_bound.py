@@ -26,7 +26,7 @@ from dsv3_plugin.kernels.bench.case import (
 from dsv3_plugin.kernels.bench.measure import Rows
 from dsv3_plugin.kernels.triton import combine, permute, quantize, rms_norm, router, silu_and_mul
 from dsv3_plugin.kernels.vendors import transformer_engine
-from dsv3_plugin.ops.permute import permutation
+from dsv3_plugin.ops.permute import sort_by_expert
 
 _VOCABULARY, _TEMPERATURE = 129280, 0.7
 
@@ -135,13 +135,19 @@ def fused_cases(m: int) -> Iterator[Case]:
         ours = partial(silu_and_mul.silu_and_mul_fp8, x, "float32")
         return Contenders(ours, {"vLLM silu_and_mul_per_block_quant": peer(peers.vllm_silu_and_mul_fp8, x)})
 
+    def sorted_pairs() -> Contenders:
+        ids = random_experts(m)
+        return Contenders(
+            lambda: permute.sort_by_expert(ids, EXPERTS)[0], {"torch": lambda: sort_by_expert(ids, EXPERTS)[0]}
+        )
+
     def permuted() -> Contenders:
-        x, rows = bf16(m, HIDDEN), permutation(random_experts(m), EXPERTS)[0]
+        x, rows = bf16(m, HIDDEN), sort_by_expert(random_experts(m), EXPERTS)[0]
         return Contenders(lambda: permute.permute(x, rows), {"torch": lambda: x[rows]})
 
     def permuted_quantized() -> Contenders:
         values, scales = quantize.quantize_fp8(bf16(m, HIDDEN), "float32")
-        rows = permutation(random_experts(m), EXPERTS)[0]
+        rows = sort_by_expert(random_experts(m), EXPERTS)[0]
         theirs = values.view(torch.int64)
         return Contenders(
             lambda: permute.permute_fp8(values, scales, rows), {"torch": lambda: (theirs[rows], scales[rows])}
@@ -161,6 +167,7 @@ def fused_cases(m: int) -> Iterator[Case]:
         f"RMSNorm of a sum, and quantized {m} x 7168", norm_of_sum_quantized, row * 9, rows=_norm_of_sum_quantized_rows
     )
     yield Case(f"SwiGLU, quantized {m * TOPK} x 4096", swiglu_quantized, expert_rows * 5, rows=_swiglu_quantized_rows)
+    yield Case(f"sort {m} x 8 pairs by expert", sorted_pairs, m * TOPK * 24)
     yield Case(f"permute {m} x 7168 for 8 experts each", permuted, row * (TOPK + 1) * 2, rows=_permute_rows)
     yield Case(
         f"permute in fp8 {m} x 7168 for 8 experts each",

@@ -30,7 +30,7 @@ from dsv3_plugin.kernels.triton import fp8_linear, linear, quantize, sliced_line
 from dsv3_plugin.kernels.vendors import cublas
 from dsv3_plugin.ops import fp8_linear as fp8_contracts
 from dsv3_plugin.ops import linear as contracts
-from dsv3_plugin.ops.permute import permutation, permute_fp8
+from dsv3_plugin.ops.permute import permute_fp8, sort_by_expert
 
 
 def dense_cases() -> Iterator[Case]:
@@ -195,7 +195,7 @@ def _grouped_rows(weight: Weight) -> Rows:
     ids, tokens = random_experts(MOST_ROWS), bf16(MOST_ROWS, weight[0].shape[2])
 
     def of(rows: torch.Tensor) -> torch.Tensor:
-        source, slots, counts = permutation(ids[rows], EXPERTS)
+        source, slots, counts = sort_by_expert(ids[rows], EXPERTS)
         x = quantize.quantize_fp8(tokens[rows][source], "float32")
         return fp8_linear.grouped_fp8_linear(*x, counts, *weight)[slots].flatten(1)
 

@@ -78,22 +78,25 @@ __device__ __forceinline__ Lane look_at(const Batch& batch, int request) {
     return lane;
 }
 
-// Whether every split is work of its own: where that keeps the card busy for a shorter time, and there is room.
+// Whether every split is work of its own: where that keeps the card busy for a shorter time, and there is room. Times
+// are in blocks of keys, as measured: a prefix combined in place takes as long as three, `combine` as two, and one more
+// for every 24 splits.
 __device__ bool use_split_kv(const Batch& batch, int lane, int processors) {
     if (batch.capacity == 0) return false;
+    constexpr int BLOCKS = SPLIT_KEYS / KEYS;
     int tiles = 0, works = 0, longest = 0;
     for (int first = 0; first < batch.requests; first += 32) {
         const Lane own = look_at(batch, first + lane);
         tiles += own.tiles;
         works += min(own.tiles * own.splits, 1 << 20);
-        longest = max(longest, own.splits);
+        longest = max(longest, own.tiles > 0 ? (own.length + KEYS - 1) / KEYS : 0);
     }
     tiles = __reduce_add_sync(~0u, tiles);
     works = __reduce_add_sync(~0u, works);
     longest = __reduce_max_sync(~0u, longest);
-    const int together = (tiles + processors - 1) / processors * longest;
-    const int split = (works + processors - 1) / processors;
-    return works <= batch.capacity && split * 5 < together * 4;
+    const int together = (tiles + processors - 1) / processors * (longest + 3 * ((longest - 1) / BLOCKS));
+    const int split = (works + processors - 1) / processors * min(longest, BLOCKS) + 2 + works / 24;
+    return works <= batch.capacity && split < together;
 }
 
 // Finds the next work of this CTA, by a whole warp.

@@ -9,10 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv3_plugin.config import FP8_BLOCK
+from dsv3_plugin.kernels.triton.elementary import EXACT
+from dsv3_plugin.kernels.triton.quantize import quantize_fp8, quantize_groups
+from dsv3_plugin.kernels.triton.scales import empty_scales
 from dsv3_plugin.kernels.triton.tiles import find_group
 from dsv3_plugin.ops import linear as contracts
 from dsv3_plugin.ops.checks import require, require_matrix
 from dsv3_plugin.ops.operation import implements
+from dsv3_plugin.ops.quantize import E4M3
+from dsv3_plugin.profile import ScaleFormat
 
 
 class Tile(NamedTuple):
@@ -96,6 +102,45 @@ def _linear(
 
 
 @triton.jit
+def _head_linear_fp8(
+    x,
+    weight,
+    values,
+    scales,
+    rows,
+    depth,
+    x_row_stride,
+    x_head_stride,
+    blocks,
+    scale_stride,
+    BLOCKS_A_HEAD: tl.constexpr,
+    UE8M0: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """A CTA's columns are one of the `blocks` of 128 that have a scale."""
+    block = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, 128)
+    acc = _dot_rows(
+        x + block // BLOCKS_A_HEAD * x_head_stride,
+        weight + block * 128 * depth,
+        row.to(tl.int64) * x_row_stride,
+        row < rows,
+        column,
+        128,
+        depth,
+        ROWS,
+        128,
+        DEPTH,
+    )
+    quantized, scale = quantize_groups(acc.to(tl.bfloat16).to(tl.float32), True, UE8M0)
+    target = values + (row[:, None].to(tl.int64) * blocks + block) * 128 + column[None, :]
+    tl.store(target, quantized, mask=(row < rows)[:, None])
+    tl.store(scales + row + block * scale_stride, scale, mask=row < rows)
+
+
+@triton.jit
 def _grouped_linear(
     x,
     counts,
@@ -162,14 +207,68 @@ def linear(x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | No
     (rows, depth), columns = x.shape, weight.shape[0]
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
     if rows:
-        _launch(x, weight, out, (rows, 1, columns, depth), (depth, 0), (columns, 0))
+        _launch(x, weight, out, (rows, 1, columns, depth), (depth, 0), (columns, 0), choose_tile(rows, columns))
     return out
+
+
+def choose_head_tile(rows: int, depth: int) -> Tile:
+    """A tile for `rows` rows of every head; any choice gives the same bits. Depths are short: not many stages."""
+    if rows <= 16:
+        return Tile(16, 64, 64, 4, 2) if depth <= 128 else Tile(16, 128, 128, 4, 4)
+    if rows <= 64:
+        height = 32 if rows <= 32 else 64
+        return Tile(height, 128, 64, 4, 1) if depth <= 128 else Tile(height, 128, 128, 4, 4 if rows <= 32 else 3)
+    return Tile(128, 128, 64, 8, 2 if depth <= 128 else 3)
 
 
 @implements(contracts.head_linear)
 def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x bf16 [M, H, K], any strides but 1 in K, weight bf16 [H, N, K], to bf16 [M, H, N]. Raises `InputError`."""
-    op = "head_linear"
+    require_heads("head_linear", x, weight)
+    out = x.new_empty(*x.shape[:2], weight.shape[1])
+    multiply_heads(x, weight, out)
+    return out
+
+
+@implements(contracts.head_linear_fp8)
+def head_linear_fp8(
+    x: torch.Tensor, weight: torch.Tensor, scale_format: ScaleFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x bf16 [M, H, K], any strides but 1 in K, weight bf16 [H, N, K], to (e4m3 [M, H N], fp32 scales [M, H N / 128]).
+
+    Raises `InputError`. Heads that share a scale with others are multiplied, then quantized: two kernels.
+    """
+    require_heads("head_linear_fp8", x, weight)
+    (rows, heads, depth), columns = x.shape, weight.shape[1]
+    if columns % FP8_BLOCK:
+        return quantize_fp8(head_linear(x, weight).flatten(1), scale_format)
+    values = torch.empty(rows, heads * columns, dtype=E4M3, device=x.device)
+    scales = empty_scales(rows, heads * columns, x.device)
+    if rows:
+        tile = choose_head_tile(rows, depth)
+        _head_linear_fp8[(triton.cdiv(rows, tile.rows), scales.shape[1])](
+            x,
+            weight,
+            values,
+            scales,
+            rows,
+            depth,
+            *x.stride()[:2],
+            scales.shape[1],
+            scales.stride(1),
+            columns // FP8_BLOCK,
+            scale_format == "ue8m0",
+            tile.rows,
+            tile.depth,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **EXACT,
+        )
+    return values, scales
+
+
+def require_heads(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Refuse what a product of heads cannot read. Raises `InputError`."""
     require(
         x.dim() == 3 and weight.dim() == 3 and x.shape[1] == weight.shape[0] and x.shape[2] == weight.shape[2],
         op,
@@ -178,12 +277,15 @@ def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     require(x.dtype == weight.dtype == torch.bfloat16, op, f"x is {x.dtype}, weight is {weight.dtype}, expected bf16")
     require(x.stride(2) == 1, op, f"x has stride {x.stride(2)} in its last dimension, expected 1")
     require(weight.is_contiguous(), op, "weight is not contiguous")
+
+
+def multiply_heads(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """`head_linear` of checked arguments to out bf16 [M, H, N], any strides but 1 in N."""
     (rows, heads, depth), columns = x.shape, weight.shape[1]
-    out = x.new_empty(rows, heads, columns)
     if rows:
         shape = rows, heads, columns, depth
-        _launch(x, weight, out, shape, (x.stride(0), x.stride(1)), (heads * columns, columns))
-    return out
+        strides = (x.stride(0), x.stride(1)), (out.stride(0), out.stride(1))
+        _launch(x, weight, out, shape, *strides, choose_head_tile(rows, depth))
 
 
 def _launch(
@@ -193,9 +295,9 @@ def _launch(
     shape: tuple[int, int, int, int],
     x_strides: tuple[int, int],
     out_strides: tuple[int, int],
+    tile: Tile,
 ) -> None:
     rows, heads, columns, depth = shape
-    tile = choose_tile(rows, columns * heads)
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), heads)
     _linear[grid](
         x,

@@ -1,4 +1,7 @@
-"""Rows of activations in another order, experts' tokens one after the other: in bf16, or in fp8 with their scales."""
+"""Rows of activations in another order, experts' tokens one after the other: in bf16, or in fp8 with their scales.
+
+The order itself takes one kernel: a CTA an expert finds the pairs that are its own, and counts those before them.
+"""
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
 
 from __future__ import annotations
@@ -15,6 +18,44 @@ from dsv3_plugin.ops.operation import implements
 from dsv3_plugin.ops.quantize import E4M3
 
 _ROWS, _BLOCKS = 8, 8
+# Pairs that a CTA of `_sort_by_expert` looks at at a time.
+_FEWEST_PAIRS, _MOST_PAIRS = 64, 4096
+
+
+@triton.jit
+def _sort_by_expert(ids, rows, slots, counts, pairs, TOPK: tl.constexpr, PAIRS: tl.constexpr):
+    expert = tl.program_id(0)
+    pair = tl.arange(0, PAIRS)
+    lower = tl.zeros((PAIRS,), tl.int32)
+    for first in range(0, pairs, PAIRS):
+        other = tl.load(ids + first + pair, mask=first + pair < pairs, other=2**30).to(tl.int32)
+        lower += (other < expert).to(tl.int32)
+    begin = tl.sum(lower, 0)
+    end = begin
+    for first in range(0, pairs, PAIRS):
+        other = tl.load(ids + first + pair, mask=first + pair < pairs, other=2**30).to(tl.int32)
+        own = (other == expert).to(tl.int32)
+        slot = end + tl.cumsum(own, 0) - 1
+        tl.store(rows + slot, ((first + pair) // TOPK).to(tl.int64), mask=own == 1)
+        tl.store(slots + first + pair, slot.to(tl.int64), mask=own == 1)
+        end += tl.sum(own, 0)
+    tl.store(counts + expert, (end - begin).to(tl.int64))
+
+
+@implements(contracts.sort_by_expert)
+def sort_by_expert(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """topk_ids integers [T, k], below `num_experts`, which is not checked, to (rows int64 [T k], slots int64 [T, k],
+    expert_counts int64 [num_experts]). Raises `InputError`.
+    """
+    require_matrix("sort_by_expert", "topk_ids", topk_ids, (torch.int64, torch.int32))
+    pairs, topk = topk_ids.numel(), topk_ids.shape[1]
+    rows = torch.empty(pairs, dtype=torch.int64, device=topk_ids.device)
+    slots = torch.empty_like(topk_ids, dtype=torch.int64)
+    counts = torch.empty(num_experts, dtype=torch.int64, device=topk_ids.device)
+    at_once = min(max(triton.next_power_of_2(pairs), _FEWEST_PAIRS), _MOST_PAIRS)
+    warps = 8 if at_once >= 1024 else 4
+    _sort_by_expert[(num_experts,)](topk_ids, rows, slots, counts, pairs, topk, at_once, num_warps=warps)
+    return rows, slots, counts
 
 
 @triton.jit

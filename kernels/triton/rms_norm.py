@@ -27,6 +27,13 @@ _FEW_ROWS = 1024
 
 
 @triton.jit
+def inverse_rms(wide, eps, K: tl.constexpr, BLOCKS: tl.constexpr):
+    """1 / sqrt(mean + eps) [1, 1] of the squares of a row of K numbers, fp32 [BLOCKS, 128], zero behind them."""
+    total = sum_row(tl.reshape(wide * wide, (BLOCKS * 128,)), BLOCKS * 128)
+    return tl.reshape(divide(1.0, tl.math.sqrt_rn(divide(total, K * 1.0) + eps)), (1, 1))
+
+
+@triton.jit
 def _rms_norm(
     x,
     addend,
@@ -54,11 +61,10 @@ def _rms_norm(
         other = tl.load(addend + row + column, mask=inside, other=0)
         wide = round_to_bf16(wide + widen(other))
         tl.store(total_out + row + column, wide.to(x.dtype.element_ty), mask=inside)
-    total = sum_row(tl.reshape(wide * wide, (BLOCKS * 128,)), BLOCKS * 128)
-    factor = divide(1.0, tl.math.sqrt_rn(divide(total, K * 1.0) + eps))
+    factor = inverse_rms(wide, eps, K, BLOCKS)
     if not PRELOAD:
         weights = tl.load(weight + column, mask=inside, other=0)
-    scaled = wide * tl.reshape(factor, (1, 1)) * widen(weights)
+    scaled = wide * factor * widen(weights)
     if out is not None:
         tl.store(out + row + column, scaled.to(x.dtype.element_ty), mask=inside)
     if values is not None:

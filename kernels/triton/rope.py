@@ -16,20 +16,27 @@ _HEADS = 16
 
 
 @triton.jit
+def rotate(x, out, cos, sin, head, heads, stride, out_stride, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
+    """Heads `head` [HEADS] of one token from x to out, which like cos and sin begin at the token's."""
+    pair = tl.arange(0, WIDTH)
+    element = (2 * pair[:, None] + tl.arange(0, 2)[None, :])[None, :, :]
+    inside = (head < heads)[:, None, None] & (element < 2 * PAIRS)
+    even, odd = tl.split(tl.load(x + head[:, None, None] * stride + element, mask=inside, other=0).to(tl.float32))
+    c = tl.load(cos + pair, mask=pair < PAIRS, other=0)[None, :]
+    s = tl.load(sin + pair, mask=pair < PAIRS, other=0)[None, :]
+    rotated = tl.join(even * c - odd * s, even * s + odd * c).to(out.dtype.element_ty)
+    tl.store(out + head[:, None, None] * out_stride + element, rotated, mask=inside)
+
+
+@triton.jit
 def _rope(
     x, cos, sin, out, token_stride, head_stride, heads, PAIRS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    pair = tl.arange(0, WIDTH)
-    element = (2 * pair[:, None] + tl.arange(0, 2)[None, :])[None, :, :]
-    inside = (head < heads)[:, None, None] & (element < 2 * PAIRS)
-    source = x + token * token_stride + head[:, None, None] * head_stride + element
-    even, odd = tl.split(tl.load(source, mask=inside, other=0).to(tl.float32))
-    c = tl.load(cos + token * PAIRS + pair, mask=pair < PAIRS, other=0)[None, :]
-    s = tl.load(sin + token * PAIRS + pair, mask=pair < PAIRS, other=0)[None, :]
-    rotated = tl.join(even * c - odd * s, even * s + odd * c).to(out.dtype.element_ty)
-    tl.store(out + (token * heads + head[:, None, None]) * 2 * PAIRS + element, rotated, mask=inside)
+    x += token * token_stride
+    out += token * heads * 2 * PAIRS
+    rotate(x, out, cos + token * PAIRS, sin + token * PAIRS, head, heads, head_stride, 2 * PAIRS, PAIRS, WIDTH)
 
 
 @implements(contracts.rope)

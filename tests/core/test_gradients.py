@@ -23,6 +23,7 @@ from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.layers.attend import attend_to_itself
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
+from dsv3_plugin.ops.absorb import absorb
 from dsv3_plugin.ops.combine import combine
 from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
 from dsv3_plugin.ops.linear import grouped_linear, head_linear
@@ -31,7 +32,6 @@ from dsv3_plugin.ops.operation import Operation
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.quantize import dequantize_weight, quantize_fp8, quantize_weight
 from dsv3_plugin.ops.rms_norm import rms_norm
-from dsv3_plugin.ops.rope import rope
 from dsv3_plugin.ops.router import moe_router
 from dsv3_plugin.ops.silu_and_mul import silu_and_mul
 from dsv3_plugin.registry import Ops
@@ -146,7 +146,7 @@ def _no_weight_gradient(ops: Ops) -> Ops:
 @pytest.mark.parametrize(
     "broken",
     [
-        *(_spoil(op) for op in (head_linear, grouped_linear, rms_norm, rope, silu_and_mul, moe_router)),
+        *(_spoil(op) for op in (absorb, head_linear, grouped_linear, rms_norm, silu_and_mul, moe_router)),
         *(_spoil(op) for op in (combine, mla_attention)),
         _no_weight_gradient,
     ],

@@ -33,7 +33,7 @@ CPU_FP8 = Setting("cpu", "cpu", FP8_IN_SLICES)
 HOPPER = Setting("cuda", "sm90", FP8_IN_SLICES, (9, 0))
 REFERENCE = reference_kernels.dsv3_kernels()
 FP8_OPS = {"quantize_fp8", "fp8_linear", "grouped_fp8_linear", "rms_norm_fp8", "add_rms_norm_fp8"}
-FP8_OPS |= {"silu_and_mul_fp8", "permute_fp8"}
+FP8_OPS |= {"head_linear_fp8", "silu_and_mul_fp8", "permute_fp8"}
 SLICED_OPS = {"sliced_linear", "sliced_fp8_linear"}
 
 OURS = f"reference {__version__}"

@@ -15,7 +15,15 @@ from aot import CUDA_SOURCES, SOURCES, Compiled, compile_cuda, compile_kernel  #
 from dsv3_plugin.kernels.cuda import compiler, fp8_gemm  # noqa: E402
 
 # No step of these is a fused multiply-add; the exponential's and the quotients' are.
-ROUNDS_PRODUCT_AND_SUM = {"rms_norm", "add_rms_norm", "rope", "combine", "quantize ue8m0"}
+ROUNDS_PRODUCT_AND_SUM = {
+    "rms_norm",
+    "add_rms_norm",
+    "rope",
+    "absorb",
+    "absorb, many tokens",
+    "combine",
+    "quantize ue8m0",
+}
 ROUNDS_PRODUCT_AND_SUM |= {"model of bf16 products", "model of e4m3 products"}
 # The attention kernel for any latent holds two outputs of 64 rows; V3's latent has a kernel of its own, which parks a
 # few addresses outside the loop over keys.

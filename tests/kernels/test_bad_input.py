@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed: `make test` runs 
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.kernels.cuda import mla_hopper
 from dsv3_plugin.kernels.triton import (
+    absorb,
     combine,
     fp8_linear,
     linear,
@@ -46,6 +47,21 @@ CASES = {
     "linear, K": (linear.linear, (bf16(2, 16), bf16(8, 24)), "linear: x has K=16, weight has K=24"),
     "linear, strides": (linear.linear, (bf16(16, 2).t(), bf16(8, 16)), "linear: x .* not contiguous"),
     "head_linear, heads": (linear.head_linear, (bf16(2, 3, 16), bf16(4, 8, 16)), r"\(2, 3, 16\) does not fit"),
+    "head_linear_fp8, heads": (
+        linear.head_linear_fp8,
+        (bf16(2, 3, 16), bf16(4, 128, 16), "ue8m0"),
+        r"head_linear_fp8: x of shape \(2, 3, 16\) does not fit",
+    ),
+    "absorb, latent": (
+        absorb.absorb,
+        (bf16(2, 3, 24), bf16(3, 32, 16), bf16(2, 41), bf16(32), 1e-6, fp32(2, 4), fp32(2, 4)),
+        r"absorb: heads of shape \(2, 3, 24\) do not fit w_uk of shape \(3, 32, 16\), latent of shape \(2, 41\)",
+    ),
+    "absorb, table": (
+        absorb.absorb,
+        (bf16(2, 3, 24), bf16(3, 32, 16), bf16(2, 40), bf16(32), 1e-6, fp32(2, 4), bf16(2, 4)),
+        "absorb: sin is torch.bfloat16 of shape",
+    ),
     "grouped_linear, counts": (
         linear.grouped_linear,
         (bf16(4, 16), torch.tensor([4]), bf16(2, 8, 16)),
@@ -104,6 +120,7 @@ CASES = {
         (bf16(2, 96 * 2), "float32"),
         "silu_and_mul_fp8: I=96 is not a multiple of 128",
     ),
+    "sort_by_expert, dtype": (permute.sort_by_expert, (fp32(2, 8), 256), "sort_by_expert: topk_ids is torch.float32"),
     "permute, rows": (permute.permute, (bf16(2, 64), fp32(2)), "permute: rows are torch.float32, expected integers"),
     "permute_fp8, scales": (
         permute.permute_fp8,

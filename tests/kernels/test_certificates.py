@@ -327,6 +327,7 @@ MATH = {"triton.router", "triton.silu_and_mul"}
 PRODUCTS = {
     "triton.linear",
     "triton.sliced_linear",
+    "triton.absorb",
     "triton.router",
     "triton.mla_attention",
     "cuda.mla_hopper",
@@ -345,7 +346,7 @@ EDITS = {
     "kernels/triton/elementary.py": (
         "rcp.approx.ftz.f32",
         "rcp.approx.f32",
-        MATH | {"triton.quantize", "triton.rms_norm"},
+        MATH | {"triton.quantize", "triton.linear", "triton.rms_norm"},
     ),
     "kernels/vendors/deep_gemm.py": ("columns % 8", "columns % 16", {"deep_gemm.bf16_gemm_nt"}),
     # Contracts' constants.

@@ -17,6 +17,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from dsv3_plugin.kernels.cuda import compiler, fp8_gemm, mla_hopper
 from dsv3_plugin.kernels.sm90 import tensor_core, tensor_core_gpu
 from dsv3_plugin.kernels.triton import (
+    absorb,
     combine,
     fp8_gluon,
     fp8_linear,
@@ -91,6 +92,13 @@ def _sliced_fp8(tile: sliced_linear.Tile) -> Source:
     return Source(sliced_linear._sliced_fp8_linear, types, constants, options)
 
 
+def _quantized_heads(rows: int, depth: int, warps: int, stages: int) -> Source:
+    constants = {"BLOCKS_A_HEAD": 1, "UE8M0": False, "ROWS": rows, "DEPTH": depth}
+    types = "*bf16 *bf16 *fp8e4nv *fp32 i32 i32 i32 i32 i32 i32"
+    options = _EXACT | {"num_warps": warps, "num_stages": stages}
+    return Source(linear._head_linear_fp8, types, constants, options)
+
+
 def _norm(*wanted: str, without: tuple[str, ...] = ()) -> Source:
     types = {"x": "*bf16", "addend": "*bf16", "weight": "*bf16", "total_out": "*bf16", "out": "*bf16"}
     types |= {"values": "*fp8e4nv", "scales": "*fp32", "eps": "fp32", "scale_stride": "i32"}
@@ -116,6 +124,8 @@ _ROUTE = {"EXPERTS": 256, "GROUPS": 8, "GROUPS_CHOSEN": 4, "TOPK": 8, "NORMALISE
 _ROUTE |= {"GROUPS_PADDED": 8, "SIZE_PADDED": 32, "TOPK_PADDED": 8, "SPLITS": 14, "FOLLOWS": True}
 _MLA = {"BLOCK_SIZE": 16, "REQUESTS": 128, "PADDED": 128, "RANK": 512, "ROPE": 64, "RANK_PADDED": 512}
 _MLA |= {"ROPE_PADDED": 64, "ROWS": 64, "KEYS": 64, "SPLIT": 1024, "STEP": 8}
+_ABSORB = {"NOPE": 128, "RANK": 512, "BLOCKS": 4, "PAIRS": 32, "WIDTH": 32, "HEADS": 16}
+_ABSORB_MANY = {"NOPE": 128, "DEPTH": 128, "RANK": 512, "PAIRS": 32, "WIDTH": 32, "ROWS": 128, "COLUMNS": 64}
 _GROUPED = {"GROUPS": 256, "PADDED": 256, "ROWS": 16, "COLUMNS": 128}
 
 SOURCES: dict[str, Source] = {
@@ -141,7 +151,19 @@ SOURCES: dict[str, Source] = {
         {"COLUMNS": 1024, "FP8": True, "UE8M0": False},
         _EXACT,
     ),
+    "sort_by_expert": Source(
+        permute._sort_by_expert, "*i64 *i64 *i64 *i64 i32", {"TOPK": 8, "PAIRS": 4096}, {"num_warps": 8}
+    ),
     "permute": Source(permute._permute, "*u8 *fp32 *i64 *u8 *fp32 i32 i32 i32 i32 i32", {"ROWS": 8, "BLOCKS": 8}, {}),
+    "absorb": Source(
+        absorb._norm_and_rotate, "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *bf16 fp32 i32 i32", _ABSORB, _EXACT
+    ),
+    "absorb, many tokens": Source(
+        absorb._multiply_and_rotate,
+        "*bf16 *bf16 *fp32 *fp32 *bf16 i32 i32",
+        _ABSORB_MANY,
+        _EXACT | {"num_warps": 8},
+    ),
     "rope": Source(rope._rope, "*bf16 *fp32 *fp32 *bf16 i32 i32 i32", {"PAIRS": 32, "WIDTH": 32, "HEADS": 16}, _EXACT),
     "combine": Source(combine._combine, "*bf16 *i64 *fp32 *bf16 *bf16 i32", {"TOPK": 8, "COLUMNS": 1024}, _EXACT),
     "route": Source(router._route, "*fp32 *fp32 *i64 *fp32 fp32 i32", _ROUTE, _EXACT | {"num_warps": 1}),
@@ -149,6 +171,8 @@ SOURCES: dict[str, Source] = {
     "router's chunks in order": _sums_of_chunks(14, router.choose_tile(4096)),
     "bf16 few rows": _bf16(16, 32, 256, 4, 4),
     "bf16 many rows": _bf16(128, 256, 64, 8, 3),
+    "heads, few rows": _quantized_heads(16, 128, 4, 4),
+    "heads, many rows": _quantized_heads(128, 64, 8, 2),
     "fp8 few rows": _fp8(16, 64, True, 4),
     "fp8 many rows": _fp8(128, 128, False, 8),
     "bf16 slices, few rows": _sliced(sliced_linear.choose_tile(16)),

@@ -12,10 +12,12 @@ from dsv3_plugin.errors import InputError
 from dsv3_plugin.ops import fp8_linear as fp8
 from dsv3_plugin.ops import mla_attention, quantize
 from dsv3_plugin.ops import rms_norm as norms
+from dsv3_plugin.ops.absorb import absorb
 from dsv3_plugin.ops.combine import combine
 from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
 from dsv3_plugin.ops.linear import grouped_linear, head_linear, linear
 from dsv3_plugin.ops.paged_batch import PagedBatch
+from dsv3_plugin.ops.permute import sort_by_expert
 from dsv3_plugin.ops.rms_norm import rms_norm
 from dsv3_plugin.ops.rope import rope
 from dsv3_plugin.ops.router import route, router_linear
@@ -85,6 +87,11 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (r"route: logits is torch.bfloat16", lambda: choose(torch.zeros(1, 4).bfloat16(), torch.zeros(4))),
     (r"route: e_score_correction_bias is torch.bfloat16", lambda: choose(X, torch.zeros(256).bfloat16())),
     (r"route: e_score_correction_bias is .*\(3,\)", lambda: choose(X, torch.zeros(3))),
+    (
+        r"absorb: heads of shape \(2, 3, 8\) do not fit w_uk of shape \(3, 5, 6\), latent of shape \(2, 256\)",
+        lambda: absorb(HEADS_X, torch.zeros(3, 5, 6), X, X[0, :5], 1e-6, X[:, :1], X[:, :1]),
+    ),
+    (r"sort_by_expert: topk_ids is torch.float32", lambda: sort_by_expert(X, 4)),
     (r"combine: slots .*\[2, 2\].*\[2, 3\]", lambda: combine(X, torch.zeros(2, 2).long(), torch.zeros(2, 3), X)),
     (r"combine: topk_weights is torch.bfloat16", lambda: combine(X, torch.zeros(2, 2).long(), X[:, :2].bfloat16(), X)),
     (r"mla_attention: q has shape \(3, 40\)", lambda: attention_of(q=QUERIES[:, 0])),
