@@ -88,8 +88,9 @@ def layer_streams(num_hidden_layers: int) -> list[str]:
 class LayerRecorder:
     """Records the modules of a model that names them as `DeepseekV3Model` does, by forward hooks, in whatever engine.
 
-    A module may answer [rows, width] or [1, rows, width], alone or first in a tuple. `keys` is set before each pass to
-    the rows of its batch; while it is None (an engine's warm-up) nothing is recorded.
+    A module may answer [rows, width] or [1, rows, width], alone, first in a tuple, or with the residual that the next
+    module adds to it. `keys` is set before each pass to the rows of its batch; while it is None (an engine's warm-up)
+    nothing is recorded.
     """
 
     def __init__(self, model: nn.Module, num_hidden_layers: int) -> None:
@@ -103,7 +104,10 @@ class LayerRecorder:
     def _hook(self, stream: str):  # type: ignore[no-untyped-def]
         def record(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
             if self.keys is not None:
-                rows = output[0] if isinstance(output, tuple) else output
+                rows, *others = output if isinstance(output, tuple) else (output,)
+                for residual in others[:1]:
+                    if isinstance(residual, torch.Tensor) and residual.shape == rows.shape:
+                        rows = rows + residual
                 self.recorder.add(stream, self.keys, rows.flatten(0, -2)[: len(self.keys)])
 
         return record

@@ -59,7 +59,8 @@ MODULES = {
     "layers.2.self_attn.o_proj": "layers.2.self_attn",
     "layers.1.mlp": "layers.1.mlp",
     "layers.0.mlp.gate_up_proj": "layers.0.mlp",
-    "layers.3.input_layernorm": "layers.3.self_attn",
+    "layers.0.input_layernorm": "layers.0.self_attn",
+    "layers.3.self_attn.q_a_layernorm": "layers.3.self_attn",
     "embed_tokens": "embed_tokens",
     "norm": "norm",
 }
@@ -251,7 +252,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("--testee", "tgi"), r"error: --testee tgi: unknown; the suite has reference, vllm"),
+            (("--testee", "tgi"), r"error: --testee tgi: unknown; the suite has reference, core, vllm"),
             (
                 ("--testee", "vllm", "--environments", "nowhere"),
                 r"error: --testee vllm: vllm and dsv3-plugin are not both",
