@@ -95,32 +95,37 @@ def merge(job: Job, folders: Sequence[Path], layout: ParallelLayout, result_dir:
             for name, tensor in load_file(tensor_file(folder, case.name)).items():
                 rows.setdefault(name, []).append(tensor)
         save_file({name: torch.cat(tensors) for name, tensors in rows.items()}, tensor_file(result_dir, case.name))
-    cases = tuple(
-        _case([result.outcome_of(case) for result in results], layout.ranks // layout.dp) for case in job.cases
-    )
+    cases = tuple(_case([result.outcome_of(case) for result in results], layout) for case in job.cases)
     drafting = next((r.served for r in results if r.served.draft_class is not None), results[0].served)
     return results[0].model_copy(update={"served": drafting, "cases": cases, "layout": str(layout)})
 
 
-def _case(outcomes: Sequence[CaseResult], ranks_of_a_replica: int) -> CaseResult:
+def _case(outcomes: Sequence[CaseResult], layout: ParallelLayout) -> CaseResult:
     """One case: each request from the ranks that had it; drafts are counted once a data-parallel replica."""
-    replicas = [outcomes[i : i + ranks_of_a_replica] for i in range(0, len(outcomes), ranks_of_a_replica)]
+    size = layout.ranks // layout.dp
+    replicas = [outcomes[i : i + size] for i in range(0, len(outcomes), size)]
     return CaseResult(
         name=outcomes[0].name,
-        requests=tuple(
-            _request(outcomes[0].name, index, [outcome.requests[index] for outcome in outcomes])
-            for index in range(len(outcomes[0].requests))
-        ),
+        requests=tuple(_request(replicas, index, layout) for index in range(len(outcomes[0].requests))),
         num_draft_tokens=sum(max(outcome.num_draft_tokens for outcome in replica) for replica in replicas),
         num_accepted_tokens=sum(max(outcome.num_accepted_tokens for outcome in replica) for replica in replicas),
         seconds=max(outcome.seconds for outcome in outcomes),
     )
 
 
-def _request(case: str, index: int, answers: Sequence[RequestResult]) -> RequestResult:
-    given = [answer for answer in answers if answer.token_ids or answer.unsupported is not None]
-    if not given:
-        raise ConformanceError(f"case {case}: no rank has request {index}")
-    if any(answer != given[0] for answer in given):
-        raise ConformanceError(f"case {case}: ranks answered request {index} differently")
-    return given[0]
+def _request(replicas: Sequence[Sequence[CaseResult]], index: int, layout: ParallelLayout) -> RequestResult:
+    """What the last stage of a replica answered; the stages before it know the tokens, not always what is told of them.
+
+    Raises `ConformanceError` where ranks disagree.
+    """
+    case = replicas[0][0].name
+    for replica in replicas:
+        answers = [outcome.requests[index] for outcome in replica]
+        *others, answer = answers
+        if not answer.token_ids and answer.unsupported is None:  # another replica's
+            continue
+        same = all(of_stage == answer for of_stage in answers[-layout.tp :])
+        if not same or any(other.token_ids != answer.token_ids for other in others):
+            raise ConformanceError(f"case {case}: ranks answered request {index} differently")
+        return answer
+    raise ConformanceError(f"case {case}: no rank has request {index}")

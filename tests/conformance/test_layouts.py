@@ -12,6 +12,8 @@ from paths import SUPPORT
 from dsv3_plugin.conformance import report as reports
 from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout, RankOf
+from dsv3_plugin.conformance.protocol import CaseResult, RequestResult
+from dsv3_plugin.conformance.testees import ranks
 from dsv3_plugin.errors import ConformanceError
 
 CORE = runner.TesteeCommand("core", (sys.executable, "-m", "dsv3_plugin.conformance.testees.core"))
@@ -103,3 +105,21 @@ def test_the_core_alone_runs_tensor_parallel_ranks(
 def test_slices_are_asked_for(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     with pytest.raises(ConformanceError, match="--layout tp=2: set DSV3_REDUCTION_SLICES"):
         run(tiny_checkpoint("bf16"), tmp_path, "tp=2")
+
+
+def test_the_last_stage_answers() -> None:
+    """Stages before it know the tokens, and nothing of the prompt's log-probabilities."""
+    first = RequestResult(token_ids=(3, 4), num_cached_tokens=0, logprobs=(-1.0,))
+    last = first.model_copy(update={"prompt_logprobs": (-2.0,)})
+    layout = ParallelLayout.parse("pp=2")
+
+    def answer(*answers: RequestResult) -> RequestResult:
+        outcomes = [
+            CaseResult(name="prefill", requests=(a,), num_draft_tokens=0, num_accepted_tokens=0, seconds=1.0)
+            for a in answers
+        ]
+        return ranks._request([outcomes], 0, layout)
+
+    assert answer(first, last) == last
+    with pytest.raises(ConformanceError, match="case prefill: ranks answered request 0 differently"):
+        answer(first.model_copy(update={"token_ids": (3, 5)}), last)
