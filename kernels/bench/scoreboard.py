@@ -47,7 +47,7 @@ class Record(BaseModel):
 
 
 class Scoreboard(BaseModel):
-    """All records of one run."""
+    """The records of one run, or of several that measured other groups."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -103,7 +103,7 @@ def markdown(board: Scoreboard) -> str:
     lines = [
         "# Scoreboard",
         "",
-        f"One run on one {board.card}: {', '.join(f'{name} {version}' for name, version in board.versions.items())}.",
+        f"Each table is one run on one {board.card}: {', '.join(f'{name} {version}' for name, version in board.versions.items())}.",
         "",
         *_LEGEND,
         "",
