@@ -1,0 +1,113 @@
+"""The reference: logits of the core's model, each sequence in one pass, at the positions that contenders have kept.
+
+A job names files of logits, with the requests and positions of their rows. Forced tokens are known, so that a sequence
+needs no engine. One pass goes as far as the last position that anyone asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dsv3_plugin.checkpoint.loader import load_model
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.engine_bench.protocol import PROGRESS_PREFIX, Device, Measurement, Message, read_job
+from dsv3_plugin.engine_bench.tokens import Circle
+from dsv3_plugin.errors import DSV3Error
+from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.model import bind_ops
+
+
+class Asked(Message):
+    """Logits that a contender has kept."""
+
+    measurement: Measurement
+    file: str
+
+
+class ReferenceJob(Message):
+    """What the reference is asked."""
+
+    checkpoint: str
+    device: Device
+    seed: int
+    asked: tuple[Asked, ...]
+
+
+Place = tuple[int, int]
+"""Request and position."""
+
+
+def answer(job: ReferenceJob, file: Path) -> None:
+    """Write each asked file's logits under its number, in the order of its rows."""
+    reader = CheckpointReader(Path(job.checkpoint))
+    device = torch.device(job.device)
+    ops = bind_ops(reader.config, reader.profile(), device)
+    model = load_model(reader, ops)
+    circle = Circle(reader.config.vocab_size, job.seed)
+    attend = attend_to_itself(ops, reader.config)
+    by_prompts: dict[tuple[int, int], list[tuple[int, list[Place]]]] = defaultdict(list)
+    for number, asked in enumerate(job.asked):
+        places = places_in(Path(asked.file))
+        by_prompts[asked.measurement.requests, asked.measurement.tokens].append((number, places))
+    found: dict[str, torch.Tensor] = {}
+    for (requests, length), of_files in by_prompts.items():
+        _progress(f"{requests} x {length}")
+        prompts = circle.prompts(requests, length)
+        logits: dict[Place, torch.Tensor] = {}
+        wanted = sorted({place for _, places in of_files for place in places})
+        for request in sorted({request for request, _ in wanted}):
+            positions = [position for of, position in wanted if of == request]
+            tokens = prompts[request] + circle.continuation(request, requests, max(0, positions[-1] + 1 - length))
+            hidden = model(torch.tensor(tokens, device=device), torch.arange(len(tokens), device=device), attend)
+            rows = model.lm_head(hidden[positions]).float().cpu()
+            logits |= {(request, position): row for position, row in zip(positions, rows, strict=True)}
+        for number, places in of_files:
+            found[str(number)] = torch.stack([logits[place] for place in places])
+    save_file(found, file)
+
+
+def places_in(file: Path) -> list[Place]:
+    """Of each row of a file of logits."""
+    with safe_open(file, "pt") as opened:
+        requests, positions = opened.get_tensor("request").tolist(), opened.get_tensor("position").tolist()
+    return list(zip(requests, positions, strict=True))
+
+
+def distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """Between rows of logits [rows, vocab_size]: of each row the length of the difference over that of the reference's
+    own deviations, and the median of those; NaN where a logit is.
+    """
+    logits, reference = logits.double(), reference.double()
+    deviations = (reference - reference.mean(1, keepdim=True)).norm(dim=1)
+    return float(((logits - reference).norm(dim=1) / deviations).median())
+
+
+def _progress(what: str) -> None:
+    sys.stdout.write(f"{PROGRESS_PREFIX}{json.dumps({'case': what})}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Run as `python -m ... JOB_DIR RESULT_DIR`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("job_dir", type=Path)
+    parser.add_argument("result_dir", type=Path)
+    options = parser.parse_args()
+    try:
+        with torch.inference_mode():
+            answer(read_job(ReferenceJob, options.job_dir), options.result_dir / "reference.safetensors")
+    except DSV3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Forcing an engine's tokens, and seeing what its passes compute, with next to no work of their own.
+
+*Tokens.* Between the model and the sampler three small kernels write a large number into each row of logits, at the
+token that follows the row's own. A greedy sampler, and a greedy verification of drafts, then choose it. All contenders
+do the same.
+
+*Experts.* A router's choice is a tensor that a CUDA graph writes again at each replay. Whoever keeps that tensor when
+the graph is captured keeps its memory from being used for others, and finds the choice of any later replay there: no
+kernel is added. So routers are watched before an engine is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dsv3_plugin.engine_bench.protocol import Measurement
+from dsv3_plugin.engine_bench.tokens import Circle, Place
+
+_LARGE = 1e30
+LOGIT_ROWS = 4
+"""Requests whose logits are kept of a measurement."""
+
+
+class Routers:
+    """What the routers chose, each known by the object that it is."""
+
+    def __init__(self) -> None:
+        self.captured: dict[int, dict[int, torch.Tensor]] = {}
+        """By router and rows: where a graph writes."""
+        self.last: dict[int, torch.Tensor] = {}
+        """By router: of the pass that is on its way, if it runs without a graph."""
+
+    def watch(self, owner: type, method: str, chosen: Callable[[Any], torch.Tensor | None]) -> None:
+        """From now on see what a method of all routers of a class returns, of which `chosen` picks the expert ids,
+        if there are any.
+        """
+        original = getattr(owner, method)
+
+        @wraps(original)
+        def watched(router: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(router, *args, **kwargs)
+            if (ids := chosen(result)) is not None:
+                self.note(id(router), ids)
+            return result
+
+        setattr(owner, method, watched)
+
+    def note(self, router: int, ids: torch.Tensor) -> None:
+        """Keep ids [rows, k]."""
+        if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.captured.setdefault(router, {})[len(ids)] = ids
+        else:
+            self.last[router] = ids
+
+    def begin_pass(self) -> None:
+        """What is noted from now on is of a new pass."""
+        self.last.clear()
+
+    def visited_by_each(self, routers: list[int], rows: int, experts: int) -> tuple[int, ...] | None:
+        """`visited` of each layer's router; None where one of them was not seen."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # an engine may be a pass ahead, on another stream
+        counts = [self.visited(router, rows, experts) for router in routers]
+        seen = tuple(count for count in counts if count is not None)
+        return seen if seen and len(seen) == len(counts) else None
+
+    def visited(self, router: int, rows: int, experts: int) -> int | None:
+        """Different experts that a router chose for the first `rows` tokens of the latest pass; None where nobody saw.
+
+        A fused shared expert counts not: its number is not below `experts`.
+        """
+        ids = self.last.get(router)
+        if ids is None:
+            graphs = self.captured.get(router, {})
+            fitting = [size for size in graphs if size >= rows]
+            if not fitting:
+                return None
+            ids = graphs[min(fitting)]
+        found = ids[:rows].unique()
+        return int(((found >= 0) & (found < experts)).sum())
+
+
+@dataclass
+class Seen:
+    """Logits of one pass."""
+
+    tokens: torch.Tensor
+    finite: torch.Tensor
+    logits: torch.Tensor
+    """Those of a few rows."""
+    rows: torch.Tensor
+
+
+@dataclass
+class Watch:
+    """Between a model and its sampler."""
+
+    circle: Circle
+    device: torch.device
+    forced: bool = True
+    keeping: bool = False
+    """Whether logits of the next passes are kept."""
+    draft_table: torch.Tensor | None = None
+    rows_per_request: int = 1
+    """The first of them saw a token that was chosen, those behind it drafts, which may be wrong."""
+    seen: list[Seen] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Where the logits are."""
+        self.successor = self.circle.successor.to(self.device)
+
+    def force(self, logits: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Make logits [rows, vocab_size], in place, choose what follows `tokens` [rows], which the rows saw last."""
+        if self.keeping and len(logits):
+            rows = kept_rows(len(logits), self.rows_per_request, logits.device)
+            kept = logits[rows, : self.circle.vocab_size].float()
+            finite = logits[:, : self.circle.vocab_size].isfinite().all()
+            self.seen.append(Seen(tokens.clone(), finite, kept, rows))
+        if self.forced:
+            logits.scatter_(1, self.successor[tokens.long()].unsqueeze(1), _LARGE)
+
+    def force_drafts(self, drafts: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Overwrite drafts [requests, count] by those that follow `tokens` [requests], if drafts are forced."""
+        if self.draft_table is not None:
+            drafts.copy_(self.draft_table[tokens.long()])
+
+    def force_drafts_right(self, count: int, acceptance: float | None) -> None:
+        """Which drafts are forced from now on, `count` for each request; None: none."""
+        self.rows_per_request = count + 1
+        table = self.circle.drafts(count, acceptance) if count and acceptance is not None else None
+        self.draft_table = None if table is None else table.to(self.device)
+
+    def take(self) -> list[Seen]:
+        """What was kept, which is forgotten."""
+        seen, self.seen = self.seen, []
+        return seen
+
+
+def kept_rows(rows: int, per_request: int, device: torch.device) -> torch.Tensor:
+    """A few rows of a pass, the first ones of requests that lie far apart."""
+    requests = max(1, rows // per_request)
+    chosen = torch.linspace(0, requests - 1, min(LOGIT_ROWS, requests), device=device).long()
+    return chosen * per_request
+
+
+def save_logits(seen: list[Seen], circle: Circle, measurement: Measurement, longest: int, file: Path) -> bool | None:
+    """Write the rows that belong to requests, which print at most `longest` tokens; returns whether all logits were
+    finite, and None where none were kept.
+    """
+    if not seen:
+        return None
+    rows, places = [], []
+    for one in seen:
+        for index, logits in zip(one.rows.tolist(), one.logits, strict=True):
+            place = circle.place(int(one.tokens[index]), measurement.requests)
+            if place is not None and place.generated < longest:
+                rows.append(logits.cpu())
+                places.append(place)
+    if rows:
+        save_file(
+            {
+                "logits": torch.stack(rows),
+                "request": torch.tensor([place.request for place in places]),
+                "position": torch.tensor([position(place, measurement.tokens) for place in places]),
+            },
+            file,
+        )
+    return all(bool(one.finite) for one in seen)
+
+
+def position(place: Place, tokens: int) -> int:
+    """Of a token behind a prompt of so many."""
+    return tokens - 1 + place.generated

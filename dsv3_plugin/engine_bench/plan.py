@@ -1,0 +1,161 @@
+"""Who is measured, and what.
+
+A contender is an engine in one of its ways to serve the model. The engine's own model is `stock`; there may be several
+of them, and the fastest whose rows mean something is what ours is compared with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dsv3_plugin.engine_bench.protocol import Measurement
+from dsv3_plugin.engines import KILL_SWITCH
+from dsv3_plugin.errors import EngineError
+from dsv3_plugin.registry import MODE_VARIABLE
+
+Role = Literal["stock", "invariant", "strict", "fast"]
+OURS: tuple[Role, ...] = ("strict", "fast")
+GROUPS = ("prefill", "decode", "drafts")
+
+PREFILLS = ("8x4096", "1x32768", "8x4096/2048")
+BATCHES = (1, 8, 32, 128, 256)
+CONTEXTS = (1024, 8192, 32768)
+DRAFTS = (1, 3)
+DRAFT_BATCHES = (1, 32)
+ACCEPTANCE = 0.85
+MOST_TOKENS = 1_200_000
+"""Of the prompts of one measurement: 256 requests of 32,768 tokens take minutes before their first step."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An engine in one of its ways."""
+
+    engine: str
+    way: str
+    role: Role
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Of its environment."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of the engine."""
+
+    @property
+    def name(self) -> str:
+        """`vllm-stock`."""
+        return f"{self.engine}-{self.way}"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it serves this package's model."""
+        return self.role in OURS
+
+
+_OFF = {KILL_SWITCH: "off"}
+_DETERMINISTIC = {"enable_deterministic_inference": True}
+CONTENDERS = (
+    Contender("vllm", "stock", "stock", _OFF),
+    Contender("vllm", "stock-triton", "stock", _OFF | {"VLLM_USE_DEEP_GEMM": "0"}),
+    Contender("vllm", "invariant", "invariant", _OFF | {"VLLM_BATCH_INVARIANT": "1"}),
+    Contender("vllm", "strict", "strict", {MODE_VARIABLE: "strict"}),
+    Contender("vllm", "fast", "fast", {MODE_VARIABLE: "fast"}),
+    Contender("sglang", "stock", "stock", _OFF),
+    Contender("sglang", "invariant", "invariant", _OFF, _DETERMINISTIC),
+    Contender("sglang", "strict", "strict", {MODE_VARIABLE: "strict"}),
+    Contender("sglang", "fast", "fast", {MODE_VARIABLE: "fast"}),
+)
+
+
+def contenders(names: Sequence[str], settings: Iterable[str] = ()) -> list[Contender]:
+    """Those of these names, all without any, with the user's settings.
+
+    A setting is `WHO:NAME=VALUE`, where WHO is a contender or an engine. NAME in capitals is an environment variable,
+    any other an argument of the engine. Raises `EngineError`.
+    """
+    known = {contender.name: contender for contender in CONTENDERS}
+    for name in names:
+        if name not in known:
+            raise EngineError(f"--contender {name}: unknown; there are {', '.join(known)}")
+    chosen = {name: known[name] for name in known if not names or name in names}
+    for setting in settings:
+        who, colon, rest = setting.partition(":")
+        name, equals, value = rest.partition("=")
+        if not (colon and equals and name):
+            raise EngineError(f"--set {setting}: write WHO:NAME=VALUE, say vllm-stock:VLLM_USE_DEEP_GEMM=0")
+        if who not in known and who not in {contender.engine for contender in CONTENDERS}:
+            raise EngineError(f"--set {setting}: {who} is neither a contender nor an engine")
+        for contender in list(chosen.values()):
+            if who not in (contender.name, contender.engine):
+                continue
+            variables, arguments = dict(contender.variables), dict(contender.arguments)
+            if name.isupper():
+                variables[name] = value
+            else:
+                try:
+                    arguments[name] = json.loads(value)
+                except ValueError:
+                    arguments[name] = value
+            chosen[contender.name] = Contender(contender.engine, contender.way, contender.role, variables, arguments)
+    return list(chosen.values())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The user's choice of measurements; the defaults are everything."""
+
+    only: Sequence[str] = GROUPS
+    prefills: Sequence[str] = PREFILLS
+    batches: Sequence[int] = BATCHES
+    contexts: Sequence[int] = CONTEXTS
+    drafts: Sequence[int] = DRAFTS
+    acceptance: float = ACCEPTANCE
+    most_tokens: int = MOST_TOKENS
+
+
+def measurements(choice: Choice) -> list[Measurement]:
+    """What is measured of each contender, in order. Raises `EngineError`."""
+    if unknown := set(choice.only) - set(GROUPS):
+        raise EngineError(f"--only {', '.join(sorted(unknown))}: unknown; there are {', '.join(GROUPS)}")
+    chosen: list[Measurement] = []
+    if "prefill" in choice.only:
+        chosen += map(_prefill, choice.prefills)
+    if "decode" in choice.only:
+        chosen += [Measurement(kind="decode", requests=b, tokens=c) for c in choice.contexts for b in choice.batches]
+    if "drafts" in choice.only:
+        batches = [batch for batch in choice.batches if batch in DRAFT_BATCHES] or choice.batches[:1]
+        context = min(choice.contexts)
+        without = [Measurement(kind="decode", requests=batch, tokens=context) for batch in batches]
+        chosen += [each for each in without if each not in chosen]
+        for drafts in choice.drafts:
+            for batch in batches:
+                chosen += [
+                    Measurement(kind="decode", requests=batch, tokens=context, drafts=drafts, acceptance=acceptance)
+                    for acceptance in (choice.acceptance, None)
+                ]
+    return chosen
+
+
+def _prefill(text: str) -> Measurement:
+    """`8x4096`, or `8x4096/2048` where a pass takes 2048 tokens."""
+    sizes, _, chunk = text.partition("/")
+    try:
+        requests, tokens = map(int, sizes.split("x"))
+        return Measurement(kind="prefill", requests=requests, tokens=tokens, chunk=int(chunk) if chunk else None)
+    except ValueError:
+        raise EngineError(f"--prefill {text}: write REQUESTSxTOKENS or REQUESTSxTOKENS/CHUNK") from None
+
+
+def impossible(
+    measurement: Measurement, steps: int, most_tokens: int, max_positions: int, mtp_layers: int
+) -> str | None:
+    """Why a measurement is not made by anyone; None where it is."""
+    tokens, last = measurement.requests * measurement.tokens, measurement.tokens + steps * (measurement.drafts + 1)
+    if tokens > most_tokens:
+        return f"{tokens:,} tokens of prompts, more than --tokens {most_tokens:,}"
+    if last >= max_positions:
+        return f"ends at position {last:,}, the checkpoint knows {max_positions:,}"
+    if measurement.drafts and not mtp_layers:
+        return "the checkpoint has no MTP layer"
+    return None

@@ -1,0 +1,295 @@
+"""Starting contenders one after the other, and making a board of what they said.
+
+A run's state is its folder, and nothing else: `{contender}/{drafts}/{attempt}` holds a job and what its program
+answered. A contender that dies keeps the rows that it had measured; the same command with the same folder measures
+what is missing. The reference comes last, because it is asked for the positions that the others have kept.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from dsv3_plugin.conformance.programs import Program, Progress, run_programs
+from dsv3_plugin.conformance.runner import TesteeCommand
+from dsv3_plugin.engine_bench.contenders.reference import Asked, ReferenceJob, distance, places_in
+from dsv3_plugin.engine_bench.judge import Board, Record
+from dsv3_plugin.engine_bench.limits import Model, read_model
+from dsv3_plugin.engine_bench.plan import Contender, impossible
+from dsv3_plugin.engine_bench.protocol import (
+    Answers,
+    Device,
+    Job,
+    Measurement,
+    Message,
+    Row,
+    heard,
+    logits_file,
+    read_job,
+    write_job,
+)
+from dsv3_plugin.errors import ConformanceError, EngineError
+
+_PACKAGE = "dsv3_plugin.engine_bench.contenders"
+_EAGER = "eager"
+_REFERENCE = "reference"
+
+
+class Settings(Message):
+    """What all attempts of a folder have in common."""
+
+    checkpoint: str
+    device: Device
+    steps: int
+    passes: int
+    seed: int
+    date: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One run: its folder, and who is asked for what."""
+
+    folder: Path
+    settings: Settings
+    model: Model
+    contenders: Sequence[Contender]
+    measurements: Sequence[Measurement]
+    impossible: dict[str, str]
+    environments: Path
+    progress: Progress
+    changed: Callable[[Board], None]
+    """Called with the board after every row."""
+
+    def run(self) -> Board:
+        """Measure what is missing."""
+        for contender in self.contenders:
+            for drafts in dict.fromkeys(m.drafts for m in self.possible):
+                self._measure(contender, drafts, eager=False)
+            # Ours is the reference's own arithmetic; and without a card nobody has graphs.
+            if self.settings.device == "cuda" and not contender.is_ours:
+                self._measure(contender, 0, eager=True)
+        self._ask_reference()
+        board = self.board()
+        self.changed(board)
+        return board
+
+    @property
+    def possible(self) -> list[Measurement]:
+        """What contenders are asked for."""
+        return [m for m in self.measurements if str(m) not in self.impossible]
+
+    def board(self) -> Board:
+        """What the folder holds."""
+        records = tuple(self._record(contender) for contender in self.contenders)
+        devices = [record.start.device for record in records if record.start is not None]
+        return Board(
+            device=devices[0] if devices else self.settings.device,
+            date=self.settings.date,
+            model=self.model,
+            measurements=tuple(self.measurements),
+            impossible=self.impossible,
+            records=records,
+            passes=self.settings.passes,
+            steps=self.settings.steps,
+        )
+
+    def _measure(self, contender: Contender, drafts: int, *, eager: bool) -> None:
+        wanted = [m for m in self.possible if m.drafts == drafts]
+        place = _place(self.folder, contender.name, drafts, eager)
+        done = {str(row.measurement) for row in _answers(place).rows}
+        missing = tuple(m for m in wanted if str(m) not in done)
+        if not missing:
+            return
+        settings = self.settings
+        job = Job(
+            checkpoint=settings.checkpoint,
+            device=settings.device,
+            measurements=missing,
+            # Nobody asks an eager mode for its time.
+            steps=2 if eager else settings.steps,
+            passes=1 if eager else settings.passes,
+            seed=settings.seed,
+            eager=eager,
+            arguments=dict(contender.arguments),
+        )
+        name = contender.name + (f" {drafts} drafts" if drafts else "") + (f" {_EAGER}" if eager else "")
+        command = _command(contender.engine, self.environments, contender.variables)
+        self._attempt(name, command, place, job)
+
+    def _attempt(self, name: str, command: Sequence[str], place: Path, job: Message) -> None:
+        """Run a program in a new folder of `place`; its failure stands beside its answers."""
+        attempt = place / str(1 + len(list(_attempts(place))))
+        attempt.mkdir(parents=True)
+        write_job(job, attempt)
+
+        def progress(program: str, what: str) -> None:
+            self.progress(program, what)
+            self.changed(self.board())
+
+        try:
+            run_programs({name: Program(command, attempt, attempt / "answers")}, progress)
+        except ConformanceError as error:
+            (attempt / "failure.txt").write_text(f"{error}\n")
+            self.progress(name, f"failed: {error}")
+
+    def _ask_reference(self) -> None:
+        """For all kept logits that it has not answered yet."""
+        place = self.folder / _REFERENCE
+        known = {asked.file for attempt in _attempts(place) for asked in _asked(attempt)}
+        kept = [asked for c in self.contenders for asked in _kept(self.folder, c.name) if asked.file not in known]
+        if not kept:
+            return
+        settings = self.settings
+        job = ReferenceJob(
+            checkpoint=settings.checkpoint, device=settings.device, seed=settings.seed, asked=tuple(kept)
+        )
+        self._attempt(_REFERENCE, _command(_REFERENCE, self.environments, {}), place, job)
+
+    def _record(self, contender: Contender) -> Record:
+        places = [_place(self.folder, contender.name, drafts, False) for drafts in _drafts(self.folder, contender.name)]
+        answers = [_answers(place) for place in places]
+        eager = _place(self.folder, contender.name, 0, True)
+        return Record(
+            name=contender.name,
+            engine=contender.engine,
+            way=contender.way,
+            role=contender.role,
+            settings={k: str(v) for k, v in {**contender.variables, **contender.arguments}.items()},
+            start=next((answer.start for answer in answers if answer.start is not None), None),
+            rows=tuple(row for answer in answers for row in answer.rows),
+            failure="; ".join(answer.failure for answer in answers if answer.failure) or None,
+            distances=_distances(self.folder, places),
+            eager_distances=_distances(self.folder, [eager]),
+        )
+
+
+def prepare(
+    folder: Path,
+    checkpoint: Path,
+    *,
+    device: Device,
+    steps: int,
+    passes: int,
+    seed: int,
+    most_tokens: int,
+    contenders: Sequence[Contender],
+    measurements: Sequence[Measurement],
+    environments: Path,
+    progress: Progress,
+    changed: Callable[[Board], None],
+) -> Bench:
+    """A run in a folder, new or begun before. Raises `EngineError` where that was of something else, and
+    `ConformanceError` where an engine is not installed.
+    """
+    settings = Settings(
+        checkpoint=str(checkpoint.resolve()),
+        device=device,
+        steps=steps,
+        passes=passes,
+        seed=seed,
+        date=time.strftime("%Y-%m-%d"),
+    )
+    for engine in dict.fromkeys(contender.engine for contender in contenders):
+        _command(engine, environments, {})
+    model = read_model(checkpoint)
+    if (folder / "job.json").exists():
+        before = read_job(Settings, folder)
+        if before.model_copy(update={"date": settings.date}) != settings:
+            raise EngineError(f"{folder}: holds a run of another kind, {before.model_dump()}; name a new folder")
+        settings = before
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise EngineError(f"{folder}: holds other files; name a new folder")
+        write_job(settings, folder)
+    reasons = {
+        str(m): reason
+        for m in measurements
+        if (reason := impossible(m, steps, most_tokens, model.max_positions, model.mtp_layers))
+    }
+    return Bench(folder, settings, model, contenders, measurements, reasons, environments, progress, changed)
+
+
+def _command(name: str, environments: Path, variables: Mapping[str, str]) -> tuple[str, ...]:
+    """A program of the package, in its engine's environment, with variables of its own."""
+    python = TesteeCommand.parse(name, environments).command[0]
+    words = [f"{name}={value}" for name, value in variables.items()]
+    return (*(("env", *words) if words else ()), python, "-m", f"{_PACKAGE}.{name}")
+
+
+def _place(folder: Path, name: str, drafts: int, eager: bool) -> Path:
+    return folder / name / (_EAGER if eager else str(drafts))
+
+
+def _drafts(folder: Path, name: str) -> list[int]:
+    """Numbers of drafts that a contender was started with."""
+    places = (folder / name).glob("*")
+    return sorted(int(place.name) for place in places if place.name.isdigit())
+
+
+def _attempts(place: Path) -> Iterator[Path]:
+    return iter(sorted(place.glob("[0-9]*"), key=lambda attempt: int(attempt.name)))
+
+
+def _answers(place: Path) -> Answers:
+    """Of all attempts."""
+    start, rows, failure = None, dict[str, Row](), None
+    for attempt in _attempts(place):
+        answers = heard(attempt / "answers")
+        start = start or answers.start
+        rows |= {str(row.measurement): row for row in answers.rows}
+        failed = attempt / "failure.txt"
+        failure = failed.read_text().strip() if failed.exists() else None
+    return Answers(start=start, rows=tuple(rows.values()), failure=failure)
+
+
+def _kept(folder: Path, name: str) -> Iterator[Asked]:
+    """Files of logits of a contender, eager ones too."""
+    for place in sorted((folder / name).glob("*")):
+        for attempt in _attempts(place):
+            yield from _kept_in(attempt)
+
+
+def _kept_in(attempt: Path) -> Iterator[Asked]:
+    for number, measurement in enumerate(read_job(Job, attempt).measurements):
+        file = logits_file(attempt / "answers", number)
+        if file.exists():
+            yield Asked(measurement=measurement, file=str(file.resolve()))
+
+
+def _asked(attempt: Path) -> Sequence[Asked]:
+    """What the reference has answered in an attempt."""
+    answered = (attempt / "answers" / "reference.safetensors").exists()
+    return read_job(ReferenceJob, attempt).asked if answered else ()
+
+
+def _distances(folder: Path, places: Sequence[Path]) -> dict[str, float]:
+    """Measurement to the distance of the kept logits, of those that the reference has answered."""
+    cache = folder / _REFERENCE
+    found: dict[str, float] = {}
+    for attempt in _attempts(cache):
+        of_attempt = attempt / "distances.json"
+        if not of_attempt.exists() and _asked(attempt):
+            of_attempt.write_text(json.dumps(_compare(attempt)))
+        if of_attempt.exists():
+            for file, (measurement, far) in json.loads(of_attempt.read_text()).items():
+                if any(Path(file).is_relative_to(place.resolve()) for place in places):
+                    found[measurement] = far
+    return found
+
+
+def _compare(attempt: Path) -> dict[str, tuple[str, float]]:
+    """File to its measurement and its logits' distance from what the reference has answered."""
+    answers = load_file(attempt / "answers" / "reference.safetensors")
+    compared = {}
+    for number, asked in enumerate(_asked(attempt)):
+        logits, reference = load_file(asked.file)["logits"], answers[str(number)]
+        assert len(places_in(Path(asked.file))) == len(reference)
+        compared[asked.file] = str(asked.measurement), distance(logits, reference)
+    return compared

@@ -1,0 +1,465 @@
+"""`dsv3 bench engines` without an engine: forced tokens, limits, flags, passes, and a run that dies."""
+
+from __future__ import annotations
+
+import math
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from engines import predict_logits
+from safetensors.torch import load_file, save_file
+
+from dsv3_plugin.engine_bench import judge, limits, plan, plot, report, runner
+from dsv3_plugin.engine_bench.contenders import program, reference
+from dsv3_plugin.engine_bench.contenders.watch import Routers, Watch, kept_rows
+from dsv3_plugin.engine_bench.judge import Board, Record
+from dsv3_plugin.engine_bench.protocol import Job, Measurement, Row, Start, heard, logits_file
+from dsv3_plugin.engine_bench.tokens import Circle, Place
+from dsv3_plugin.errors import EngineError
+
+VOCAB = 1024
+PREFILL = Measurement(kind="prefill", requests=2, tokens=64)
+DECODE = Measurement(kind="decode", requests=4, tokens=64)
+DRAFTS = Measurement(kind="decode", requests=4, tokens=64, drafts=1, acceptance=0.5)
+MODEL = limits.Model(
+    name="model",
+    profile="fp8",
+    layers=3,
+    expert_layers=2,
+    experts=8,
+    experts_per_token=2,
+    max_positions=4096,
+    vocab_size=VOCAB,
+    mtp_layers=1,
+    step_bytes=1_000_000_000,
+    mtp_bytes=300_000_000,
+    expert_bytes=100_000_000,
+    cached_bytes=1000,
+    token_operations=1e10,
+    pair_operations=1e6,
+)
+
+
+# Tokens.
+
+
+def test_each_token_says_whose_it_is_and_what_follows():
+    circle = Circle(VOCAB, 3)
+    assert sorted(circle.tokens.tolist()) == list(range(VOCAB))
+    prompts = circle.prompts(5, 40)
+    for request, prompt in enumerate(prompts):
+        token = prompt[-1]
+        assert len(prompt) == 40 and circle.place(token, 5) == Place(request, 0)
+        for generated, follows in enumerate(circle.continuation(request, 5, 60), 1):
+            token = int(circle.successor[token])
+            assert token == follows and circle.place(token, 5) == Place(request, generated)
+    ends = {prompt[-1] for prompt in prompts}
+    assert len(ends) == 5 and not any(ends & set(prompt[:-1]) for prompt in prompts)
+    assert circle.prompts(5, 40) == Circle(VOCAB, 3).prompts(5, 40) != Circle(VOCAB, 4).prompts(5, 40)
+
+
+def test_drafts_are_right_as_often_as_asked():
+    circle = Circle(VOCAB, 0)
+    drafts = circle.drafts(2, 0.85)
+    second = circle.successor[circle.successor]
+    for column, right in zip(drafts.T, (circle.successor, second), strict=True):
+        assert 0.8 < (column == right).float().mean() < 0.9
+    assert torch.equal(circle.drafts(1, 1.0)[:, 0], circle.successor)
+    assert not (circle.drafts(1, 0.0)[:, 0] == circle.successor).any()
+
+
+def test_a_greedy_sampler_takes_the_forced_token():
+    circle = Circle(VOCAB, 0)
+    watch = Watch(circle, torch.device("cpu"))
+    tokens = torch.tensor([5, 900, 17])
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
+    watch.keeping = True
+    untouched = logits.clone()
+    watch.force(logits, tokens)
+    assert torch.equal(logits.argmax(1), circle.successor[tokens])
+    watch.forced = False
+    free = untouched.clone()
+    watch.force(free, tokens)
+    assert torch.equal(free, untouched)
+    first, _ = watch.take()
+    assert torch.equal(first.logits, untouched) and first.finite and not watch.take()
+
+
+def test_kept_rows_saw_no_draft():
+    device = torch.device("cpu")
+    assert kept_rows(40, 1, device).tolist() == [0, 13, 26, 39]
+    assert kept_rows(40, 4, device).tolist() == [0, 12, 24, 36]
+    assert kept_rows(3, 1, device).tolist() == [0, 1, 2]
+
+
+def test_logits_that_are_not_finite_are_seen():
+    watch = Watch(Circle(VOCAB, 0), torch.device("cpu"), keeping=True)
+    logits = torch.zeros(40, VOCAB)
+    logits[7, 3] = torch.nan  # in a row that is not kept
+    watch.force(logits, torch.arange(40))
+    assert not watch.take()[0].finite
+
+
+def test_experts_are_counted_of_the_latest_pass():
+    class Layer:
+        def choose(self, ids: list[list[int]]) -> torch.Tensor:
+            return torch.tensor(ids)
+
+    routers, layer = Routers(), Layer()
+    routers.watch(Layer, "choose", lambda ids: ids)
+    layer.choose([[0, 1], [2, 1], [7, 6]])
+    assert routers.visited(id(layer), 2, 8) == 3, "padding counts not"
+    layer.choose([[3, 8], [3, 8]])
+    assert routers.visited(id(layer), 2, 8) == 1, "a fused shared expert counts not"
+    assert routers.visited_by_each([id(layer), 1], 2, 8) is None
+    routers.begin_pass()
+    assert routers.visited(id(layer), 2, 8) is None
+    routers.captured[id(layer)] = {4: torch.tensor([[0, 1], [2, 3], [4, 4], [5, 5]]), 8: torch.zeros(8, 2)}
+    assert routers.visited(id(layer), 3, 8) == 5, "of the smallest graph that fits"
+
+
+# Limits.
+
+
+def row(measurement: Measurement, **known: object) -> Row:
+    sound: dict[str, object] = {"finite": True, "as_forced": True, "pass_seconds": (1.1, 1.0)}
+    if measurement.kind == "prefill":
+        sound |= {"first_token_seconds": (0.5, 1.0)}
+    else:
+        sound |= {"step_ms": (2.0, 1.9, 2.2), "tokens_per_step": 1.0, "cached_tokens": 100.0, "experts": (6.0, 8.0)}
+        sound |= {"first_token_seconds": (0.5, 1.0)}
+    return Row.model_validate({"measurement": measurement, **sound, **known})
+
+
+def test_bytes_of_a_step():
+    read = 1e9 + 14 * 1e8
+    assert limits.step_bytes(MODEL, row(DECODE)) == read + 4 * 100 * 1000 * 3
+    assert limits.step_bytes(MODEL, row(DRAFTS)) == read + 3e8 + 4 * 100 * 1000 * 4
+    assert limits.step_bytes(MODEL, row(DECODE, experts=None)) is None
+
+
+def test_least_time_of_a_card():
+    card = limits.card_of("NVIDIA H200 1a2b")
+    assert card is not None and limits.card_of("cpu") is None
+    least = limits.least_seconds(MODEL, row(DECODE), card)
+    assert least == pytest.approx((2.4012e9 - (50 << 20)) / 4.8e12)
+    products, attention = limits.prefill_operations(MODEL, PREFILL)
+    assert (products, attention) == (128 * 1e10, 2 * 64 * 65 / 2 * 1e6)
+    assert limits.least_seconds(MODEL, row(PREFILL), card) == products / 1979e12 + attention / 989.5e12
+
+
+def test_sizes_of_a_checkpoint(mini: dict[str, Path]):
+    model = limits.read_model(mini["bf16"])
+    headers = limits.CheckpointReader(mini["bf16"]).headers()
+    size = {name: math.prod(header.shape) for name, header in headers.items()}
+    main = {name: n for name, n in size.items() if f"layers.{model.layers}." not in name and "embed" not in name}
+    experts = sum(n for name, n in main.items() if ".experts." in name and "shared" not in name)
+    in_fp32 = sum(n for name, n in main.items() if name.endswith("e_score_correction_bias"))
+    assert model.step_bytes == 2 * (sum(main.values()) - experts) + 2 * in_fp32
+    assert model.expert_bytes * model.experts * model.expert_layers == 2 * experts
+
+
+# Flags: a sound board has none, and each way to be wrong is caught.
+
+
+def record(name: str, role: str, *rows: Row, **known: object) -> Record:
+    engine, _, way = name.partition("-")
+    start = Start(device="H200 1", versions={}, served="Model", import_seconds=1, up_seconds=2)
+    fields = {"name": name, "engine": engine, "way": way, "role": role, "settings": {}, "start": start, "rows": rows}
+    return Record.model_validate(fields | known)
+
+
+NAME = str(DECODE)
+STOCK = record("vllm-stock", "stock", row(DECODE), distances={NAME: 0.1}, eager_distances={NAME: 0.09})
+OURS = record("vllm-strict", "strict", row(DECODE, step_ms=(1.6, 1.5, 1.7)), distances={NAME: 0.0})
+
+
+def board(*records: Record, **known: object) -> Board:
+    fields = {"device": "H200 1", "date": "2026-01-01", "model": MODEL, "measurements": (PREFILL, DECODE, DRAFTS)}
+    return Board.model_validate(
+        {**fields, "impossible": {}, "records": records, "passes": 2, "steps": 8, **known},
+    )
+
+
+def test_a_sound_row_has_a_ratio_and_no_flag():
+    sound = board(STOCK, OURS)
+    assert judge.errors(sound) == {}
+    assert judge.against(sound, OURS, DECODE, "stock") == judge.Against(pytest.approx(1.25), "vllm-stock")
+    assert judge.against(sound, OURS, DECODE, "invariant") is None
+    assert judge.against(sound, OURS, PREFILL, "stock") is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "known", "flag"),
+    [
+        ({"finite": False}, {}, "not finite"),
+        ({"as_forced": False}, {}, "not the forced ones"),
+        ({"step_ms": (0.4, 0.4, 0.4)}, {}, "beats the card: 0.4 ms"),
+        ({"experts": (1.0, 1.0)}, {}, "visits 1 experts a layer, others 7"),
+        ({}, {"distances": {NAME: 0.5}}, "0.5 from the reference, without compilers and graphs 0.09"),
+        ({}, {"distances": {NAME: float("nan")}}, "nan from the reference"),
+        ({}, {"start": STOCK.start.model_copy(update={"device": "H200 2"})}, "on another device"),  # type: ignore[union-attr]
+    ],
+)
+def test_a_row_that_means_nothing_is_flagged_and_makes_no_ratio(wrong, known, flag):
+    measured = STOCK.rows[0].model_copy(update=wrong)
+    opponent = STOCK.model_copy(update={"rows": (measured,), **known})
+    flagged = board(opponent, OURS, device="H200 1")
+    assert [flag in text for text in judge.errors(flagged)["vllm-stock"]] == [True]
+    assert judge.against(flagged, OURS, DECODE, "stock") is None
+    page = report.markdown(flagged)
+    assert flag in page and "**error**" in page and "1.25" not in page
+    assert plot.lines(flagged) == []
+
+
+def test_ours_is_to_be_the_reference():
+    far = OURS.model_copy(update={"distances": {NAME: 0.05}})
+    assert "0.05 from the reference" in judge.errors(board(STOCK, far))["vllm-strict"][0]
+
+
+def test_the_fastest_stock_that_means_something_is_compared_with():
+    wrong = record("vllm-stock", "stock", row(DECODE, step_ms=(1.0, 1.0, 1.0), finite=False))
+    slow = record("vllm-stock-triton", "stock", row(DECODE, step_ms=(4.0, 4.0, 4.0)))
+    other = record("sglang-stock", "stock", row(DECODE, step_ms=(1.2, 1.2, 1.2)))
+    assert judge.against(board(wrong, slow, other, OURS), OURS, DECODE, "stock") == judge.Against(
+        pytest.approx(2.5), "vllm-stock-triton"
+    )
+
+
+def test_what_drafts_bring():
+    drafted = row(DRAFTS, step_ms=(2.0, 2.0, 2.0), tokens_per_step=1.5)
+    ours = record("vllm-strict", "strict", row(DECODE, step_ms=(1.6, 1.6, 1.6)), drafted)
+    assert judge.speed_up(board(ours), ours, drafted) == pytest.approx(1.6 / (2.0 / 1.5))
+    alone = record("vllm-strict", "strict", drafted)
+    assert judge.speed_up(board(alone), alone, drafted) is None
+
+
+def test_the_page_says_what_is_missing_and_who_waited():
+    stalled = record("vllm-strict", "strict", row(DECODE, pass_seconds=(9.0, 1.0)), failure="it was killed")
+    absent = record("vllm-stock", "stock", Row(measurement=DECODE, absent="needs room for 9 tokens"))
+    page = report.markdown(board(stalled, absent, impossible={str(PREFILL): "too long"}))
+    assert f"vllm-strict: {DECODE}: 9.00 s, then 1.00 s" in page
+    assert f"* {PREFILL}: too long" in page
+    assert f"* vllm-stock: {DECODE}: needs room for 9 tokens" in page
+    assert f"* vllm-strict: {DRAFTS}: it was killed" in page
+    assert "rehearsal" not in page
+    assert "rehearsal" in report.markdown(board(device="cpu")).lower()
+
+
+# Passes.
+
+
+class Fake:
+    """An engine of two requests a pass of prompts, that decodes beside them."""
+
+    max_batched_tokens = 128
+
+    def __init__(self, *, wrong: bool = False, ends_early: bool = False) -> None:
+        self.watch = Watch(Circle(VOCAB, 0), torch.device("cpu"))
+        self.start = Start(device="cpu", versions={}, served="Fake", import_seconds=0, up_seconds=0, cache_tokens=5000)
+        self.wrong, self.ends_early = wrong, ends_early
+        self.ended = 0
+
+    def run(
+        self, prompts: Sequence[list[int]], max_tokens: int, chunk: int, turn: Callable[[program.New], bool]
+    ) -> None:
+        last = {request: prompt[-1] for request, prompt in enumerate(prompts)}
+        begun = 0
+        printed = dict.fromkeys(last, 0)
+        for step in range(10_000):
+            begun = min(len(prompts), begun + max(1, chunk // len(prompts[0])))
+            running = [r for r in range(begun) if printed[r] < (2 if self.ends_early else max_tokens)]
+            if not running:
+                return
+            tokens = torch.tensor([last[request] for request in running])
+            logits = torch.randn(len(running), VOCAB)
+            self.watch.force(logits, tokens)
+            new = logits.argmax(1)
+            if self.wrong and step == 3:
+                new = (new + 1) % VOCAB
+            for request, token in zip(running, new.tolist(), strict=True):
+                last[request] = token
+                printed[request] += 1
+            if not turn({request: [last[request]] for request in running}):
+                self.ended += 1
+                return
+
+    def experts(self, rows: int) -> tuple[int, ...]:
+        return 3, 5
+
+
+def job(*measurements: Measurement, steps: int = 6) -> Job:
+    return Job(checkpoint="", device="cpu", measurements=measurements, steps=steps, passes=2, seed=0)
+
+
+def test_a_decode_is_timed_once_all_requests_print(tmp_path):
+    engine = Fake()
+    measured = program.measure(engine, DECODE, job(DECODE), tmp_path / "0.safetensors")
+    assert measured.absent is None and measured.as_forced and measured.finite
+    assert engine.ended == len(measured.pass_seconds) == 2
+    assert measured.tokens_per_step == 1 and measured.experts == (3, 5)
+    # The timed steps begin with 1 + 4 + 1 tokens printed, of the two requests that began a pass earlier one more.
+    assert measured.cached_tokens == 64 + 6.5 + 6 / 2
+    kept = load_file(tmp_path / "0.safetensors")
+    assert set(kept["request"].tolist()) == {0, 1, 2, 3} and kept["position"].min() >= 64
+
+
+def test_a_prefill_ends_with_the_last_first_token(tmp_path):
+    measured = program.measure(Fake(), PREFILL, job(PREFILL), tmp_path / "0.safetensors")
+    mean, last = measured.first_token_seconds
+    assert 0 < mean <= last and not measured.step_ms and measured.as_forced
+    kept = load_file(tmp_path / "0.safetensors")
+    assert kept["position"].tolist() == [63, 63] and kept["request"].tolist() == [0, 1]
+
+
+def test_other_tokens_than_the_forced_ones_are_seen(tmp_path):
+    assert program.measure(Fake(wrong=True), DECODE, job(DECODE), tmp_path / "0.safetensors").as_forced is False
+
+
+def test_what_was_not_measured_says_why(tmp_path):
+    early = program.measure(Fake(ends_early=True), DECODE, job(DECODE), tmp_path / "0.safetensors")
+    assert early.absent == "the first requests were done before the last ones had begun"
+    many = Measurement(kind="decode", requests=32, tokens=1024)
+    assert "the cache has 5,000" in str(program.measure(Fake(), many, job(many), tmp_path / "1.safetensors").absent)
+
+
+# The reference.
+
+
+def test_the_reference_answers_at_any_position(mini: dict[str, Path], tmp_path):
+    circle = Circle(limits.read_model(mini["bf16"]).vocab_size, 0)
+    asked = tmp_path / "asked.safetensors"
+    places = [(1, 15), (0, 18), (1, 17)]
+    save_file(
+        {"request": torch.tensor([r for r, _ in places]), "position": torch.tensor([p for _, p in places])}, asked
+    )
+    measurement = Measurement(kind="decode", requests=2, tokens=16)
+    answers = reference.Asked(measurement=measurement, file=str(asked))
+    of = reference.ReferenceJob(checkpoint=str(mini["bf16"]), device="cpu", seed=0, asked=(answers,))
+    with torch.inference_mode():
+        reference.answer(of, tmp_path / "reference.safetensors")
+    found = load_file(tmp_path / "reference.safetensors")["0"]
+    for (request, position), logits in zip(places, found, strict=True):
+        tokens = circle.prompts(2, 16)[request] + circle.continuation(request, 2, 8)
+        assert torch.equal(predict_logits(mini["bf16"], tokens[: position + 1])[-1], logits)
+
+
+def test_distance_of_logits():
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1))
+    assert reference.distance(logits, logits) == 0
+    assert reference.distance(logits + 0.01 * other, logits) == pytest.approx(0.01, rel=0.1)
+    assert reference.distance(other, logits) == pytest.approx(2**0.5, rel=0.1)
+    logits[1, 5] = torch.nan
+    assert reference.distance(logits, other) != reference.distance(logits, other), "NaN"
+
+
+# The choice.
+
+
+def test_settings_go_to_the_contenders_that_they_name():
+    chosen = plan.contenders(
+        ["vllm-stock", "sglang-stock"], ["vllm:VLLM_X=1", "sglang-stock:attention_backend=triton", "vllm:a=[1, 2]"]
+    )
+    vllm, sglang = chosen
+    assert vllm.variables == {"DSV3_PLUGIN": "off", "VLLM_X": "1"} and vllm.arguments == {"a": [1, 2]}
+    assert sglang.arguments == {"attention_backend": "triton"}
+    for names, settings, message in (
+        (["vllm-best"], [], "unknown; there are vllm-stock"),
+        ([], ["vllm"], "write WHO:NAME=VALUE"),
+        ([], ["lmdeploy:A=1"], "neither a contender nor an engine"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            plan.contenders(names, settings)
+
+
+def test_measurements_are_chosen():
+    assert [str(m) for m in plan.measurements(plan.Choice(only=("prefill",), prefills=("2x64/32",)))] == [
+        "prefill 2 x 64, passes of 32"
+    ]
+    drafts = plan.measurements(plan.Choice(only=("drafts",), batches=(1, 8), contexts=(64,), drafts=(3,)))
+    assert [str(m) for m in drafts] == [
+        "decode 1 at 64",
+        "decode 1 at 64, 3 drafts, 85% right",
+        "decode 1 at 64, 3 drafts, its own",
+    ]
+    assert len(plan.measurements(plan.Choice(only=("decode",)))) == len(plan.BATCHES) * len(plan.CONTEXTS)
+    with pytest.raises(EngineError, match="--prefill 8"):
+        plan.measurements(plan.Choice(prefills=("8",)))
+    with pytest.raises(EngineError, match="--only speed"):
+        plan.measurements(plan.Choice(only=("speed",)))
+
+
+def test_what_nobody_can_measure():
+    assert plan.impossible(DECODE, 8, 1000, 4096, 1) is None
+    assert "more than --tokens 100" in str(plan.impossible(DECODE, 8, 100, 4096, 1))
+    assert "the checkpoint knows 64" in str(plan.impossible(DECODE, 8, 1000, 64, 1))
+    assert "no MTP layer" in str(plan.impossible(DRAFTS, 8, 1000, 4096, 0))
+
+
+# A run.
+
+DIES = textwrap.dedent(
+    """
+    import os, sys
+    from pathlib import Path
+    from dsv3_plugin.engine_bench.contenders.program import started
+    from dsv3_plugin.engine_bench.protocol import Job, Row, read_job, say
+    job, out = read_job(Job, Path(sys.argv[1])), Path(sys.argv[2])
+    say(out, started({}, served="Fake", import_seconds=1, up_seconds=2))
+    for number, measurement in enumerate(job.measurements):
+        if number == 1:
+            print("RuntimeError: CUDA error: out of memory")
+            os.kill(os.getpid(), 9)
+        say(out, Row(measurement=measurement, first_token_seconds=(1, 2), pass_seconds=(3, 2)))
+    """
+)
+
+
+def test_a_run_that_dies_keeps_what_it_has_and_goes_on(mini: dict[str, Path], tmp_path, monkeypatch):
+    fake = tmp_path / "dies.py"
+    fake.write_text(DIES)
+    monkeypatch.setattr(runner, "_command", lambda *args: (sys.executable, str(fake)))
+    choice = plan.Choice(only=("prefill",), prefills=("1x8", "2x8", "4x8"))
+    boards: list[Board] = []
+
+    def run(seed: int = 0) -> Board:
+        return runner.prepare(
+            tmp_path / "run",
+            mini["bf16"],
+            device="cpu",
+            steps=4,
+            passes=1,
+            seed=seed,
+            most_tokens=1000,
+            contenders=plan.contenders(["vllm-strict"]),
+            measurements=plan.measurements(choice),
+            environments=tmp_path,
+            progress=lambda name, what: None,
+            changed=boards.append,
+        ).run()
+
+    for attempt in (1, 2, 3):
+        found = run()
+        [strict] = found.records
+        assert len(strict.rows) == attempt
+        assert found.rehearsal and boards[-1] == found
+    assert strict.failure is None
+    page = report.markdown(found)
+    assert "prefill 4 x 8" in page and "out of memory" not in page
+    killed = (tmp_path / "run/vllm-strict/0/1/failure.txt").read_text()
+    assert "killed by SIGKILL: RuntimeError: CUDA error: out of memory" in killed
+    with pytest.raises(EngineError, match="holds a run of another kind"):
+        run(seed=1)
+
+
+def test_a_last_line_that_was_cut_is_left_out(tmp_path):
+    start = Start(device="cpu", versions={}, served="Fake", import_seconds=1, up_seconds=2)
+    text = f"{start.model_dump_json()}\n{row(DECODE).model_dump_json()}\n{row(PREFILL).model_dump_json()[:50]}"
+    (tmp_path / "rows.jsonl").write_text(text)
+    assert heard(tmp_path).rows == (row(DECODE),)
+    assert logits_file(tmp_path, 3).name == "3.safetensors"
