@@ -118,8 +118,14 @@ def test_experts_are_counted_of_the_latest_pass():
     assert routers.visited_by_each([id(layer), 1], 2, 8) is None
     routers.begin_pass()
     assert routers.visited(id(layer), 2, 8) is None
-    routers.captured[id(layer)] = {4: torch.tensor([[0, 1], [2, 3], [4, 4], [5, 5]]), 8: torch.zeros(8, 2)}
+    for_decodes, for_prompts = torch.tensor([[0, 1], [2, 3], [4, 4], [5, 5]]), torch.zeros(4, 2)
+    routers.captured[id(layer)] = {4: [for_decodes], 8: [torch.zeros(8, 2)]}
     assert routers.visited(id(layer), 3, 8) == 5, "of the smallest graph that fits"
+    routers.captured[id(layer)][4].append(for_prompts)
+    assert routers.visited(id(layer), 3, 8) == 1, "of the one that was written"
+    assert routers.visited(id(layer), 3, 8) is None
+    for_decodes[:] = 7
+    assert routers.visited(id(layer), 3, 8) == 1
 
 
 # Limits.

@@ -111,10 +111,9 @@ class Turns:
         self.looked += 1
         # An engine may be a pass ahead of what it has told.
         self.engine.watch.keeping = self.watch_logits and self.looked < LOOKED_AT
-        if self.looked > 1:
-            visited = self.engine.experts(self.measurement.requests * (self.measurement.drafts + 1))
-            if visited is not None:
-                self.experts.append(visited)
+        visited = self.engine.experts(self.measurement.requests * (self.measurement.drafts + 1))
+        if visited is not None:
+            self.experts.append(visited)
 
     @property
     def seconds(self) -> float:

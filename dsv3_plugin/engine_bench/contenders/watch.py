@@ -32,8 +32,10 @@ class Routers:
     """What the routers chose, each known by the object that it is."""
 
     def __init__(self) -> None:
-        self.captured: dict[int, dict[int, torch.Tensor]] = {}
-        """By router and rows: where a graph writes."""
+        self.captured: dict[int, dict[int, list[torch.Tensor]]] = {}
+        """By router and rows: where graphs write. Some engines have two of a size, for prompts and for decodes."""
+        self.before: dict[int, torch.Tensor] = {}
+        """What stood there at the last look."""
         self.last: dict[int, torch.Tensor] = {}
         """By router: of the pass that is on its way, if it runs without a graph."""
 
@@ -55,7 +57,7 @@ class Routers:
     def note(self, router: int, ids: torch.Tensor) -> None:
         """Keep ids [rows, k]."""
         if ids.is_cuda and torch.cuda.is_current_stream_capturing():
-            self.captured.setdefault(router, {})[len(ids)] = ids
+            self.captured.setdefault(router, {}).setdefault(len(ids), []).append(ids)
         else:
             self.last[router] = ids
 
@@ -80,11 +82,19 @@ class Routers:
         if ids is None:
             graphs = self.captured.get(router, {})
             fitting = [size for size in graphs if size >= rows]
-            if not fitting:
-                return None
-            ids = graphs[min(fitting)]
+            ids = self._written(graphs[min(fitting)]) if fitting else None
+        if ids is None:
+            return None
         found = ids[:rows].unique()
         return int(((found >= 0) & (found < experts)).sum())
+
+    def _written(self, places: list[torch.Tensor]) -> torch.Tensor | None:
+        """That of several graphs' places which was written since the last look; None where that is not one."""
+        written = [ids for ids in places if id(ids) not in self.before or not torch.equal(self.before[id(ids)], ids)]
+        self.before |= {id(ids): ids.clone() for ids in written}
+        if len(places) == 1:
+            return places[0]
+        return written[0] if len(written) == 1 else None
 
 
 @dataclass

@@ -1,0 +1,53 @@
+"""`dsv3 bench engines` with real engines on a small model: a rehearsal, whose times mean nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TinyCheckpoint
+from engines import ENVIRONMENTS, python_of
+from typer.testing import CliRunner
+
+from dsv3_plugin.commands.bench import app
+from dsv3_plugin.commands.engines import JSON, MARKDOWN
+from dsv3_plugin.engine_bench.judge import Board
+
+
+def bench(checkpoint: Path, out: Path, *arguments: object) -> tuple[int, Board]:
+    options = "--environments", ENVIRONMENTS, "--device", "cpu", "--out", out, "--context", 24, "--batch", 3
+    sizes = "--steps", 4, "--passes", 2
+    command = ["engines", checkpoint, *options, *sizes, *arguments]
+    done = CliRunner().invoke(app, [*map(str, command)], catch_exceptions=False)
+    return done.exit_code, Board.model_validate(json.loads((out / JSON).read_text()))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_ours_is_measured(engine: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    python_of(engine)
+    status, board = bench(
+        tiny_checkpoint("bf16"),
+        tmp_path / "run",
+        *("--contender", f"{engine}-strict", "--prefill", "2x40/32", "--drafts", 2, "--acceptance", 0.5),
+    )
+    [ours] = board.records
+    assert status == 0, (ours.failure, (tmp_path / "run" / MARKDOWN).read_text())
+    rows = {str(row.measurement): row for row in ours.rows}
+    assert list(rows) == [str(measurement) for measurement in board.measurements]
+    assert all(row.absent is None for row in ours.rows), [row.absent for row in ours.rows]
+    forced = [name for name, row in rows.items() if row.measurement.forced]
+    assert all(rows[name].as_forced and rows[name].finite for name in forced)
+    # Of the same arithmetic as the reference: whatever its schedule, graphs and drafts.
+    assert {name: ours.distances[name] for name in forced} == dict.fromkeys(forced, 0.0)
+    plain, drafted = rows["decode 3 at 24"], rows["decode 3 at 24, 2 drafts, 50% right"]
+    assert plain.tokens_per_step == 1
+    assert drafted.tokens_per_step is not None and 1 < drafted.tokens_per_step < 3
+    for row in (plain, drafted):
+        assert row.experts is not None and len(row.experts) == board.model.expert_layers
+        assert all(board.model.experts_per_token <= count <= board.model.experts for count in row.experts)
+    assert ours.start is not None and ours.start.cache_bytes_per_token is not None
+    assert ours.start.cache_bytes_per_token == pytest.approx(board.model.cached_bytes * board.model.layers, rel=0.05), (
+        "of the start without drafts"
+    )
+    assert board.rehearsal
