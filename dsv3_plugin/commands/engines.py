@@ -42,6 +42,7 @@ def bench_engines(
     tokens: Annotated[int, typer.Option(help="No measurement of more tokens of prompts.")] = plan.MOST_TOKENS,
     steps: Annotated[int, typer.Option(min=4, help="Decode steps timed in each pass.")] = 64,
     passes: Annotated[int, typer.Option(min=1, help="Passes of each measurement.")] = 2,
+    limit: Annotated[int, typer.Option(min=1, help="Seconds that a contender may take, its start included.")] = 900,
     seed: Annotated[int, typer.Option(help="Of the prompts and of the tokens that are forced.")] = 0,
     setting: Annotated[
         list[str] | None,
@@ -85,6 +86,7 @@ def bench_engines(
         contenders=plan.contenders(contender or (), setting or ()),
         measurements=plan.measurements(choice),
         environments=environments,
+        limit=limit,
         progress=lambda name, what: console.print(f"{name}: {what}", highlight=False, soft_wrap=True),
         changed=write,
     )

@@ -41,6 +41,8 @@ class Record(BaseModel):
     start: Start | None = None
     rows: tuple[Row, ...] = ()
     failure: str | None = None
+    """Why its last start ended early."""
+    eager_failure: str | None = None
     distances: dict[str, float] = {}
     """Measurement to its logits' distance from the reference's."""
     eager_distances: dict[str, float] = {}
@@ -65,6 +67,7 @@ class Board(BaseModel):
     records: tuple[Record, ...]
     passes: int
     steps: int
+    reference_failure: str | None = None
 
     @property
     def rehearsal(self) -> bool:

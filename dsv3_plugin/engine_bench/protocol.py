@@ -53,6 +53,11 @@ class Measurement(Message):
         """Whether the tokens are those of `tokens`."""
         return not self.drafts or self.acceptance is not None
 
+    def order(self) -> tuple[object, ...]:
+        """In which a report has them."""
+        acceptance = 2.0 if self.acceptance is None else self.acceptance
+        return self.kind != "prefill", self.drafts, self.tokens, self.requests, self.chunk or 0, acceptance
+
     def __str__(self) -> str:
         """`prefill 8 x 4096`, `decode 32 at 1024, 3 drafts, 85 % right`."""
         if self.kind == "prefill":

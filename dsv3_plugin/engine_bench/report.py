@@ -49,6 +49,7 @@ def markdown(board: Board) -> str:
         chosen = [m for m in board.measurements if m.kind == kind and bool(m.drafts) == drafts]
         lines += _section(board, title, chosen, make)
     lines += _list("Errors of the measurement", [f"{n}: {e}" for n, es in judge.errors(board).items() for e in es])
+    lines += _list("Programs that failed", _failures(board))
     lines += _list(f"Waited for a compiler: first pass above {STALL} of the best", _stalls(board))
     lines += _list("Not measured", _absent(board))
     return "\n".join(lines) + "\n"
@@ -157,6 +158,13 @@ def _compared(board: Board, record: Record, row: Row) -> _Cells:
 def _ratio(board: Board, record: Record, row: Row, role: Role) -> str:
     found = judge.against(board, record, row.measurement, role)
     return "-" if found is None else f"{found.ratio:.2f}"
+
+
+def _failures(board: Board) -> list[str]:
+    found = [(record.name, record.failure) for record in board.records]
+    found += [(f"{record.name}, eager", record.eager_failure) for record in board.records]
+    found.append(("reference: nothing is known of distances", board.reference_failure))
+    return [f"{who}: {why}" for who, why in found if why]
 
 
 def _stalls(board: Board) -> list[str]:

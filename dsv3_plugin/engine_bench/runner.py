@@ -1,8 +1,10 @@
 """Starting contenders one after the other, and making a board of what they said.
 
 A run's state is its folder, and nothing else: `{contender}/{drafts}/{attempt}` holds a job and what its program
-answered. A contender that dies keeps the rows that it had measured; the same command with the same folder measures
-what is missing. The reference comes last, because it is asked for the positions that the others have kept.
+answered. A contender that dies keeps the rows that it had measured, and is started again for those behind the one that
+it died of. A run that dies goes on with its folder: what is missing of what is asked for is measured, and the board
+shows all that the folder holds, so that a run may be made in parts. The reference comes last, because it is asked for
+the positions that the others have kept.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dsv3_plugin.conformance.runner import TesteeCommand
 from dsv3_plugin.engine_bench.contenders.reference import Asked, ReferenceJob, distance, places_in
 from dsv3_plugin.engine_bench.judge import Board, Record
 from dsv3_plugin.engine_bench.limits import Model, read_model
-from dsv3_plugin.engine_bench.plan import Contender, impossible
+from dsv3_plugin.engine_bench.plan import CONTENDERS, Contender, impossible
 from dsv3_plugin.engine_bench.protocol import (
     Answers,
     Device,
@@ -31,6 +33,7 @@ from dsv3_plugin.engine_bench.protocol import (
     heard,
     logits_file,
     read_job,
+    say,
     write_job,
 )
 from dsv3_plugin.errors import ConformanceError, EngineError
@@ -38,6 +41,8 @@ from dsv3_plugin.errors import ConformanceError, EngineError
 _PACKAGE = "dsv3_plugin.engine_bench.contenders"
 _EAGER = "eager"
 _REFERENCE = "reference"
+_TIMED_OUT = 124
+"""Status of `timeout`."""
 
 
 class Settings(Message):
@@ -62,6 +67,8 @@ class Bench:
     measurements: Sequence[Measurement]
     impossible: dict[str, str]
     environments: Path
+    limit: int
+    """Seconds that a program may take."""
     progress: Progress
     changed: Callable[[Board], None]
     """Called with the board after every row."""
@@ -85,32 +92,51 @@ class Bench:
         return [m for m in self.measurements if str(m) not in self.impossible]
 
     def board(self) -> Board:
-        """What the folder holds."""
-        records = tuple(self._record(contender) for contender in self.contenders)
+        """What the folder holds, of earlier commands too."""
+        asked = {contender.name for contender in self.contenders}
+        present = [c for c in CONTENDERS if c.name in asked or (self.folder / c.name).is_dir()]
+        records = tuple(map(self._record, present))
         devices = [record.start.device for record in records if record.start is not None]
+        measured = [row.measurement for record in records for row in record.rows]
         return Board(
             device=devices[0] if devices else self.settings.device,
             date=self.settings.date,
             model=self.model,
-            measurements=tuple(self.measurements),
+            measurements=tuple(sorted({*self.measurements, *measured}, key=Measurement.order)),
             impossible=self.impossible,
             records=records,
             passes=self.settings.passes,
             steps=self.settings.steps,
+            reference_failure=_answers(self.folder / _REFERENCE).failure,
         )
 
     def _measure(self, contender: Contender, drafts: int, *, eager: bool) -> None:
-        wanted = [m for m in self.possible if m.drafts == drafts]
+        """What is missing, in as many starts as it takes."""
         place = _place(self.folder, contender.name, drafts, eager)
-        done = {str(row.measurement) for row in _answers(place).rows}
-        missing = tuple(m for m in wanted if str(m) not in done)
-        if not missing:
-            return
+        name = contender.name + (f" {drafts} drafts" if drafts else "") + (f" {_EAGER}" if eager else "")
+        command = _command(contender.engine, self.environments, contender.variables)
+        _remember_settings(self.folder / contender.name, contender)
+        while missing := self._missing(place, drafts):
+            failure = self._attempt(name, command, place, self._job(contender, missing, eager))
+            if failure is None:
+                return
+            answers = _last_attempt(place) / "answers"
+            if heard(answers).start is None:
+                return
+            died_of = next(iter(self._missing(place, drafts)), None)
+            if died_of is not None:
+                say(answers, Row(measurement=died_of, absent=failure))
+
+    def _missing(self, place: Path, drafts: int) -> tuple[Measurement, ...]:
+        done = {row.measurement for row in _answers(place).rows}
+        return tuple(m for m in self.possible if m.drafts == drafts and m not in done)
+
+    def _job(self, contender: Contender, measurements: tuple[Measurement, ...], eager: bool) -> Job:
         settings = self.settings
-        job = Job(
+        return Job(
             checkpoint=settings.checkpoint,
             device=settings.device,
-            measurements=missing,
+            measurements=measurements,
             # Nobody asks an eager mode for its time.
             steps=2 if eager else settings.steps,
             passes=1 if eager else settings.passes,
@@ -118,13 +144,10 @@ class Bench:
             eager=eager,
             arguments=dict(contender.arguments),
         )
-        name = contender.name + (f" {drafts} drafts" if drafts else "") + (f" {_EAGER}" if eager else "")
-        command = _command(contender.engine, self.environments, contender.variables)
-        self._attempt(name, command, place, job)
 
-    def _attempt(self, name: str, command: Sequence[str], place: Path, job: Message) -> None:
-        """Run a program in a new folder of `place`; its failure stands beside its answers."""
-        attempt = place / str(1 + len(list(_attempts(place))))
+    def _attempt(self, name: str, command: Sequence[str], place: Path, job: Message) -> str | None:
+        """Run a program in a new folder of `place`; returns why it failed, which stands beside its answers, too."""
+        attempt = place / str(1 + len(_attempts(place)))
         attempt.mkdir(parents=True)
         write_job(job, attempt)
 
@@ -132,17 +155,23 @@ class Bench:
             self.progress(program, what)
             self.changed(self.board())
 
+        limited = ("timeout", str(self.limit), *command)
         try:
-            run_programs({name: Program(command, attempt, attempt / "answers")}, progress)
+            run_programs({name: Program(limited, attempt, attempt / "answers")}, progress)
         except ConformanceError as error:
-            (attempt / "failure.txt").write_text(f"{error}\n")
-            self.progress(name, f"failed: {error}")
+            failure = str(error)
+            if f"failed with status {_TIMED_OUT}:" in failure:
+                failure = f"took longer than --limit {self.limit} s"
+            (attempt / "failure.txt").write_text(f"{failure}\n")
+            self.progress(name, failure)
+            return failure
+        return None
 
     def _ask_reference(self) -> None:
         """For all kept logits that it has not answered yet."""
         place = self.folder / _REFERENCE
         known = {asked.file for attempt in _attempts(place) for asked in _asked(attempt)}
-        kept = [asked for c in self.contenders for asked in _kept(self.folder, c.name) if asked.file not in known]
+        kept = [asked for c in CONTENDERS for asked in _kept(self.folder, c.name) if asked.file not in known]
         if not kept:
             return
         settings = self.settings
@@ -160,10 +189,11 @@ class Bench:
             engine=contender.engine,
             way=contender.way,
             role=contender.role,
-            settings={k: str(v) for k, v in {**contender.variables, **contender.arguments}.items()},
+            settings=_settings(self.folder / contender.name, contender),
             start=next((answer.start for answer in answers if answer.start is not None), None),
             rows=tuple(row for answer in answers for row in answer.rows),
             failure="; ".join(answer.failure for answer in answers if answer.failure) or None,
+            eager_failure=_answers(eager).failure,
             distances=_distances(self.folder, places),
             eager_distances=_distances(self.folder, [eager]),
         )
@@ -181,6 +211,7 @@ def prepare(
     contenders: Sequence[Contender],
     measurements: Sequence[Measurement],
     environments: Path,
+    limit: int,
     progress: Progress,
     changed: Callable[[Board], None],
 ) -> Bench:
@@ -213,7 +244,7 @@ def prepare(
         for m in measurements
         if (reason := impossible(m, steps, most_tokens, model.max_positions, model.mtp_layers))
     }
-    return Bench(folder, settings, model, contenders, measurements, reasons, environments, progress, changed)
+    return Bench(folder, settings, model, contenders, measurements, reasons, environments, limit, progress, changed)
 
 
 def _command(name: str, environments: Path, variables: Mapping[str, str]) -> tuple[str, ...]:
@@ -233,8 +264,29 @@ def _drafts(folder: Path, name: str) -> list[int]:
     return sorted(int(place.name) for place in places if place.name.isdigit())
 
 
-def _attempts(place: Path) -> Iterator[Path]:
-    return iter(sorted(place.glob("[0-9]*"), key=lambda attempt: int(attempt.name)))
+def _attempts(place: Path) -> list[Path]:
+    return sorted(place.glob("[0-9]*"), key=lambda attempt: int(attempt.name))
+
+
+def _last_attempt(place: Path) -> Path:
+    return _attempts(place)[-1]
+
+
+def _settings(folder: Path, contender: Contender) -> dict[str, str]:
+    """With which a contender was measured here, else those of now."""
+    file = folder / "settings.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    return {name: str(value) for name, value in {**contender.variables, **contender.arguments}.items()}
+
+
+def _remember_settings(folder: Path, contender: Contender) -> None:
+    """Raise `EngineError` where the folder has rows of other settings."""
+    now = {name: str(value) for name, value in {**contender.variables, **contender.arguments}.items()}
+    if (before := _settings(folder, contender)) != now:
+        raise EngineError(f"{folder}: holds rows of other settings, {before}; name a new --out")
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(now) + "\n")
 
 
 def _answers(place: Path) -> Answers:

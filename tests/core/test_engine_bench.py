@@ -247,7 +247,10 @@ def test_what_drafts_bring():
 def test_the_page_says_what_is_missing_and_who_waited():
     stalled = record("vllm-strict", "strict", row(DECODE, pass_seconds=(9.0, 1.0)), failure="it was killed")
     absent = record("vllm-stock", "stock", Row(measurement=DECODE, absent="needs room for 9 tokens"))
-    page = report.markdown(board(stalled, absent, impossible={str(PREFILL): "too long"}))
+    page = report.markdown(
+        board(stalled, absent, impossible={str(PREFILL): "too long"}, reference_failure="no certificate")
+    )
+    assert "* reference: nothing is known of distances: no certificate" in page
     assert f"vllm-strict: {DECODE}: 9.00 s, then 1.00 s" in page
     assert f"* {PREFILL}: too long" in page
     assert f"* vllm-stock: {DECODE}: needs room for 9 tokens" in page
@@ -409,32 +412,37 @@ def test_what_nobody_can_measure():
 
 # A run.
 
-DIES = textwrap.dedent(
+FAKE = textwrap.dedent(
     """
-    import os, sys
+    import os, sys, time
     from pathlib import Path
-    from dsv3_plugin.engine_bench.contenders.program import started
-    from dsv3_plugin.engine_bench.protocol import Job, Row, read_job, say
+    from dsv3_plugin.engine_bench.protocol import Job, Row, Start, read_job, say
     job, out = read_job(Job, Path(sys.argv[1])), Path(sys.argv[2])
-    say(out, started({}, served="Fake", import_seconds=1, up_seconds=2))
-    for number, measurement in enumerate(job.measurements):
-        if number == 1:
+    if (how := os.environ.get("FAKE")) == "no start":
+        sys.exit("RuntimeError: no such device")
+    say(out, Start(device="cpu", versions={}, served="Fake", import_seconds=1, up_seconds=2))
+    for measurement in job.measurements:
+        if measurement.requests == 2 and how == "dies":
             print("RuntimeError: CUDA error: out of memory")
             os.kill(os.getpid(), 9)
+        if measurement.requests == 2 and how == "hangs":
+            time.sleep(60)
         say(out, Row(measurement=measurement, first_token_seconds=(1, 2), pass_seconds=(3, 2)))
     """
 )
 
 
-def test_a_run_that_dies_keeps_what_it_has_and_goes_on(mini: dict[str, Path], tmp_path, monkeypatch):
-    fake = tmp_path / "dies.py"
-    fake.write_text(DIES)
+@pytest.fixture
+def run(mini: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Board]:
+    """Runs of a contender that is none, in one folder."""
+    fake = tmp_path / "fake.py"
+    fake.write_text(FAKE)
     monkeypatch.setattr(runner, "_command", lambda *args: (sys.executable, str(fake)))
-    choice = plan.Choice(only=("prefill",), prefills=("1x8", "2x8", "4x8"))
-    boards: list[Board] = []
 
-    def run(seed: int = 0) -> Board:
-        return runner.prepare(
+    def run(how: str, prefills: Sequence[str] = ("1x8", "2x8", "4x8"), *, seed: int = 0, setting: str = "") -> Board:
+        monkeypatch.setenv("FAKE", how)
+        boards: list[Board] = []
+        made = runner.prepare(
             tmp_path / "run",
             mini["bf16"],
             device="cpu",
@@ -442,25 +450,51 @@ def test_a_run_that_dies_keeps_what_it_has_and_goes_on(mini: dict[str, Path], tm
             passes=1,
             seed=seed,
             most_tokens=1000,
-            contenders=plan.contenders(["vllm-strict"]),
-            measurements=plan.measurements(choice),
+            contenders=plan.contenders(["vllm-strict"], [setting] if setting else []),
+            measurements=plan.measurements(plan.Choice(only=("prefill",), prefills=prefills)),
             environments=tmp_path,
+            limit=5 if how == "hangs" else 100,
             progress=lambda name, what: None,
             changed=boards.append,
         ).run()
+        assert boards[-1] == made
+        return made
 
-    for attempt in (1, 2, 3):
-        found = run()
-        [strict] = found.records
-        assert len(strict.rows) == attempt
-        assert found.rehearsal and boards[-1] == found
-    assert strict.failure is None
-    page = report.markdown(found)
-    assert "prefill 4 x 8" in page and "out of memory" not in page
-    killed = (tmp_path / "run/vllm-strict/0/1/failure.txt").read_text()
-    assert "killed by SIGKILL: RuntimeError: CUDA error: out of memory" in killed
+    return run
+
+
+def rows(made: Board) -> dict[str, str | None]:
+    return {str(row.measurement): row.absent for row in made.records[0].rows}
+
+
+@pytest.mark.parametrize(
+    ("how", "why"), [("dies", "killed by SIGKILL: RuntimeError: CUDA error: out of memory"), ("hangs", "--limit 5 s")]
+)
+def test_a_contender_that_dies_keeps_what_it_has_and_starts_again(run, how, why):
+    made = run(how)
+    found = rows(made)
+    assert why in str(found.pop("prefill 2 x 8"))
+    assert found == {"prefill 1 x 8": None, "prefill 4 x 8": None}
+    assert why in report.markdown(made) and made.rehearsal
+
+
+def test_a_contender_that_does_not_start_is_not_tried_again_and_again(run, tmp_path):
+    made = run("no start")
+    assert rows(made) == {} and "RuntimeError: no such device" in str(made.records[0].failure)
+    assert "no such device" in report.markdown(made)
+    assert len(rows(run("works"))) == 3, "but by the next command"
+    assert [path.name for path in sorted((tmp_path / "run/vllm-strict/0").iterdir())] == ["1", "2"]
+
+
+def test_a_run_is_made_in_parts_of_one_kind(run):
+    run("works", ("1x8",))
+    made = run("works", ("4x8", "1x8"))
+    assert rows(made) == {"prefill 1 x 8": None, "prefill 4 x 8": None}
+    assert [str(m) for m in made.measurements] == ["prefill 1 x 8", "prefill 4 x 8"]
     with pytest.raises(EngineError, match="holds a run of another kind"):
-        run(seed=1)
+        run("works", seed=1)
+    with pytest.raises(EngineError, match="holds rows of other settings"):
+        run("works", setting="vllm:A=1")
 
 
 def test_a_last_line_that_was_cut_is_left_out(tmp_path):

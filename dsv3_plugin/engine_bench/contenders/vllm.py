@@ -164,7 +164,7 @@ def arguments(job: Job, model: DeepseekV3Config, max_model_len: int) -> dict[str
     if job.drafts:
         known["speculative_config"] = {"method": "mtp", "num_speculative_tokens": job.drafts}
     if job.device == "cpu":
-        known["kv_cache_memory_bytes"] = 256 << 20
+        known |= {"kv_cache_memory_bytes": 256 << 20, "gpu_memory_utilization": 0.3}
         if not switched_off():
             # Without AMX vLLM switches chunked prefill off for its own CPU MLA kernels, which are not used.
             os.environ.setdefault("VLLM_MLA_DISABLE", "1")
