@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
+from boards import DECODE, OURS, STOCK, board
 from conftest import TinyCheckpoint
 from engines import ENVIRONMENTS, python_of
 from typer.testing import CliRunner
@@ -51,3 +53,16 @@ def test_ours_is_measured(engine: str, tiny_checkpoint: TinyCheckpoint, tmp_path
         "of the start without drafts"
     )
     assert board.rehearsal
+
+
+def test_the_plot_names_what_is_compared(tmp_path: Path) -> None:
+    """In Megatron's environment, which has matplotlib."""
+    data, drawn = tmp_path / "board.json", tmp_path / "plot.svg"
+    data.write_text(board(STOCK, OURS).model_dump_json())
+    code = (
+        "import sys; from pathlib import Path; from dsv3_plugin.engine_bench import judge, plot;"
+        "plot.draw(judge.Board.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))"
+    )
+    subprocess.run([python_of("megatron"), "-c", code, str(data), str(drawn)], check=True)
+    text = drawn.read_text()
+    assert all(f"<!-- {words} -->" in text for words in (f"vllm: {DECODE}", "strict", "Engines on one H200 1"))

@@ -44,6 +44,8 @@ def test_imports_go_down_only(copy):
         ("layers/moe.py", "import vllm.config", "Only the vLLM adapter knows vLLM"),
         ("sglang_backend/attention.py", "import vllm", "Only the vLLM adapter knows vLLM"),
         ("conformance/runner.py", "import sglang.srt", "Only the SGLang adapter knows SGLang"),
+        ("engine_bench/runner.py", "import vllm", "Only the vLLM adapter knows vLLM"),
+        ("conformance/runner.py", "import dsv3_plugin.engine_bench", "From the commands down to the operations"),
         ("autograd/bind.py", "from megatron.core import optimizer", "Only the Megatron adapter knows Megatron-Core"),
         ("registry.py", "import triton.language as tl", "Only kernels are written in Triton"),
     ],

@@ -22,6 +22,7 @@ from typing import Protocol
 
 import torch
 
+from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engine_bench.contenders.watch import Watch, save_logits
 from dsv3_plugin.engine_bench.protocol import (
     PROGRESS_PREFIX,
@@ -247,9 +248,9 @@ def main(make_engine: Callable[[Job, Circle, int], Engine]) -> None:
 
 def _needs(job: Job) -> tuple[Circle, int]:
     """The tokens, and the longest request with what it may print."""
-    config = json.loads(Path(job.checkpoint, "config.json").read_text())
+    config = DeepseekV3Config.from_pretrained(job.checkpoint)
     lengths = [m.tokens + longest(m, job.steps, MAX_BATCHED_TOKENS) for m in job.measurements]
-    return Circle(config["vocab_size"], job.seed), min(max(lengths) + 64, config["max_position_embeddings"])
+    return Circle(config.vocab_size, job.seed), min(max(lengths) + 64, config.max_position_embeddings)
 
 
 def _leave() -> None:
