@@ -87,7 +87,7 @@ def bench_engines(
         measurements=plan.measurements(choice),
         environments=environments,
         limit=limit,
-        progress=lambda name, what: console.print(f"{name}: {what}", highlight=False, soft_wrap=True),
+        progress=lambda name, what: console.print(f"{name}: {what}", highlight=False, markup=False, soft_wrap=True),
         changed=write,
     )
     board = bench.run()
@@ -95,5 +95,5 @@ def bench_engines(
     try:
         plot.draw(board, out / PLOT)
     except EngineError as error:
-        console.print(f"no plot: {error}", highlight=False)
+        console.print(f"no plot: {error}", highlight=False, markup=False)
     raise typer.Exit(1 if judge.errors(board) else 0)

