@@ -1,7 +1,7 @@
 """Which rows mean nothing, and how the others compare.
 
 A row is an error of the measurement where its logits are not finite, where they are further from the reference than
-those of the same engine without compilers and graphs, where its tokens are not the forced ones, where it visited fewer
+those of the same engine without compilers and graphs, or nothing like it, where its tokens are not the forced ones, where it visited fewer
 experts than others for the same tokens, and where it beats the card. It is then flagged, and no ratio is made of it.
 """
 
@@ -21,6 +21,8 @@ FURTHER = 2.0
 """Times the distance of the eager mode: roundings differ, and a router's near ties fall either way."""
 LEAST_DISTANCE = 0.02
 """Never flagged: two modes of few roundings may both be nearly exact."""
+FURTHEST = 0.5
+"""Flagged whatever the eager mode computes: logits that have nothing to do with the reference's are 1.4 away."""
 FEWER_EXPERTS = 0.9
 """Of the most that anyone visited."""
 STALL = 1.2
@@ -95,8 +97,9 @@ def flags(board: Board, record: Record, row: Row) -> list[str]:
     if row.as_forced is False:
         found.append("its tokens are not the forced ones")
     distance, eager = record.distances.get(name), _expected_distance(record, name)
-    if distance is not None and eager is not None and not _near(distance, eager):
-        found.append(f"logits are {distance:.2g} from the reference, without compilers and graphs {eager:.2g}")
+    if distance is not None and not _near(distance, eager):
+        other = "" if eager is None else f", without compilers and graphs {eager:.2g}"
+        found.append(f"logits are {distance:.2g} from the reference{other}")
     most = max((_experts(other.row(row.measurement)) for other in board.records), default=0.0)
     if row.measurement.forced and row.experts is not None and _experts(row) < FEWER_EXPERTS * most:
         found.append(f"visits {_experts(row):.0f} experts a layer, others {most:.0f}")
@@ -110,9 +113,9 @@ def _expected_distance(record: Record, measurement: str) -> float | None:
     return 0.0 if record.role in OURS else record.eager_distances.get(measurement)
 
 
-def _near(distance: float, eager: float) -> bool:
+def _near(distance: float, eager: float | None) -> bool:
     """NaN is not near."""
-    return distance <= max(LEAST_DISTANCE, FURTHER * eager)
+    return distance <= (FURTHEST if eager is None else min(FURTHEST, max(LEAST_DISTANCE, FURTHER * eager)))
 
 
 def _experts(row: Row | None) -> float:

@@ -157,6 +157,8 @@ def test_a_sound_row_has_a_ratio_and_no_flag():
         ({"experts": (1.0, 1.0)}, {}, "visits 1 experts a layer, others 7"),
         ({}, {"distances": {NAME: 0.5}}, "0.5 from the reference, without compilers and graphs 0.09"),
         ({}, {"distances": {NAME: float("nan")}}, "nan from the reference"),
+        ({}, {"distances": {NAME: 1.4}, "eager_distances": {}}, "1.4 from the reference"),
+        ({}, {"distances": {NAME: 1.4}, "eager_distances": {NAME: 1.4}}, "1.4 from the reference"),
         ({}, {"start": STOCK.start.model_copy(update={"device": "H200 2"})}, "on another device"),  # type: ignore[union-attr]
     ],
 )
