@@ -1,8 +1,9 @@
 """Which rows mean nothing, and how the others compare.
 
 A row is an error of the measurement where its logits are not finite, where they are further from the reference than
-those of the same engine without compilers and graphs, or nothing like it, where its tokens are not the forced ones, where it visited fewer
-experts than others for the same tokens, and where it beats the card. It is then flagged, and no ratio is made of it.
+those of the same engine without compilers and graphs, or nothing like it, where its tokens are not the forced ones,
+where it visited fewer experts than others for the same tokens, and where it beats the card. It is then flagged, and no
+ratio is made of it.
 """
 
 from __future__ import annotations
