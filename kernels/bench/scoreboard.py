@@ -100,10 +100,11 @@ TITLES = {
 
 def markdown(board: Scoreboard) -> str:
     """The scoreboard as a page: a table for each group."""
+    versions = ", ".join(f"{name} {version}" for name, version in board.versions.items())
     lines = [
         "# Scoreboard",
         "",
-        f"Each table is one run on one {board.card}: {', '.join(f'{name} {version}' for name, version in board.versions.items())}.",
+        f"Each table is one run on one {board.card}: {versions}.",
         "",
         *_LEGEND,
         "",
