@@ -41,12 +41,21 @@ def require_possible_together(values: Mapping[str, Any]) -> None:
     """
     stages = f"pp_size={values['pp_size']}" if values["pp_size"] > 1 else None
     experts = f"ep_size={values['ep_size']}" if values["ep_size"] != values["tp_size"] else None
+    replicas = max(values["dp_size"], values.get("attn_dp_size") or 1)
+    shared = values["enable_dp_attention"] and values["tp_size"] > replicas
     for name, nothing, other, reason in (
         (
             "speculative_algorithm",
             None,
             stages,
             "a draft reads the target's embedding, which is on another stage than its head. Leave one of them out",
+        ),
+        (
+            "speculative_algorithm",
+            None,
+            f"tp_size={values['tp_size']} and dp_size={replicas}" if shared else None,
+            "where ranks share a replica's heads, SGLang pads drafts by rows that belong to no request. Leave one of"
+            " them out, or set --dp to --tp",
         ),
         ("disaggregation_mode", "null", stages, "not tested with stages. Leave one of them out"),
         ("enable_eplb", False, stages, "SGLang counts the rows of all stages at once. Leave one of them out"),

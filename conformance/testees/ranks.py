@@ -6,12 +6,13 @@ all ranks are kept, so that ranks that compute the same rows are compared each. 
 
 from __future__ import annotations
 
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from dsv3_plugin.errors import ConformanceError
 GRACE = 20.0
 """Seconds in which the other ranks may end by themselves after one has failed: their last words may say more."""
 _PORTS = 8
+_QUIET_PORTS = range(10_000, 32_000)
 
 
 def run_ranks(command: Sequence[str], layout: ParallelLayout, job: Job, job_dir: Path, result_dir: Path) -> None:
@@ -58,12 +60,19 @@ def start_ranks(
 
 
 def _free_ports() -> list[int]:
-    """All different, because all are held at once; free until somebody takes them."""
+    """All different, and free. Ranks may listen there minutes later: so none is among those that a system deals out to
+    whoever asks for any.
+    """
     with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(_PORTS)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        ports: list[int] = []
+        for port in random.SystemRandom().sample(_QUIET_PORTS, 1000):
+            candidate = held.enter_context(socket.socket())
+            with suppress(OSError):
+                candidate.bind(("127.0.0.1", port))
+                ports.append(port)
+            if len(ports) == _PORTS:
+                return ports
+    raise ConformanceError(f"no {_PORTS} free ports between {_QUIET_PORTS.start} and {_QUIET_PORTS.stop}")
 
 
 def wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:

@@ -69,6 +69,8 @@ class SglangTestee:
         """Submit the case's rounds and step the engine until each has finished."""
         if case.num_speculative_tokens and self.rank.layout.pp > 1:
             return program.Outcome.declined(case, "SGLang makes no drafts for a model in stages")
+        if case.num_speculative_tokens and min(self.rank.layout.tp, self.rank.layout.dp) > 1:
+            return program.Outcome.declined(case, "no drafts where ranks share the heads of a data-parallel replica")
         if case.num_speculative_tokens != self.num_speculative_tokens:
             # As SGLang does; threads that load weights do not inherit the mode.
             with torch.inference_mode(False), torch.no_grad():

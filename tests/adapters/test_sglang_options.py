@@ -75,6 +75,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {"drafts": True, "pp_size": 2},
         "speculative_algorithm='EAGLE' with pp_size=2: a draft reads the target's embedding, which is on another",
     ),
+    "drafts of replicas on two ranks each": (
+        "cpu",
+        {"drafts": True, "tp_size": 4, "dp_size": 2, "ep_size": 4, "enable_dp_attention": True},
+        "speculative_algorithm='EAGLE' with tp_size=4 and dp_size=2: where ranks share a replica's heads, SGLang pads",
+    ),
     "context parallel": ("cpu", {"tp_size": 2, "attn_cp_size": 2}, "attn_cp_size=2: a sequence's tokens are on one"),
     "dense MLPs": ("cpu", {"tp_size": 2, "moe_dense_tp_size": 1}, "moe_dense_tp_size=1: attention's TP ranks share"),
     "two batches": ("cpu", {"enable_two_batch_overlap": True}, "enable_two_batch_overlap=True: the order of its"),
