@@ -38,7 +38,7 @@ def test_what_is_warm_was_imported_and_what_a_program_leaves_is_gone(python):
 
 def test_ranks_run_together_and_one_that_fails_ends_the_others(python):
     ranks = [dict(os.environ, RANK=str(rank)) for rank in range(2)]
-    code = "import os; print('rank', os.environ['RANK'])"
+    code = "import os; os.write(1, b'rank %s\\n' % os.environ['RANK'].encode())"  # in one piece
     assert sorted(python.run(["-c", code], ranks).stdout.splitlines()) == ["rank 0", "rank 1"]
     began = time.monotonic()
     code = "import os, sys, time; time.sleep(600) if os.environ['RANK'] == '0' else sys.exit(3)"
