@@ -104,10 +104,10 @@ class LayerRecorder:
     def _hook(self, stream: str):  # type: ignore[no-untyped-def]
         def record(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
             if self.keys is not None:
-                rows, *others = output if isinstance(output, tuple) else (output,)
-                for residual in others[:1]:
-                    if isinstance(residual, torch.Tensor) and residual.shape == rows.shape:
-                        rows = rows + residual
+                rows = output[0] if isinstance(output, tuple) else output
+                residual = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+                if isinstance(residual, torch.Tensor) and residual.shape == rows.shape:
+                    rows = rows + residual
                 self.recorder.add(stream, self.keys, rows.flatten(0, -2)[: len(self.keys)])
 
         return record

@@ -281,7 +281,6 @@ def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Prog
     their specification. Those of a testee that claims closeness it computes in another precision too.
     """
     module = (sys.executable, "-m", f"{_PACKAGE}.reference", "--replays")
-    precision = "bf16" if CheckpointReader(job.checkpoint).profile().dtype == torch.float32 else "fp32"
     programs = {}
     for name, result in results.items():
         cases = [_finished(case, result) for case in job.cases if _is_replayed(case, name, results)]
@@ -292,6 +291,7 @@ def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Prog
         write_message(job.model_copy(update={"cases": tuple(cases)}), folder)
         programs[f"{SPECIFICATION} of {name}"] = Program(module, folder, folder / SPECIFICATION)
         if result.claim == "closeness":
+            precision = "bf16" if CheckpointReader(job.checkpoint).profile().dtype == torch.float32 else "fp32"
             command = (*module, "--precision", precision)
             programs[f"{precision} of {name}"] = Program(command, folder, folder / _SPREAD)
     run_programs(programs, progress)

@@ -64,16 +64,14 @@ class LatentAttend:
     ) -> torch.Tensor:
         """See `dsv3_plugin.layers.attend.Attend`. Rows of no request write and read nothing, and get zeros."""
         tokens = self.batch.num_tokens
-        out = q.new_zeros(*q.shape[:2], self.config.kv_lora_rank) if tokens < len(q) else None
-        if tokens:
-            pages = self.pages(layer_idx)
-            pages[self.slots[:tokens], 0] = cached[:tokens]
-            attended = attend_to_pages(self.ops, self.config, q[:tokens], pages, self.batch, select)
-            if out is None:
-                return attended
-            out[:tokens] = attended
-        assert out is not None
-        return out
+        if tokens < len(q):
+            out = q.new_zeros(*q.shape[:2], self.config.kv_lora_rank)
+            if tokens:
+                out[:tokens] = self(layer_idx, q[:tokens], cached[:tokens], select)
+            return out
+        pages = self.pages(layer_idx)
+        pages[self.slots[:tokens], 0] = cached
+        return attend_to_pages(self.ops, self.config, q, pages, self.batch, select)
 
 
 def compute(model: Callable[..., torch.Tensor], attend: LatentAttend, *rows: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,7 @@ from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation, get_gl
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.layers.expert_parallel import ExpertParallelMoE
-from dsv3_plugin.layers.model import DeepseekV3Model
+from dsv3_plugin.layers.model import DeepseekV3Model, expert_parallel_layers
 from dsv3_plugin.layout import Layout, Placement
 
 
@@ -56,11 +55,14 @@ class MovableExperts:
         """Of each layer its stacked weights, and scales: [experts of this rank, ...]. As bytes where they are fp8,
         which gloo does not know.
         """
-        return {i: [_movable(weight) for weight in layer.experts.parameters()] for i, layer in self._layers().items()}
+        return {
+            i: [_movable(weight) for weight in layer.experts.parameters()]
+            for i, layer in expert_parallel_layers(self.model).items()
+        }
 
     def follow_experts(self) -> None:
         """Before a pass, and before weights are read or written by their names: know what SGLang has moved."""
-        metadata, layers = get_global_expert_location_metadata(), self._layers()
+        metadata, layers = get_global_expert_location_metadata(), expert_parallel_layers(self.model)
         if metadata is None or not layers:
             return
         now = metadata.physical_to_logical_map_cpu
@@ -79,7 +81,7 @@ class MovableExperts:
         """
         self.follow_experts()
         recorder = get_global_expert_distribution_recorder()
-        counted = self._layers() if recorder.recording else {}
+        counted = expert_parallel_layers(self.model) if recorder.recording else {}
         for layer in counted.values():
             layer.expert_load = torch.zeros(layer.num_slots, dtype=torch.int64, device=layer.gate.weight.device)
         yield
@@ -89,9 +91,6 @@ class MovableExperts:
             with recorder.with_current_layer(i):
                 recorder.on_select_experts(topk_ids=slots.repeat_interleave(layer.expert_load))
             layer.expert_load = None
-
-    def _layers(self) -> dict[int, ExpertParallelMoE]:
-        return {int(i): m.mlp for i, m in self.model.layers.items() if isinstance(m.mlp, ExpertParallelMoE)}
 
 
 def _movable(weight: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from vllm.config import ParallelConfig
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.layers.expert_parallel import ExpertParallelMoE
-from dsv3_plugin.layers.model import DeepseekV3Model
+from dsv3_plugin.layers.model import DeepseekV3Model, expert_parallel_layers
 from dsv3_plugin.layout import Layout, Placement
 
 
@@ -42,7 +42,7 @@ class MovableExperts:
     @property
     def moe_layers(self) -> list[ExpertParallelMoE]:
         """The layers whose experts ranks share, in order."""
-        return list(self._layers().values())
+        return list(expert_parallel_layers(self.model).values())
 
     @property
     def num_moe_layers(self) -> int:
@@ -102,13 +102,11 @@ class MovableExperts:
 
     def follow_experts(self) -> None:
         """Tell the weight loader where vLLM has moved experts to."""
-        placements = {i: placement_of(layer) for i, layer in self._layers().items() if layer.expert_load is not None}
+        layers = expert_parallel_layers(self.model)
+        placements = {i: placement_of(layer) for i, layer in layers.items() if layer.expert_load is not None}
         if placements:
             self.layout = replace(self.layout, placements=placements)
             self.weight_loader.follow(self.layout)
-
-    def _layers(self) -> dict[int, ExpertParallelMoE]:
-        return {int(i): m.mlp for i, m in self.model.layers.items() if isinstance(m.mlp, ExpertParallelMoE)}
 
 
 def placement_of(layer: ExpertParallelMoE) -> Placement:

@@ -12,6 +12,7 @@ from dsv3_plugin.hooks import Arithmetic, Setting
 from dsv3_plugin.layers.attend import Attend
 from dsv3_plugin.layers.decoder import DecoderLayer
 from dsv3_plugin.layers.embedding import Embedding, Head
+from dsv3_plugin.layers.expert_parallel import ExpertParallelMoE
 from dsv3_plugin.layers.mla import MLA
 from dsv3_plugin.layers.norm import RMSNorm
 from dsv3_plugin.layers.rotary import RotaryTable
@@ -99,6 +100,11 @@ class DeepseekV3(nn.Module):
 
 
 @torch.inference_mode()
+def expert_parallel_layers(model: DeepseekV3Model) -> dict[int, ExpertParallelMoE]:
+    """The layers held here whose routed experts ranks share, by their numbers."""
+    return {int(i): m.mlp for i, m in model.layers.items() if isinstance(m.mlp, ExpertParallelMoE)}
+
+
 def weights_changed(model: nn.Module) -> None:
     """Tell every layer of `model` that its parameters were written: what is derived from them is derived again, in
     place. In inference mode, in which alone torch writes to what an engine derived there.
