@@ -99,12 +99,12 @@ class DeepseekV3(nn.Module):
         return self.model(self.model.embed_tokens(input_ids), positions, attend)
 
 
-@torch.inference_mode()
 def expert_parallel_layers(model: DeepseekV3Model) -> dict[int, ExpertParallelMoE]:
     """The layers held here whose routed experts ranks share, by their numbers."""
     return {int(i): m.mlp for i, m in model.layers.items() if isinstance(m.mlp, ExpertParallelMoE)}
 
 
+@torch.inference_mode()
 def weights_changed(model: nn.Module) -> None:
     """Tell every layer of `model` that its parameters were written: what is derived from them is derived again, in
     place. In inference mode, in which alone torch writes to what an engine derived there.
