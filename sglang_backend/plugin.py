@@ -75,7 +75,7 @@ def _register_attention_and_hooks() -> None:
 
 def hooks() -> dict[str, Callable[..., Any]]:
     """What stands around which of SGLang's functions: each is called with the original, then with its arguments."""
-    from dsv3_plugin.sglang_backend import attention, options, sampling, updates
+    from dsv3_plugin.sglang_backend import attention, options, sampling, updates, warm_up
 
     factory = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
     around: dict[str, Callable[..., Any]] = {
@@ -87,6 +87,7 @@ def hooks() -> dict[str, Callable[..., Any]]:
         **options.HOOKS,
         **updates.HOOKS,
         **sampling.HOOKS,
+        **warm_up.HOOKS,
     }
     return {target: hook for target, hook in around.items() if compat.has(target)}
 

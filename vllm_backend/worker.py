@@ -18,6 +18,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
+from vllm.logger import init_logger
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from dsv3_plugin.checkpoint.fingerprint import fingerprint
@@ -26,9 +27,12 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import class_name, is_ours
 from dsv3_plugin.errors import CheckpointError, EngineError
 from dsv3_plugin.layers.rotary import RotaryTable
+from dsv3_plugin.layers.warm_up import warm_up
 from dsv3_plugin.vllm_backend import layerwise, sampling
 from dsv3_plugin.vllm_backend.attention import LatentMetadataBuilder
 from dsv3_plugin.vllm_backend.eplb import MovableExperts
+
+logger = init_logger("vllm.dsv3_plugin")
 
 Method = Callable[..., Any]
 Tensors = Iterable[tuple[str, torch.Tensor]]
@@ -106,9 +110,26 @@ def _for_ours(original: Method, wrap: Callable[..., Any]) -> Method:
 
 
 def _warm_up(original: Method, worker: Any) -> Any:
-    """The last call before requests."""
+    """The last call before requests, in which vLLM captures its graphs."""
     sampling.make_exact(worker.model_runner)
+    if worker.device.type != "cpu":  # where nothing is compiled
+        for model in _models(worker):
+            _compile(worker.vllm_config, model)
     return original(worker)
+
+
+def _compile(vllm_config: Any, model: Any) -> None:
+    """All that a model's requests may need."""
+    scheduler = vllm_config.scheduler_config
+    most_logits = scheduler.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
+    seconds = warm_up(
+        model.model,
+        getattr(model, "lm_head", None),
+        block_size=vllm_config.cache_config.block_size,
+        most_tokens=scheduler.max_num_batched_tokens,
+        most_logits=most_logits,
+    )
+    logger.info("dsv3-plugin: the %s model's kernels are compiled, in %.0f s", model.weight_loader.part, seconds)
 
 
 def _dummy_batch(original: Method, worker: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -70,9 +71,15 @@ class DeepseekV3Model(nn.Module):
         """hidden_states [T, hidden], which are embedded tokens or what the stage before returned, and positions,
         integers [T], to the normalised hidden states [T, hidden], or to those for the next stage.
         """
+        return self.through(self.layers.values(), hidden_states, positions, attend)
+
+    def through(
+        self, layers: Iterable[nn.Module], hidden_states: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """The same through some of the layers."""
         cos, sin = self.rotary(positions)
         residual: torch.Tensor | None = None
-        for layer in self.layers.values():
+        for layer in layers:
             hidden_states, residual = layer(hidden_states, residual, cos, sin, attend)
         if self.is_last:
             return self.norm(hidden_states, residual)
