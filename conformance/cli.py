@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -13,17 +13,14 @@ from rich.text import Text
 
 from dsv3_plugin.conformance import report as reports
 from dsv3_plugin.conformance import runner
+from dsv3_plugin.conformance.expectations import Expectations
 from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout
 from dsv3_plugin.conformance.programs import Progress
-from dsv3_plugin.conformance.protocol import Device
+from dsv3_plugin.conformance.protocol import PROTOCOL_VERSION, Device, json_schema, read_job
+from dsv3_plugin.conformance.validate import problems
 from dsv3_plugin.errors import ConformanceError
 
 app = typer.Typer(help="Prove that engines print the same logits, bit for bit.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keep `run` a subcommand while it is the only one."""
 
 
 @app.command()
@@ -49,16 +46,30 @@ def run(
         typer.Option(help="Run the engines spread over ranks: one, tp=2, dp=2,ep=2, tp=2,pp=2. Repeat it."),
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep job, results and logs in this new folder.")] = None,
+    expect: Annotated[
+        Path | None, typer.Option(help="A TOML file of known failures and skips, each with its reason.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that a testee may take; then the run fails.")] = None,
 ) -> None:
     """Run testees on one checkpoint, compare every row, and exit with status 1 if any bit differs."""
     for path in (json_file, html, junit, keep):
         if path is not None and path.exists():
             raise ConformanceError(f"{path}: exists already and is not overwritten")
     layouts = [ParallelLayout.parse(text) for text in layout or ["one"]]
-    testees = [each for text in testee for each in _spread(text, layouts, environments)]
+    testees = [each for text in testee for each in spread(text, layouts, environments)]
+    expectations = None if expect is None else Expectations.read(expect)
     console = Console()
     with _LiveProgress(console) as progress:
-        report = runner.run(testees, checkpoint, progress, device=device, keep=keep, only=case or ())
+        report = runner.run(
+            testees,
+            checkpoint,
+            progress,
+            device=device,
+            keep=keep,
+            only=case or (),
+            expectations=expectations,
+            timeout=timeout,
+        )
     reports.print_report(report, console)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n")
@@ -69,7 +80,28 @@ def run(
     raise typer.Exit(0 if report.passed else 1)
 
 
-def _spread(text: str, layouts: list[ParallelLayout], environments: Path) -> list[runner.TesteeCommand]:
+@app.command()
+def validate(
+    result: Annotated[Path, typer.Argument(help="A testee's result folder.")],
+    job: Annotated[
+        Path | None, typer.Option(help="The folder of the job that it answers; by default the one around the result.")
+    ] = None,
+) -> None:
+    """Tell everything in which a result folder does not follow the protocol, and exit with status 1 if anything."""
+    found = problems(read_job(job or result.parent), result)
+    for problem in found:
+        typer.echo(problem)
+    typer.echo(f"{result}: {len(found) or 'no'} problem{'' if len(found) == 1 else 's'} (protocol {PROTOCOL_VERSION})")
+    raise typer.Exit(1 if found else 0)
+
+
+@app.command()
+def schema(message: Annotated[Literal["job", "result"], typer.Argument(help="Which message.")]) -> None:
+    """Print the JSON schema of the protocol's messages."""
+    typer.echo(json.dumps(json_schema(message), indent=1))
+
+
+def spread(text: str, layouts: list[ParallelLayout], environments: Path) -> list[runner.TesteeCommand]:
     """A testee in each layout; the reference is what one rank computes."""
     name, at, own = text.partition("@")
     if "=" in name:

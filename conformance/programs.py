@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,12 +68,13 @@ class Program(NamedTuple):
     result_dir: Path
 
 
-def run_programs(programs: Mapping[str, Program], progress: Progress) -> None:
+def run_programs(programs: Mapping[str, Program], progress: Progress, timeout: float | None = None) -> None:
     """Run all programs at the same time, by the names that they have in what is said of them.
 
-    However this process ends, they end with it, by `keeper`. Raises `ConformanceError` with the last words of those
-    that failed.
+    However this process ends, they end with it, by `keeper`; one that takes more than `timeout` seconds is ended.
+    Raises `ConformanceError` with the last words of those that failed.
     """
+    began = time.monotonic()
     failures: list[str] = []
     processes: dict[str, subprocess.Popen[str]] = {}
     try:
@@ -92,8 +94,16 @@ def run_programs(programs: Mapping[str, Program], progress: Progress) -> None:
         ]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        late = []
+        for name, thread in zip(processes, threads, strict=True):
+            thread.join(None if timeout is None else max(0.0, began + timeout - time.monotonic()))
+            if thread.is_alive():
+                late.append(name)
+        if late:
+            raise ConformanceError(
+                f"testee {', '.join(late)} was ended after {timeout:g} s, its --timeout; how far it came:"
+                f" {programs[late[0]].result_dir / 'log.txt'}"
+            )
     finally:
         for process in processes.values():
             _end(process)

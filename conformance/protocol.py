@@ -16,20 +16,26 @@ Streams: `logits`; `mtp.0`, `mtp.1`, ... (the draft's logits of each draft step;
 token, which the draft saw); `embed_tokens`, `layers.{i}.self_attn`, `layers.{i}.mlp`, `layers.{i}`, `norm` (the main
 model's modules in the order in which they run). On standard output a testee prints progress as lines `DSV3-PROGRESS
 {"case": ...}`; everything else that it prints goes to a log.
+
+The protocol has a version, MAJOR.MINOR. A new minor one adds fields that have defaults, and kinds of streams: whoever
+reads an older message finds the defaults, whoever reads a newer one passes over what it does not know. Anything else
+is a new major version, which an old reader refuses by name.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from dsv3_plugin.errors import ConformanceError
 
+PROTOCOL_VERSION = "1.0"
 PROGRESS_PREFIX = "DSV3-PROGRESS "
 
 Device = Literal["cpu", "cuda"]
@@ -129,7 +135,7 @@ class Case(_Message):
 class Job(_Message):
     """What a testee is asked to do."""
 
-    protocol_version: Literal[1] = 1
+    protocol_version: str = PROTOCOL_VERSION
     checkpoint: str
     device: Device = "cpu"
     """Where the model runs; on another kind of device the bits are others."""
@@ -184,7 +190,7 @@ class Served(_Message):
 class Result(_Message):
     """A testee's answer."""
 
-    protocol_version: Literal[1] = 1
+    protocol_version: str = PROTOCOL_VERSION
     testee: str
     versions: dict[str, str]
     served: Served
@@ -235,10 +241,34 @@ def specification_file(result_dir: Path, case_name: str) -> Path:
     return result_dir / f"{case_name}.specification.safetensors"
 
 
+def json_schema(message: Literal["job", "result"]) -> dict[str, Any]:
+    """Of `job.json` or `result.json`, for whoever writes one in another language."""
+    kind = Job if message == "job" else Result
+    return kind.model_json_schema() | {"$id": f"dsv3-plugin conformance {message} {PROTOCOL_VERSION}"}
+
+
+class _Version(BaseModel):
+    protocol_version: str = ""
+
+
 def _read(kind: type[_T], file: Path) -> _T:
     try:
-        return kind.model_validate_json(file.read_bytes())
+        content = file.read_bytes()
+        version = _Version.model_validate_json(content).protocol_version
+        if not _is_newer_minor(version, file):
+            return kind.model_validate_json(content)
+        return kind.model_validate_json(content, extra="ignore")
     except FileNotFoundError:
         raise ConformanceError(f"{file}: missing; the testee did not finish") from None
     except ValueError as error:
         raise ConformanceError(f"{file}: does not follow the protocol: {error}") from None
+
+
+def _is_newer_minor(version: str, file: Path) -> bool:
+    """Raises `ConformanceError` for another major version, or none."""
+    parts, own = re.fullmatch(r"(\d+)\.(\d+)", version), PROTOCOL_VERSION.split(".")
+    if parts is None or parts[1] != own[0]:
+        raise ConformanceError(
+            f"{file}: speaks version {version or '(none)'} of the protocol, this dsv3-plugin {PROTOCOL_VERSION}"
+        )
+    return int(parts[2]) > int(own[1])

@@ -6,26 +6,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import combinations
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.cases import BLOCK_SIZE, fit, make_cases
-from dsv3_plugin.conformance.closeness import Closeness, distance, malformed, merge
-from dsv3_plugin.conformance.compare import (
-    Comparison,
-    RowFile,
-    compare_case,
-    missing_rows,
-    rows_alone,
-    tokens_differ,
-)
+from dsv3_plugin.conformance.compare import RowFile
+from dsv3_plugin.conformance.expectations import Expectations
+from dsv3_plugin.conformance.judging import judge_case
 from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout
-from dsv3_plugin.conformance.logprobs import LogprobComparison, judge
 from dsv3_plugin.conformance.programs import Program, Progress, run_programs, work_folder
 from dsv3_plugin.conformance.protocol import (
     Case,
@@ -35,12 +26,15 @@ from dsv3_plugin.conformance.protocol import (
     Request,
     RequestResult,
     Result,
-    read_result,
+    read_job,
     specification_file,
     tensor_file,
     write_message,
 )
+from dsv3_plugin.conformance.rows import RowRecorder
 from dsv3_plugin.conformance.texts import real_text, tokenize
+from dsv3_plugin.conformance.validate import require_answers
+from dsv3_plugin.conformance.verdicts import SPECIFICATION, Report
 from dsv3_plugin.errors import ConformanceError
 
 ENGINES = {"reference": None, "core": None, "vllm": "vllm", "sglang": "sglang", "megatron": "megatron"}
@@ -48,13 +42,8 @@ ENGINES = {"reference": None, "core": None, "vllm": "vllm", "sglang": "sglang", 
 results, and must serve dsv3-plugin's model.
 """
 REFERENCE = "reference"
-SPECIFICATION = "specification"
 _REPLAY = "replay"
 _SPREAD = "spread"
-# Many megabytes, of which the report has the counts.
-_TOP_LOGPROBS = {"cases": {"__all__": {"requests": {"__all__": {"top_logprobs", "prompt_top_logprobs"}}}}}
-OWN_ROWS_TOLERANCE = 1e-4
-"""Between log-probabilities that a testee of closeness answers and those of its own rows: its softmax is its own."""
 _PACKAGE = "dsv3_plugin.conformance.testees"
 
 
@@ -105,109 +94,6 @@ _IS_INSTALLED = (
 )
 
 
-@dataclass(frozen=True)
-class CaseVerdict:
-    """One case: how the testees compare, and what was wrong beside the bits."""
-
-    case: Case
-    comparisons: tuple[Comparison, ...]
-    """Of all testees that claim equality, with the specification and with each other."""
-    closeness: tuple[Closeness, ...]
-    """Of those that claim closeness, with the specification."""
-    logprobs: tuple[LogprobComparison, ...]
-    problems: tuple[str, ...]
-    rows_alone: dict[str, int]
-    """Rows of each testee that no other side computed; nothing is claimed of them."""
-    unsupported: dict[str, dict[int, str]]
-    """Of each testee, the requests that it cannot do and why; nothing is claimed of them."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything that the case claims holds."""
-        return (
-            not self.problems
-            and bool(self.comparisons or self.closeness or self.declined)
-            and all(comparison.equal for comparison in self.comparisons)
-            and not any(comparison.different for comparison in self.logprobs)
-        )
-
-    @property
-    def declined(self) -> bool:
-        """Whether no testee can run the case."""
-        return all(map(self.declined_by, self.unsupported))
-
-    def declined_by(self, testee: str) -> bool:
-        """Whether a testee can run no request of the case."""
-        return len(self.unsupported[testee]) == len(self.case.requests)
-
-    def between(self, left: str, right: str) -> Comparison | None:
-        """How two sides compare, if they were compared."""
-        return next((c for c in self.comparisons if (c.left, c.right) == (left, right)), None)
-
-
-@dataclass
-class Report:
-    """A whole run."""
-
-    checkpoint: str
-    profile: str
-    results: dict[str, Result]
-    verdicts: list[CaseVerdict] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every case of every testee passed."""
-        return not self.problems and all(verdict.passed for verdict in self.verdicts)
-
-    @property
-    def closeness(self) -> list[Closeness]:
-        """Of each testee that claims closeness, over all cases."""
-        of_testee: dict[str, list[Closeness]] = {}
-        for verdict in self.verdicts:
-            for closeness in verdict.closeness:
-                of_testee.setdefault(closeness.testee, []).append(closeness)
-        return [
-            Closeness(
-                name,
-                merge(c.distance for c in cases),
-                merge(c.spread for c in cases),
-                next((c.first_difference for c in cases if c.first_difference is not None), None),
-            )
-            for name, cases in of_testee.items()
-        ]
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """All sides that some case compares."""
-        return list(dict.fromkeys((c.left, c.right) for verdict in self.verdicts for c in verdict.comparisons))
-
-    def to_json(self) -> dict[str, Any]:
-        """For `--json`: the verdicts with every comparison; the results of testees, without the likeliest tokens."""
-        return {
-            "passed": self.passed,
-            "checkpoint": self.checkpoint,
-            "profile": self.profile,
-            "problems": self.problems,
-            "closeness": [asdict(closeness) for closeness in self.closeness],
-            "testees": {name: result.model_dump(exclude=_TOP_LOGPROBS) for name, result in self.results.items()},
-            "cases": [
-                {
-                    "name": verdict.case.name,
-                    "title": verdict.case.title,
-                    "passed": verdict.passed,
-                    "problems": verdict.problems,
-                    "rows_alone": verdict.rows_alone,
-                    "unsupported": verdict.unsupported,
-                    "closeness": [asdict(c) for c in verdict.closeness],
-                    "logprobs": [asdict(c) for c in verdict.logprobs],
-                    "comparisons": [asdict(c) | {"equal": c.equal} for c in verdict.comparisons],
-                }
-                for verdict in self.verdicts
-            ],
-        }
-
-
 def run(
     testees: Sequence[TesteeCommand],
     checkpoint: Path,
@@ -216,37 +102,99 @@ def run(
     device: Device = "cpu",
     keep: Path | None = None,
     only: Sequence[str] = (),
+    expectations: Expectations | None = None,
+    timeout: float | None = None,
 ) -> Report:
     """Run all testees side by side on one checkpoint and compare them, each pair and each against the specification.
 
     `keep` is a new folder for job, results and logs; without it they are deleted, unless a testee fails, whose error
-    names its log. `only` selects cases by name.
+    names its log. `only` selects cases by name. A testee may take `timeout` seconds.
 
     Raises `ConformanceError` or `CheckpointError` where a run cannot be carried out.
     """
     reader = CheckpointReader(checkpoint)
-    reader.validate()
-    config = reader.config
     for testee in testees:
         testee.layout.require_slices(reader.profile())
-    cases = make_cases(tokenize(real_text(), checkpoint), with_mtp=config.num_nextn_predict_layers == 1)
-    cases = fit(select(cases, only), config.max_position_embeddings)
+    every_case = cases_of(reader)
+    cases = select(every_case, only)
+    expectations = expectations or Expectations()
+    expectations.require_cases(case.name for case in every_case)
     names = [testee.name for testee in testees]
     if len(set(names)) != len(names) or SPECIFICATION in names:
         raise ConformanceError(f"testees need different names, and none may be {SPECIFICATION!r}: {', '.join(names)}")
     with work_folder(keep) as work_dir:
         job = Job(checkpoint=str(checkpoint.resolve()), device=device, block_size=BLOCK_SIZE, cases=cases)
         write_message(job, work_dir)
-        run_programs({t.name: Program(t.command, work_dir, work_dir / t.name) for t in testees}, progress)
-        results = {testee.name: _read_complete_result(job, testee, work_dir / testee.name) for testee in testees}
+        asked = [_Asked.of(testee, job, expectations, work_dir) for testee in testees]
+        run_programs({each.testee.name: each.program for each in asked}, progress, timeout)
+        results = {each.testee.name: each.result() for each in asked}
         _replay(job, results, work_dir, progress)
-        report = Report(str(checkpoint), str(reader.profile()), results)
+        report = Report(str(checkpoint), str(reader.profile()), results, expectations=expectations)
         for case in cases:
             progress("suite", f"comparing {case.name}")
-            report.verdicts.append(_judge(case, results, work_dir, job.device))
+            skipped = [each.testee.name for each in asked if case.name in each.skipped]
+            files = _rows(results, work_dir, case), _specification(case, results, work_dir)
+            spread = _spread(results, work_dir, case)
+            report.verdicts.append(judge_case(case, results, *files, spread, job.device, skipped))
         report.problems += served_otherwise(results, report.profile)
         report.problems += [text for closeness in report.closeness for text in closeness.beyond()]
     return report
+
+
+def cases_of(reader: CheckpointReader) -> tuple[Case, ...]:
+    """All cases of a checkpoint. Raises `CheckpointError` where it is broken, `ConformanceError` where it is too small
+    for them.
+    """
+    reader.validate()
+    config = reader.config
+    cases = make_cases(tokenize(real_text(), reader.path), with_mtp=config.num_nextn_predict_layers == 1)
+    return fit(cases, config.max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A testee and what it is asked: all of a job but the cases that are skipped for it."""
+
+    testee: TesteeCommand
+    job: Job
+    program: Program
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, testee: TesteeCommand, job: Job, expectations: Expectations, work_dir: Path) -> _Asked:
+        skipped = expectations.skipped(testee.name, [case.name for case in job.cases])
+        result_dir, job_dir = work_dir / testee.name, work_dir
+        if skipped:
+            if testee.name == REFERENCE:
+                raise ConformanceError(
+                    f"--expect: the {REFERENCE}'s cases cannot be skipped: others are judged by them"
+                )
+            job_dir = work_dir / f"{testee.name}.job"
+            job_dir.mkdir()
+            cases = tuple(case for case in job.cases if case.name not in skipped)
+            write_message(job.model_copy(update={"cases": cases}), job_dir)
+        return cls(testee, job, Program(testee.command, job_dir, result_dir), skipped)
+
+    def result(self) -> Result:
+        """The answer, with what was skipped as unsupported. Raises `ConformanceError` where it is not whole."""
+        job_dir, result_dir = self.program.job_dir, self.program.result_dir
+        result = require_answers(read_job(job_dir), result_dir, self.testee.layout)
+        if not self.skipped:
+            return result
+        answered = {case.name: case for case in result.cases}
+        whole = [answered.get(case.name) or self._declined(case, result_dir) for case in self.job.cases]
+        return result.model_copy(update={"cases": tuple(whole)})
+
+    def _declined(self, case: Case, result_dir: Path) -> CaseResult:
+        RowRecorder().save(tensor_file(result_dir, case.name))
+        nothing = RequestResult(token_ids=(), num_cached_tokens=0, unsupported=f"skipped: {self.skipped[case.name]}")
+        return CaseResult(
+            name=case.name,
+            requests=(nothing,) * len(case.requests),
+            num_draft_tokens=0,
+            num_accepted_tokens=0,
+            seconds=0.0,
+        )
 
 
 def select(cases: tuple[Case, ...], only: Sequence[str]) -> tuple[Case, ...]:
@@ -256,24 +204,6 @@ def select(cases: tuple[Case, ...], only: Sequence[str]) -> tuple[Case, ...]:
         known = ", ".join(case.name for case in cases)
         raise ConformanceError(f"--case {', '.join(sorted(unknown))}: unknown; this checkpoint has {known}")
     return tuple(case for case in cases if not only or case.name in only)
-
-
-def _read_complete_result(job: Job, testee: TesteeCommand, result_dir: Path) -> Result:
-    result = read_result(result_dir)
-    if result.layout != str(testee.layout):
-        raise ConformanceError(f"{result_dir}: layout {testee.layout} was asked for, {result.layout} came")
-    asked, answered = [case.name for case in job.cases], [case.name for case in result.cases]
-    if asked != answered:
-        raise ConformanceError(f"{result_dir}: cases {', '.join(asked)} were asked for, {', '.join(answered)} came")
-    for case, outcome in zip(job.cases, result.cases, strict=True):
-        if len(outcome.requests) != len(case.requests):
-            raise ConformanceError(
-                f"{result_dir}: case {case.name} has {len(case.requests)} requests (one of n sequences counts n times),"
-                f" {len(outcome.requests)} were answered"
-            )
-        if not tensor_file(result_dir, case.name).is_file():
-            raise ConformanceError(f"{tensor_file(result_dir, case.name)}: missing; each case has a file of its rows")
-    return result
 
 
 def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Progress) -> None:
@@ -334,88 +264,15 @@ def _specification(case: Case, results: dict[str, Result], work_dir: Path) -> di
     return {name: RowFile(file_of(name)) for name in results}
 
 
-def _judge(case: Case, results: dict[str, Result], work_dir: Path, device: Device) -> CaseVerdict:
-    """Compare all testees on one case."""
-    problems: list[str] = []
-    rows = {name: RowFile(tensor_file(work_dir / name, case.name)) for name in results}
-    specification = _specification(case, results, work_dir)
-    outcomes = {name: result.outcome_of(case) for name, result in results.items()}
-    ran = [name for name, outcome in outcomes.items() if any(r.unsupported is None for r in outcome.requests)]
-    equal = [name for name in ran if results[name].claim == "equality"]
-    close = [name for name in ran if name not in equal]
-    logprobs: list[LogprobComparison] = []
-    for name, outcome in outcomes.items():
-        if results[name].layout == str(ONE_RANK):
-            problems += [f"{name}: {text}" for text in undue(case, outcome.requests)]
-        if name not in ran:
-            continue
-        missing = missing_rows(case, outcome.requests, rows[name])
-        if missing is not None:
-            problems.append(f"{name}: {missing}")
-        else:
-            # Another arithmetic's log-probabilities are those of its own rows.
-            of, tolerance = (specification, 0.0) if name in equal else (rows, OWN_ROWS_TOLERANCE)
-            logits = dict(zip(of[name].keys("logits"), of[name].values("logits"), strict=True))
-            logprobs.append(judge(name, case, outcome.requests, logits, device, tolerance))
-            problems += [f"{name}: {text}" for text in logprobs[-1].problems]
-        problems += [f"{name}: {text}" for text in _schedule_problems(case, results[name], outcome)]
-    for left, right in () if case.samples else combinations(equal, 2):
-        for index, (a, b) in enumerate(zip(outcomes[left].requests, outcomes[right].requests, strict=True)):
-            position = tokens_differ(a, b)
-            if position is not None:
-                problems.append(f"{left} and {right} chose different tokens in request {index} at position {position}")
-    comparisons = [compare_case(case.name, (SPECIFICATION, specification[n]), (n, rows[n])) for n in equal]
-    comparisons += [compare_case(case.name, (a, rows[a]), (b, rows[b])) for a, b in combinations(equal, 2)]
-    closeness = []
-    for name in close:
-        if (problem := malformed(specification[name], rows[name])) is not None:
-            problems.append(f"{name}: {problem}")
-        else:
-            closeness.append(_closeness(case, name, specification[name], rows[name], work_dir))
-    alone = {name: rows_alone(name, rows | {SPECIFICATION: specification[name]}) for name in outcomes}
-    unsupported = {
-        name: {i: result.unsupported for i, result in enumerate(outcome.requests) if result.unsupported is not None}
-        for name, outcome in outcomes.items()
-    }
-    return CaseVerdict(case, tuple(comparisons), tuple(closeness), tuple(logprobs), tuple(problems), alone, unsupported)
+def _rows(results: dict[str, Result], work_dir: Path, case: Case) -> dict[str, RowFile]:
+    """What each testee computed."""
+    return {name: RowFile(tensor_file(work_dir / name, case.name)) for name in results}
 
 
-def _schedule_problems(case: Case, result: Result, outcome: CaseResult) -> list[str]:
-    """Why a case did not test what it says of caches and drafts."""
-    if result.schedule_not_followed:
-        return []
-    problems = []
-    last_round = outcome.requests[-len(case.single_rounds[-1]) :]
-    # A data-parallel rank finds what its own requests left.
-    least = max if ParallelLayout.parse(result.layout).dp > 1 else min
-    cached = least((r.num_cached_tokens for r in last_round if r.unsupported is None), default=0)
-    if cached < case.min_cached_tokens:
-        problems.append(f"{cached} tokens came from the prefix cache, {case.min_cached_tokens} should have")
-    if outcome.num_accepted_tokens < case.min_accepted_tokens:
-        problems.append(
-            f"{outcome.num_accepted_tokens} of {outcome.num_draft_tokens} draft tokens were accepted,"
-            f" at least {case.min_accepted_tokens} should have been"
-        )
-    return problems
-
-
-def _closeness(case: Case, name: str, specification: RowFile, rows: RowFile, work_dir: Path) -> Closeness:
-    spread = RowFile(specification_file(work_dir / _REPLAY / name / _SPREAD, case.name))
-    return Closeness(
-        name,
-        distance(case.name, specification, rows),
-        distance(case.name, specification, spread),
-        compare_case(case.name, (SPECIFICATION, specification), (name, rows)).first_difference,
-    )
-
-
-def undue(case: Case, results: Sequence[RequestResult]) -> list[str]:
-    """Requests that no testee may decline: those that ask nothing of a sampler."""
-    return [
-        f"request {index} is declared unsupported ({result.unsupported}), and asks for the most likely tokens only"
-        for index, (request, result) in enumerate(zip(case.requests, results, strict=True))
-        if result.unsupported is not None and not request.settings
-    ]
+def _spread(results: dict[str, Result], work_dir: Path, case: Case) -> dict[str, RowFile]:
+    """For each testee that claims closeness, the specification of its sequences in another precision."""
+    close = [name for name, result in results.items() if result.claim == "closeness"]
+    return {name: RowFile(specification_file(work_dir / _REPLAY / name / _SPREAD, case.name)) for name in close}
 
 
 def served_otherwise(results: dict[str, Result], profile: str) -> list[str]:
