@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,8 @@ from rich.text import Text
 
 from dsv3_plugin.conformance import report as reports
 from dsv3_plugin.conformance import runner
+from dsv3_plugin.conformance.card import cards, read_report
+from dsv3_plugin.conformance.claims import Claims, shipped
 from dsv3_plugin.conformance.expectations import Expectations
 from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout
 from dsv3_plugin.conformance.programs import Progress
@@ -93,6 +96,33 @@ def validate(
         typer.echo(problem)
     typer.echo(f"{result}: {len(found) or 'no'} problem{'' if len(found) == 1 else 's'} (protocol {PROTOCOL_VERSION})")
     raise typer.Exit(1 if found else 0)
+
+
+@app.command()
+def card(
+    report: Annotated[list[Path], typer.Argument(help="Reports that `run --json` wrote.")],
+    output: Annotated[Path, typer.Option(help="The folder for the cards, one a version and kind of device.")],
+    claims: Annotated[
+        list[Path] | None, typer.Option(help="Claim files; by default those of this package's backends.")
+    ] = None,
+) -> None:
+    """Write verification cards, and exit with status 1 if a claim failed or was not tested."""
+    reports = [read_report(file) for file in report]
+    tried = {result["testee"] for each in reports for result in each["testees"].values()}
+    all_claims = [Claims.read(file) for file in claims] if claims else [c for c in shipped() if c.testee in tried]
+    made = [each for of in all_claims for each in cards(of, reports)]
+    if not made:
+        raise ConformanceError(f"no claims are of {', '.join(sorted(tried))}: give a file with --claims")
+    for each in made:
+        if (output / each.name).exists():
+            raise ConformanceError(f"{output / each.name}: exists already and is not overwritten")
+    output.mkdir(parents=True, exist_ok=True)
+    for each in made:
+        (output / each.name).write_text(each.to_yaml())
+        counts = Counter(line.status for line in each.lines)
+        told = ", ".join(f"{count} {status}" for status, count in counts.items())
+        typer.echo(f"{output / each.name}: {told or 'nothing is claimed'}")
+    raise typer.Exit(0 if all(each.complete for each in made) else 1)
 
 
 @app.command()

@@ -129,7 +129,7 @@ def run(
         run_programs({each.testee.name: each.program for each in asked}, progress, timeout)
         results = {each.testee.name: each.result() for each in asked}
         _replay(job, results, work_dir, progress)
-        report = Report(str(checkpoint), str(reader.profile()), results, expectations=expectations)
+        report = Report(str(checkpoint), str(reader.profile()), results, expectations=expectations, device=device)
         for case in cases:
             progress("suite", f"comparing {case.name}")
             skipped = [each.testee.name for each in asked if case.name in each.skipped]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from dsv3_plugin.conformance.closeness import Closeness, merge
 from dsv3_plugin.conformance.compare import Comparison
 from dsv3_plugin.conformance.expectations import Expectation, Expectations
 from dsv3_plugin.conformance.logprobs import LogprobComparison
-from dsv3_plugin.conformance.protocol import Case, Result
+from dsv3_plugin.conformance.protocol import Case, Device, Result
 
 SPECIFICATION = "specification"
 # Many megabytes, of which the report has the counts.
@@ -33,7 +36,7 @@ class Failure(NamedTuple):
 
     testee: str
     case: str
-    texts: tuple[str, ...]
+    found: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,11 @@ class Report:
     verdicts: list[CaseVerdict] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     expectations: Expectations = field(default_factory=Expectations)
+    device: Device = "cpu"
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    """When the report was begun."""
+    command: str = field(default_factory=lambda: shlex.join(["dsv3", *sys.argv[1:]]))
+    """What to run for it again."""
 
     @property
     def passed(self) -> bool:
@@ -190,9 +198,13 @@ class Report:
             "passed": self.passed,
             "checkpoint": self.checkpoint,
             "profile": self.profile,
+            "device": self.device,
+            "date": self.date,
+            "command": self.command,
             "problems": [*self.problems, *self.overdue],
+            "failures": [failure._asdict() for failure in self._failures()],
             "expected_failures": [
-                {"testee": failure.testee, "case": failure.case, "reason": entry.reason, "found": failure.texts}
+                {"testee": failure.testee, "case": failure.case, "reason": entry.reason, "found": failure.found}
                 for failure, entry in self.expected
             ],
             "closeness": [asdict(closeness) for closeness in self.closeness],

@@ -55,7 +55,7 @@ def test_what_is_expected_does_not_fail_and_is_told(run: Callable[[Expectations]
     assert report.passed
     ((failure, entry),) = report.expected
     assert (failure.testee, failure.case, entry.reason) == ("bad", "decode", "why dec* fails")
-    assert failure.texts[0].startswith("specification: first difference in norm, request 0, position 0")
+    assert failure.found[0].startswith("specification: first difference in norm, request 0, position 0")
     by_name = {verdict.case.name: verdict for verdict in report.verdicts}
     assert set(by_name["batch"].unsupported["bad"].values()) == {"skipped: why batch skipped"}
     assert by_name["batch"].failures_of("bad") == () and by_name["batch"].failures_of("reference") == ()

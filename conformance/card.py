@@ -1,0 +1,173 @@
+"""Verification cards: what an engine's version was shown to do on a kind of device, beside what is claimed of it.
+
+A card is made of reports (`--json`) of any number of runs, and of a claim file. Every claim has its line: verified,
+with the rows, the date and the command; or failed; or not tested, which refuses the card.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dsv3_plugin.conformance.claims import Claims
+from dsv3_plugin.conformance.verdicts import SPECIFICATION
+from dsv3_plugin.errors import ConformanceError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Line:
+    """What became of a claim."""
+
+    profile: str
+    layout: str
+    promise: str
+    status: Literal["verified", "failed", "not tested"]
+    rows: int = 0
+    """Equal to the specification's, over all cases; close ones where the promise is closeness."""
+    log_probabilities: int = 0
+    cases: tuple[str, ...] = ()
+    unsupported: int = 0
+    """Requests that the testee declined."""
+    found: str = ""
+    """The first thing that failed."""
+    date: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """Of one version of one engine on one kind of device."""
+
+    testee: str
+    package: str
+    version: str
+    device: str
+    others: dict[str, str]
+    """Versions of what served beside it."""
+    lines: tuple[Line, ...]
+    not_claimed: tuple[tuple[str, str], ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every claim was verified."""
+        return all(line.status == "verified" for line in self.lines)
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.testee}-{self.version}-{self.device}.yaml"
+
+    def to_yaml(self) -> str:
+        """The card's text."""
+        lines = [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(x).items() if v} for x in self.lines]
+        card = {
+            "card": FORMAT,
+            "testee": self.testee,
+            self.package: self.version,
+            "device": self.device,
+            "versions": self.others,
+            "complete": self.complete,
+            "claims": lines,
+            "not_claimed": [{"what": what, "reason": reason} for what, reason in self.not_claimed],
+        }
+        return str(yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=120))
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """A report that `--json` wrote. Raises `ConformanceError` for anything else."""
+    try:
+        report: dict[str, Any] = json.loads(file.read_text())
+        wanted = {"device", "date", "command", "profile", "testees", "cases", "failures"}
+        if missing := sorted(wanted - report.keys()):
+            raise ConformanceError(f"{file}: has no {missing[0]}: not a report of dsv3 conformance run --json")
+    except OSError as error:
+        raise ConformanceError(f"{file}: {error.strerror}") from None
+    except (ValueError, AttributeError) as error:
+        raise ConformanceError(f"{file}: not a report of dsv3 conformance run --json: {error}") from None
+    return report
+
+
+def cards(claims: Claims, reports: Sequence[dict[str, Any]]) -> list[Card]:
+    """A card for each version and kind of device that some report is of.
+
+    Raises `ConformanceError` where none is of the claims' testee.
+    """
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for report in reports:
+        for result in _of_testee(claims, report).values():
+            version = result["versions"].get(claims.package)
+            if version is None:
+                raise ConformanceError(f"a report of {claims.testee} names no version of {claims.package}")
+            others = {name: text for name, text in result["versions"].items() if name != claims.package}
+            found.setdefault((version, report["device"]), others)
+    if not found:
+        raise ConformanceError(f"no report is of {claims.testee}")
+    return [
+        Card(
+            claims.testee,
+            claims.package,
+            version,
+            device,
+            others,
+            tuple(
+                _line(claims, reports, version, device, setting.profile, setting.layout, promise)
+                for setting, promise in claims.of(version, device)
+            ),
+            tuple((entry.what, entry.reason) for entry in claims.not_claimed),
+        )
+        for (version, device), others in sorted(found.items())
+    ]
+
+
+def _of_testee(claims: Claims, report: dict[str, Any]) -> dict[str, Any]:
+    """The results of the claims' testee, by the names that they have in a report."""
+    return {name: result for name, result in report["testees"].items() if result["testee"] == claims.testee}
+
+
+def _line(
+    claims: Claims,
+    reports: Sequence[dict[str, Any]],
+    version: str,
+    device: str,
+    profile: str,
+    layout: str,
+    promise: str,
+) -> Line:
+    """The best evidence of a claim: a failure before a pass, a pass with many rows before one with few."""
+    lines = [
+        _evidence(report, name, profile, layout, promise)
+        for report in reports
+        if report["device"] == device and report["profile"].split()[0] == profile
+        for name, result in _of_testee(claims, report).items()
+        if (result["versions"].get(claims.package), result["layout"], result["claim"]) == (version, layout, promise)
+    ]
+    nothing = Line(profile, layout, promise, "not tested")
+    return max(lines, key=lambda line: (line.status == "failed", line.rows), default=nothing)
+
+
+def _evidence(report: dict[str, Any], name: str, profile: str, layout: str, promise: str) -> Line:
+    failures = [failure for failure in report["failures"] if failure["testee"] == name]
+    # Of one that claims closeness the bound is one of the whole run's problems.
+    problems = [text for text in report["problems"] if text.startswith(f"{name} ")]
+    rows = logprobs = unsupported = 0
+    cases = []
+    for case in report["cases"]:
+        ours = [c for c in case["comparisons"] if (c["left"], c["right"]) == (SPECIFICATION, name)]
+        close = [c["distance"] for c in case["closeness"] if c["testee"] == name]
+        count = sum(c["equal_rows"] for c in ours) + sum(distance["rows"] for distance in close)
+        rows += count
+        logprobs += sum(c["equal"] for c in case["logprobs"] if c["testee"] == name)
+        unsupported += len(case["unsupported"].get(name, {}))
+        cases += [case["name"]] if count else []
+    found = [f"{failure['case']}: {failure['found'][0]}" for failure in failures] + problems
+    status: Literal["verified", "failed", "not tested"] = "failed" if found else "verified" if rows else "not tested"
+    date, command = report["date"], report["command"]
+    first = found[0] if found else ""
+    return Line(profile, layout, promise, status, rows, logprobs, tuple(cases), unsupported, first, date, command)

@@ -1,0 +1,130 @@
+"""Verification cards: what was shown beside what is claimed, and no claim that was not tested."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from paths import SUPPORT
+
+from dsv3_plugin.conformance import runner
+from dsv3_plugin.conformance.card import cards, read_report
+from dsv3_plugin.conformance.claims import Claims, shipped
+from dsv3_plugin.conformance.runner import ENGINES
+from dsv3_plugin.errors import ConformanceError
+
+CLAIMS = """
+testee = "{}"
+package = "torch"
+
+[[claim]]
+versions = ">=2"
+devices = ["cpu", "cuda"]
+profiles = {}
+layouts = {}
+
+[[not_claimed]]
+what = "speed"
+reason = "nobody measured it"
+"""
+
+
+def claims(testee: str, profiles: str = '["bf16"]', layouts: str = '["one"]') -> str:
+    return CLAIMS.format(testee, profiles, layouts)
+
+
+@pytest.fixture(scope="module")
+def report(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the reference, and of one that is wrong, as `--json` writes it."""
+    reference = (sys.executable, "-m", "dsv3_plugin.conformance.testees.reference")
+    bad = (sys.executable, str(SUPPORT / "sabotaged_testee.py"), "ulp:norm")
+    testees = [runner.TesteeCommand("reference", reference), runner.TesteeCommand("bad", bad)]
+    found = runner.run(testees, tiny_checkpoint("bf16"), lambda *_: None, only=("decode",))
+    file = tmp_path_factory.mktemp("report") / "report.json"
+    file.write_text(json.dumps(found.to_json()))
+    return file
+
+
+def card_of(tmp_path: Path, report: Path, text: str) -> dict[str, Any]:
+    file = tmp_path / "claims.toml"
+    file.write_text(text)
+    (card,) = cards(Claims.read(file), [read_report(report)])
+    read: dict[str, Any] = yaml.safe_load(card.to_yaml())
+    assert read["complete"] is card.complete
+    return read
+
+
+def test_a_claim_that_was_shown(report: Path, tmp_path: Path) -> None:
+    card = card_of(tmp_path, report, claims("reference"))
+    (line,) = card["claims"]
+    shown = read_report(report)
+    assert (line["status"], line["rows"], line["log_probabilities"]) == ("verified", 1242, 792)
+    assert (line["cases"], line["date"], line["command"]) == (["decode"], shown["date"], shown["command"])
+    assert card["complete"] and card["device"] == "cpu" and card["torch"].startswith("2.")
+    assert card["not_claimed"] == [{"what": "speed", "reason": "nobody measured it"}]
+
+
+def test_one_that_failed_and_ones_that_were_not_tested(report: Path, tmp_path: Path) -> None:
+    """Twins of the first."""
+    (line,) = card_of(tmp_path, report, claims("sabotaged"))["claims"]
+    assert line["status"] == "failed"
+    assert line["found"].startswith("decode: specification: first difference in norm, request 0, position 0")
+    card = card_of(tmp_path, report, claims("reference", '["bf16", "fp8"]', '["one", "tp=2"]'))
+    status = {(line["profile"], line["layout"]): line["status"] for line in card["claims"]}
+    assert not card["complete"]
+    assert status.pop(("bf16", "one")) == "verified" and set(status.values()) == {"not tested"} and len(status) == 3
+
+
+def test_command(report: Path, tmp_path: Path) -> None:
+    file, output = tmp_path / "claims.toml", tmp_path / "cards"
+    file.write_text(claims("reference"))
+    program = [sys.executable, "-c", "from dsv3_plugin.commands.cli import main; main()", "conformance", "card"]
+
+    def card(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True)
+
+    done = card(report, "--output", output, "--claims", file)
+    (written,) = output.iterdir()
+    assert (done.returncode, done.stdout) == (0, f"{written}: 1 verified\n")
+    done = card(report, "--output", output, "--claims", file)
+    assert done.returncode == 2 and "exists already and is not overwritten" in done.stderr
+    file.write_text(claims("reference", '["bf16", "fp32"]'))
+    done = card(report, "--output", tmp_path / "more", "--claims", file)
+    assert done.returncode == 1 and "1 verified, 1 not tested" in done.stdout
+    done = card(report, "--output", tmp_path / "none")
+    assert done.returncode == 2 and "no claims are of reference, sabotaged: give a file with --claims" in done.stderr
+    done = card(file, "--output", tmp_path / "none")
+    assert done.returncode == 2 and "not a report of dsv3 conformance run --json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (claims("a").replace(">=2", "new"), "claim.0.versions: Value error, Invalid specifier: 'new'"),
+        (claims("a", layouts='["tp"]'), "claim.0.layouts: Value error, --layout tp: 'tp' is not one of"),
+        (claims("a").replace('"cuda"', '"tpu"'), "claim.0.devices.1: Input should be 'cpu' or 'cuda'"),
+        (claims("a").replace("nobody measured it", ""), "not_claimed.0.reason: String should have at least 1"),
+        ('testee = "a"', "package: Field required"),
+    ],
+)
+def test_a_claim_file_that_is_none(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "claims.toml"
+    file.write_text(text)
+    with pytest.raises(ConformanceError) as error:
+        Claims.read(file)
+    assert f"{file}: {message}" in str(error.value)
+
+
+def test_every_engine_ships_its_claims() -> None:
+    found = {each.testee: each for each in shipped()}
+    assert set(found) == {name for name, module in ENGINES.items() if module is not None}
+    for each in found.values():
+        newest = max(version for claim in each.claim for version in claim.versions.split("=")[1:] if version)
+        assert list(each.of(newest, "cpu")) and each.not_claimed
+        assert not list(each.of("99", "cpu"))
