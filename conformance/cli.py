@@ -39,6 +39,7 @@ def run(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the full report to this new file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as a page to this new file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this new file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown to this new file.")] = None,
     device: Annotated[Device, typer.Option(help="Where every testee runs the model.")] = "cpu",
     case: Annotated[list[str] | None, typer.Option(help="Run only this case. Repeat it.")] = None,
     environments: Annotated[Path, typer.Option(help="Folder with an environment NAME for each testee.")] = Path(
@@ -55,7 +56,7 @@ def run(
     timeout: Annotated[float | None, typer.Option(help="Seconds that a testee may take; then the run fails.")] = None,
 ) -> None:
     """Run testees on one checkpoint, compare every row, and exit with status 1 if any bit differs."""
-    for path in (json_file, html, junit, keep):
+    for path in (json_file, html, junit, markdown, keep):
         if path is not None and path.exists():
             raise ConformanceError(f"{path}: exists already and is not overwritten")
     layouts = [ParallelLayout.parse(text) for text in layout or ["one"]]
@@ -80,6 +81,8 @@ def run(
         html.write_text(reports.to_html(report))
     if junit is not None:
         junit.write_text(reports.to_junit(report))
+    if markdown is not None:
+        markdown.write_text(reports.to_markdown(report))
     raise typer.Exit(0 if report.passed else 1)
 
 

@@ -1,4 +1,4 @@
-"""A run's report for people and for machines: the terminal's summary, one HTML page, JUnit.
+"""A run's report for people and for machines: the terminal's summary, one HTML page, Markdown, JUnit.
 
 All of them say the same: what served, which rows are equal, the first difference, and what is not claimed.
 """
@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dsv3_plugin.conformance.layouts import ONE_RANK as _ONE_RANK
 from dsv3_plugin.conformance.verdicts import SPECIFICATION, CaseVerdict, Report
@@ -136,6 +137,29 @@ def to_html(report: Report) -> str:
     return page.render(
         report=report, headline=headline(report), not_claimed=not_claimed(report), layouts=layout_matrix(report)
     )
+
+
+def to_markdown(report: Report) -> str:
+    """The report as Markdown, short enough for the summary of a CI step."""
+    names = list(report.results)
+    lines = [f"### {'✅' if report.passed else '❌'} {headline(report)}", ""]
+    lines += [f"| case | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for verdict in report.verdicts:
+        cells = [_plain(_cell(name, verdict, report)) for name in names]
+        lines.append(f"| {'' if verdict.passed else '❌ '}{verdict.case.title} | {' | '.join(cells)} |")
+    found = [*report.problems, *report.overdue]
+    found += [f"{failure.case}, {failure.testee}: {text}" for failure in report.unexpected for text in failure.found]
+    lines += ["", *(f"* {text}" for text in found)] if found else []
+    expected = [f"* {failure.case}, {failure.testee}: {entry.reason}" for failure, entry in report.expected]
+    lines += ["", "Fails as expected:", "", *expected] if expected else []
+    served = [f"{name}: `{result.served.model_class}`" for name, result in report.results.items()]
+    lines += ["", f"Served: {'; '.join(served)}. Not claimed: {'; '.join(not_claimed(report))}."]
+    lines += ["", f"`{report.command}`"]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(cell: str) -> str:
+    return Text.from_markup(cell).plain.replace("\n", "<br>")
 
 
 def to_junit(report: Report) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import Files
@@ -136,6 +137,24 @@ def versions() -> Iterator[str]:
         yield f"| `{path.stem}` | {engine} | {' | '.join(others)} |"
 
 
+def cards() -> Iterator[str]:
+    """What was shown of which engine, from docs/cards/."""
+    yield from ("| engine | on | profile | layouts | rows equal | date |", "|---|---|---|---|---|---|")
+    for path in sorted((ROOT / "docs/cards").glob("*.yaml")):
+        card = yaml.safe_load(path.read_text())
+        name = f"[{path.stem.removesuffix('-' + card['device'])}](cards/{path.name})"
+        verified = [line for line in card["claims"] if line["status"] == "verified"]
+        for profile, lines in groupby(sorted(verified, key=_profile), key=_profile):
+            of_profile = list(lines)
+            layouts = ", ".join("one rank" if line["layout"] == "one" else line["layout"] for line in of_profile)
+            rows, date = sum(line["rows"] for line in of_profile), max(line["date"] for line in of_profile)
+            yield f"| {name} | {card['device']} | {profile} | {layouts} | {rows:,} | {date[:10]} |"
+
+
+def _profile(line: dict[str, str]) -> str:
+    return line["profile"]
+
+
 def refusals(backend: str) -> Iterator[str]:
     """What an adapter's table of options refuses, read from its text: its engine is not installed here."""
     tree = ast.parse((ROOT / f"{backend}_backend/options.py").read_text())
@@ -187,6 +206,7 @@ def _names(node: ast.expr) -> Iterable[str]:
 
 
 TABLES: dict[str, Callable[..., Iterator[str]]] = {
+    "cards": cards,
     "contracts": contracts,
     "numbers": numbers,
     "refusals": refusals,

@@ -1,0 +1,14 @@
+# sglang on a CPU with dsv3-plugin, in the exact versions that the tests run.
+#
+#   docker build --file docker/sglang-cpu.Dockerfile --tag dsv3-sglang-cpu .
+#   docker run --rm dsv3-sglang-cpu conformance run --testee reference --testee sglang --checkpoint .work/small-bf16
+FROM python:3.11-slim-bookworm
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --no-install-recommends --yes build-essential git libnuma1 make \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /opt/dsv3-plugin
+COPY . .
+RUN make .envs/core/.ready .envs/sglang/.ready .work/small-bf16
+ENTRYPOINT [".envs/core/bin/dsv3"]
+CMD ["--help"]
