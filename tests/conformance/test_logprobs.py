@@ -15,8 +15,8 @@ import torch
 from dsv3_plugin.conformance import logprobs, sampling
 from dsv3_plugin.conformance.cases import make_cases
 from dsv3_plugin.conformance.compare import Key
+from dsv3_plugin.conformance.judging import undue
 from dsv3_plugin.conformance.protocol import Case, Request, RequestResult, prefix_digest
-from dsv3_plugin.conformance.runner import undue
 from dsv3_plugin.conformance.testees.program import request_result
 
 VOCAB_SIZE = 500
