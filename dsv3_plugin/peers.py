@@ -83,6 +83,8 @@ def connected(layout: Layout, device: torch.device, tokens: int) -> tuple[Layout
     All ranks make this call together.
     """
     tokens = max(tokens, _FEWEST_TOKENS)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     tensor, experts = (_peers_of(group, device, tokens) for group in (layout.tensor, layout.experts))
     reasons = [found for found in (tensor, experts) if isinstance(found, str)]
     layout = replace(layout, tensor=_with(layout.tensor, tensor), experts=_with(layout.experts, experts))
