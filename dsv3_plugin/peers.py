@@ -48,8 +48,8 @@ class PeerMemory:
         self.most_tokens: int | None = None
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether x is a whole number of words, and not empty."""
-        return x.nbytes > 0 and x.nbytes % kernels.WORD == 0
+        """Whether x is a whole number of words, not empty, and where the memory is."""
+        return x.nbytes > 0 and x.nbytes % kernels.WORD == 0 and x.device == self._collectives.device
 
     def tree_sum(self, x: torch.Tensor) -> torch.Tensor:
         """See `Peers.tree_sum`."""

@@ -29,7 +29,7 @@ __device__ __forceinline__ void meet(const Peers& peers, u32 epoch) {
     for (int r = threadIdx.x; r < RANKS; r += blockDim.x) {
         const u64 begin = nanoseconds();
         while ((int)(load_acquire(flags_of(peers, peers.rank) + r) - epoch) < 0)
-            if (nanoseconds() - begin > PATIENCE_SECONDS * 1000000000ull) give_up(r);
+            if (nanoseconds() - begin > PATIENCE_SECONDS * 1000000000ull) give_up();
     }
     __syncthreads();
 }

@@ -110,6 +110,7 @@ class Collectives:
     def __init__(self, view: View) -> None:
         self._launcher = _Launcher(view, _CTAS)
         self._ranks = view.ranks
+        self.device = view.own.device
 
     @staticmethod
     def bytes_for(ranks: int) -> int:
