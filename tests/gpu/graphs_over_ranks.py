@@ -15,8 +15,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # data-parallel ranks step together in processes of their own
 
 from in_graphs import CONTEXT, MAX_TOKENS, PROMPTS
 
@@ -55,7 +58,9 @@ def vllm(checkpoint: str, tp: int, dp: int, prompts: list[list[int]], eager: boo
 def sglang(checkpoint: str, tp: int, dp: int, prompts: list[list[int]], eager: bool) -> Answers:
     """Of all ranks."""
     import sglang
+    from sglang.srt.plugins import load_plugins
 
+    load_plugins()
     from dsv3_plugin.conformance.testees.sglang import server_arguments
 
     graphs = {"disable_cuda_graph": True} if eager else {"cuda_graph_max_bs_decode": 8}
@@ -112,8 +117,6 @@ def child(engine: str, checkpoint: str, tp: int, dp: int, rank: int, to: Path, e
     to.write_text(json.dumps(run(checkpoint, tp, dp, prompts, eager)))
     sys.stdout.flush()
     if engine == "vllm" and dp > 1:
-        import time
-
         time.sleep(5)  # the others' last passes need this rank
     os._exit(0)
 
