@@ -9,6 +9,10 @@ from torch import distributed as dist
 
 from dsv3_plugin.conformance.layouts import RankOf
 from dsv3_plugin.layout import Group, Layout
+from dsv3_plugin.peers import announcement, connected
+
+_TOKENS = 1024
+"""Of a rank's pass, for which experts' rows have room in peers' memory."""
 
 
 def join(place: RankOf, device: str) -> tuple[torch.device, Layout]:
@@ -26,7 +30,11 @@ def join(place: RankOf, device: str) -> tuple[torch.device, Layout]:
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=layout.ranks)
     first = place.dp_rank * layout.tp
     tensor = [[dp * layout.tp + tp for tp in range(layout.tp)] for dp in range(layout.dp)]
-    return own, Layout(_group(place.tp_rank, tensor, first), _group(place.rank, [list(range(layout.ranks))], 0))
+    groups = Layout(_group(place.tp_rank, tensor, first), _group(place.rank, [list(range(layout.ranks))], 0))
+    held, reason = connected(groups, own, _TOKENS)
+    if cards and place.rank == 0:
+        print(announcement(reason))
+    return own, held
 
 
 def _group(rank: int, groups: Sequence[Sequence[int]], own: int) -> Group:

@@ -6,7 +6,8 @@ blocks of neighbours: also where tensor parallelism alone is asked for, since a 
 stages hold layers. Embedding, norms, router and latent projections are whole on each rank that runs them.
 
 An adapter builds a `Layout` from its engine's process groups. A `Group` moves tensors between ranks and adds nothing:
-whoever adds says in which order.
+whoever adds says in which order. Ranks of one host that write into each other's memory do both without the process
+group, `dsv3_plugin.peers`; the bits are the same.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import distributed as dist
@@ -24,6 +26,45 @@ from dsv3_plugin.ops.slices import Slices, tree_sum
 from dsv3_plugin.profile import SLICES_VARIABLE, Profile
 
 
+class Exchange(Protocol):
+    """Rows that go to the ranks of their experts, and back. All ranks make each call together."""
+
+    def send(
+        self, rows: Sequence[torch.Tensor], slot_counts: torch.Tensor, rows_there: int
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Rows [S, ...] sorted by slot, in as many tensors as hold them, and how many go to each slot of all ranks,
+        int64 [num_slots], to what came, [rows_there, ...] sorted by slot, and how many for each slot held here.
+
+        More rows than came mean nothing; `rows_there` is at least as many as can come.
+        """
+
+    def send_back(self, x: torch.Tensor, own_rows: int) -> torch.Tensor:
+        """What was made of the rows that came, [rows_there, N], to what was made of this rank's own, [own_rows, N]."""
+
+
+class Peers(Protocol):
+    """What ranks do over memory that all of them write to. All ranks make each call together."""
+
+    tokens: int
+    """Tokens of a rank for which exchanges have room."""
+    most_tokens: int | None
+    """See `Layout.begin_pass`."""
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether a tensor has a size that can be summed and gathered so."""
+
+    def tree_sum(self, x: torch.Tensor) -> torch.Tensor:
+        """`tree_sum` of every rank's x, fp32 and contiguous, in the order of ranks."""
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's contiguous x in the order of ranks."""
+
+    def exchange(self, slots: int, sent: tuple[int, ...], returned: int, own_rows: int) -> Exchange:
+        """For experts in `slots` slots of all ranks: bytes of a row in each tensor on its way there, and on its way
+        back, multiples of 16, and how many rows a rank sends at most.
+        """
+
+
 @dataclass(frozen=True)
 class Group:
     """Ranks that share something, and this process's place among them."""
@@ -32,11 +73,15 @@ class Group:
     size: int = 1
     process_group: dist.ProcessGroup | None = field(default=None, compare=False)
     """None for one rank, and where only the sizes are asked for."""
+    peers: Peers | None = field(default=None, compare=False)
+    """Where the ranks write into each other's memory."""
 
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's x, of one shape and dtype on all, in the order of ranks."""
         if self.size == 1:
             return [x]
+        if self.peers is not None and self.peers.takes(x):
+            return self.peers.gather(x.contiguous())
         sent = self._reachable(x)
         parts = [torch.empty_like(sent) for _ in range(self.size)]
         dist.all_gather(parts, sent, group=self.process_group)
@@ -93,7 +138,9 @@ class GroupSlices(Slices):
 
     def fold(self, branch: torch.Tensor) -> torch.Tensor:
         """See `Slices.fold`: every rank adds all ranks' sums, each in the tree's order."""
-        rows = len(branch)
+        rows, peers = len(branch), self.group.peers
+        if peers is not None and peers.takes(branch):
+            return peers.tree_sum(branch.contiguous())
         if rows < self.group.size:
             return tree_sum(self.group.gather(branch))
         # Each rank adds a share of the rows: of what all send, a part has to travel.
@@ -160,6 +207,17 @@ class Layout:
     """The decoder layers of this pipeline stage; None: all."""
     placements: Mapping[int, Placement] = field(default_factory=dict, hash=False)
     """Of a decoder layer, which expert lies where; of one that is not named, `Placement.linear` without replicas."""
+
+    def needs_no_host(self) -> bool:
+        """Whether nothing that ranks exchange waits for the host, so that CUDA graphs hold a pass."""
+        return all(group.size == 1 or group.peers is not None for group in (self.tensor, self.experts))
+
+    def begin_pass(self, most_tokens: int | None) -> None:
+        """An adapter says, before a pass and alike on all ranks of `experts`, how many tokens the rank has that has the
+        most; None if its host does not know. Ranks that all have the same tokens need not be told.
+        """
+        if (peers := self.experts.peers) is not None:
+            peers.most_tokens = most_tokens
 
     def layers_of(self, config: DeepseekV3Config) -> range:
         """The decoder layers that are held here."""

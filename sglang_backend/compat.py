@@ -56,21 +56,40 @@ def config_overrides() -> dict[str, Any]:
     return dict(json.loads(server_options()["json_model_override_args"] or "{}"))
 
 
-def settle_graphs(device: torch.device, layout: Layout = WHOLE) -> None:
+def tokens_in_graphs(device: torch.device) -> int:
+    """Of the largest CUDA graph that SGLang will record; 0 without graphs."""
+    from sglang.srt import runtime_context
+
+    if device.type == "cpu":
+        return 0
+    decode = runtime_context.get_exec().graph.cuda_graph_config.decode
+    if decode.backend == "disabled":
+        return 0
+    requests = max(decode.bs or [decode.max_bs or 0])
+    return int(requests * (server_options()["speculative_num_draft_tokens"] or 1))
+
+
+def settle_graphs(device: torch.device, layout: Layout = WHOLE, reason: str | None = None) -> None:
     """Raise `EngineError` for CUDA graphs on another attention backend than ours, and switch off those that this model
-    does without: of prefill, and of a model that ranks share.
+    does without: of prefill, and of a model whose ranks ask the host what they exchange, for a `reason`.
     """
     from sglang.srt import runtime_context
 
     if device.type != "cpu":
         graphs = runtime_context.get_exec().graph.cuda_graph_config
-        if layout != WHOLE and graphs.decode.backend != "disabled":
+        if layout.layers is not None:
+            reason = "SGLang's stages were not tried in them"
+        elif layout.needs_no_host():
+            reason = "SGLang counts experts' tokens by the host" if _counts_experts() else None
+        if layout != WHOLE and reason is not None and graphs.decode.backend != "disabled":
             graphs.decode.backend = "disabled"
-            logger.info(
-                "dsv3-plugin: ranks that share the model run without CUDA graphs; how many rows go to a rank's experts"
-                " is known in the pass only"
-            )
+            logger.info("dsv3-plugin: ranks that share the model run without CUDA graphs: %s", reason)
         _settle_graphs(runtime_context.get_server_args(), graphs)
+
+
+def _counts_experts() -> bool:
+    values = server_options()
+    return bool(values["enable_eplb"] or values["expert_distribution_recorder_mode"])
 
 
 def _settle_graphs(arguments: Any, graphs: Any) -> None:

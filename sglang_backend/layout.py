@@ -27,6 +27,14 @@ def layout_of(config: DeepseekV3Config) -> Layout:
     return Layout(group_of(get_attn_tp_group()), group_of(get_tp_group()), layers)
 
 
+def most_tokens(forward_batch: Any) -> int | None:
+    """Of the data-parallel rank that has the most in this pass; None if SGLang did not ask them. A rank without any
+    computes one (`attention.compute`).
+    """
+    of_ranks = forward_batch.global_num_tokens_cpu
+    return None if of_ranks is None else max(1, *of_ranks)
+
+
 def group_of(coordinator: Any) -> Group:
     """One of SGLang's `GroupCoordinator`s in the core's form."""
     return Group(coordinator.rank_in_group, coordinator.world_size, coordinator.device_group)

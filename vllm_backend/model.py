@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.utils import cached_file
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
@@ -21,12 +21,13 @@ from dsv3_plugin.layers.attend import Select, select_all
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.layout import Layout
+from dsv3_plugin.peers import announcement, connected
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.vllm_backend import compat, engine, layerwise, options, requests, worker
 from dsv3_plugin.vllm_backend.attention import LatentCache
 from dsv3_plugin.vllm_backend.eplb import MovableExperts, with_replicas
-from dsv3_plugin.vllm_backend.layout import layout_of_this_rank
+from dsv3_plugin.vllm_backend.layout import layout_of_this_rank, most_tokens
 
 HIDDEN_STATES = "hidden_states"
 """What one pipeline stage sends to the next."""
@@ -103,14 +104,25 @@ def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Confi
         )
     profile = profile_for(config, model_config.dtype)
     layout = with_replicas(layout_of_this_rank(config), config, vllm_config.parallel_config)
-    if layout.experts.size > 1 and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
-        # How many rows go from rank to rank is known on the host only, which no graph asks.
-        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        logger.warning("dsv3-plugin runs without CUDA graphs where several ranks share the experts")
-    ops = bind_ops(config, profile, torch.device(vllm_config.device_config.device), layout=layout)
+    device = torch.device(vllm_config.device_config.device)
+    layout = _with_peers(layout, device, vllm_config.compilation_config)
+    ops = bind_ops(config, profile, device, layout=layout)
     worker.install(vllm_config.parallel_config.worker_cls)
     logger.info(ops.announcement(served))
     return ops, config, layout
+
+
+def _with_peers(layout: Layout, device: torch.device, compilation_config: CompilationConfig) -> Layout:
+    """`layout` over peer memory where its ranks can have it; else they run without CUDA graphs, which do not ask the
+    host how many rows go from rank to rank.
+    """
+    layout, reason = connected(layout, device, compilation_config.max_cudagraph_capture_size or 0)
+    if layout.experts.size > 1:
+        logger.info(announcement(reason))
+    if compilation_config.cudagraph_mode != CUDAGraphMode.NONE and not layout.needs_no_host():
+        compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        logger.warning("dsv3-plugin runs without CUDA graphs where several ranks share the experts")
+    return layout
 
 
 def _load_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -176,6 +188,7 @@ class DeepseekV3ForCausalLM(nn.Module, MovableExperts):
             hidden_states = inputs_embeds
         else:
             hidden_states = self.model.embed_tokens(input_ids)
+        self.layout.begin_pass(most_tokens())
         hidden_states = self.model(hidden_states, positions, self.attend)
         return hidden_states if self.model.is_last else IntermediateTensors({HIDDEN_STATES: hidden_states})
 
@@ -222,6 +235,7 @@ class DeepSeekMTPModel(nn.Module):
 
         vLLM's own draft returns the state before and after the last norm; here both are the normalised state.
         """
+        self.layout.begin_pass(most_tokens())
         normalised = self.model(input_ids, positions, hidden_states, self.attend)
         return normalised, normalised
 

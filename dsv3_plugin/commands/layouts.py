@@ -25,6 +25,7 @@ from torch import distributed as dist
 
 from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.commands import sums
 from dsv3_plugin.conformance.layouts import ParallelLayout, RankOf
 from dsv3_plugin.conformance.process_groups import join
 from dsv3_plugin.conformance.testees.ranks import start_ranks, wait_for_ranks
@@ -42,10 +43,16 @@ class _Row(TypedDict):
     tokens: int
     alone: list[float]
     shared: list[float]
-    sum: list[float]
-    """Of one row-parallel product over all ranks; empty without tensor parallelism."""
     equal: bool
     """Whether both gave the same bits."""
+
+
+class _Measured(TypedDict):
+    """By one rank."""
+
+    rows: list[_Row]
+    sums: list[sums.Sums]
+    """None without tensor parallelism."""
 
 
 def bench_layouts(
@@ -63,18 +70,20 @@ def bench_layouts(
         if each.pp > 1 or each.ranks == 1:
             raise ConformanceError(f"--layout {each}: stages only hand on activations; name tp, dp and ep")
     table = Table(title=f"{checkpoint} ({profile}), {repeats} passes, median ms (quartiles)", title_justify="left")
-    for column in ("layout", "tokens a rank", "one rank", "shared", "ratio", "a sum of all ranks", "bits"):
+    for column in ("layout", "tokens a rank", "one rank", "shared", "ratio", "bits"):
         table.add_column(column, justify="right")
-    equal = True
+    equal, tables = True, [table]
     for each in layouts:
-        for row in _measured(each, checkpoint, tokens or [1, 32, 128, 1024], repeats, device):
+        of_ranks = _measured(each, checkpoint, tokens or [1, 32, 128, 1024], repeats, device)
+        if of_ranks[0]["sums"]:
+            tables.append(sums.table(str(each), [rank["sums"] for rank in of_ranks]))
+        for row in _slowest(of_ranks):
             equal &= row["equal"]
             ratio = statistics.median(row["shared"]) / statistics.median(row["alone"])
             times = _summary(row["alone"]), _summary(row["shared"])
             bits = "[green]equal[/]" if row["equal"] else "[red]differ[/]"
-            summed = _summary(row["sum"]) if row["sum"] else ""
-            table.add_row(str(each), f"{row['tokens']:,}", *times, f"{ratio:.2f}", summed, bits)
-    Console().print(table)
+            table.add_row(str(each), f"{row['tokens']:,}", *times, f"{ratio:.2f}", bits)
+    Console().print(*tables, sep="\n\n")
     raise typer.Exit(0 if equal else 1)
 
 
@@ -83,17 +92,23 @@ def _summary(times: list[float]) -> str:
     return f"{median:.3g} ({low:.3g}-{high:.3g})"
 
 
-def _measured(layout: ParallelLayout, checkpoint: Path, tokens: Sequence[int], repeats: int, device: str) -> list[_Row]:
-    """A row for each number of tokens, of the slowest rank."""
+def _measured(
+    layout: ParallelLayout, checkpoint: Path, tokens: Sequence[int], repeats: int, device: str
+) -> list[_Measured]:
+    """By each rank."""
     with tempfile.TemporaryDirectory(prefix="dsv3-layouts-") as folder:
         options = "--tokens", ",".join(map(str, tokens)), "--repeats", str(repeats), "--device", device
         command = sys.executable, "-m", "dsv3_plugin.commands.layouts", *options, str(checkpoint)
         places = [Path(folder) / f"rank-{rank}" for rank in range(layout.ranks)]
         if status := wait_for_ranks(start_ranks(command, layout, [[str(place)] for place in places])):
             sys.exit(status)
-        of_ranks = [json.loads(place.read_text()) for place in places]
+        return [json.loads(place.read_text()) for place in places]
+
+
+def _slowest(of_ranks: Sequence[_Measured]) -> list[_Row]:
+    """A row for each number of tokens, of the slowest rank."""
     rows = []
-    for of_rank in zip(*of_ranks, strict=True):
+    for of_rank in zip(*(rank["rows"] for rank in of_ranks), strict=True):
         slowest = max(of_rank, key=lambda row: statistics.median(row["shared"]))
         slowest["equal"] = all(row["equal"] for row in of_rank)
         rows.append(slowest)
@@ -113,28 +128,24 @@ class _Rank:
         ops = bind_ops(self.reader.config, self.reader.profile(), self.device, layout=layout)
         return load_model(self.reader, ops, layout)
 
-    def measure(self, tokens: Sequence[int], repeats: int) -> list[_Row]:
-        """A row for each number of tokens."""
+    def measure(self, tokens: Sequence[int], repeats: int) -> _Measured:
+        """A row for each number of tokens, and sums."""
         passes: dict[str, list[tuple[list[float], torch.Tensor]]] = {}
-        sums: list[list[float]] = []
         for name, layout in ("alone", WHOLE), ("shared", self.layout):
             model = self.load(layout)
             passes[name] = [self._pass(model, count, repeats) for count in tokens]
-            if layout.tensor.size > 1:
-                sums = [self._sum(model, count, repeats) for count in tokens]
             del model
-        return [
-            {
-                "tokens": count,
-                "alone": alone,
-                "shared": shared,
-                "sum": sums[i] if sums else [],
-                "equal": torch.equal(one.view(torch.int32), other.view(torch.int32)),
-            }
-            for i, (count, (alone, one), (shared, other)) in enumerate(
-                zip(tokens, passes["alone"], passes["shared"], strict=True)
+        rows = [
+            _Row(
+                tokens=count,
+                alone=alone,
+                shared=shared,
+                equal=torch.equal(one.view(torch.int32), other.view(torch.int32)),
             )
+            for count, (alone, one), (shared, other) in zip(tokens, passes["alone"], passes["shared"], strict=True)
         ]
+        tensor = self.layout.tensor
+        return _Measured(rows=rows, sums=sums.measure(tensor, self.device, repeats) if tensor.size > 1 else [])
 
     @torch.inference_mode()
     def _pass(self, model: DeepseekV3, count: int, repeats: int) -> tuple[list[float], torch.Tensor]:
@@ -142,15 +153,10 @@ class _Rank:
         drawn = torch.Generator().manual_seed(self.seed)
         token_ids = torch.randint(self.reader.config.vocab_size, (count,), generator=drawn).to(self.device)
         positions = torch.arange(count, device=self.device)
+        self.layout.begin_pass(count)
         attend = attend_to_itself(model.ops, self.reader.config)
         logits = model.lm_head(model(token_ids, positions, attend))
         return self._times(lambda: model.lm_head(model(token_ids, positions, attend)), repeats), logits
-
-    @torch.inference_mode()
-    def _sum(self, model: DeepseekV3, count: int, repeats: int) -> list[float]:
-        """Milliseconds of the sum of one row-parallel product over all ranks."""
-        branch = torch.randn(count, self.reader.config.hidden_size, device=self.device)
-        return self._times(lambda: model.ops.slices.fold(branch), repeats)
 
     def _times(self, run: Callable[[], object], repeats: int) -> list[float]:
         times = []
@@ -181,8 +187,8 @@ def main() -> None:
     options = parser.parse_args()
     place = RankOf.parse(options.layout, options.rank, options.ports)
     rank = _Rank(place, options.checkpoint, options.device)
-    rows = rank.measure([int(count) for count in options.tokens.split(",")], options.repeats)
-    options.out.write_text(json.dumps(rows))
+    measured = rank.measure([int(count) for count in options.tokens.split(",")], options.repeats)
+    options.out.write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

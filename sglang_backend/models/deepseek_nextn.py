@@ -13,6 +13,7 @@ from dsv3_plugin.engines import switched_off
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.sglang_backend import compat
 from dsv3_plugin.sglang_backend.attention import LatentAttend, compute
+from dsv3_plugin.sglang_backend.layout import most_tokens
 from dsv3_plugin.sglang_backend.models.deepseek_v3 import CoreHead, load_checkpoint, plain_logits_processor, prepare
 from dsv3_plugin.sglang_backend.updates import Bucket
 
@@ -39,6 +40,7 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
         """Next tokens' ids [T] to SGLang's logits output; the hidden states in it feed a further draft step."""
         self.weight_loader.require_whole()
         attend = LatentAttend(self.ops, self.config, self.config.mtp_layer_idx, positions, forward_batch)
+        self.layout.begin_pass(most_tokens(forward_batch))
         hidden = compute(self.model, attend, input_ids, positions, forward_batch.spec_info.hidden_states)
         return self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
 

@@ -20,12 +20,13 @@ from dsv3_plugin.engines import switched_off
 from dsv3_plugin.layers.embedding import Head
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layout import Layout
+from dsv3_plugin.peers import announcement, connected
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.sglang_backend import compat, options, plugin
 from dsv3_plugin.sglang_backend.attention import LatentAttend, compute
 from dsv3_plugin.sglang_backend.eplb import MovableExperts, placed
-from dsv3_plugin.sglang_backend.layout import layout_of
+from dsv3_plugin.sglang_backend.layout import layout_of, most_tokens
 from dsv3_plugin.sglang_backend.sampling import PromptLogprobs
 from dsv3_plugin.sglang_backend.updates import Bucket, Updates
 
@@ -74,8 +75,10 @@ def prepare(hf_config: Any, served: str, path: str, load_format: str) -> tuple[O
     values = compat.server_options()
     table.require_supported(values)
     options.require_possible_together(values)
-    layout = placed(layout_of(config), config)
-    compat.settle_graphs(device, layout)
+    layout, reason = connected(placed(layout_of(config), config), device, compat.tokens_in_graphs(device))
+    if layout.experts.size > 1:
+        logger.info(announcement(reason))
+    compat.settle_graphs(device, layout, reason)
     profile = profile_for(config, dtype)
     ops = bind_ops(config, profile, device, layout=layout)
     logger.info(ops.announcement(served))
@@ -131,6 +134,7 @@ class DeepseekV3ForCausalLM(nn.Module, MovableExperts):
         else:
             hidden = self.model.embed_tokens(input_ids) if input_embeds is None else input_embeds
         attend = LatentAttend(self.ops, self.config, self.start_layer, positions, forward_batch)
+        self.layout.begin_pass(most_tokens(forward_batch))
         with self.following_experts():
             hidden = compute(self.model, attend, hidden, positions)
         if not self.model.is_last:

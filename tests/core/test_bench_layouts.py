@@ -32,6 +32,13 @@ def test_measures_and_compares(mini: dict[str, Path]) -> None:
     assert printed.count("dp=2,ep=2") == printed.count("equal") == 2
 
 
+def test_measures_sums_beside_others(mini: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
+    status, printed = bench(mini["bf16"], "--layout", "tp=2", "--tokens", 3, "--repeats", 3)
+    assert status == 0
+    assert "tree, gloo, fp32" in printed and "gloo all-reduce, bf16" in printed
+
+
 def test_other_bits_are_seen(mini: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "wrong.py"
     program.write_text(WRONG)

@@ -12,7 +12,7 @@ for compiler in ("triton", "cuda.bindings"):
 
 from aot import CUDA_SOURCES, SOURCES, Compiled, compile_cuda, compile_kernel  # noqa: E402
 
-from dsv3_plugin.kernels.cuda import compiler, fp8_gemm  # noqa: E402
+from dsv3_plugin.kernels.cuda import compiler, fp8_gemm, peers  # noqa: E402
 
 # No step of these is a fused multiply-add; the exponential's and the quotients' are.
 ROUNDS_PRODUCT_AND_SUM = {
@@ -104,3 +104,15 @@ def test_few_fp8_rows_on_the_first_side_would_be_seen(tmp_path):
     source = source._replace(constants=source.constants | {"ROWS": 16}, options={"num_warps": 4, "num_stages": 4})
     ptx, _ = compile_kernel(source, tmp_path)
     assert "mma.sync.aligned.m16n8k16" in ptx
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_peers_instructions(ranks):
+    """Flags are stored and read at the system's scope, words are of 16 bytes, no sum waits its turn at an atomic."""
+    ptx = compiler.build(peers.program(ranks)).ptx
+    check_order(ptx)
+    assert "st.release.sys.global.u32" in ptx and "ld.acquire.sys.global.u32" in ptx
+    assert "st.global.v4" in ptx and ".shared .align" not in ptx.replace(".extern .shared .align", "")
+    # Two kernels add, each RANKS - 1 times four numbers.
+    assert len(re.findall(r"add\.rn\.f32", ptx)) == 8 * (ranks - 1) and "fma" not in ptx
+    assert "multimem" not in ptx

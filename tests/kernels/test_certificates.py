@@ -361,8 +361,10 @@ EDITS = {
 }
 
 
-# Each file of CUDA C++ belongs to the kernel whose name it begins with, hopper.cuh to both.
+# Each file of CUDA C++ belongs to the kernel whose name it begins with, hopper.cuh to both; peer memory's are of no
+# operation.
 CUDA = {"mla": {"cuda.mla_hopper"}, "fp8": {"cuda.fp8_gemm"}, "hopper": {"cuda.mla_hopper", "cuda.fp8_gemm"}}
+CUDA |= {"peer": set(), "peers": set()}
 EDITS |= {
     f"kernels/cuda/{file.name}": ("{", "{ ;", CUDA[file.stem.partition("_")[0]])
     for file in sorted(Path(compiler.__file__).parent.glob("*.cu*"))

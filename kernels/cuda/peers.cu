@@ -1,0 +1,203 @@
+// Ranks of one host that write into each other's memory. Nothing waits for the host, and no size depends on what the
+// data say, so a CUDA graph holds all of it.
+//
+// Each rank writes (pushes) what the others need into their memory, then stores a flag there: the number of the meeting,
+// its epoch, which every rank counts for itself. Who finds all flags of an epoch reads its own memory. There is no
+// barrier behind: a meeting's memory is written to again two epochs later, and by then everyone has stored the flag
+// between, behind its reading. For that there are two halves, which take turns.
+//
+// Sums are the contract's: a binary tree over the ranks in their order (dsv3_plugin/ops/slices.py), whoever came first.
+
+#include "peer_units.cuh"
+
+// One rank's view. Rank r's memory begins at memory[r]; epochs are of this rank, one a CTA.
+struct Peers {
+    char* memory[RANKS];
+    u32* epochs;
+    int rank;
+};
+
+// Memory begins with the flags: of each CTA, one a rank.
+__device__ __forceinline__ u32* flags_of(const Peers& peers, int owner) {
+    return (u32*)peers.memory[owner] + blockIdx.x * RANKS;
+}
+
+// Returns once all ranks' CTAs of this number have come here. What they wrote before is there.
+__device__ __forceinline__ void meet(const Peers& peers, u32 epoch) {
+    __syncthreads();
+    for (int r = threadIdx.x; r < RANKS; r += blockDim.x) store_release(flags_of(peers, r) + peers.rank, epoch);
+    for (int r = threadIdx.x; r < RANKS; r += blockDim.x) {
+        const u64 begin = nanoseconds();
+        while ((int)(load_acquire(flags_of(peers, peers.rank) + r) - epoch) < 0)
+            if (nanoseconds() - begin > PATIENCE_SECONDS * 1000000000ull) give_up();
+    }
+    __syncthreads();
+}
+
+__device__ __forceinline__ void remember(const Peers& peers, u32 epoch) {
+    __syncthreads();
+    if (threadIdx.x == 0) peers.epochs[blockIdx.x] = epoch;
+}
+
+// Reductions and gathers. CTAs take chunks of the words in turns. Behind the flags a CTA has, in each half, room for a
+// chunk from each rank, which is CHUNK words at most.
+
+template <class Word>
+__device__ __forceinline__ Word* room(const Peers& peers, int owner, u32 epoch, int from) {
+    const int half = blockIdx.x * 2 + epoch % 2;
+    return (Word*)(peers.memory[owner] + ROOM_AT) + ((size_t)half * RANKS + from) * CHUNK;
+}
+
+template <class Word>
+__device__ __forceinline__ void push(const Peers& peers, int owner, u32 epoch, const Word* __restrict__ x, int words) {
+    Word* to = room<Word>(peers, owner, epoch, peers.rank);
+    for (int i = threadIdx.x; i < words; i += blockDim.x) to[i] = x[i];
+}
+
+// Neighbours first, then neighbouring pairs.
+__device__ __forceinline__ float4 tree_sum(float4 (&parts)[RANKS]) {
+#pragma unroll
+    for (int step = 1; step < RANKS; step *= 2)
+#pragma unroll
+        for (int r = 0; r + step < RANKS; r += 2 * step) {
+            const float4 left = parts[r], right = parts[r + step];
+            parts[r] = make_float4(__fadd_rn(left.x, right.x), __fadd_rn(left.y, right.y), __fadd_rn(left.z, right.z),
+                                   __fadd_rn(left.w, right.w));
+        }
+    return parts[0];
+}
+
+// The sum of word i of all ranks, of which this rank's is at `own`.
+__device__ __forceinline__ float4 sum_of_ranks(const Peers& peers, u32 epoch, const float4* own, int i) {
+    float4 parts[RANKS];
+#pragma unroll
+    for (int r = 0; r < RANKS; r++)
+        parts[r] = r == peers.rank ? own[i] : room<float4>(peers, peers.rank, epoch, r)[i];
+    return tree_sum(parts);
+}
+
+// x fp32 of each rank to the sum of all: every rank gets all of x from every other, and adds by itself.
+extern "C" __global__ void __launch_bounds__(THREADS)
+fold_all(const __grid_constant__ Peers peers, const float4* x, float4* out, int words, int chunk) {
+    u32 epoch = peers.epochs[blockIdx.x];
+    for (int first = blockIdx.x * chunk; first < words; first += gridDim.x * chunk) {
+        epoch++;
+        const int count = min(chunk, words - first);
+        for (int p = 1; p < RANKS; p++) push(peers, (peers.rank + p) % RANKS, epoch, x + first, count);
+        meet(peers, epoch);
+        for (int i = threadIdx.x; i < count; i += blockDim.x) out[first + i] = sum_of_ranks(peers, epoch, x + first, i);
+    }
+    remember(peers, epoch);
+}
+
+// The same with fewer bytes on the way and a second meeting: a rank adds a share of each chunk, and sends its sums.
+extern "C" __global__ void __launch_bounds__(THREADS)
+fold_shares(const __grid_constant__ Peers peers, const float4* x, float4* out, int words, int chunk) {
+    u32 epoch = peers.epochs[blockIdx.x];
+    for (int first = blockIdx.x * chunk; first < words; first += gridDim.x * chunk) {
+        epoch++;
+        const int count = min(chunk, words - first), most = (count + RANKS - 1) / RANKS;
+        for (int p = 1; p < RANKS; p++) {
+            const int r = (peers.rank + p) % RANKS;
+            push(peers, r, epoch, x + first + r * most, max(0, min(most, count - r * most)));
+        }
+        meet(peers, epoch);
+        const int own = first + peers.rank * most, own_count = max(0, min(most, count - peers.rank * most));
+        for (int i = threadIdx.x; i < own_count; i += blockDim.x) {
+            const float4 sum = sum_of_ranks(peers, epoch, x + own, i);
+            out[own + i] = sum;
+            for (int p = 1; p < RANKS; p++)
+                room<float4>(peers, (peers.rank + p) % RANKS, epoch + 1, peers.rank)[i] = sum;
+        }
+        epoch++;
+        meet(peers, epoch);
+        for (int p = 1; p < RANKS; p++) {
+            const int r = (peers.rank + p) % RANKS, begin = r * most;
+            const float4* sums = room<float4>(peers, peers.rank, epoch, r);
+            for (int i = threadIdx.x; i < most && begin + i < count; i += blockDim.x) out[first + begin + i] = sums[i];
+        }
+    }
+    remember(peers, epoch);
+}
+
+// x of each rank to those of all, in the order of ranks: out has RANKS times as many words.
+extern "C" __global__ void __launch_bounds__(THREADS)
+gather(const __grid_constant__ Peers peers, const uint4* x, uint4* out, int words, int chunk) {
+    u32 epoch = peers.epochs[blockIdx.x];
+    for (int first = blockIdx.x * chunk; first < words; first += gridDim.x * chunk) {
+        epoch++;
+        const int count = min(chunk, words - first);
+        for (int p = 1; p < RANKS; p++) push(peers, (peers.rank + p) % RANKS, epoch, x + first, count);
+        meet(peers, epoch);
+        for (int r = 0; r < RANKS; r++) {
+            const uint4* from = r == peers.rank ? x + first : room<uint4>(peers, peers.rank, epoch, r);
+            for (int i = threadIdx.x; i < count; i += blockDim.x) out[(size_t)r * words + first + i] = from[i];
+        }
+    }
+    remember(peers, epoch);
+}
+
+// Rows that go to the ranks of their experts, and back. Experts lie in slots, as many on each rank. A rank's rows are
+// sorted by slot; at a slot's owner they lie by slot, and within a slot by the rank they came from. So the numbers of
+// rows that each rank sends to each slot say of every segment, the rows of one rank for one slot, where it lies at both
+// ends.
+//
+// Three meetings of one CTA: behind the counts, behind the rows, behind the rows that came back. Each is behind the
+// reading of what the next layer writes, so there are no halves.
+
+// Behind the flags: rows of each rank for each slot.
+__device__ __forceinline__ u32* counts_of(const Peers& peers, int owner) {
+    return (u32*)(peers.memory[owner] + COUNTS_AT);
+}
+
+// How many rows this rank sends to each of `slots`, to all ranks; of each own slot, how many come from all.
+extern "C" __global__ void __launch_bounds__(THREADS)
+exchange_counts(const __grid_constant__ Peers peers, const long long* counts, long long* own_counts, int slots) {
+    const u32 epoch = peers.epochs[0] + 1;
+    for (int r = 0; r < RANKS; r++) {
+        u32* to = counts_of(peers, r) + peers.rank * slots;
+        for (int i = threadIdx.x; i < slots; i += blockDim.x) to[i] = (u32)counts[i];
+    }
+    meet(peers, epoch);
+    const int held = slots / RANKS;
+    const u32* all = counts_of(peers, peers.rank) + peers.rank * held;
+    for (int i = threadIdx.x; i < held; i += blockDim.x) {
+        long long sum = 0;
+        for (int r = 0; r < RANKS; r++) sum += all[r * slots + i];
+        own_counts[i] = sum;
+    }
+    remember(peers, epoch);
+}
+
+// Rows of `row_words` words to their slots' owners, or from there to where they came from (`back`); in the memory that
+// they get to they begin at word `target`. PARTS CTAs carry a segment.
+extern "C" __global__ void __launch_bounds__(THREADS)
+move_rows(const __grid_constant__ Peers peers, const uint4* rows, int slots, int row_words, int target, int back) {
+    const int held = slots / RANKS, segment = blockIdx.x / PARTS, part = blockIdx.x % PARTS;
+    const int source = back ? segment % RANKS : peers.rank;
+    const int slot = back ? peers.rank * held + segment / RANKS : segment;
+    const int owner = slot / held;
+    const u32* counts = counts_of(peers, peers.rank);
+    const int count = counts[source * slots + slot];
+    if (count == 0) return;
+    int before = 0;  // of the source's rows
+    for (int i = threadIdx.x; i < slot; i += blockDim.x) before += counts[source * slots + i];
+    int above = 0;  // of the owner's rows
+    for (int r = 0; r < RANKS; r++) {
+        const int end = r < source ? slot + 1 : slot;
+        for (int i = owner * held + threadIdx.x; i < end; i += blockDim.x) above += counts[r * slots + i];
+    }
+    before = block_sum(before);
+    above = block_sum(above);
+    const uint4* from = rows + (size_t)(back ? above : before) * row_words;
+    uint4* to = (uint4*)peers.memory[back ? source : owner] + target + (size_t)(back ? before : above) * row_words;
+    const size_t words = (size_t)count * row_words;
+    for (size_t i = part * blockDim.x + threadIdx.x; i < words; i += PARTS * blockDim.x) to[i] = from[i];
+}
+
+// All ranks have come here: what they moved is there.
+extern "C" __global__ void arrive(const __grid_constant__ Peers peers) {
+    const u32 epoch = peers.epochs[0] + 1;
+    meet(peers, epoch);
+    remember(peers, epoch);
+}
