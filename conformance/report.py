@@ -135,7 +135,11 @@ def to_html(report: Report) -> str:
     )
     page = environment.get_template("report.html.jinja")
     return page.render(
-        report=report, headline=headline(report), not_claimed=not_claimed(report), layouts=layout_matrix(report)
+        report=report,
+        headline=headline(report),
+        not_claimed=not_claimed(report),
+        layouts=layout_matrix(report),
+        by_reason=_by_reason,
     )
 
 
