@@ -354,19 +354,20 @@ OPTIONS = Options(
         "apply_wd_to_qk_layernorm",
         "no_weight_decay_cond_type",
     ),
+    honoured("moments in bf16, by TransformerEngine's Adam or ours", "use_precision_aware_optimizer"),
     refused(
-        "needs TransformerEngine's Adam, which has not been tried",
-        "use_precision_aware_optimizer",
-        "optimizer_cpu_offload",
-    ),
-    refused(
-        "needs TransformerEngine's Adam, which has not been tried",
-        "main_grads_dtype",
-        "main_params_dtype",
+        "moments are fp32 or bf16",
         "exp_avg_dtype",
         "exp_avg_sq_dtype",
+        unless=("fp32", torch.float32, "bf16", torch.bfloat16),
+    ),
+    refused(
+        "main parameters and gradients are fp32, as in the report",
+        "main_grads_dtype",
+        "main_params_dtype",
         unless=("fp32", torch.float32),
     ),
+    refused("has not been tried", "optimizer_cpu_offload"),
     irrelevant(
         "belongs to an offloaded optimizer, which is refused",
         "optimizer_offload_fraction",
@@ -609,6 +610,13 @@ def require_supported(values: Mapping[str, Any], expected: Mapping[str, Any], co
         wrong.append(f"vocab_size={tokens} of the tokenizer, and the checkpoint's embedding holds {config.vocab_size}")
     if wrong:
         raise EngineError(f"these options of Megatron are not the model's: {'; '.join(wrong)}. Leave them out")
+    moments = [name for name in ("exp_avg_dtype", "exp_avg_sq_dtype") if values.get(name) in ("bf16", torch.bfloat16)]
+    precise, distributed = values.get("use_precision_aware_optimizer"), values.get("use_distributed_optimizer")
+    if (moments and not precise) or (precise and not distributed):
+        raise EngineError(
+            f"{moments[0] if moments else 'use_precision_aware_optimizer'}={values[moments[0]] if moments else True}"
+            " needs --use-precision-aware-optimizer and --use-distributed-optimizer"
+        )
     positions, mask = values.get("reset_position_ids"), values.get("reset_attention_mask")
     if bool(positions) != bool(mask):
         raise EngineError(
