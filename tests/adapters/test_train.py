@@ -1,4 +1,4 @@
-"""Training: growing batches, the report's course, converted checkpoints, Megatron's own loop, on-policy samples."""
+"""Training: converted checkpoints, Megatron's own loop, on-policy samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from megatron_programs import LOOP, PYTHON, convert, fresh, needs_megatron, prin
 from paths import ROOT, SUPPORT, TESTS
 
 from dsv3_plugin.errors import EngineError
-from dsv3_plugin.megatron_backend import compat, recipe
+from dsv3_plugin.megatron_backend import compat
 
 TRAIN = ROOT / "examples" / "train_megatron.py"
 ON_POLICY = ROOT / "examples" / "on_policy.py"
@@ -35,35 +34,6 @@ def train(checkpoint: Path, *arguments: object) -> list[dict[str, str]]:
 def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
     assert a.keys() == b.keys()
     return {name for name in a if not torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))}
-
-
-# The report's course
-
-
-def test_the_report_s_course() -> None:
-    config = SimpleNamespace()
-    seen = []
-    for trillions in (0.0, 9.9, 10.1, 14.2, 14.4, 14.8):
-        recipe.follow(config, trillions / 14.8, 1e-3)
-        seen.append((config.mtp_loss_scaling_factor, config.moe_router_bias_update_rate))
-    assert seen == [(0.3, 1e-3), (0.3, 1e-3), (0.1, 1e-3), (0.1, 1e-3), (0.1, 0.0), (0.1, 0.0)]
-
-
-def test_batches_grow_as_megatron_s_older_argument_says() -> None:
-    """By its own rule: after c samples a batch has START + INCREMENT * floor(c * steps / SAMPLES)."""
-    assert recipe.batch_size_schedule(None, 8) == "0:8"
-    schedule = recipe.batch_size_schedule((16, 8, 300_000), 1024)
-    pairs = [tuple(map(int, step.split(":"))) for step in schedule.split()]
-    steps = (1024 - 16) // 8
-    for consumed in (0, 1, 2_380, 2_381, 150_000, 299_999, 300_000, 1_000_000):
-        expected = min(1024, 16 + 8 * (consumed * steps // 300_000))
-        assert [batch for first, batch in pairs if first <= consumed][-1] == expected, consumed
-
-
-@pytest.mark.parametrize("rampup", [(2, 4, 12), (2, 0, 12), (8, 2, 12), (16, 2, 12), (2, 2, 1)])
-def test_batches_that_cannot_grow_so_are_refused(rampup: tuple[int, int, int]) -> None:
-    with pytest.raises(EngineError, match="batches cannot grow"):
-        recipe.batch_size_schedule(rampup, 8)
 
 
 # The example
