@@ -146,6 +146,7 @@ def build_model(
     compat.require_whole_experts()
     require_embedding_group(transformer_config)
     restore_exactly()
+    compat.recompute_without_transformer_engine()
     device = compat.require_device()
     ops = differentiable(bind_ops(config, profile, device))
     if transformer_config.tensor_model_parallel_size > 1:
