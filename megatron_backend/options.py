@@ -279,10 +279,11 @@ OPTIONS = Options(
         moe_ncclep_zero_copy high_priority_a2a_comm_stream
         """),
     ),
+    honoured("one micro-batch computes while another's tokens travel", "overlap_moe_expert_parallel_comm"),
     refused(
-        "a layer of the core is one piece, which Megatron cannot interleave or take apart",
+        "a layer of the core is one piece, which Megatron cannot take apart",
         *_names("""
-        overlap_moe_expert_parallel_comm moe_shared_expert_overlap delay_wgrad_compute
+        moe_shared_expert_overlap delay_wgrad_compute
         overlap_dispatch_backward_with_experts_wgrad ep_overlap_early_attn_memory_release
         defer_embedding_wgrad_compute tp_comm_overlap use_ring_exchange_p2p
         """),
