@@ -87,8 +87,12 @@ def datasets(samples: Sequence[int], vp_stage: int | None = None) -> Any:
 datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own samples
 
 
-def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """One micro-batch, as Megatron's schedules call it. MTP's loss joins inside the model."""
+def forward_step(
+    batches: Iterator[dict[str, torch.Tensor]], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
+    """One micro-batch, as Megatron's schedules call it; those that overlap communication ask for a plan of it. MTP's
+    loss joins inside the model.
+    """
     args = get_args()
     if args.report_recipe and model.training:
         course = schedule.course_of(args)
@@ -97,7 +101,8 @@ def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Mod
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     mask = batch["loss_mask"]
     known = {"labels": batch["labels"], "loss_mask": mask, "padding_mask": batch.get("padding_mask")}
-    output = model(batch["tokens"], batch["position_ids"], None, **known)
+    compute = model.build_schedule_plan if return_schedule_plan else model
+    output = compute(batch["tokens"], batch["position_ids"], None, **known)
 
     def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """The sum, over how many tokens it is, and both for the log."""
