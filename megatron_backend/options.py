@@ -58,12 +58,18 @@ OPTIONS = Options(
         attention_output_gate experimental_attention_variant use_mup apply_query_key_layer_scaling squared_relu
         quick_geglu openai_gelu activation_func_clamp_value window_size window_attn_skip_freq no_rope_freq
         linear_attention_freq moe_shared_expert_gate moe_latent_size moe_router_pre_softmax moe_apply_probs_on_input
-        mrope_section group_query_attention hybrid_layer_pattern hybrid_override_pattern mtp_hybrid_override_pattern
-        is_hybrid_model heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json
+        mrope_section group_query_attention heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json
         heterogeneous_block_specs hetereogenous_dist_checkpoint decoder_num_layers vision_pretraining
         biencoder_shared_query_context_model mtp_use_repeated_layer moe_router_topk_limited_devices
         fused_residual_rmsnorm use_fused_weighted_squared_relu
         """),
+    ),
+    refused(
+        "Megatron's own DeepSeek-V3 is a GPTModel; HybridModel's layers, attention and MLP apart, are other modules",
+        "hybrid_layer_pattern",
+        "hybrid_override_pattern",
+        "mtp_hybrid_override_pattern",
+        "is_hybrid_model",
     ),
     refused("the residual stream and the softmax are the model's", "glu_linear_offset", unless=(0.0, 0)),
     refused("attention has the plain softmax", "softmax_type", unless=("vanilla",)),
@@ -268,8 +274,13 @@ OPTIONS = Options(
         create_all_gather_group strict_fsdp_dtensor_load
         """),
     ),
-    refused("tokens travel by the all-to-all dispatcher", "moe_token_dispatcher_type", unless=("alltoall",)),
-    refused("tokens travel by the all-to-all dispatcher", "moe_enable_deepep"),
+    refused(
+        "flex (DeepEP, HybridEP) and allgather add up a token's experts rank by rank, rounded in between;"
+        " all-to-all brings the rows, which are added in the contract's order",
+        "moe_token_dispatcher_type",
+        unless=("alltoall",),
+    ),
+    refused("DeepEP adds up a token's experts rank by rank, rounded in between", "moe_enable_deepep"),
     irrelevant(
         "belongs to the flexible dispatcher, which is refused",
         *_names("""
