@@ -22,7 +22,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from dsv3_plugin.errors import DSV3Error, InputError
-from dsv3_plugin.megatron_backend.corpus import Corpus, read_tokenizer
+from dsv3_plugin.megatron_backend.corpus import read_corpus
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,18 +67,17 @@ def write(arguments: argparse.Namespace) -> str:
     for file in (data, index):
         if file.exists():
             raise InputError(f"{file}: exists; name another --output")
-    tokenizer = read_tokenizer(arguments.checkpoint)
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32
+    rates = {name: value for name, value in vars(arguments).items() if name in ("fim_rate", "split_rate", "seed")}
+    corpus = read_corpus(arguments.checkpoint, **rates)
+    dtype = np.uint16 if corpus.tokenizer.get_vocab_size() <= 1 << 16 else np.int32
     builder = IndexedDatasetBuilder(str(data), dtype=dtype, multimodal=arguments.kind == "sft")
     documents = tokens = left_out = 0
     if arguments.kind == "pretrain":
-        corpus = Corpus(tokenizer, arguments.fim_rate, arguments.split_rate, arguments.seed)
         for text in texts(arguments.files):
             ids = corpus.text(documents, text)
             builder.add_document(torch.tensor(ids), [len(ids)])
             documents, tokens = documents + 1, tokens + len(ids)
     else:
-        corpus = Corpus(tokenizer)
         for where, messages in records(arguments.files, "messages"):
             try:
                 segments = corpus.conversation(messages)

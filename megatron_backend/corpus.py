@@ -21,11 +21,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from dsv3_plugin.config import read_json_object
 from dsv3_plugin.errors import InputError
 
 _COMBINED = re.compile(r"( ?[^\w\s]+)([\r\n]+)")
-_END = "<｜end▁of▁sentence｜>"
-_BEGIN = "<｜begin▁of▁sentence｜>"
 _FIM = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
 _ROLES = {"user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
 
@@ -33,16 +32,24 @@ Segment = tuple[list[int], bool]
 """Token ids, and whether they are to be learned."""
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The `tokenizers.Tokenizer` of a checkpoint's folder. Raises `InputError` without one, or without the library."""
+def read_corpus(folder: Path, **rates: Any) -> Corpus:
+    """The corpus of a checkpoint's tokenizer; `rates` and seed as `Corpus` has them.
+
+    Raises `InputError` for a folder without a tokenizer, and without the library that reads it.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError:
         raise InputError("tokenizers is not installed: pip install 'dsv3-plugin[conformance]'") from None
-    file = folder / "tokenizer.json"
-    if not file.is_file():
+    names = {}
+    for key, field in ("bos_token", "begin"), ("eos_token", "end"):
+        token = read_json_object(folder / "tokenizer_config.json").get(key)
+        names[field] = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(names[field], str):
+            raise InputError(f"{folder / 'tokenizer_config.json'}: has no {key}")
+    if not (file := folder / "tokenizer.json").is_file():
         raise InputError(f"{file}: no such file; name a checkpoint's folder with a tokenizer")
-    return Tokenizer.from_file(str(file))
+    return Corpus(Tokenizer.from_file(str(file)), **names, **rates)
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,11 @@ class Corpus:
     """How documents become token ids."""
 
     tokenizer: Any
-    """A `tokenizers.Tokenizer`, with DeepSeek's special tokens."""
+    """A `tokenizers.Tokenizer`, with DeepSeek's special tokens for what is asked of it."""
+    begin: str
+    """The token before a conversation."""
+    end: str
+    """The token after a document or an answer."""
     fim_rate: float = 0.1
     """Share of the documents whose middle is to be filled in."""
     split_rate: float = 0.0
@@ -61,13 +72,13 @@ class Corpus:
         """Document `number`, to its end token. Raises `InputError` where the tokenizer lacks a special token."""
         random = Random(f"{self.seed} {number}")
         if random.random() >= self.fim_rate:
-            return [*self._split(self._encode(text), random), self._special(_END)]
+            return [*self._split(self._encode(text), random), self._special(self.end)]
         cuts = sorted(random.randint(0, len(text)) for _ in range(2))
         prefix, middle, suffix = text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]
         ids = []
         for special, part in zip(_FIM, (prefix, suffix, middle), strict=True):
             ids += [self._special(special), *self._split(self._encode(part), random)]
-        return [*ids, self._special(_END)]
+        return [*ids, self._special(self.end)]
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[Segment]:
         """Messages of `role` and `content`: an optional system's, then user's and assistant's.
@@ -76,7 +87,7 @@ class Corpus:
         """
         if not messages or not all(isinstance(message, Mapping) for message in messages):
             raise InputError("a conversation is a list of messages, each with role and content")
-        begin = [self._special(_BEGIN)]
+        begin = [self._special(self.begin)]
         if messages[0].get("role") == "system":
             begin += self._encode(messages[0].get("content", ""))
             messages = messages[1:]
@@ -89,7 +100,7 @@ class Corpus:
                 )
             segments.append(([self._special(_ROLES[role])], False))
             ids = self._encode(content)
-            segments.append(([*ids, self._special(_END)], True) if role == "assistant" else (ids, False))
+            segments.append(([*ids, self._special(self.end)], True) if role == "assistant" else (ids, False))
         return [segment for segment in segments if segment[0]]
 
     def _encode(self, text: str) -> list[int]:

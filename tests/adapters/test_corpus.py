@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import pytest
 
 from dsv3_plugin.checkpoint.tokenizer import DEEPSEEK_VOCAB, tokenizer_files
 from dsv3_plugin.conformance.texts import real_text
-from dsv3_plugin.errors import InputError
-from dsv3_plugin.megatron_backend.corpus import Corpus, read_tokenizer
+from dsv3_plugin.errors import DSV3Error, InputError
+from dsv3_plugin.megatron_backend.corpus import Corpus, read_corpus
 
 TEXTS = [text for text in real_text().split("\n\n\n") if text.strip()]
 END, BEGIN = "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"
@@ -21,21 +23,27 @@ PSM = re.compile(rf"<｜fim▁begin｜>(.*)<｜fim▁hole｜>(.*)<｜fim▁end�
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """DeepSeek's own."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Corpus]:
+    """`made(fim_rate=0.5)`: the corpus of DeepSeek's own tokenizer."""
     folder = tmp_path_factory.mktemp("tokenizer")
     for name, text in tokenizer_files(DEEPSEEK_VOCAB).items():
         (folder / name).write_text(text, "utf-8")
-    return read_tokenizer(folder)
+    return partial(read_corpus, folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(made: Callable[..., Corpus]) -> Any:
+    """DeepSeek's own."""
+    return made().tokenizer
 
 
 def decoded(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
-def test_a_tenth_of_the_documents_has_its_middle_filled_in(tokenizer: Any) -> None:
+def test_a_tenth_of_the_documents_has_its_middle_filled_in(made: Callable[..., Corpus], tokenizer: Any) -> None:
     """In the report's form, with no character lost; the others are as they were."""
-    corpus, texts = Corpus(tokenizer), (TEXTS * 20)[:600]
+    corpus, texts = made(), (TEXTS * 20)[:600]
     filled = []
     for number, text in enumerate(texts):
         said = decoded(tokenizer, corpus.text(number, text))
@@ -46,22 +54,22 @@ def test_a_tenth_of_the_documents_has_its_middle_filled_in(tokenizer: Any) -> No
         else:
             assert said == text + END
     assert 40 <= len(filled) <= 80 and len(set(filled)) == len(filled)
-    assert all(not PSM.fullmatch(decoded(tokenizer, Corpus(tokenizer, 0.0).text(n, texts[n]))) for n, *_ in filled)
+    assert all(not PSM.fullmatch(decoded(tokenizer, made(fim_rate=0.0).text(n, texts[n]))) for n, *_ in filled)
 
 
-def test_what_is_random_is_the_seed_s_and_the_document_s(tokenizer: Any) -> None:
+def test_what_is_random_is_the_seed_s_and_the_document_s(made: Callable[..., Corpus]) -> None:
     """Whatever was read before, so that a corpus can be written in parts."""
-    corpus = Corpus(tokenizer, fim_rate=1.0, split_rate=0.5)
+    corpus = made(fim_rate=1.0, split_rate=0.5)
     whole = [corpus.text(number, TEXTS[0]) for number in range(5)]
-    assert Corpus(tokenizer, 1.0, 0.5).text(3, TEXTS[0]) == whole[3]
+    assert made(fim_rate=1.0, split_rate=0.5).text(3, TEXTS[0]) == whole[3]
     # The twins: another document, another seed.
-    assert whole[2] != whole[3] != Corpus(tokenizer, 1.0, 0.5, seed=1).text(3, TEXTS[0])
+    assert whole[2] != whole[3] != made(fim_rate=1.0, split_rate=0.5, seed=1).text(3, TEXTS[0])
 
 
-def test_combined_tokens_are_split_at_their_rate(tokenizer: Any) -> None:
+def test_combined_tokens_are_split_at_their_rate(made: Callable[..., Corpus], tokenizer: Any) -> None:
     """And say the same; nothing else is split."""
     text = "\n".join(TEXTS)
-    plain, half, all_split = (Corpus(tokenizer, 0.0, rate).text(0, text) for rate in (0.0, 0.5, 1.0))
+    plain, half, all_split = (made(fim_rate=0.0, split_rate=rate).text(0, text) for rate in (0.0, 0.5, 1.0))
     assert decoded(tokenizer, plain) == decoded(tokenizer, half) == decoded(tokenizer, all_split) == text + END
     assert plain == [*tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id(END)]
     combined = [t for t in map(tokenizer.decode, ([n] for n in plain)) if re.fullmatch(r" ?[^\w\s]+[\r\n]+", t)]
@@ -71,7 +79,7 @@ def test_combined_tokens_are_split_at_their_rate(tokenizer: Any) -> None:
     assert 0.45 < (len(half) - len(plain)) / (len(all_split) - len(plain)) < 0.55
 
 
-def test_answers_are_learned_and_nothing_else(tokenizer: Any) -> None:
+def test_answers_are_learned_and_nothing_else(made: Callable[..., Corpus], tokenizer: Any) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "1 + 1?"},
@@ -79,7 +87,7 @@ def test_answers_are_learned_and_nothing_else(tokenizer: Any) -> None:
         {"role": "user", "content": "Sure?"},
         {"role": "assistant", "content": "Yes."},
     ]
-    segments = Corpus(tokenizer).conversation(messages)
+    segments = made().conversation(messages)
     whole = decoded(tokenizer, [number for ids, _ in segments for number in ids])
     assert whole == f"{BEGIN}Be brief.<｜User｜>1 + 1?<｜Assistant｜>2{END}<｜User｜>Sure?<｜Assistant｜>Yes.{END}"
     assert [decoded(tokenizer, ids) for ids, learned in segments if learned] == [f"2{END}", f"Yes.{END}"]
@@ -94,15 +102,17 @@ def test_answers_are_learned_and_nothing_else(tokenizer: Any) -> None:
         ([{"role": "user"}], "a message of role 'user': give user or assistant, with content"),
     ],
 )
-def test_other_messages_are_refused(messages: Any, expected: str, tokenizer: Any) -> None:
+def test_other_messages_are_refused(messages: Any, expected: str, made: Callable[..., Corpus]) -> None:
     with pytest.raises(InputError, match=expected):
-        Corpus(tokenizer).conversation(messages)
+        made().conversation(messages)
 
 
 def test_a_tokenizer_without_the_tokens_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"tokenizer\.json: no such file"):
-        read_tokenizer(tmp_path)
+    with pytest.raises(DSV3Error, match=r"tokenizer_config\.json"):
+        read_corpus(tmp_path)
     for name, text in tokenizer_files(300).items():
         (tmp_path / name).write_text(text, "utf-8")
-    with pytest.raises(InputError, match="the tokenizer has no <｜"):
-        Corpus(read_tokenizer(tmp_path)).text(0, "a")
+    plain = read_corpus(tmp_path, fim_rate=0.0)
+    assert decoded(plain.tokenizer, plain.text(0, "a")) == "a<|end_of_sentence|>"
+    with pytest.raises(InputError, match="the tokenizer has no <｜fim▁begin｜>"):
+        read_corpus(tmp_path, fim_rate=1.0).text(0, "a")

@@ -84,6 +84,10 @@ REFUSED = (
     ("--attention-dropout", "0.5"),
     ("--hidden-dropout", "0.1"),
     ("--moe-latent-size", "32"),
+    ("--moe-token-dispatcher-type", "flex"),
+    ("--moe-enable-deepep",),
+    ("--delay-wgrad-compute",),
+    ("--hybrid-layer-pattern", "+-+E/+E"),
     ("--context-parallel-size", "2"),
     ("--moe-router-load-balancing-type", "sinkhorn"),
     ("--moe-router-load-balancing-type", "seq_aux_loss", "quantile_balancing"),
@@ -120,6 +124,7 @@ HONOURED = (
     ("--ema-decay", "0.999", "--save", "new", *REPORT),
     ("--rotary-base", "10000", "--vocab-size", "1023", "--bf16"),
     ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    ("--expert-model-parallel-size", "2", "--overlap-moe-expert-parallel-comm"),
 )
 # Of folders in the test's own; `hf` is a Hugging Face checkpoint, `run` one of Megatron, `empty` neither.
 WITHOUT_WEIGHTS = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import subprocess
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import Folders
 from megatron_programs import LOOP, convert, needs_megatron, printed, warm
-from paths import SUPPORT, TESTS
+from paths import ROOT, SUPPORT, TESTS
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint_of_checkpoint
 from dsv3_plugin.checkpoint.reader import CheckpointReader
@@ -121,6 +123,7 @@ def test_batches_that_cannot_grow_so_are_refused(rampup: tuple[int, int, int]) -
 
 # In Megatron's loop
 
+PRETRAIN = ROOT / "examples" / "pretrain_megatron.py"
 TRACKER = "latest_checkpointed_iteration.txt"
 SAMPLES, LARGEST, SEQUENCE = 148, 10, 16
 
@@ -164,3 +167,35 @@ def test_a_run_follows_the_course_and_continues_where_it_was_cut(mini: Folders, 
     averages = [fingerprint_of_checkpoint(CheckpointReader(tmp_path / f"{name} average")) for name in ("whole", "rest")]
     assert averages[0] == averages[1]
     assert len(averages[0].difference(learned)) > 0.9 * len(learned.tensors)
+
+
+@needs_megatron
+def test_two_phases_extend_the_context(mini: Folders, tmp_path: Path) -> None:
+    """As in section 4.3: what was trained on short sequences goes on with YaRN on longer, then on longest ones."""
+    described = json.loads((mini["bf16"] / "config.json").read_text())
+    yarn = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+    long = described | {"rope_scaling": yarn | {"original_max_position_embeddings": 16}, "max_position_embeddings": 640}
+    for name, config in ("short", described | {"max_position_embeddings": 16}), ("long", long):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+
+    def run(name: str, length: int, model: str, *flags: object) -> subprocess.CompletedProcess[str]:
+        described = "--hf-config", tmp_path / f"{model}.json", "--tokenizer-type", "NullTokenizer", "--vocab-size", 319
+        size = "--micro-batch-size", 1, "--global-batch-size", 2, "--seq-length", length, "--train-iters", 1
+        course = "--lr", 7.3e-6, "--lr-decay-style", "constant", "--eval-iters", 0, "--eval-interval", 9, "--mock-data"
+        machine = "--transformer-impl", "local", "--distributed-backend", "gloo", "--log-interval", 1
+        save = "--save", tmp_path / name, "--save-interval", 1
+        example = TESTS / "pretrain_on_cpu.py", PRETRAIN, *described, *size, *course, *machine, *save, *flags
+        return warm(*example, ranks=1, modules=LOOP)
+
+    begun = run("4K", 16, "short")
+    first = run("32K", 128, "long", "--load", tmp_path / "4K", "--finetune")
+    second = run("128K", 512, "long", "--load", tmp_path / "32K", "--finetune")
+    for done in begun, first, second:
+        assert "lm loss" in done.stdout, printed(done)[-3000:]
+    # The twin: without the other configuration the sequences are too long.
+    refused = run("none", 128, "short", "--load", tmp_path / "4K", "--finetune")
+    assert "max_position_embeddings (16) must be greater than or equal to seq_length (128)" in printed(refused)
+    (tmp_path / "like").mkdir()
+    (tmp_path / "like" / "config.json").write_text(json.dumps(long))
+    convert("to-hf", tmp_path / "128K", tmp_path / "hf", "--like", tmp_path / "like")
+    assert CheckpointReader(tmp_path / "hf").config.rope_scaling is not None
