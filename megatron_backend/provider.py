@@ -81,6 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if parsed.report_recipe:
             schedule.prepare(parsed, parser.get_default)
         _require_supported(parsed)
+        if parsed.use_precision_aware_optimizer:
+            provide_precise_adam()
         return parsed, unknown
 
     parser.parse_known_args = parse_and_check  # type: ignore[method-assign,assignment]
@@ -110,8 +112,6 @@ def _require_supported(args: argparse.Namespace) -> None:
             "--ema-decay beside overlap_param_gather=True: after a step the weights are not whole on any rank, and the"
             " average would take the last step's; leave one out"
         )
-    if args.use_precision_aware_optimizer:
-        provide_precise_adam()
     _require_weights(args)
 
 

@@ -149,6 +149,7 @@ def test_a_run_follows_the_course_and_continues_where_it_was_cut(mini: Folders, 
         done = program(*length, *machine, *average, *flags, ranks=1, modules=LOOP)
         assert file.exists(), printed(done)[-3000:]
         assert "\n".join(course.described(LARGEST, 1e-3)) in done.stdout
+        assert len(re.findall(r"exp_avg(?:_sq)?_dtype \.+ torch\.bfloat16\n", done.stdout)) == 2
         pattern = r"samples: +(\d+) .*?rate: (\S+) .*?batch size: +(\d+) .*?lm loss: (\S+) .*?grad norm: (\S+)"
         return re.findall(pattern, done.stdout), Fingerprint.model_validate_json(file.read_text())
 

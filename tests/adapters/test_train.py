@@ -13,11 +13,13 @@ from conftest import TinyCheckpoint
 from megatron_programs import LOOP, PYTHON, convert, fresh, needs_megatron, printed, warm, weights
 from paths import ROOT, SUPPORT, TESTS
 
+from dsv3_plugin.conformance.texts import real_text
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.megatron_backend import compat
 
 TRAIN = ROOT / "examples" / "train_megatron.py"
 ON_POLICY = ROOT / "examples" / "on_policy.py"
+PREPARE = ROOT / "examples" / "prepare_data.py"
 PRETRAIN = ROOT / "examples" / "pretrain_megatron.py"
 ON_CPU = TESTS / "pretrain_on_cpu.py"
 
@@ -88,21 +90,6 @@ def test_what_cannot_work_is_one_line(
 # Megatron's own loop
 
 
-INDEX = """
-import sys
-from pathlib import Path
-import numpy
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from dsv3_plugin.conformance.texts import real_text, tokenize
-prefix = sys.argv[2]
-builder = IndexedDatasetBuilder(prefix + ".bin", dtype=numpy.uint16)
-tokens = torch.tensor(tokenize(real_text()[:20_000], Path(sys.argv[1])))
-builder.add_document(tokens, [len(tokens)])
-builder.finalize(prefix + ".idx")
-"""
-
-
 # A script that hands over a function in place of a configuration.
 PROVIDER = """
 import runpy
@@ -138,7 +125,9 @@ def test_megatron_s_own_loop_trains_the_model(tiny_checkpoint: TinyCheckpoint, t
     original = tiny_checkpoint("bf16")
     convert("to-megatron", original, tmp_path / "converted")
     data = tmp_path / "text"
-    done = warm("-c", INDEX, original, data)
+    text = tmp_path / "text.txt"
+    text.write_text(real_text()[:20_000])
+    done = warm(PREPARE, "pretrain", original, text, "--output", data, "--fim-rate", 0)
     assert done.returncode == 0, printed(done)[-2000:]
     provider = tmp_path / "provider.py"
     provider.write_text(PROVIDER.format(example=str(PRETRAIN)))
