@@ -41,7 +41,7 @@ def read_corpus(folder: Path, **rates: Any) -> Corpus:
         from tokenizers import Tokenizer
     except ImportError:
         raise InputError("tokenizers is not installed: pip install 'dsv3-plugin[conformance]'") from None
-    names = {}
+    names: dict[str, Any] = {}
     for key, field in ("bos_token", "begin"), ("eos_token", "end"):
         token = read_json_object(folder / "tokenizer_config.json").get(key)
         names[field] = token.get("content") if isinstance(token, dict) else token
