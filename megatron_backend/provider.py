@@ -106,11 +106,11 @@ def _require_supported(args: argparse.Namespace) -> None:
     config = DeepseekV3Config.from_pretrained(args.hf_config)
     options.require_supported(vars(args), of_model(config, profile_for(config)), config)
     if args.ema_decay is not None and args.save is None:
-        raise EngineError("--ema-decay without --save: nobody would see the average; give --save, or leave it out")
+        raise EngineError(f"ema_decay={args.ema_decay} without --save: nobody would see the average; give --save")
     if args.ema_decay is not None and args.overlap_param_gather:
         raise EngineError(
-            "--ema-decay beside overlap_param_gather=True: after a step the weights are not whole on any rank, and the"
-            " average would take the last step's; leave one out"
+            f"ema_decay={args.ema_decay} beside overlap_param_gather=True: after a step the weights are not whole on"
+            " any rank, and the average would take the last step's; leave one out"
         )
     _require_weights(args)
 
