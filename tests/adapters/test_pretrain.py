@@ -160,14 +160,16 @@ def test_tokens_that_travel_while_others_are_computed_change_no_bit(pretrain: Pr
 def test_a_run_that_continues_learns_the_same(
     processes: int, flags: tuple[str, ...], pretrain: Pretrain, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
-    whole = pretrain(processes, *flags, "--save", tmp_path, "--save-interval", 2, iterations=4, slices=2)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
-    rest = pretrain(processes, *flags, "--load", tmp_path, iterations=4, slices=2)
+    middle = 2 if processes <= 2 else 1  # many share the cores
+    end = 2 * middle
+    whole = pretrain(processes, *flags, "--save", tmp_path, "--save-interval", middle, iterations=end, slices=2)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(middle))
+    rest = pretrain(processes, *flags, "--load", tmp_path, iterations=end, slices=2)
     assert whole.weights.tensors and rest.weights == whole.weights, rest.printed[-3000:]
-    assert len(whole.losses) == 4 and rest.losses == whole.losses[2:]
+    assert len(whole.losses) == end and rest.losses == whole.losses[middle:]
     if TENSOR_AND_EXPERT[0] in flags:
         # What its ranks hold together has the fingerprint of the checkpoint that it is exported to.
-        (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(end))
         convert("to-hf", tmp_path, tmp_path / "hf", "--like", tiny_checkpoint("bf16"))
         assert fingerprint_of_checkpoint(CheckpointReader(tmp_path / "hf")) == whole.weights
 
