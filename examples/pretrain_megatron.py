@@ -25,15 +25,12 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
-from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_args, get_tokenizer, pretrain, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from dsv3_plugin.errors import DSV3Error, EngineError
-from dsv3_plugin.megatron_backend import schedule
-from dsv3_plugin.megatron_backend.average import WeightAverage
 from dsv3_plugin.megatron_backend.provider import add_arguments, get_embedding_ranks, model_config
 from dsv3_plugin.megatron_backend.sft_dataset import SFTDataset
 
@@ -93,10 +90,6 @@ def forward_step(
     """One micro-batch, as Megatron's schedules call it; those that overlap communication ask for a plan of it. MTP's
     loss joins inside the model.
     """
-    args = get_args()
-    if args.report_recipe and model.training:
-        course = schedule.course_of(args)
-        course.follow(get_model_config(model), args.consumed_train_samples, args.moe_router_bias_update_rate)
     device = torch.cuda.current_device()
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     mask = batch["loss_mask"]
@@ -110,50 +103,6 @@ def forward_step(
         return total, tokens.int(), {"lm loss": torch.stack([total.detach(), tokens])}
 
     return output, loss_of
-
-
-def follow_the_report(args: argparse.Namespace) -> None:
-    """Say the course of `--report-recipe`, and let Megatron's loop take its learning rate from it."""
-    schedule.require_whole_micro_batches(args)
-    course = schedule.course_of(args)
-    if args.rank == 0:
-        print("\n".join(course.described(args.report_batch_size, args.moe_router_bias_update_rate)), flush=True)
-
-    def scheduler(optimizer: Any) -> schedule.CourseScheduler:
-        training.update_train_iters(args)
-        return schedule.CourseScheduler(
-            optimizer,
-            course,
-            args.weight_decay,
-            use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
-            override_opt_param_scheduler=args.override_opt_param_scheduler,
-        )
-
-    training.get_optimizer_param_scheduler = scheduler
-
-
-def keep_average(args: argparse.Namespace) -> None:
-    """Let Megatron's loop average the weights (`--ema-decay`), and save and load the average with the model."""
-    setup, save = training.setup_model_and_optimizer, training.save_checkpoint
-    kept: list[WeightAverage] = []
-
-    @wraps(setup)
-    def setup_and_average(*arguments: Any, **keywords: Any) -> Any:
-        model, optimizer, scheduler = setup(*arguments, **keywords)
-        average = WeightAverage(unwrap_model(model), args.ema_decay)
-        if args.iteration and not average.load(Path(args.load) / "ema", args.iteration) and args.rank == 0:
-            print(f"{args.load}/ema has no average of iteration {args.iteration}: it begins with the weights")
-        if optimizer is not None:
-            average.follow(optimizer)
-        kept.append(average)
-        return model, optimizer, scheduler
-
-    @wraps(save)
-    def save_both(iteration: int, *arguments: Any, **keywords: Any) -> None:
-        save(iteration, *arguments, **keywords)
-        kept[0].save(Path(args.save) / "ema", iteration)
-
-    training.setup_model_and_optimizer, training.save_checkpoint = setup_and_average, save_both
 
 
 def log_each_iteration_once() -> None:
@@ -179,10 +128,6 @@ def main() -> None:
         args = parse_and_validate_args(add_arguments)
         require_supported(args)
         log_each_iteration_once()
-        if args.report_recipe:
-            follow_the_report(args)
-        if args.ema_decay is not None:
-            keep_average(args)
         pretrain(
             pretrain_cfg_container_from_args(args, model_config(args)),
             datasets,

@@ -32,7 +32,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import EngineError
-from dsv3_plugin.megatron_backend import options, recipe, schedule
+from dsv3_plugin.megatron_backend import loop, options, recipe, schedule
 from dsv3_plugin.megatron_backend.adam import provide_precise_adam
 from dsv3_plugin.megatron_backend.config import megatron_arguments, of_model
 from dsv3_plugin.megatron_backend.model import DeepseekV3GPTModel, build_model
@@ -57,16 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--report-recipe",
         action="store_true",
-        help="for a script that follows megatron_backend.recipe: the course of the DeepSeek-V3 report (section 4.2)"
-        " over --train-samples: learning rate, growing batches, MTP's weight, the router's bias; and its other settings"
-        " as defaults. Without it all stay as their arguments say",
+        help="the course of the DeepSeek-V3 report (section 4.2) over --train-samples: learning rate, growing batches,"
+        " MTP's weight, the router's bias; and its other settings as defaults. Without it all stay as their arguments"
+        " say",
     )
     group.add_argument(
         "--ema-decay",
         type=float,
-        help="for a script with megatron_backend.average: keep an exponential moving average of the weights in the"
-        " CPU's memory and save it beside the run, in the folder ema of --save",
+        help="keep an exponential moving average of the weights in the CPU's memory and save it beside the run, in the"
+        " folder ema of --save",
     )
+    loop.extend()
     parse = parser.parse_known_args
 
     def parse_and_check(args: Any = None, namespace: Any = None, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:

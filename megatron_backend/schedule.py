@@ -1,7 +1,8 @@
-"""The report's course in Megatron's own training loop: its arguments, and the scheduler of its optimizer.
+"""The report's course in Megatron's terms: arguments of its command line, and the scheduler of its optimizer.
 
 Megatron's schedules end with a cosine; the report's last step of the learning rate is after it. So the scheduler is
-Megatron's with another function of the samples, and is saved and restored as Megatron does.
+Megatron's with another function of the samples, and is saved and restored as Megatron does. What else changes in the
+course of a run is in the model's configuration, where Megatron reads it at each step: the scheduler sets it there.
 """
 
 from __future__ import annotations
@@ -33,8 +34,20 @@ _OF_THE_COURSE = (
 class CourseScheduler(OptimizerParamScheduler):  # type: ignore[misc]
     """Megatron's, with the course's learning rate. `step(n)` counts n samples."""
 
-    def __init__(self, optimizer: Any, course: Course, weight_decay: float, **settings: Any) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        course: Course,
+        weight_decay: float,
+        *,
+        config: Any,
+        bias_update_rate: float,
+        **settings: Any,
+    ) -> None:
+        """`config` is the model's `TransformerConfig`, which changes in place; see `Course.follow`."""
         self.course = course
+        self.config = config
+        self.bias_update_rate = bias_update_rate
         super().__init__(
             optimizer,
             init_lr=0.0,
@@ -49,6 +62,11 @@ class CourseScheduler(OptimizerParamScheduler):  # type: ignore[misc]
             wd_incr_style="constant",
             **settings,
         )
+
+    def step(self, increment: int) -> None:
+        """Megatron's, and what the model's configuration says of the next step."""
+        super().step(increment)
+        self.course.follow(self.config, self.num_steps, self.bias_update_rate)
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
         """Of the next step, the same for all parameters."""
