@@ -76,6 +76,11 @@ def test_losses_and_bias_at_the_report_s_own_length() -> None:
     assert seen == [(0.3, 1e-3), (0.3, 1e-3), (0.1, 1e-3), (0.1, 1e-3), (0.1, 0.0)]
 
 
+def test_the_documentation_shows_the_report_s_own_course() -> None:
+    shown = (ROOT / "docs" / "megatron.md").read_text("utf-8")
+    assert "\n".join(REPORT.described(15_360, 1e-3)) in shown and f"--train-samples {REPORT.samples} " in shown
+
+
 @pytest.mark.parametrize(("samples", "largest"), [(740, 10), (148, 10), (1_000_003, 640)])
 def test_what_is_printed_is_what_happens(samples: int, largest: int) -> None:
     """The step of each change, found by counting one after the other."""
