@@ -2,7 +2,8 @@
 
 After a step the new weights are copied to the CPU on a stream of their own, and a thread folds them into the average,
 both while the next step's gradients are computed. Nothing of it reaches the model: a run with an average learns the
-bits of one without.
+bits of one without. Where ranks gather the weights during the next forward pass (`--overlap-param-gather`), they are
+whole when the next step begins, and are copied then: the step waits for the copy.
 
     average <- decay * average + (1 - decay) * weights        in fp32, each product and sum rounded once
 
@@ -44,15 +45,27 @@ class WeightAverage:
         self.stream = torch.cuda.Stream()
         self.thread = ThreadPoolExecutor(1, "weight average")
         self.folded: Future[None] | None = None
+        self.is_behind = False
 
-    def follow(self, optimizer: Any) -> None:
-        """From now on, average the weights that each step of Megatron's `optimizer` makes."""
+    def _catch_up(self) -> None:
+        """Average the last step's weights if that has not begun."""
+        if self.is_behind:
+            self.update()
+            self.is_behind = False
+
+    def follow(self, optimizer: Any, *, late: bool = False) -> None:
+        """From now on, average the weights that each step of Megatron's `optimizer` makes; `late`, if they are whole
+        when the next step begins or a checkpoint is saved, and not before.
+        """
         step = optimizer.step
 
         def step_and_average() -> Any:
+            self._catch_up()
             torch.cuda.current_stream().wait_stream(self.stream)  # the last copies, of what the step overwrites
             done = step()
-            self.update()
+            self.is_behind = True
+            if not late:
+                self._catch_up()
             return done
 
         optimizer.step = step_and_average
@@ -83,6 +96,7 @@ class WeightAverage:
 
     def save(self, folder: Path, iteration: int) -> None:
         """Write a checkpoint, all ranks together."""
+        self._catch_up()
         self.wait()
         latest = _of_iteration(folder, iteration)
         latest.mkdir(parents=True, exist_ok=True)

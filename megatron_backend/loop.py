@@ -66,7 +66,7 @@ def _setup_model_and_optimizer(original: Callable[..., Any], *arguments: Any, **
         average = WeightAverage(unwrap_model(model), args.ema_decay)
         if args.iteration and not average.load(Path(args.load) / "ema", args.iteration) and args.rank == 0:
             print(f"{args.load}/ema has no average of iteration {args.iteration}: it begins with the weights")
-        average.follow(optimizer)
+        average.follow(optimizer, late=args.overlap_param_gather)
         optimizer.weight_average = average
     return model, optimizer, scheduler
 

@@ -108,11 +108,6 @@ def _require_supported(args: argparse.Namespace) -> None:
     options.require_supported(vars(args), of_model(config, profile_for(config)), config)
     if args.ema_decay is not None and args.save is None:
         raise EngineError(f"ema_decay={args.ema_decay} without --save: nobody would see the average; give --save")
-    if args.ema_decay is not None and args.overlap_param_gather:
-        raise EngineError(
-            f"ema_decay={args.ema_decay} beside overlap_param_gather=True: after a step the weights are not whole on"
-            " any rank, and the average would take the last step's; leave one out"
-        )
     _require_weights(args)
 
 

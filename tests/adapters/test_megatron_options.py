@@ -78,7 +78,6 @@ NOT_THE_MODELS = (
     ("--max-position-embeddings", "64"),
     ("--position-embedding-type", "yarn"),
 )
-OVERLAPPED = "--overlap-grad-reduce", "--overlap-param-gather"
 REPORT = "--report-recipe", "--train-samples", "1000", "--global-batch-size", "10"
 REFUSED = (
     ("--fp16",),
@@ -105,7 +104,6 @@ REFUSED = (
     ("--main-params-dtype", "fp16", "--use-precision-aware-optimizer", "--use-distributed-optimizer"),
     ("--optimizer-cpu-offload",),
     ("--ema-decay", "0.999"),
-    ("--ema-decay", "0.999", "--save", "new", "--use-distributed-optimizer", *OVERLAPPED),
     ("--fp8-format", "hybrid"),
     ("--optimizer", "muon"),
     ("--rampup-batch-size", "2", "2", "12"),
@@ -126,7 +124,7 @@ HONOURED = (
     ("--use-distributed-optimizer", "--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16"),
     ("--ema-decay", "0.999", "--save", "new", *REPORT),
     ("--rotary-base", "10000", "--vocab-size", "1023", "--bf16"),
-    ("--use-distributed-optimizer", *OVERLAPPED),
+    ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
     ("--expert-model-parallel-size", "2", "--overlap-moe-expert-parallel-comm"),
 )
 # Of folders in the test's own; `hf` is a Hugging Face checkpoint, `run` one of Megatron, `empty` neither.

@@ -115,10 +115,32 @@ class Optimizer:
             parameter.mul_(1.5).sub_(0.01)
         return "done"
 
-def begin():
+class Late(Optimizer):  # what a step makes is gathered during the next forward pass
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        self.made = [parameter.clone() for parameter in self.chunk.parameters()]
+        for parameter in self.chunk.parameters():
+            parameter.fill_(7)
+
+    @torch.no_grad()
+    def gather(self):
+        for parameter, made in zip(self.chunk.parameters(), self.made):
+            parameter.copy_(made)
+
+def begin(kind=Optimizer):
     torch.manual_seed(0)
     chunk = Chunk(33, 17).bfloat16()
-    return chunk, Optimizer(chunk), WeightAverage([chunk], 0.9)
+    return chunk, kind(chunk), WeightAverage([chunk], 0.9)
+
+def run_late(late):
+    chunk, optimizer, average = begin(Late)
+    average.follow(optimizer, late=late)
+    for _ in range(8):
+        optimizer.step()
+        optimizer.gather()
+    average.save(Path(sys.argv[1]), 8)
+    return average.averages[0]["weight"]
 
 def run(steps, resume=None, broken=False):
     chunk, optimizer, average = begin()
@@ -154,6 +176,7 @@ for decay in 0.0, 1.0:
         refused.append(str(error))
 print("RESULT", json.dumps({
     "equal": torch.equal(found, expected), "resumed": torch.equal(found, resumed), "twin": torch.equal(found, twin),
+    "late": torch.equal(found, run_late(True)), "late twin": torch.equal(found, run_late(False)),
     "weights": torch.equal(found, weight.float()), "dtype": str(found.dtype), "refused": refused,
 }))
 """
@@ -163,4 +186,5 @@ def test_the_average_is_of_each_step_s_weights_however_late_it_is(tmp_path: Any)
     found = results(AVERAGE, tmp_path / "ema")
     assert found["equal"] and found["resumed"] and found["dtype"] == "torch.float32"
     assert not found["twin"] and not found["weights"]
+    assert found["late"] and not found["late twin"]
     assert [line.split(":")[0] for line in found["refused"]] == ["--ema-decay 0.0", "--ema-decay 1.0"]

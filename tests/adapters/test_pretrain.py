@@ -125,11 +125,20 @@ def test_an_embedding_that_is_added_to_the_head_is_caught(pretrain: Pretrain, pl
     assert found.losses != plain().losses
 
 
-def test_overlaps_change_no_bit(pretrain: Pretrain) -> None:
-    """Of gradients that are reduced and weights that are gathered while others are computed, in small buckets."""
-    expected, found = (pretrain(2, *flags, iterations=3) for flags in (SHARDED, OVERLAPPED))
-    assert found.weights.tensors and found.weights == expected.weights, found.printed[-3000:]
-    assert found.losses == expected.losses
+def test_overlaps_change_no_bit(pretrain: Pretrain, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """Of gradients that are reduced and weights that are gathered while others are computed, in small buckets; nor of
+    the weights' average, which waits for them.
+    """
+    runs, averages = [], []
+    for name, flags in ("plain", SHARDED), ("overlapped", OVERLAPPED):
+        average = "--ema-decay", 0.75, "--save", tmp_path / name, "--save-interval", 3
+        runs.append(pretrain(2, *flags, *average, iterations=3))
+        assert runs[-1].weights.tensors, runs[-1].printed[-3000:]
+        convert("to-hf", tmp_path / name / "ema", tmp_path / f"{name} average", "--like", tiny_checkpoint("bf16"))
+        averages.append(fingerprint_of_checkpoint(CheckpointReader(tmp_path / f"{name} average")))
+    expected, found = runs
+    assert found.weights == expected.weights and found.losses == expected.losses
+    assert averages[0] == averages[1] != found.weights
     # The twin: whoever reads a weight without waiting for it computes with the last step's, if it gets so far.
     stale = pretrain(2, *OVERLAPPED, iterations=3, without="waiting")
     assert stale.losses != expected.losses
