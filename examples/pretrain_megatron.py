@@ -25,24 +25,28 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
-from megatron.core.utils import get_model_config
 from megatron.training import get_args, get_tokenizer, pretrain, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from dsv3_plugin.errors import DSV3Error, EngineError
-from dsv3_plugin.megatron_backend import recipe
 from dsv3_plugin.megatron_backend.provider import add_arguments, get_embedding_ranks, model_config
+from dsv3_plugin.megatron_backend.sft_dataset import SFTDataset
 
-_NOT_READ = ("sft", "fim_data", "dataloader_inter_document_masking", "iterations_to_skip", "check_for_spiky_loss")
+_NOT_READ = {
+    "fim_data": "it would fill in other middles after a restart; examples/prepare_data.py does it once",
+    "dataloader_inter_document_masking": "--reset-position-ids --reset-attention-mask do that",
+    "iterations_to_skip": "leave it out",
+    "check_for_spiky_loss": "leave it out",
+}
 
 
 def require_supported(args: argparse.Namespace) -> None:
     """Raise `EngineError` for what `datasets` and `forward_step` do not look at."""
-    for name in _NOT_READ:
+    for name, instead in _NOT_READ.items():
         if getattr(args, name):
-            raise EngineError(f"examples/pretrain_megatron.py does not read {name}={getattr(args, name)}: leave it out")
+            raise EngineError(f"examples/pretrain_megatron.py does not read {name}={getattr(args, name)}: {instead}")
 
 
 def datasets(samples: Sequence[int], vp_stage: int | None = None) -> Any:
@@ -73,22 +77,25 @@ def datasets(samples: Sequence[int], vp_stage: int | None = None) -> Any:
         sequences_per_dataset=json.loads(Path(sequences).read_text()) if sequences else None,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(kind, samples, lambda: True, config).build()
 
 
 datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own samples
 
 
-def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """One micro-batch, as Megatron's schedules call it. MTP's loss joins inside the model."""
-    args = get_args()
-    if args.report_recipe and model.training:
-        recipe.follow(get_model_config(model), args.curr_iteration / args.train_iters, args.moe_router_bias_update_rate)
+def forward_step(
+    batches: Iterator[dict[str, torch.Tensor]], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
+    """One micro-batch, as Megatron's schedules call it; those that overlap communication ask for a plan of it. MTP's
+    loss joins inside the model.
+    """
     device = torch.cuda.current_device()
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     mask = batch["loss_mask"]
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=mask)
+    known = {"labels": batch["labels"], "loss_mask": mask, "padding_mask": batch.get("padding_mask")}
+    compute = model.build_schedule_plan if return_schedule_plan else model
+    output = compute(batch["tokens"], batch["position_ids"], None, **known)
 
     def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """The sum, over how many tokens it is, and both for the log."""

@@ -266,6 +266,7 @@ def train(arguments: argparse.Namespace) -> None:
         [model],
     )
     iterations = arguments.train_iters
+    course = recipe.Course(max(iterations, 1), arguments.lr)  # in iterations, of whatever batch
     warmup = max(1, int(arguments.lr_warmup_fraction * iterations))
     schedule = OptimizerParamScheduler(
         optimizer,
@@ -273,9 +274,9 @@ def train(arguments: argparse.Namespace) -> None:
         max_lr=arguments.lr,
         min_lr=arguments.min_lr,
         lr_warmup_steps=warmup,
-        lr_decay_steps=max(warmup + 1, round(recipe.LR_DECAY_ENDS * iterations)),
+        lr_decay_steps=max(warmup + 1, course.decay_ends),
         lr_decay_style="WSD",
-        wsd_decay_steps=round((recipe.LR_DECAY_ENDS - recipe.LR_DECAY_BEGINS) * iterations),
+        wsd_decay_steps=course.decay_ends - course.decay_begins,
         lr_wsd_decay_style="cosine",
         start_wd=arguments.weight_decay,
         end_wd=arguments.weight_decay,
@@ -289,7 +290,7 @@ def train(arguments: argparse.Namespace) -> None:
     forward_backward = get_forward_backward_func()
     last = min(iterations, first + (arguments.exit_interval or iterations))
     for iteration in range(first, last):
-        recipe.follow(config, iteration / iterations, arguments.moe_router_bias_update_rate)
+        course.follow(config, iteration, arguments.moe_router_bias_update_rate)
         update_num_microbatches(samples, consistency_check=False)
         batch = get_current_global_batch_size()
         model.zero_grad_buffer()

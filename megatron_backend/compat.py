@@ -93,7 +93,7 @@ _RECOMPUTED = ("layernorm", "mla_up_proj", "mlp", "moe", "shared_experts")
 
 
 def _require_recomputable(transformer_config: Any) -> None:
-    """Raise `EngineError` for a part that is not recomputed, or not without TransformerEngine."""
+    """Raise `EngineError` for a part that is not recomputed."""
     if transformer_config.recompute_granularity != "selective":
         return
     for name in transformer_config.recompute_modules:
@@ -102,9 +102,15 @@ def _require_recomputable(transformer_config: Any) -> None:
                 f"recompute_modules={name} is not supported, {', '.join(_RECOMPUTED)} are; attention's probabilities"
                 " are recomputed always"
             )
+
+
+def recompute_without_transformer_engine() -> None:
+    """Let norms be recomputed where TransformerEngine is missing.
+
+    `CheckpointWithoutOutput(fp8)` asks it whether it computes in FP8 unless `fp8` is None, and Megatron's layer, which
+    recomputes the norms, leaves the default of False. Here the default is None.
+    """
     from megatron.core.tensor_parallel import random
 
-    if "layernorm" in transformer_config.recompute_modules and not random.HAVE_TE:
-        raise EngineError(
-            "recompute_modules=layernorm needs TransformerEngine: Megatron-Core calls it whatever the dtype"
-        )
+    if not random.HAVE_TE:
+        random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)

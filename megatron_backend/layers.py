@@ -74,6 +74,9 @@ class CoreModule(MegatronModule):
             else:
                 make_trainable(parameter, config)
 
+    def backward_dw(self) -> None:
+        """Weight gradients are never delayed."""
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:

@@ -84,6 +84,37 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
         """
         if inference_context is not None or kwargs.get("inference_params") is not None:
             raise InputError("a trainer's model has no cache: it computes whole sequences")
+        position_ids, starts = self._sequences_begin(input_ids, position_ids, attention_mask, packed_seq_params)
+        return super().forward(
+            input_ids, position_ids, starts, decoder_input, labels, None, packed_seq_params, *args, **kwargs
+        )
+
+    def build_schedule_plan(
+        self,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Megatron's, for `--overlap-moe-expert-parallel-comm`: what `forward` would compute, in pieces.
+
+        Raises what `forward` does.
+        """
+        position_ids, starts = self._sequences_begin(input_ids, position_ids, attention_mask, packed_seq_params)
+        return super().build_schedule_plan(
+            input_ids, position_ids, starts, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+
+    def _sequences_begin(
+        self,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        packed_seq_params: Any,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Begin a pass: position_ids [b, s], and where its documents begin (`document_starts`)."""
         self.binding.sequences.begin()
         ranks = self.config.tensor_model_parallel_size
         if input_ids is not None and input_ids.shape[1] % ranks:
@@ -106,17 +137,7 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
                 require_packing(packed_seq_params, (input_ids.shape[0], input_ids.shape[1]))
             if attention_mask is not None:
                 raise InputError("packed sequences take no attention mask: attention is causal over each of them")
-        return super().forward(
-            input_ids,
-            position_ids,
-            attention_mask,
-            decoder_input,
-            labels,
-            None,
-            packed_seq_params,
-            *args,
-            **kwargs,
-        )
+        return position_ids, attention_mask
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Megatron's, under the keys of Megatron's own layers."""
@@ -146,6 +167,7 @@ def build_model(
     compat.require_whole_experts()
     require_embedding_group(transformer_config)
     restore_exactly()
+    compat.recompute_without_transformer_engine()
     device = compat.require_device()
     ops = differentiable(bind_ops(config, profile, device))
     if transformer_config.tensor_model_parallel_size > 1:

@@ -107,10 +107,12 @@ class LocalExperts(MegatronModule):
         return self.ep_group.rank() * self.num_local_experts
 
     def forward(
-        self, dispatched: torch.Tensor, tokens_per_expert: torch.Tensor, _probs: torch.Tensor
+        self, dispatched: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """dispatched [S, hidden] sorted by expert to [S, hidden]; the weights are applied where rows are combined."""
-        return self.core(dispatched.contiguous(), tokens_per_expert), None
+        rows = self.core(dispatched.contiguous(), tokens_per_expert)
+        # Megatron's schedule that overlaps communication asks for their gradient all the same.
+        return _BesideUnused.apply(rows, probs) if self.config.overlap_moe_expert_parallel_comm else rows, None
 
     def backward_dw(self) -> None:
         """Weight gradients are never delayed."""
@@ -135,6 +137,22 @@ class LocalExperts(MegatronModule):
         }
 
 
+class _BesideUnused(torch.autograd.Function):
+    """Rows as they are, beside a tensor whose gradient is then zero and not missing."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, unused: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Returns `rows`."""
+        ctx.save_for_backward(unused)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """Of both."""
+        (unused,) = ctx.saved_tensors
+        return gradient, torch.zeros_like(unused)
+
+
 class MoE(MoELayer):  # type: ignore[misc]
     """Megatron's layer, combining as the contract says."""
 
@@ -142,12 +160,21 @@ class MoE(MoELayer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.binding = binding
 
+    def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Megatron's. `probs` [s b k] are the weights of the rows that this rank sends, sorted by expert; they are kept
+        for `postprocess`. Under a schedule that overlaps communication they are this part's own: it cuts gradients at
+        the borders of parts, and frees what this one was given; a copy leads the gradient back there.
+        """
+        self.weights = probs.clone() if self.config.overlap_moe_expert_parallel_comm else probs
+        dispatched: tuple[torch.Tensor, torch.Tensor] = super().dispatch(hidden_states, probs)
+        return dispatched
+
     def postprocess(self, output: torch.Tensor, shared_expert_output: torch.Tensor | None) -> torch.Tensor:
         """output [s b k, hidden], this rank's rows as they came back from the experts; to [s, b, hidden]."""
         assert shared_expert_output is not None
         shape, routing_map = shared_expert_output.shape, self.token_dispatcher.routing_map
         topk_ids = routing_map.nonzero()[:, 1].contiguous().view(len(routing_map), -1)
         _, slots, _ = self.binding.ops[sort_by_expert](topk_ids, routing_map.shape[1])
-        weights = self.token_dispatcher.probs.gather(1, topk_ids)
+        weights = self.weights[slots]
         shared = shared_expert_output.reshape(-1, shape[-1])
         return self.binding.ops[combine](output, slots, weights, shared).view(shape)

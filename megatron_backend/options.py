@@ -58,12 +58,18 @@ OPTIONS = Options(
         attention_output_gate experimental_attention_variant use_mup apply_query_key_layer_scaling squared_relu
         quick_geglu openai_gelu activation_func_clamp_value window_size window_attn_skip_freq no_rope_freq
         linear_attention_freq moe_shared_expert_gate moe_latent_size moe_router_pre_softmax moe_apply_probs_on_input
-        mrope_section group_query_attention hybrid_layer_pattern hybrid_override_pattern mtp_hybrid_override_pattern
-        is_hybrid_model heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json
+        mrope_section group_query_attention heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json
         heterogeneous_block_specs hetereogenous_dist_checkpoint decoder_num_layers vision_pretraining
         biencoder_shared_query_context_model mtp_use_repeated_layer moe_router_topk_limited_devices
         fused_residual_rmsnorm use_fused_weighted_squared_relu
         """),
+    ),
+    refused(
+        "Megatron's own DeepSeek-V3 is a GPTModel; HybridModel's layers, attention and MLP apart, are other modules",
+        "hybrid_layer_pattern",
+        "hybrid_override_pattern",
+        "mtp_hybrid_override_pattern",
+        "is_hybrid_model",
     ),
     refused("the residual stream and the softmax are the model's", "glu_linear_offset", unless=(0.0, 0)),
     refused("attention has the plain softmax", "softmax_type", unless=("vanilla",)),
@@ -268,8 +274,13 @@ OPTIONS = Options(
         create_all_gather_group strict_fsdp_dtensor_load
         """),
     ),
-    refused("tokens travel by the all-to-all dispatcher", "moe_token_dispatcher_type", unless=("alltoall",)),
-    refused("tokens travel by the all-to-all dispatcher", "moe_enable_deepep"),
+    refused(
+        "flex (DeepEP, HybridEP) and allgather add up a token's experts rank by rank, rounded in between;"
+        " all-to-all brings the rows, which are added in the contract's order",
+        "moe_token_dispatcher_type",
+        unless=("alltoall",),
+    ),
+    refused("DeepEP adds up a token's experts rank by rank, rounded in between", "moe_enable_deepep"),
     irrelevant(
         "belongs to the flexible dispatcher, which is refused",
         *_names("""
@@ -279,10 +290,11 @@ OPTIONS = Options(
         moe_ncclep_zero_copy high_priority_a2a_comm_stream
         """),
     ),
+    honoured("one micro-batch computes while another's tokens travel", "overlap_moe_expert_parallel_comm"),
     refused(
-        "a layer of the core is one piece, which Megatron cannot interleave or take apart",
+        "a layer of the core is one piece, which Megatron cannot take apart",
         *_names("""
-        overlap_moe_expert_parallel_comm moe_shared_expert_overlap delay_wgrad_compute
+        moe_shared_expert_overlap delay_wgrad_compute
         overlap_dispatch_backward_with_experts_wgrad ep_overlap_early_attn_memory_release
         defer_embedding_wgrad_compute tp_comm_overlap use_ring_exchange_p2p
         """),
@@ -354,19 +366,20 @@ OPTIONS = Options(
         "apply_wd_to_qk_layernorm",
         "no_weight_decay_cond_type",
     ),
+    honoured("moments in bf16, by TransformerEngine's Adam or ours", "use_precision_aware_optimizer"),
     refused(
-        "needs TransformerEngine's Adam, which has not been tried",
-        "use_precision_aware_optimizer",
-        "optimizer_cpu_offload",
-    ),
-    refused(
-        "needs TransformerEngine's Adam, which has not been tried",
-        "main_grads_dtype",
-        "main_params_dtype",
+        "moments are fp32 or bf16",
         "exp_avg_dtype",
         "exp_avg_sq_dtype",
+        unless=("fp32", torch.float32, "bf16", torch.bfloat16),
+    ),
+    refused(
+        "main parameters and gradients are fp32, as in the report",
+        "main_grads_dtype",
+        "main_params_dtype",
         unless=("fp32", torch.float32),
     ),
+    refused("has not been tried", "optimizer_cpu_offload"),
     irrelevant(
         "belongs to an offloaded optimizer, which is refused",
         "optimizer_offload_fraction",
@@ -609,6 +622,13 @@ def require_supported(values: Mapping[str, Any], expected: Mapping[str, Any], co
         wrong.append(f"vocab_size={tokens} of the tokenizer, and the checkpoint's embedding holds {config.vocab_size}")
     if wrong:
         raise EngineError(f"these options of Megatron are not the model's: {'; '.join(wrong)}. Leave them out")
+    moments = [name for name in ("exp_avg_dtype", "exp_avg_sq_dtype") if values.get(name) in ("bf16", torch.bfloat16)]
+    precise, distributed = values.get("use_precision_aware_optimizer"), values.get("use_distributed_optimizer")
+    if (moments and not precise) or (precise and not distributed):
+        raise EngineError(
+            f"{moments[0] if moments else 'use_precision_aware_optimizer'}={values[moments[0]] if moments else True}"
+            " needs --use-precision-aware-optimizer and --use-distributed-optimizer"
+        )
     positions, mask = values.get("reset_position_ids"), values.get("reset_attention_mask")
     if bool(positions) != bool(mask):
         raise EngineError(

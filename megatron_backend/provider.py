@@ -32,7 +32,8 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import EngineError
-from dsv3_plugin.megatron_backend import options, recipe
+from dsv3_plugin.megatron_backend import loop, options, recipe, schedule
+from dsv3_plugin.megatron_backend.adam import provide_precise_adam
 from dsv3_plugin.megatron_backend.config import megatron_arguments, of_model
 from dsv3_plugin.megatron_backend.model import DeepseekV3GPTModel, build_model
 from dsv3_plugin.megatron_backend.pipeline import embedding_ranks
@@ -56,18 +57,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--report-recipe",
         action="store_true",
-        help="for a script that follows megatron_backend.recipe: weigh the MTP loss with 0.3 and, after 10 of 14.8"
-        " parts of the run, with 0.1; rest the router's bias after 14.3 (DeepSeek-V3 report, section 4.2). Without it"
-        " both stay as their arguments say",
+        help="the course of the DeepSeek-V3 report (section 4.2) over --train-samples: learning rate, growing batches,"
+        " MTP's weight, the router's bias; and its other settings as defaults. Without it all stay as their arguments"
+        " say",
     )
+    group.add_argument(
+        "--ema-decay",
+        type=float,
+        help="keep an exponential moving average of the weights in the CPU's memory and save it beside the run, in the"
+        " folder ema of --save",
+    )
+    loop.extend()
     parse = parser.parse_known_args
 
     def parse_and_check(args: Any = None, namespace: Any = None, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         words = sys.argv[1:] if args is None else list(args)
         if (folder := _hf_config(words)) is not None:
             parser.set_defaults(**megatron_arguments(DeepseekV3Config.from_pretrained(folder)))
+        of_report = {**recipe.SETTINGS, **schedule.OPTIMIZER} if "--report-recipe" in words else {}
+        before = {name: parser.get_default(name) for name in of_report}
+        parser.set_defaults(**of_report)
         parsed, unknown = parse(words, namespace, **kwargs)
+        parser.set_defaults(**before)
+        if parsed.report_recipe:
+            schedule.prepare(parsed, parser.get_default)
         _require_supported(parsed)
+        if parsed.use_precision_aware_optimizer:
+            provide_precise_adam()
         return parsed, unknown
 
     parser.parse_known_args = parse_and_check  # type: ignore[method-assign,assignment]
@@ -90,11 +106,8 @@ def _require_supported(args: argparse.Namespace) -> None:
         refuse_spec()
     config = DeepseekV3Config.from_pretrained(args.hf_config)
     options.require_supported(vars(args), of_model(config, profile_for(config)), config)
-    if args.report_recipe and args.mtp_loss_scaling_factor != recipe.MTP_LOSS_FACTOR:
-        raise EngineError(
-            f"mtp_loss_scaling_factor={args.mtp_loss_scaling_factor} beside --report-recipe, which begins with"
-            f" {recipe.MTP_LOSS_FACTOR}: leave one out"
-        )
+    if args.ema_decay is not None and args.save is None:
+        raise EngineError(f"ema_decay={args.ema_decay} without --save: nobody would see the average; give --save")
     _require_weights(args)
 
 
@@ -148,7 +161,7 @@ class DeepseekV3ModelBuilder(GPTModelBuilder):  # type: ignore[misc]
         if post_process is None:
             post_process = is_vp_last_stage(vp_stage, stages) and is_pp_last_stage(pg_collection.pp)
         model = build_model(config.hf_config, config.transformer, pre_process, post_process, vp_stage)
-        model.documents_share_rows = get_args().reset_position_ids
+        model.documents_share_rows = get_args().reset_position_ids or get_args().sft
         return model
 
 
@@ -176,7 +189,7 @@ def model_provider(
     described = model_config(args)
     assert described.hf_config is not None
     model = build_model(described.hf_config, config or described.transformer, pre_process, post_process, vp_stage)
-    model.documents_share_rows = args.reset_position_ids
+    model.documents_share_rows = args.reset_position_ids or args.sft
     return model
 
 

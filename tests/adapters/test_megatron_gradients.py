@@ -79,11 +79,9 @@ def test_megatrons_gradients_are_the_cores(tiny_checkpoint: TinyCheckpoint) -> N
 
 RECOMPUTED = """
 import sys
-from contextlib import nullcontext
-from types import SimpleNamespace
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import random
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import distributed as dist
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.fingerprint import fingerprint_of_checkpoint
@@ -92,14 +90,9 @@ from dsv3_plugin.megatron_backend.config import transformer_config
 from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.weights import fingerprint, load_checkpoint, save_checkpoint
 
-# Where TransformerEngine would be asked whether it computes in its own FP8.
-random.HAVE_TE = True
-random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
-random.activation_recompute_forward = random.fp8_autocast = lambda **_: nullcontext()
-
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 parallel_state.initialize_model_parallel(create_gloo_process_groups=True)
-random.model_parallel_cuda_manual_seed(0)
+model_parallel_cuda_manual_seed(0)
 reader = CheckpointReader(sys.argv[1])
 config = reader.config
 ids = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(3))

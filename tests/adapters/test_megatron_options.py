@@ -25,11 +25,13 @@ from dsv3_plugin.megatron_backend.provider import add_arguments
 from dsv3_plugin.options import Options
 from dsv3_plugin.profile import profile_for
 
+OURS = "hf_config", "report_recipe", "ema_decay"
+
 def main():
     checkpoint, cases = sys.argv[1], json.loads(sys.argv[2])
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     fields = [field.name for field in dataclasses.fields(MLATransformerConfig)]
-    arguments = [action.dest for action in parser._actions if action.dest not in ("hf_config", "report_recipe")]
+    arguments = [action.dest for action in parser._actions if action.dest not in OURS]
     config = DeepseekV3Config.from_pretrained(checkpoint)
     # The twin: a table without one of its rules.
     rules = [rule for rule in OPTIONS.rules.values() if "context_parallel_size" not in rule.names]
@@ -76,18 +78,32 @@ NOT_THE_MODELS = (
     ("--max-position-embeddings", "64"),
     ("--position-embedding-type", "yarn"),
 )
+REPORT = "--report-recipe", "--train-samples", "1000", "--global-batch-size", "10"
 REFUSED = (
     ("--fp16",),
     ("--attention-dropout", "0.5"),
     ("--hidden-dropout", "0.1"),
     ("--moe-latent-size", "32"),
+    ("--moe-token-dispatcher-type", "flex"),
+    ("--moe-enable-deepep",),
+    ("--delay-wgrad-compute",),
+    ("--hybrid-layer-pattern", "+-+E/+E"),
     ("--context-parallel-size", "2"),
     ("--moe-router-load-balancing-type", "sinkhorn"),
     ("--moe-router-load-balancing-type", "seq_aux_loss", "quantile_balancing"),
     ("--defer-embedding-wgrad-compute",),
     ("--use-megatron-fsdp",),
     ("--cross-entropy-loss-fusion",),
-    ("--mtp-loss-scaling-factor", "3.0", "--report-recipe"),
+    ("--mtp-loss-scaling-factor", "3.0", *REPORT),
+    ("--lr-warmup-samples", "10", *REPORT),
+    ("--min-lr", "1e-5", *REPORT),
+    ("--global-batch-size", "4", "--report-recipe", "--train-samples", "1000"),
+    ("--exp-avg-dtype", "bf16"),
+    ("--use-precision-aware-optimizer",),
+    ("--exp-avg-dtype", "fp16", "--use-precision-aware-optimizer", "--use-distributed-optimizer"),
+    ("--main-params-dtype", "fp16", "--use-precision-aware-optimizer", "--use-distributed-optimizer"),
+    ("--optimizer-cpu-offload",),
+    ("--ema-decay", "0.999"),
     ("--fp8-format", "hybrid"),
     ("--optimizer", "muon"),
     ("--rampup-batch-size", "2", "2", "12"),
@@ -104,9 +120,12 @@ HONOURED = (
     ("--moe-z-loss-coeff", "0.1"),
     ("--moe-router-load-balancing-type", "aux_loss", "seq_aux_loss", "--moe-aux-loss-coeff", "0.1", "0.1"),
     ("--mtp-loss-scaling-factor", "3.0"),
-    ("--reset-position-ids", "--reset-attention-mask", "--report-recipe"),
+    ("--reset-position-ids", "--reset-attention-mask", *REPORT),
+    ("--use-distributed-optimizer", "--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16"),
+    ("--ema-decay", "0.999", "--save", "new", *REPORT),
     ("--rotary-base", "10000", "--vocab-size", "1023", "--bf16"),
     ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    ("--expert-model-parallel-size", "2", "--overlap-moe-expert-parallel-comm"),
 )
 # Of folders in the test's own; `hf` is a Hugging Face checkpoint, `run` one of Megatron, `empty` neither.
 WITHOUT_WEIGHTS = {

@@ -1,4 +1,4 @@
-"""Training: growing batches, the report's course, converted checkpoints, Megatron's own loop, on-policy samples."""
+"""Training: converted checkpoints, Megatron's own loop, on-policy samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +13,13 @@ from conftest import TinyCheckpoint
 from megatron_programs import LOOP, PYTHON, convert, fresh, needs_megatron, printed, warm, weights
 from paths import ROOT, SUPPORT, TESTS
 
+from dsv3_plugin.conformance.texts import real_text
 from dsv3_plugin.errors import EngineError
-from dsv3_plugin.megatron_backend import compat, recipe
+from dsv3_plugin.megatron_backend import compat
 
 TRAIN = ROOT / "examples" / "train_megatron.py"
 ON_POLICY = ROOT / "examples" / "on_policy.py"
+PREPARE = ROOT / "examples" / "prepare_data.py"
 PRETRAIN = ROOT / "examples" / "pretrain_megatron.py"
 ON_CPU = TESTS / "pretrain_on_cpu.py"
 
@@ -35,35 +36,6 @@ def train(checkpoint: Path, *arguments: object) -> list[dict[str, str]]:
 def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
     assert a.keys() == b.keys()
     return {name for name in a if not torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))}
-
-
-# The report's course
-
-
-def test_the_report_s_course() -> None:
-    config = SimpleNamespace()
-    seen = []
-    for trillions in (0.0, 9.9, 10.1, 14.2, 14.4, 14.8):
-        recipe.follow(config, trillions / 14.8, 1e-3)
-        seen.append((config.mtp_loss_scaling_factor, config.moe_router_bias_update_rate))
-    assert seen == [(0.3, 1e-3), (0.3, 1e-3), (0.1, 1e-3), (0.1, 1e-3), (0.1, 0.0), (0.1, 0.0)]
-
-
-def test_batches_grow_as_megatron_s_older_argument_says() -> None:
-    """By its own rule: after c samples a batch has START + INCREMENT * floor(c * steps / SAMPLES)."""
-    assert recipe.batch_size_schedule(None, 8) == "0:8"
-    schedule = recipe.batch_size_schedule((16, 8, 300_000), 1024)
-    pairs = [tuple(map(int, step.split(":"))) for step in schedule.split()]
-    steps = (1024 - 16) // 8
-    for consumed in (0, 1, 2_380, 2_381, 150_000, 299_999, 300_000, 1_000_000):
-        expected = min(1024, 16 + 8 * (consumed * steps // 300_000))
-        assert [batch for first, batch in pairs if first <= consumed][-1] == expected, consumed
-
-
-@pytest.mark.parametrize("rampup", [(2, 4, 12), (2, 0, 12), (8, 2, 12), (16, 2, 12), (2, 2, 1)])
-def test_batches_that_cannot_grow_so_are_refused(rampup: tuple[int, int, int]) -> None:
-    with pytest.raises(EngineError, match="batches cannot grow"):
-        recipe.batch_size_schedule(rampup, 8)
 
 
 # The example
@@ -118,21 +90,6 @@ def test_what_cannot_work_is_one_line(
 # Megatron's own loop
 
 
-INDEX = """
-import sys
-from pathlib import Path
-import numpy
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from dsv3_plugin.conformance.texts import real_text, tokenize
-prefix = sys.argv[2]
-builder = IndexedDatasetBuilder(prefix + ".bin", dtype=numpy.uint16)
-tokens = torch.tensor(tokenize(real_text()[:20_000], Path(sys.argv[1])))
-builder.add_document(tokens, [len(tokens)])
-builder.finalize(prefix + ".idx")
-"""
-
-
 # A script that hands over a function in place of a configuration.
 PROVIDER = """
 import runpy
@@ -168,7 +125,9 @@ def test_megatron_s_own_loop_trains_the_model(tiny_checkpoint: TinyCheckpoint, t
     original = tiny_checkpoint("bf16")
     convert("to-megatron", original, tmp_path / "converted")
     data = tmp_path / "text"
-    done = warm("-c", INDEX, original, data)
+    text = tmp_path / "text.txt"
+    text.write_text(real_text()[:20_000])
+    done = warm(PREPARE, "pretrain", original, text, "--output", data, "--fim-rate", 0)
     assert done.returncode == 0, printed(done)[-2000:]
     provider = tmp_path / "provider.py"
     provider.write_text(PROVIDER.format(example=str(PRETRAIN)))

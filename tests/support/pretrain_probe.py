@@ -16,7 +16,7 @@ from paths import ROOT
 from torch import distributed as dist
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.megatron_backend import layers, model, optimizer, pipeline
+from dsv3_plugin.megatron_backend import layers, model, moe, optimizer, pipeline
 from dsv3_plugin.megatron_backend.weights import fingerprint
 
 EXAMPLE = ROOT / "examples" / "pretrain_megatron.py"
@@ -30,6 +30,9 @@ def break_property(name: str) -> None:
     elif name == "embedding":  # which stages share it
         model.require_embedding_group = lambda _: None
         pipeline.embedding_ranks = lambda ranks, _: [ranks[0], ranks[-1]]
+    elif name == "weights":  # of experts, whose gradient is the router's
+        dispatch = moe.MoE.dispatch
+        moe.MoE.dispatch = lambda self, rows, probs: dispatch(self, rows, probs.detach().requires_grad_())
     else:
         assert name == "steps"  # of Adam, which a checkpoint holds
         optimizer._own_steps = lambda _: None

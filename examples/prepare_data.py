@@ -1,0 +1,108 @@
+"""Writing texts or conversations as Megatron's indexed dataset, tokenized as DeepSeek-V3's report says.
+
+    python examples/prepare_data.py pretrain CHECKPOINT texts.jsonl more.txt --output TEXT
+    python examples/prepare_data.py sft CHECKPOINT conversations.jsonl --output CONVERSATIONS --longest 4096
+
+CHECKPOINT has the tokenizer. A line of a .jsonl file is a document, its `text`, or a conversation, its `messages`; any
+other file is one document. TEXT.bin and TEXT.idx are what `--data-path TEXT` of Megatron reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from dsv3_plugin.errors import DSV3Error, InputError
+from dsv3_plugin.megatron_backend.corpus import read_corpus
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The rates of fill-in-the-middle and of splitting are of pre-training alone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    pretrain, sft = kinds.add_parser("pretrain"), kinds.add_parser("sft")
+    for kind in (pretrain, sft):
+        kind.add_argument("checkpoint", type=Path)
+        kind.add_argument("files", type=Path, nargs="+")
+        kind.add_argument("--output", type=Path, required=True, help="a new file, without its ending")
+    pretrain.add_argument("--fim-rate", type=float, default=0.1)
+    pretrain.add_argument("--split-rate", type=float, default=0.0, help="of tokens of punctuation and line breaks")
+    pretrain.add_argument("--seed", type=int, default=1234)
+    sft.add_argument("--longest", type=int, required=True, help="leave out conversations of more tokens")
+    return parser.parse_args()
+
+
+def records(files: list[Path], key: str) -> Iterator[tuple[str, Any]]:
+    """(where, what is under `key`) of each line of each .jsonl file. Raises `InputError` for lines without."""
+    for file in files:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    yield f"{file}:{number}", json.loads(line)[key]
+                except (ValueError, KeyError, TypeError):
+                    raise InputError(f"{file}:{number}: is no JSON object with {key!r}") from None
+
+
+def texts(files: list[Path]) -> Iterator[str]:
+    """One after the other."""
+    for file in files:
+        if file.suffix == ".jsonl":
+            yield from (text for _, text in records([file], "text"))
+        else:
+            yield file.read_text("utf-8")
+
+
+def write(arguments: argparse.Namespace) -> str:
+    """Returns what was written, in words. Raises `InputError` for files that cannot be read or are there already."""
+    data, index = (Path(f"{arguments.output}{suffix}") for suffix in (".bin", ".idx"))
+    for file in (data, index):
+        if file.exists():
+            raise InputError(f"{file}: exists; name another --output")
+    rates = {name: value for name, value in vars(arguments).items() if name in ("fim_rate", "split_rate", "seed")}
+    corpus = read_corpus(arguments.checkpoint, **rates)
+    dtype = np.uint16 if corpus.tokenizer.get_vocab_size() <= 1 << 16 else np.int32
+    builder = IndexedDatasetBuilder(str(data), dtype=dtype, multimodal=arguments.kind == "sft")
+    documents = tokens = left_out = 0
+    if arguments.kind == "pretrain":
+        for text in texts(arguments.files):
+            ids = corpus.text(documents, text)
+            builder.add_document(torch.tensor(ids), [len(ids)])
+            documents, tokens = documents + 1, tokens + len(ids)
+    else:
+        for where, messages in records(arguments.files, "messages"):
+            try:
+                segments = corpus.conversation(messages)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
+            ids = list(chain.from_iterable(part for part, _ in segments))
+            if len(ids) > arguments.longest:
+                left_out += 1
+                continue
+            lengths, modes = [len(part) for part, _ in segments], [int(learned) for _, learned in segments]
+            builder.add_document(torch.tensor(ids), lengths, modes)
+            documents, tokens = documents + 1, tokens + len(ids)
+    builder.finalize(str(index))
+    said = f"{documents:,} documents, {tokens:,} tokens"
+    return said + (f"; {left_out:,} longer ones left out" if left_out else "")
+
+
+def main() -> None:
+    """Errors that are meant for the user are one line."""
+    arguments = parse_arguments()
+    try:
+        print(f"{arguments.output}: {write(arguments)}")
+    except (DSV3Error, OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
