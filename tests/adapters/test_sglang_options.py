@@ -29,8 +29,9 @@ def attempt(name, action):
     except EngineError as error:
         answers[name] = str(error)
 
+common = {"model_path": sys.argv[1], "device": "cpu", "attention_backend": "dsv3", "dtype": "bfloat16"}
+
 def start(device="cpu", **settings):
-    common = {"model_path": sys.argv[1], "device": "cpu", "attention_backend": "dsv3", "dtype": "bfloat16"}
     publish(ServerArgs(**common | settings), role="scheduler")
     if device == "cuda" and not settings["disable_cuda_graph"]:  # as on a GPU
         get_exec().graph.cuda_graph_config.prefill.backend = "breakable"
@@ -58,6 +59,26 @@ for name, device, settings in json.loads(sys.argv[2]):
     settings = {"disable_cuda_graph": True} | (chain if settings.pop("drafts", False) else {}) | settings
     attempt(name, lambda: start(device, **settings))
 attempt("tree of drafts", lambda: start(disable_cuda_graph=True, **speculative, speculative_eagle_topk=2))
+
+from dsv3_plugin.layout import Group, Layout
+
+alone, spread = Layout(), Layout(experts=Group(0, 2))
+over_peers = Layout(experts=Group(0, 2, peers=object()))
+stages = Layout(experts=Group(0, 2, peers=object()), layers=range(1))
+answers["graphs of ranks"] = {}
+for name, layout, reason, settings in (
+    ("alone", alone, None, {}),
+    ("over peers", over_peers, None, chain),
+    ("counted", over_peers, None, {"enable_eplb": True, "ep_size": 2, "tp_size": 2}),
+    ("stages", stages, None, {}),
+    ("spread", spread, "they are on several hosts", {}),
+):
+    publish(ServerArgs(**common | settings), role="scheduler")
+    decode = get_exec().graph.cuda_graph_config.decode
+    decode.backend, decode.bs = "full", [1, 2, 6]
+    tokens = compat.tokens_in_graphs(torch.device("cuda"))
+    compat.settle_graphs(torch.device("cuda"), layout, reason)
+    answers["graphs of ranks"][name] = [decode.backend, tokens, compat.tokens_in_graphs(torch.device("cuda"))]
 with patch.dict(os.environ, SGLANG_RETURN_ORIGINAL_LOGPROB="1"):
     attempt("environment", options.require_environment)
 attempt("no environment", options.require_environment)
@@ -141,6 +162,9 @@ def test_every_option_has_a_verdict(tiny_checkpoint, environment: str) -> None:
     assert answers["options"] > 400 and answers["refused"] > 90
     # The twin: an entry of the table removed.
     assert answers["unknown without a rule"] == ["enable_eplb"]
+    graphs = answers["graphs of ranks"]
+    assert (graphs["alone"], graphs["over peers"]) == (["full", 6, 6], ["full", 18, 18])  # with two drafts a request
+    assert graphs["counted"] == graphs["stages"] == graphs["spread"] == ["disabled", 6, 0]
     for name, (_, _, message) in settings.items():
         if message is None:
             assert answers[name] is None, (name, answers[name])
