@@ -17,8 +17,10 @@ from dsv3_plugin.vllm_backend.options import FLAGS, OPTIONS
 PROGRAM = """
 import json, sys
 from types import SimpleNamespace
-from vllm.config import VllmConfig
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from dsv3_plugin.layout import Group, Layout
 from dsv3_plugin.vllm_backend import model, options
 
 job = json.load(open(sys.argv[1]))
@@ -49,6 +51,13 @@ for mode in "raw_logprobs", "processed_logprobs":
         told["variables"][mode] = "none"
     except Exception as error:
         told["variables"][mode] = str(error)
+told["graphs of ranks"] = {}
+for name, peers in ("over peers", object()), ("spread", None):
+    layout = Layout(experts=Group(0, 2, peers=peers))
+    model.connected = lambda _, device, tokens: (layout, None if peers else f"no room for {tokens} tokens")
+    graphs = SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL, max_cudagraph_capture_size=24)
+    assert model._with_peers(Layout(experts=Group(0, 2)), torch.device("cuda"), graphs) is layout
+    told["graphs of ranks"][name] = graphs.cudagraph_mode.name
 print("TOLD " + json.dumps(told))
 """
 
@@ -122,6 +131,7 @@ def test_every_option_has_a_rule(
         {"model": bf16, "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
     ]
     told = ask(environment, [*served, *({"model": bf16} | start for start, _ in refused)], tmp_path)
+    assert told["graphs of ranks"] == {"over peers": "FULL", "spread": "NONE"}
 
     assert OPTIONS.unknown(told["options"]) == []
     assert FLAGS.unknown(told["flags"]) == []
