@@ -34,6 +34,9 @@ class Difference:
     right: float
     ulps: int
     """Representable numbers between the two, in the row's dtype."""
+    left_bits: str
+    """The pattern, in hexadecimal digits."""
+    right_bits: str
 
     def describe(self) -> str:
         """For the report."""
@@ -144,10 +147,7 @@ def _order_of(streams: list[str]) -> Any:
 
 def _compare_stream(stream: str, left: RowFile, right: RowFile) -> tuple[int, int, Difference | None]:
     """(equal, different, first difference) of the rows that both sides have."""
-    row_of: dict[Key, list[int]] = {}
-    for i, key in enumerate(left.keys(stream)):
-        row_of.setdefault(key, []).append(i)
-    pairs = [(i, j) for j, key in enumerate(right.keys(stream)) for i in row_of.get(key, ())]
+    pairs = matched_rows(stream, left, right)
     if not pairs:
         return 0, 0, None
     left_values, right_values = left.values(stream), right.values(stream)
@@ -166,9 +166,17 @@ def _compare_stream(stream: str, left: RowFile, right: RowFile) -> tuple[int, in
     return len(pairs) - len(different), len(different), first
 
 
+def matched_rows(stream: str, left: RowFile, right: RowFile) -> list[tuple[int, int]]:
+    """Each pair of rows of the same tokens, by their places on both sides; in the right side's order."""
+    row_of: dict[Key, list[int]] = {}
+    for i, key in enumerate(left.keys(stream)):
+        row_of.setdefault(key, []).append(i)
+    return [(i, j) for j, key in enumerate(right.keys(stream)) for i in row_of.get(key, ())]
+
+
 def bits(x: torch.Tensor) -> torch.Tensor:
-    """The bit patterns of a float tensor, as integers of its width."""
-    return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
+    """The bit patterns of a tensor, as integers of its width."""
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def first_difference(stream: str, request: int, position: int, left: torch.Tensor, right: torch.Tensor) -> Difference:
@@ -176,7 +184,8 @@ def first_difference(stream: str, request: int, position: int, left: torch.Tenso
     column = int((bits(left) != bits(right)).nonzero()[0])
     a, b = left[column], right[column]
     ulps = abs(_ordinal(a) - _ordinal(b))
-    return Difference(stream, request, position, column, a.item(), b.item(), ulps)
+    patterns = (f"0x{int(bits(x)) % (1 << 8 * x.element_size()):0{2 * x.element_size()}x}" for x in (a, b))
+    return Difference(stream, request, position, column, a.item(), b.item(), ulps, *patterns)
 
 
 def _ordinal(x: torch.Tensor) -> int:

@@ -85,6 +85,16 @@ def layer_streams(num_hidden_layers: int) -> list[str]:
     return [*streams, "norm"]
 
 
+ROUTER_CHOICES = ("/moe_router.0", "/route.0")
+"""Ends of the streams that hold the chosen experts."""
+
+
+def operation_of(stream: str) -> str | None:
+    """The operation whose output a stream holds, `MODULE/OPERATION[@CALL][.OUTPUT]`; None of a module's."""
+    _, slash, op = stream.partition("/")
+    return op.partition(".")[0].partition("@")[0] if slash else None
+
+
 class LayerRecorder:
     """Records the modules of a model that names them as `DeepseekV3Model` does, by forward hooks, in whatever engine.
 
