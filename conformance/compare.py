@@ -8,6 +8,7 @@ comes after it follows from it.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dsv3_plugin.conformance.protocol import Case, RequestResult, prefix_digest
-from dsv3_plugin.conformance.rows import layer_streams
+from dsv3_plugin.conformance.rows import ORDER, layer_streams
 from dsv3_plugin.errors import ConformanceError
 
 Key = tuple[int, int]
@@ -81,7 +82,9 @@ class RowFile:
         try:
             self._file: Any = safe_open(file, framework="pt")
             names = set(self._file.keys())
-            self.streams = sorted(name for name in names if f"{name}.prefix" in names)
+            order = json.loads((self._file.metadata() or {}).get(ORDER, "[]"))
+            streams = sorted(name for name in names if f"{name}.prefix" in names)
+            self.streams = [name for name in order if name in streams] or streams
             for stream in self.streams:
                 rows, *_ = self._file.get_slice(stream).get_shape()
                 of_rows = [f"{stream}.{what}" for what in ("request", "position", "prefix")]
@@ -133,9 +136,14 @@ def rows_alone(name: str, sides: dict[str, RowFile]) -> int:
 
 
 def _order_of(streams: list[str]) -> Any:
-    """Sort differences by position, then by the order in which modules run; logits and drafts last."""
+    """Sort differences by position, then by the order in which modules run; logits and drafts last.
+
+    A file tells the order of its streams only where operations are among them, which have no other.
+    """
     layers = sum(1 for stream in streams if stream.startswith("layers.") and stream.count(".") == 1)
-    rank = {stream: i for i, stream in enumerate([*layer_streams(layers), "logits"])}
+    of_main = [stream for stream in streams if not stream.startswith("mtp.")]
+    ordered = of_main if any("/" in stream for stream in streams) else [*layer_streams(layers), "logits"]
+    rank = {stream: i for i, stream in enumerate(ordered)}
 
     def order(difference: Difference) -> tuple[int, int, int]:
         # A draft's position includes the token after the one that the main model was at.

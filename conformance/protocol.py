@@ -14,8 +14,11 @@ rows of different engines can be matched whatever their schedules. A tensor file
 
 Streams: `logits`; `mtp.0`, `mtp.1`, ... (the draft's logits of each draft step; position and prefix include the next
 token, which the draft saw); `embed_tokens`, `layers.{i}.self_attn`, `layers.{i}.mlp`, `layers.{i}`, `norm` (the main
-model's modules in the order in which they run). On standard output a testee prints progress as lines `DSV3-PROGRESS
-{"case": ...}`; everything else that it prints goes to a log.
+model's modules in the order in which they run); where the job asks for `operations`, what each of them computes
+(`taps`), integers and fp8 patterns as uint8 among them. A file's metadata may tell the order of its streams.
+
+On standard output a testee prints progress as lines `DSV3-PROGRESS {"case": ...}`; everything else that it prints goes
+to a log.
 
 The protocol has a version, MAJOR.MINOR. A new minor one adds fields that have defaults, and kinds of streams: whoever
 reads an older message finds the defaults, whoever reads a newer one passes over what it does not know. Anything else
@@ -141,6 +144,8 @@ class Job(_Message):
     """Where the model runs; on another kind of device the bits are others."""
     block_size: int
     cases: tuple[Case, ...]
+    operations: bool = False
+    """Whether streams of each operation's outputs are wanted too (`taps`); a testee that has none leaves them out."""
 
 
 TopLogprobs = tuple[tuple[int, float], ...]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from dsv3_plugin.conformance.protocol import prefix_digest
+
+ORDER = "streams"
+"""In a tensor file's metadata: its streams in the order in which they were first computed, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class RowRecorder:
 
     def save(self, file: Path) -> None:
         """Write the tensor file of the protocol."""
+        order = json.dumps(list(self._values))
         tensors: dict[str, torch.Tensor] = {}
         for stream, values in self._values.items():
             keys = self._keys[stream]
@@ -74,7 +80,7 @@ class RowRecorder:
             tensors[f"{stream}.request"] = torch.tensor([key.request for key in keys], dtype=torch.int32)
             tensors[f"{stream}.position"] = torch.tensor([key.position for key in keys], dtype=torch.int32)
             tensors[f"{stream}.prefix"] = torch.tensor([key.prefix for key in keys], dtype=torch.int64)
-        save_file(tensors, file)
+        save_file(tensors, file, {ORDER: order})
 
 
 def layer_streams(num_hidden_layers: int) -> list[str]:
@@ -85,14 +91,12 @@ def layer_streams(num_hidden_layers: int) -> list[str]:
     return [*streams, "norm"]
 
 
-ROUTER_CHOICES = ("/moe_router.0", "/route.0")
-"""Ends of the streams that hold the chosen experts."""
+class Pass(NamedTuple):
+    """A forward pass that is recorded: where to, and which rows of it, by their keys."""
 
-
-def operation_of(stream: str) -> str | None:
-    """The operation whose output a stream holds, `MODULE/OPERATION[@CALL][.OUTPUT]`; None of a module's."""
-    _, slash, op = stream.partition("/")
-    return op.partition(".")[0].partition("@")[0] if slash else None
+    recorder: RowRecorder
+    keys: Sequence[RowKey]
+    rows: Sequence[int]
 
 
 class LayerRecorder:
@@ -110,6 +114,10 @@ class LayerRecorder:
         for stream in layer_streams(num_hidden_layers):
             if stream in modules:  # else another pipeline stage has it
                 modules[stream].register_forward_hook(self._hook(stream))
+
+    def current(self) -> Pass | None:
+        """The pass that runs."""
+        return None if self.keys is None else Pass(self.recorder, self.keys, range(len(self.keys)))
 
     def _hook(self, stream: str):  # type: ignore[no-untyped-def]
         def record(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:

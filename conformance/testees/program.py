@@ -99,6 +99,8 @@ def main(make_testee: MakeTestee, make_rank: Callable[[Job, RankOf], Testee] | N
         layout, job = ParallelLayout.parse(options.layout), read_job(options.job_dir)
         if layout == ONE_RANK:
             run_job(make_testee, job, options.result_dir)
+        elif job.operations:
+            raise ConformanceError(f"--layout {layout}: operations are recorded on one rank only")
         elif make_rank is None:
             raise ConformanceError(f"--layout {layout}: this testee runs on one rank only")
         elif options.rank is None:

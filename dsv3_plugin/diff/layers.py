@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dsv3_plugin.conformance.compare import Comparison, Difference, RowFile, bits, compare_case, matched_rows
-from dsv3_plugin.conformance.rows import ROUTER_CHOICES, operation_of
+from dsv3_plugin.conformance.taps import ROUTER_CHOICES, operation_of
 from dsv3_plugin.diff.sides import Side
 from dsv3_plugin.diff.steps import Step, counted
 
