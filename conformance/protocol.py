@@ -135,6 +135,18 @@ class Case(_Message):
         return any(request.temperature > 0 for request in self.requests)
 
 
+class Capture(_Message):
+    """A call of an operation to be saved, arguments and all (`calls`), in `call_file`: that of the first pass of a case
+    that has the row in question.
+    """
+
+    case: str
+    stream: str
+    """Of the operation, as `taps` names it, with or without the number of an output."""
+    prefix: int
+    """Of the row."""
+
+
 class Job(_Message):
     """What a testee is asked to do."""
 
@@ -146,6 +158,8 @@ class Job(_Message):
     cases: tuple[Case, ...]
     operations: bool = False
     """Whether streams of each operation's outputs are wanted too (`taps`); a testee that has none leaves them out."""
+    capture: Capture | None = None
+    """A call to save, by a testee that answers with operations."""
 
 
 TopLogprobs = tuple[tuple[int, float], ...]
@@ -239,6 +253,11 @@ def write_message(message: Job | Result, folder: Path) -> None:
 def tensor_file(result_dir: Path, case_name: str) -> Path:
     """Where a case's rows are."""
     return result_dir / f"{case_name}.safetensors"
+
+
+def call_file(result_dir: Path) -> Path:
+    """Where the call is that a job wants captured."""
+    return result_dir / "call.safetensors"
 
 
 def specification_file(result_dir: Path, case_name: str) -> Path:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from dsv3_plugin.conformance.calls import Call
 from dsv3_plugin.conformance.protocol import prefix_digest
 
 ORDER = "streams"
@@ -57,6 +58,8 @@ class RowRecorder:
     def __init__(self) -> None:
         self._values: dict[str, list[torch.Tensor]] = {}
         self._keys: dict[str, list[RowKey]] = {}
+        self.call: Call | None = None
+        """The call that the job wants, once it was made."""
 
     def add(self, stream: str, keys: Sequence[RowKey], values: torch.Tensor) -> None:
         """Add rows values [len(keys), width] to a stream. They are copied: an engine may reuse its buffers."""

@@ -7,6 +7,7 @@ what experts computed is put back to the tokens that it is of, in ascending orde
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsv3_plugin.conformance.calls import Call
+from dsv3_plugin.conformance.protocol import Capture
 from dsv3_plugin.conformance.rows import Pass
 from dsv3_plugin.ops.permute import permute, permute_fp8, sort_by_expert
 from dsv3_plugin.ops.router import moe_router, route
@@ -35,6 +38,7 @@ def operation_of(stream: str) -> str | None:
 class OperationRecorder:
     """Taps the operations of `model`, whose modules are named as those of `DeepseekV3Model`; `rename` gives a stream of
     another model such a name, or None where the main model has none like it. `current` tells which pass is recorded.
+    The call that `capture` names is left with its recorder.
     """
 
     def __init__(
@@ -43,7 +47,11 @@ class OperationRecorder:
         ops: Ops,
         current: Callable[[], Pass | None],
         rename: Callable[[str], str | None] = lambda stream: stream,
+        capture: Capture | None = None,
     ) -> None:
+        self.capture = capture
+        self.setting = ops.setting
+        self.kernels = {choice.op: str(choice) for choice in ops.provenance}
         self.current = current
         self.slots: torch.Tensor | None = None
         """Of the layer's last `sort_by_expert`: the row of each token's experts, int64 [T, k]."""
@@ -71,13 +79,14 @@ class OperationRecorder:
             calls[op.name] += 1
             if (stream := self.rename(f"{module}/{op.name}{call}")) is not None:
                 self._record(current, op, stream, out)
+                self._capture(current, op, stream, args, kwargs, out)
         return out
 
     def _record(self, current: Pass, op: AnyOperation, stream: str, out: Any) -> None:
         if op is sort_by_expert:  # it numbers the rows of one batch
             self.slots = out[1]
             return
-        by_expert = op in (permute, permute_fp8) or _EXPERTS in stream
+        by_expert = _is_by_expert(op, stream)
         several = isinstance(out, tuple)
         for i, value in enumerate(out if several else (out,)):
             rows = value.view(torch.uint8) if value.dtype == torch.float8_e4m3fn else value
@@ -87,6 +96,28 @@ class OperationRecorder:
                 rows = rows[self.slots]
             if len(rows) > max(current.rows, default=0):
                 current.recorder.add(f"{stream}.{i}" if several else stream, current.keys, _pick(rows, current.rows))
+
+    def _capture(self, current: Pass, op: AnyOperation, stream: str, args: Any, kwargs: Any, out: Any) -> None:
+        wanted = self.capture
+        if wanted is None or current.recorder.call is not None or not _is_of(wanted.stream, stream):
+            return
+        row = next((r for r, key in zip(current.rows, current.keys, strict=True) if key.prefix == wanted.prefix), None)
+        if row is not None:
+            kernel = self.kernels.get(op.name, "")
+            rows = (row,)
+            if self.slots is not None and _is_by_expert(op, stream):
+                rows = tuple(self.slots[row].tolist())
+            current.recorder.call = Call.of(op, args, kwargs, out, rows=rows, setting=self.setting, kernel=kernel)
+
+
+def _is_by_expert(op: AnyOperation, stream: str) -> bool:
+    """Whether the outputs' rows are sorted by expert."""
+    return op in (permute, permute_fp8) or _EXPERTS in stream
+
+
+def _is_of(wanted: str, stream: str) -> bool:
+    """Whether a wanted stream is that of an operation, or of one of its outputs."""
+    return wanted == stream or bool(re.fullmatch(re.escape(stream) + r"\.\d+", wanted))
 
 
 def _pick(rows: torch.Tensor, wanted: Any) -> torch.Tensor:

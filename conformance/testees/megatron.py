@@ -68,7 +68,7 @@ class MegatronTestee:
         self.device = compat.require_device()
         self.watch = _Watch(self.gpt, self.config.num_hidden_layers, self.stages)
         if job.operations:
-            OperationRecorder(self.gpt, self.gpt.binding.ops, self.watch.current, _stream)
+            OperationRecorder(self.gpt, self.gpt.binding.ops, self.watch.current, _stream, job.capture)
 
     def versions(self) -> dict[str, str]:
         """Megatron-Core's."""

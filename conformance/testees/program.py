@@ -24,6 +24,7 @@ from dsv3_plugin.conformance.protocol import (
     RequestResult,
     Result,
     Served,
+    call_file,
     read_job,
     specification_file,
     tensor_file,
@@ -133,6 +134,8 @@ def run_job(make_testee: MakeTestee, job: Job, result_dir: Path) -> None:
             outcome = testee.run(case)
         seconds = time.monotonic() - started
         outcome.recorder.save(tensor_file(result_dir, case.name))
+        if outcome.recorder.call is not None and job.capture is not None and job.capture.case == case.name:
+            outcome.recorder.call.save(call_file(result_dir))
         if outcome.specification is not None:
             outcome.specification.save(specification_file(result_dir, case.name))
         cases.append(

@@ -158,7 +158,7 @@ class ReferenceTestee:
         self.block_size = job.block_size
         self.layers = LayerRecorder(self.model.model, self.config.num_hidden_layers)
         if job.operations:
-            OperationRecorder(self.model.model, self.ops, self.layers.current)
+            OperationRecorder(self.model.model, self.ops, self.layers.current, capture=job.capture)
 
     def versions(self) -> dict[str, str]:
         """Nothing beyond what every testee reports."""

@@ -136,7 +136,7 @@ class SglangTestee:
         if self.scheduler.disable_radix_cache or not mixed:
             raise ConformanceError("SGLang switched the radix cache or mixed chunks off; the cases need both")
         self.num_speculative_tokens = num_speculative_tokens
-        self.observer = Observer(self.scheduler, job.operations)
+        self.observer = Observer(self.scheduler, job)
         self._served.append(self.observer.served())
 
     def stop_engine(self) -> None:
@@ -360,12 +360,12 @@ def _pairs(request: Request, token_ids: Any, logprobs: Any) -> tuple[TopLogprobs
 class Observer:
     """Watches the models of a scheduler's workers."""
 
-    def __init__(self, scheduler: Any, operations: bool) -> None:
+    def __init__(self, scheduler: Any, job: Job) -> None:
         self.outcome: program.Outcome | None = None
         self.target = Watched(scheduler.tp_worker.model_runner.model, 0)
-        if operations and self.target.layers is not None:
+        if job.operations and self.target.layers is not None:
             model = self.target.model
-            OperationRecorder(model.model, model.ops, self.target.layers.current)
+            OperationRecorder(model.model, model.ops, self.target.layers.current, capture=job.capture)
         self.draft: Watched | None = None
         if scheduler.draft_worker is not None:
             self.draft = Watched(scheduler.draft_worker.draft_worker.draft_runner.model, 1)

@@ -179,7 +179,7 @@ class VllmTestee:
         runner = core.model_executor.driver_worker.worker.model_runner
         if self.rank.layout.pp > 1:
             send_prompt_logprobs(runner)
-        self.observer = Observer(runner, self.job.operations)
+        self.observer = Observer(runner, self.job)
         self._served.append(self.observer.served())
 
     def stop_engine(self) -> None:
@@ -290,9 +290,9 @@ def _logprobs(
 class Observer:
     """Watches a vLLM model runner and its drafter."""
 
-    def __init__(self, runner: Any, operations: bool) -> None:
+    def __init__(self, runner: Any, job: Job) -> None:
         self.runner = runner
-        self.operations = operations
+        self.job = job
         self.outcome: program.Outcome | None = None
         self.seen = TokenTracker()
         self.seen_by_draft = TokenTracker()
@@ -340,8 +340,8 @@ class Observer:
         layers = None
         if is_ours(model):
             layers = LayerRecorder(model.model, model.config.num_hidden_layers)
-            if self.operations:
-                OperationRecorder(model.model, model.ops, layers.current)
+            if self.job.operations:
+                OperationRecorder(model.model, model.ops, layers.current, capture=self.job.capture)
         # Not by hooks: vLLM's own models have a `__call__` that passes them by.
         model.forward = partial(self._target_forward, model.forward)
         model.compute_logits = partial(self._target_logits, model.compute_logits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -78,6 +78,8 @@ def compare(left: Side, right: Side, device: str = "cpu") -> Diff:
 
     Raises `DiffError` where they have nothing in common.
     """
+    if left.name == right.name:
+        left, right = replace(left, name=f"{left.name} (first)"), replace(right, name=f"{right.name} (second)")
     pairs = matched(left, right)
     steps = (
         compare_inputs(left, right, pairs),
@@ -143,14 +145,14 @@ def _figures(summary: dict[str, Any]) -> Table:
         if len(summary[what]) > 1:
             columns |= {f"{label} {name}": found for name, found in summary[what].items()}
     table = Table(title="Log-probabilities, a of the first side and b of the second", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
     table.add_column("")
     table.add_row("tokens", *(f"{found['tokens']:,}" for found in columns.values()))
     table.add_row("exactly equal", *(_share(found) for found in columns.values()))
     for name, meaning in FIGURES.items():
-        table.add_row(name, *(f"{found[name]:.3g}" if name in found else "" for found in columns.values()), meaning)
+        table.add_row(name, *(f"{found[name]:.6g}" if name in found else "" for found in columns.values()), meaning)
     return table
 
 
