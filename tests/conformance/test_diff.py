@@ -16,11 +16,11 @@ from paths import SUPPORT
 from wrong_kernel import wrong_kernel
 
 from dsv3_plugin import registry
+from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.calls import Call, read_call
 from dsv3_plugin.conformance.compare import RowFile
 from dsv3_plugin.conformance.programs import Program, Progress
 from dsv3_plugin.conformance.protocol import Case, Job, Request, call_file, read_job
-from dsv3_plugin.conformance.runner import TesteeCommand
 from dsv3_plugin.conformance.taps import operation_of
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.conformance.testees.reference import ReferenceTestee
@@ -96,7 +96,7 @@ def diff(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Diff]
 
     def run(checkpoint: Path, other: Make) -> Diff:
         made["other"] = other
-        commands = [TesteeCommand(name, ()) for name in made]
+        commands = [runner.TesteeCommand(name, ()) for name in made]
         return testees.diff_testees(commands, checkpoint, CASE, lambda name, what: None, keep=tmp_path / "kept")
 
     return run
