@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.calls import read_call
-from dsv3_plugin.conformance.cases import BLOCK_SIZE, fit, make_cases
+from dsv3_plugin.conformance.cases import BLOCK_SIZE
 from dsv3_plugin.conformance.compare import Difference
 from dsv3_plugin.conformance.programs import Program, Progress, run_programs, work_folder
 from dsv3_plugin.conformance.protocol import (
@@ -26,7 +26,7 @@ from dsv3_plugin.conformance.protocol import (
     prefix_digest,
     write_message,
 )
-from dsv3_plugin.conformance.runner import TesteeCommand, select
+from dsv3_plugin.conformance.runner import TesteeCommand, cases_of, select
 from dsv3_plugin.conformance.taps import operation_of
 from dsv3_plugin.conformance.texts import real_text, tokenize
 from dsv3_plugin.conformance.validate import require_answers
@@ -39,26 +39,29 @@ from dsv3_plugin.errors import DiffError
 
 PROMPT_TOKENS = 61
 """Of the prompt where none is given: a number that no weight's size is."""
+MOST_TOKENS, SPARE = 512, 8
+"""Positions for which the suite starts engines, and how many of them a prompt leaves free."""
 _FIRST, _AGAIN = "first", "again"
 
 
 def make_case(checkpoint: Path, prompt: str | None, case: str | None) -> Case:
     """What the testees run: a case of the suite, or a prompt, of which every position's logits are wanted.
 
-    Raises `ConformanceError` where there is no such case or no tokenizer, `DiffError` for a prompt of no tokens.
+    Raises `ConformanceError` where there is no such case or no tokenizer, `CheckpointError` for a broken checkpoint,
+    `DiffError` for a prompt without tokens or with too many.
     """
-    config = CheckpointReader(checkpoint).config
-    token_ids = tokenize(real_text() if prompt is None else prompt, checkpoint)
+    reader = CheckpointReader(checkpoint)
+    reader.validate()
     if case is not None:
-        cases = make_cases(token_ids, with_mtp=config.num_nextn_predict_layers == 1)
-        (found,) = fit(select(cases, [case]), config.max_position_embeddings)
-        return found
-    if not token_ids:
-        raise DiffError("--prompt: no tokens in it")
-    length = PROMPT_TOKENS if prompt is None else len(token_ids)
-    request = Request(prompt_token_ids=tuple(token_ids[:length]), max_tokens=1, prompt_logprobs=True, top_logprobs=1)
-    made = Case(name="prompt", title="one prompt", rounds=((request,),), prompt_logits=True)
-    return fit([made], config.max_position_embeddings)[0]
+        return select(cases_of(reader), [case])[0]
+    token_ids = tokenize(real_text() if prompt is None else prompt, checkpoint)
+    if prompt is None:
+        token_ids = token_ids[:PROMPT_TOKENS]
+    most = min(MOST_TOKENS, reader.config.max_position_embeddings) - SPARE
+    if not 0 < len(token_ids) <= most:
+        raise DiffError(f"--prompt: {len(token_ids)} tokens; the testees take 1 to {most} of this model")
+    request = Request(prompt_token_ids=tuple(token_ids), max_tokens=1, prompt_logprobs=True, top_logprobs=1)
+    return Case(name="prompt", title="one prompt", rounds=((request,),), prompt_logits=True)
 
 
 def diff_testees(

@@ -172,6 +172,9 @@ def test_a_call_is_told_by_what_concerns_its_token() -> None:
     assert text.startswith("not silu_and_mul itself: what it is given differs: gate_up at (0, 5): ")
 
 
+BOTH = ("diff", "--testee", "reference", "--testee", "core", "--checkpoint", "TINY")
+
+
 class TestCommandLine:
     """What a user types."""
 
@@ -208,9 +211,18 @@ class TestCommandLine:
             (("diff", "--testee", "reference"), "error: --testee A --testee B needs --checkpoint, and no other sides"),
             (("diff", "a", "b"), "error: a: neither a dump, which has samples.jsonl, nor a testee's results"),
             (("replay", "a"), "error: a: no saved call of an operation"),
+            ((*BOTH, "--prompt", ""), "error: --prompt: 0 tokens; the testees take 1 to 504 of this model"),
+            ((*BOTH, "--prompt", 600 * "a b"), "error: --prompt: 1800 tokens; the testees take 1 to 504 of this model"),
+            ((*BOTH, "--case", "sleep"), "error: --case sleep: unknown; this checkpoint has prefill"),
+            (
+                (*BOTH, "--testee", "x=y"),
+                "error: two testees with different names are compared, not reference, core, x;",
+            ),
+            ((*BOTH[:3], *BOTH[-2:]), "error: two testees with different names are compared, not reference;"),
         ],
     )
-    def test_bad_input_is_one_line(self, arguments: tuple[str, ...], message: str, monkeypatch, capsys) -> None:
-        assert run_cli(monkeypatch, *arguments) == 2
+    def test_bad_input_is_one_line(self, arguments, message: str, tiny_checkpoint, monkeypatch, capsys) -> None:
+        checkpoint = str(tiny_checkpoint("bf16"))
+        assert run_cli(monkeypatch, *(checkpoint if word == "TINY" else word for word in arguments)) == 2
         said = capsys.readouterr().err
         assert said.startswith(message) and len(said.strip().splitlines()) == 1
