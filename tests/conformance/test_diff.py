@@ -27,8 +27,9 @@ from dsv3_plugin.conformance.testees.reference import ReferenceTestee
 from dsv3_plugin.diff import testees
 from dsv3_plugin.diff.calls import blame, differences
 from dsv3_plugin.diff.report import Diff
+from dsv3_plugin.ops.linear import linear
 from dsv3_plugin.ops.silu_and_mul import silu_and_mul
-from dsv3_plugin.profile import FP32
+from dsv3_plugin.profile import BF16, FP32
 
 PROMPT = Request(prompt_token_ids=(3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5), max_tokens=1, prompt_logprobs=True)
 CASE = Case(name="prompt", title="a prompt", rounds=((PROMPT,),), prompt_logits=True)
@@ -170,6 +171,26 @@ def test_a_call_is_told_by_what_concerns_its_token() -> None:
     is_itself, text = blame(call(x), call(same_row), ("a", "b"))
     assert not is_itself
     assert text.startswith("not silu_and_mul itself: what it is given differs: gate_up at (0, 5): ")
+
+
+def test_a_call_of_a_card_is_made_again_by_its_model(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Without a card: a CPU's definition is another one, which the twin shows."""
+    x = 4 * torch.randn(3, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    setting = registry.Setting("cuda", "sm90", BF16, (9, 0))
+    made = registry.definitions("sm90")[linear.name].run(x, weight, out_dtype=torch.float32)
+    for name, out in ("card", made), ("cpu", linear(x, weight, out_dtype=torch.float32)):
+        call = Call.of(
+            linear, (x, weight), {"out_dtype": torch.float32}, out, rows=(0,), setting=setting, kernel="deep_gemm 2"
+        )
+        call.save(tmp_path / name)
+    assert run_cli(monkeypatch, "replay", tmp_path / "card") == 0
+    printed = capsys.readouterr().out
+    assert "card: linear, computed by deep_gemm 2" in printed
+    assert "the contract's definition on sm90: gives what was recorded, every bit" in printed
+    if not torch.cuda.is_available():
+        assert "no other kernel is tried" in printed
+    assert run_cli(monkeypatch, "replay", tmp_path / "cpu") == 1
 
 
 BOTH = ("diff", "--testee", "reference", "--testee", "core", "--checkpoint", "TINY")
