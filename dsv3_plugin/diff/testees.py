@@ -7,7 +7,6 @@ with its arguments, so that an operation is told from what it is given.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,8 +84,7 @@ def diff_testees(
     job = Job(
         checkpoint=str(checkpoint.resolve()), device=device, block_size=BLOCK_SIZE, cases=(case,), operations=True
     )
-    with ExitStack() as stack:
-        work_dir = stack.enter_context(work_folder(keep))
+    with work_folder(keep) as work_dir:
         left, right = _run(job, testees, work_dir / _FIRST, progress)
         diff = compare(left, right, device)
         layers = diff.steps[-1]
