@@ -8,6 +8,7 @@ comes after it follows from it.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dsv3_plugin.conformance.protocol import Case, RequestResult, prefix_digest
-from dsv3_plugin.conformance.rows import layer_streams
+from dsv3_plugin.conformance.rows import ORDER, layer_streams
 from dsv3_plugin.errors import ConformanceError
 
 Key = tuple[int, int]
@@ -34,6 +35,9 @@ class Difference:
     right: float
     ulps: int
     """Representable numbers between the two, in the row's dtype."""
+    left_bits: str
+    """The pattern, in hexadecimal digits."""
+    right_bits: str
 
     def describe(self) -> str:
         """For the report."""
@@ -78,7 +82,9 @@ class RowFile:
         try:
             self._file: Any = safe_open(file, framework="pt")
             names = set(self._file.keys())
-            self.streams = sorted(name for name in names if f"{name}.prefix" in names)
+            order = json.loads((self._file.metadata() or {}).get(ORDER, "[]"))
+            streams = sorted(name for name in names if f"{name}.prefix" in names)
+            self.streams = [name for name in order if name in streams] or streams
             for stream in self.streams:
                 rows, *_ = self._file.get_slice(stream).get_shape()
                 of_rows = [f"{stream}.{what}" for what in ("request", "position", "prefix")]
@@ -130,9 +136,14 @@ def rows_alone(name: str, sides: dict[str, RowFile]) -> int:
 
 
 def _order_of(streams: list[str]) -> Any:
-    """Sort differences by position, then by the order in which modules run; logits and drafts last."""
+    """Sort differences by position, then by the order in which modules run; logits and drafts last.
+
+    A file tells the order of its streams only where operations are among them, which have no other.
+    """
     layers = sum(1 for stream in streams if stream.startswith("layers.") and stream.count(".") == 1)
-    rank = {stream: i for i, stream in enumerate([*layer_streams(layers), "logits"])}
+    of_main = [stream for stream in streams if not stream.startswith("mtp.")]
+    ordered = of_main if any("/" in stream for stream in streams) else [*layer_streams(layers), "logits"]
+    rank = {stream: i for i, stream in enumerate(ordered)}
 
     def order(difference: Difference) -> tuple[int, int, int]:
         # A draft's position includes the token after the one that the main model was at.
@@ -144,10 +155,7 @@ def _order_of(streams: list[str]) -> Any:
 
 def _compare_stream(stream: str, left: RowFile, right: RowFile) -> tuple[int, int, Difference | None]:
     """(equal, different, first difference) of the rows that both sides have."""
-    row_of: dict[Key, list[int]] = {}
-    for i, key in enumerate(left.keys(stream)):
-        row_of.setdefault(key, []).append(i)
-    pairs = [(i, j) for j, key in enumerate(right.keys(stream)) for i in row_of.get(key, ())]
+    pairs = matched_rows(stream, left, right)
     if not pairs:
         return 0, 0, None
     left_values, right_values = left.values(stream), right.values(stream)
@@ -166,9 +174,17 @@ def _compare_stream(stream: str, left: RowFile, right: RowFile) -> tuple[int, in
     return len(pairs) - len(different), len(different), first
 
 
+def matched_rows(stream: str, left: RowFile, right: RowFile) -> list[tuple[int, int]]:
+    """Each pair of rows of the same tokens, by their places on both sides; in the right side's order."""
+    row_of: dict[Key, list[int]] = {}
+    for i, key in enumerate(left.keys(stream)):
+        row_of.setdefault(key, []).append(i)
+    return [(i, j) for j, key in enumerate(right.keys(stream)) for i in row_of.get(key, ())]
+
+
 def bits(x: torch.Tensor) -> torch.Tensor:
-    """The bit patterns of a float tensor, as integers of its width."""
-    return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
+    """The bit patterns of a tensor, as integers of its width."""
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def first_difference(stream: str, request: int, position: int, left: torch.Tensor, right: torch.Tensor) -> Difference:
@@ -176,7 +192,8 @@ def first_difference(stream: str, request: int, position: int, left: torch.Tenso
     column = int((bits(left) != bits(right)).nonzero()[0])
     a, b = left[column], right[column]
     ulps = abs(_ordinal(a) - _ordinal(b))
-    return Difference(stream, request, position, column, a.item(), b.item(), ulps)
+    patterns = (f"0x{int(bits(x)) % (1 << 8 * x.element_size()):0{2 * x.element_size()}x}" for x in (a, b))
+    return Difference(stream, request, position, column, a.item(), b.item(), ulps, *patterns)
 
 
 def _ordinal(x: torch.Tensor) -> int:

@@ -14,8 +14,11 @@ rows of different engines can be matched whatever their schedules. A tensor file
 
 Streams: `logits`; `mtp.0`, `mtp.1`, ... (the draft's logits of each draft step; position and prefix include the next
 token, which the draft saw); `embed_tokens`, `layers.{i}.self_attn`, `layers.{i}.mlp`, `layers.{i}`, `norm` (the main
-model's modules in the order in which they run). On standard output a testee prints progress as lines `DSV3-PROGRESS
-{"case": ...}`; everything else that it prints goes to a log.
+model's modules in the order in which they run); where the job asks for `operations`, what each of them computes
+(`taps`), integers and fp8 patterns as uint8 among them. A file's metadata may tell the order of its streams.
+
+On standard output a testee prints progress as lines `DSV3-PROGRESS {"case": ...}`; everything else that it prints goes
+to a log.
 
 The protocol has a version, MAJOR.MINOR. A new minor one adds fields that have defaults, and kinds of streams: whoever
 reads an older message finds the defaults, whoever reads a newer one passes over what it does not know. Anything else
@@ -132,6 +135,18 @@ class Case(_Message):
         return any(request.temperature > 0 for request in self.requests)
 
 
+class Capture(_Message):
+    """A call of an operation to be saved, arguments and all (`calls`), in `call_file`: that of the first pass of a case
+    that has the row in question.
+    """
+
+    case: str
+    stream: str
+    """Of the operation, as `taps` names it, with or without the number of an output."""
+    prefix: int
+    """Of the row."""
+
+
 class Job(_Message):
     """What a testee is asked to do."""
 
@@ -141,6 +156,10 @@ class Job(_Message):
     """Where the model runs; on another kind of device the bits are others."""
     block_size: int
     cases: tuple[Case, ...]
+    operations: bool = False
+    """Whether streams of each operation's outputs are wanted too (`taps`); a testee that has none leaves them out."""
+    capture: Capture | None = None
+    """A call to save, by a testee that answers with operations."""
 
 
 TopLogprobs = tuple[tuple[int, float], ...]
@@ -234,6 +253,11 @@ def write_message(message: Job | Result, folder: Path) -> None:
 def tensor_file(result_dir: Path, case_name: str) -> Path:
     """Where a case's rows are."""
     return result_dir / f"{case_name}.safetensors"
+
+
+def call_file(result_dir: Path) -> Path:
+    """Where the call is that a job wants captured."""
+    return result_dir / "call.safetensors"
 
 
 def specification_file(result_dir: Path, case_name: str) -> Path:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from dsv3_plugin.conformance.calls import Call
 from dsv3_plugin.conformance.protocol import prefix_digest
+
+ORDER = "streams"
+"""In a tensor file's metadata: its streams in the order in which they were first computed, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class RowRecorder:
     def __init__(self) -> None:
         self._values: dict[str, list[torch.Tensor]] = {}
         self._keys: dict[str, list[RowKey]] = {}
+        self.call: Call | None = None
+        """The call that the job wants, once it was made."""
 
     def add(self, stream: str, keys: Sequence[RowKey], values: torch.Tensor) -> None:
         """Add rows values [len(keys), width] to a stream. They are copied: an engine may reuse its buffers."""
@@ -67,6 +75,7 @@ class RowRecorder:
 
     def save(self, file: Path) -> None:
         """Write the tensor file of the protocol."""
+        order = json.dumps(list(self._values))
         tensors: dict[str, torch.Tensor] = {}
         for stream, values in self._values.items():
             keys = self._keys[stream]
@@ -74,7 +83,7 @@ class RowRecorder:
             tensors[f"{stream}.request"] = torch.tensor([key.request for key in keys], dtype=torch.int32)
             tensors[f"{stream}.position"] = torch.tensor([key.position for key in keys], dtype=torch.int32)
             tensors[f"{stream}.prefix"] = torch.tensor([key.prefix for key in keys], dtype=torch.int64)
-        save_file(tensors, file)
+        save_file(tensors, file, {ORDER: order})
 
 
 def layer_streams(num_hidden_layers: int) -> list[str]:
@@ -83,6 +92,14 @@ def layer_streams(num_hidden_layers: int) -> list[str]:
     for i in range(num_hidden_layers):
         streams += [f"layers.{i}.self_attn", f"layers.{i}.mlp", f"layers.{i}"]
     return [*streams, "norm"]
+
+
+class Pass(NamedTuple):
+    """A forward pass that is recorded: where to, and which rows of it, by their keys."""
+
+    recorder: RowRecorder
+    keys: Sequence[RowKey]
+    rows: Sequence[int]
 
 
 class LayerRecorder:
@@ -100,6 +117,10 @@ class LayerRecorder:
         for stream in layer_streams(num_hidden_layers):
             if stream in modules:  # else another pipeline stage has it
                 modules[stream].register_forward_hook(self._hook(stream))
+
+    def current(self) -> Pass | None:
+        """The pass that runs."""
+        return None if self.keys is None else Pass(self.recorder, self.keys, range(len(self.keys)))
 
     def _hook(self, stream: str):  # type: ignore[no-untyped-def]
         def record(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:

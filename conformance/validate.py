@@ -14,6 +14,7 @@ import torch
 from dsv3_plugin.conformance.compare import RowFile, missing_rows
 from dsv3_plugin.conformance.layouts import ParallelLayout
 from dsv3_plugin.conformance.protocol import Case, CaseResult, Job, RequestResult, Result, read_result, tensor_file
+from dsv3_plugin.conformance.taps import operation_of
 from dsv3_plugin.errors import ConformanceError
 
 
@@ -90,7 +91,10 @@ def _of_rows(case: Case, rows: RowFile) -> Iterator[str]:
     """Rows that no request can have."""
     for stream in rows.streams:
         values = rows.values(stream)
-        if values.dtype not in (torch.float32, torch.bfloat16) or values.dim() != 2:
+        kinds = [torch.float32, torch.bfloat16]
+        if operation_of(stream) is not None:
+            kinds += [torch.int64, torch.int32, torch.uint8]
+        if values.dtype not in kinds or values.dim() != 2:
             yield f"{stream} is {values.dtype} of shape {tuple(values.shape)}, expected fp32 or bf16 [rows, width]"
         requests = {request for request, _ in rows.keys(stream)}
         if wrong := sorted(request for request in requests if not 0 <= request < len(case.requests)):

@@ -32,3 +32,7 @@ class EngineError(DSV3Error):
 
 class ConformanceError(DSV3Error):
     """A conformance run cannot be carried out: a testee is missing, crashed, or broke the protocol."""
+
+
+class DiffError(DSV3Error):
+    """Two sides of `dsv3 diff` cannot be read, or have nothing in common."""

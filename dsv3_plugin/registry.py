@@ -9,7 +9,7 @@ way the choice is recorded: `Ops.provenance` says what really runs, and why the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, get_args
@@ -94,6 +94,13 @@ class Choice:
         }
 
 
+class Observe(Protocol):
+    """What stands in the place of a kernel (`Ops.tap`)."""
+
+    def __call__(self, op: AnyOperation, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """What the kernel `run` of `op` gives for these arguments."""
+
+
 class MasterWeights(Protocol):
     """How a trainer multiplies with FP8 weights that it holds in the profile's dtype; each call quantizes anew."""
 
@@ -119,7 +126,7 @@ class Ops:
     setting: Setting
     mode: Mode
     provenance: tuple[Choice, ...]
-    kernels: Mapping[AnyOperation, Callable[..., Any]]
+    kernels: dict[AnyOperation, Callable[..., Any]]
     """One an operation, with the signature of its declaration."""
     slices: Slices
     """Of the products that tensor-parallel ranks share, those that this process holds."""
@@ -133,6 +140,13 @@ class Ops:
     def with_kernel(self, op: Operation[P, R], run: Callable[P, R]) -> Ops:
         """The same with another kernel of one operation."""
         return replace(self, kernels={**self.kernels, op: run})
+
+    def tap(self, observe: Observe) -> None:
+        """From now on call `observe` in the place of each kernel, wherever these kernels are bound: in a model that is
+        built already, and in its relatives with other `slices`. A CUDA graph that was captured before replays without.
+        """
+        for op, run in self.kernels.items():
+            self.kernels[op] = partial(observe, op, run)
 
     @property
     def scale_format(self) -> ScaleFormat:

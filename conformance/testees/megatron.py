@@ -11,6 +11,7 @@ On several ranks (`--layout`) each of them computes all sequences, those of data
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,9 @@ from torch import distributed as dist
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.layouts import ALONE, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, RequestResult, Served, prefix_digest
-from dsv3_plugin.conformance.rows import RowKey, RowRecorder, layer_streams
+from dsv3_plugin.conformance.rows import Pass, RowKey, RowRecorder, layer_streams
 from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
+from dsv3_plugin.conformance.taps import OperationRecorder
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.engines import class_name
 from dsv3_plugin.megatron_backend import compat
@@ -65,6 +67,8 @@ class MegatronTestee:
         self.ranks = settings.tensor_model_parallel_size
         self.device = compat.require_device()
         self.watch = _Watch(self.gpt, self.config.num_hidden_layers, self.stages)
+        if job.operations:
+            OperationRecorder(self.gpt, self.gpt.binding.ops, self.watch.current, _stream, job.capture)
 
     def versions(self) -> dict[str, str]:
         """Megatron-Core's."""
@@ -166,7 +170,7 @@ class MegatronTestee:
         draft_rows: list[_Row],
     ) -> None:
         """A training step's forward pass over input_ids and positions [b, s], of which `rows` are recorded."""
-        self.watch.start(rows, draft_rows)
+        self.watch.start(rows, draft_rows, is_packed=packing is not None)
         self.stages.run(self.gpt, input_ids, lambda: self.model(input_ids, positions, None, packed_seq_params=packing))
         self.watch.stop()
 
@@ -250,6 +254,7 @@ class _Watch:
         self.recorder: RowRecorder | None = None
         self.sequence_parallel = gpt.config.sequence_parallel
         self.rows: dict[str, list[_Row]] = {}
+        self.is_packed = False
         self.head_calls: Iterator[str] = itertools.repeat("")
         self.with_mtp: bool = gpt.mtp_process
         if stages.is_first:
@@ -264,11 +269,19 @@ class _Watch:
             gpt.output_layer.register_forward_hook(self._record_head)
         self.streams = layer_streams(num_hidden_layers)
 
-    def start(self, rows: list[_Row], draft_rows: list[_Row]) -> None:
+    def start(self, rows: list[_Row], draft_rows: list[_Row], *, is_packed: bool) -> None:
         """A pass begins: which rows of the main model and of MTP are wanted."""
+        self.is_packed = is_packed
         self.rows = dict.fromkeys([*self.streams, "logits"], rows) | {"mtp.0": draft_rows}
         # Megatron runs the head for MTP first. While tokens are generated nothing is recorded.
         self.head_calls = iter(("mtp.0", "logits") if self.with_mtp else ("logits",))
+
+    def current(self) -> Pass | None:
+        """The pass that runs, if its activations [s, 1, ...] are tokens one after the other."""
+        rows = self.rows.get("norm")
+        if not rows or not self.is_packed or self.recorder is None:
+            return None
+        return Pass(self.recorder, [row.key for row in rows], [row.s for row in rows])
 
     def stop(self) -> None:
         """The pass is over."""
@@ -301,6 +314,25 @@ class _Watch:
 
     def _record_head(self, module: Any, args: Any, output: Any) -> None:
         self._add(next(self.head_calls), output)
+
+
+# What the servers call the same numbers. Megatron adds its residuals itself, and sorts experts' rows in its dispatcher.
+_STREAMS = (
+    (r"decoder\.final_layernorm/rms_norm", "norm/add_rms_norm.1"),
+    (r"decoder\.layers\.0\.input_layernorm/rms_norm", "layers.0.input_layernorm/rms_norm"),
+    (r"decoder\.layers\.0\.pre_mlp_layernorm/rms_norm", "layers.0/add_rms_norm.1"),
+    (r"decoder\.(layers\.\d+)\.input_layernorm/rms_norm", r"\1/add_rms_norm.1"),
+    (r"decoder\.(layers\.\d+)\.pre_mlp_layernorm/rms_norm", r"\1/add_rms_norm@1.1"),
+    (r"decoder\.(layers\.\d+)\.mlp\.router/route", r"\1.mlp.gate/moe_router"),
+    (r"decoder\.(layers\.\d+)\.self_attention\.core(.*)", r"\1.self_attn\2"),
+    (r"decoder\.(layers\.\d+\.mlp\.shared_experts)\.core(.*)", r"\1\2"),
+    (r"decoder\.(layers\.\d+\.mlp)(?:\.core)?((?:\.gate_up_proj|\.down_proj)?/.*)", r"\1\2"),
+)
+
+
+def _stream(name: str) -> str | None:
+    found = ((re.fullmatch(pattern, name), ours) for pattern, ours in _STREAMS)
+    return next((match.expand(ours) for match, ours in found if match is not None), None)
 
 
 def _sizes(rank: RankOf) -> dict[str, int]:

@@ -24,6 +24,7 @@ from dsv3_plugin.conformance.protocol import (
     RequestResult,
     Result,
     Served,
+    call_file,
     read_job,
     specification_file,
     tensor_file,
@@ -99,6 +100,8 @@ def main(make_testee: MakeTestee, make_rank: Callable[[Job, RankOf], Testee] | N
         layout, job = ParallelLayout.parse(options.layout), read_job(options.job_dir)
         if layout == ONE_RANK:
             run_job(make_testee, job, options.result_dir)
+        elif job.operations:
+            raise ConformanceError(f"--layout {layout}: operations are recorded on one rank only")
         elif make_rank is None:
             raise ConformanceError(f"--layout {layout}: this testee runs on one rank only")
         elif options.rank is None:
@@ -131,6 +134,8 @@ def run_job(make_testee: MakeTestee, job: Job, result_dir: Path) -> None:
             outcome = testee.run(case)
         seconds = time.monotonic() - started
         outcome.recorder.save(tensor_file(result_dir, case.name))
+        if outcome.recorder.call is not None and job.capture is not None and job.capture.case == case.name:
+            outcome.recorder.call.save(call_file(result_dir))
         if outcome.specification is not None:
             outcome.specification.save(specification_file(result_dir, case.name))
         cases.append(

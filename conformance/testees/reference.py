@@ -24,6 +24,7 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.protocol import Case, Job, Request, Served, prefix_digest
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
+from dsv3_plugin.conformance.taps import OperationRecorder
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.engines import class_name
 from dsv3_plugin.layers.attend import Select, attend_to_itself, attend_to_pages, select_all
@@ -156,6 +157,8 @@ class ReferenceTestee:
             load_weights(self.model, self.config, dequantize_weights(reader, lambda name: True), part="main")
         self.block_size = job.block_size
         self.layers = LayerRecorder(self.model.model, self.config.num_hidden_layers)
+        if job.operations:
+            OperationRecorder(self.model.model, self.ops, self.layers.current, capture=job.capture)
 
     def versions(self) -> dict[str, str]:
         """Nothing beyond what every testee reports."""

@@ -29,6 +29,7 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.layouts import ALONE, ParallelLayout, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
+from dsv3_plugin.conformance.taps import OperationRecorder
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.engines import class_name, is_ours
 from dsv3_plugin.errors import ConformanceError
@@ -135,7 +136,7 @@ class SglangTestee:
         if self.scheduler.disable_radix_cache or not mixed:
             raise ConformanceError("SGLang switched the radix cache or mixed chunks off; the cases need both")
         self.num_speculative_tokens = num_speculative_tokens
-        self.observer = Observer(self.scheduler)
+        self.observer = Observer(self.scheduler, job)
         self._served.append(self.observer.served())
 
     def stop_engine(self) -> None:
@@ -338,7 +339,7 @@ def answered(request: Request, req: Any) -> RequestResult:
         # The prompt's first token has none.
         of_prompt = {
             "prompt_logprobs": tuple(said.input_token_logprobs_val[1:]),
-            "prompt_top_logprobs": _pairs(request, said.input_top_logprobs_idx[1:], said.input_top_logprobs_val[1:]),
+            "prompt_top_logprobs": _pairs(request, said.input_top_logprobs_idx, said.input_top_logprobs_val)[1:],
         }
     return RequestResult(
         token_ids=request.prompt_token_ids + tokens,
@@ -359,9 +360,12 @@ def _pairs(request: Request, token_ids: Any, logprobs: Any) -> tuple[TopLogprobs
 class Observer:
     """Watches the models of a scheduler's workers."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, job: Job) -> None:
         self.outcome: program.Outcome | None = None
         self.target = Watched(scheduler.tp_worker.model_runner.model, 0)
+        if job.operations and self.target.layers is not None:
+            model = self.target.model
+            OperationRecorder(model.model, model.ops, self.target.layers.current, capture=job.capture)
         self.draft: Watched | None = None
         if scheduler.draft_worker is not None:
             self.draft = Watched(scheduler.draft_worker.draft_worker.draft_runner.model, 1)

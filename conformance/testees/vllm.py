@@ -37,6 +37,7 @@ from dsv3_plugin.conformance.cases import TOP_LOGPROBS
 from dsv3_plugin.conformance.layouts import ALONE, ONE_RANK, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, TokenTracker, pick
+from dsv3_plugin.conformance.taps import OperationRecorder
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.errors import ConformanceError, DSV3Error
 from dsv3_plugin.vllm_backend import compat
@@ -178,7 +179,7 @@ class VllmTestee:
         runner = core.model_executor.driver_worker.worker.model_runner
         if self.rank.layout.pp > 1:
             send_prompt_logprobs(runner)
-        self.observer = Observer(runner)
+        self.observer = Observer(runner, self.job)
         self._served.append(self.observer.served())
 
     def stop_engine(self) -> None:
@@ -289,8 +290,9 @@ def _logprobs(
 class Observer:
     """Watches a vLLM model runner and its drafter."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, job: Job) -> None:
         self.runner = runner
+        self.job = job
         self.outcome: program.Outcome | None = None
         self.seen = TokenTracker()
         self.seen_by_draft = TokenTracker()
@@ -338,6 +340,8 @@ class Observer:
         layers = None
         if is_ours(model):
             layers = LayerRecorder(model.model, model.config.num_hidden_layers)
+            if self.job.operations:
+                OperationRecorder(model.model, model.ops, layers.current, capture=self.job.capture)
         # Not by hooks: vLLM's own models have a `__call__` that passes them by.
         model.forward = partial(self._target_forward, model.forward)
         model.compute_logits = partial(self._target_logits, model.compute_logits)

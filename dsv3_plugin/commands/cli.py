@@ -17,6 +17,8 @@ from dsv3_plugin.checkpoint.fingerprint_cli import main as fingerprint
 from dsv3_plugin.commands.bench import app as bench_app
 from dsv3_plugin.commands.doctor import main as doctor
 from dsv3_plugin.conformance.cli import app as conformance_app
+from dsv3_plugin.diff.cli import main as diff
+from dsv3_plugin.diff.replay import main as replay
 from dsv3_plugin.errors import DSV3Error
 from dsv3_plugin.kernels.cli import app as kernels_app
 from dsv3_plugin.megatron_backend.cli import app as convert_app
@@ -29,6 +31,8 @@ app = typer.Typer(
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command("fingerprint")(fingerprint)
 app.add_typer(conformance_app, name="conformance")
+app.command("diff")(diff)
+app.command("replay")(replay)
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 app.add_typer(kernels_app, name="kernels")

@@ -22,6 +22,7 @@ from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.fp8_linear import fp8_linear
 from dsv3_plugin.ops.linear import linear
 from dsv3_plugin.ops.operation import operations
+from dsv3_plugin.ops.slices import Slices
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32
 from dsv3_plugin.registry import MODE_VARIABLE, Choice, Ops, bind, mode_from_environment
 from dsv3_plugin.version import __version__
@@ -463,3 +464,23 @@ def test_binding_a_model_pins_one_thread_and_passes_the_sizes_on(monkeypatch: py
     assert (ops.mode, ops.setting.device_type, ops.setting.arithmetic) == ("strict", "cpu", "cpu")
     assert ops.setting.dims["kv_lora_rank"] == 128 and ops.setting.dims["num_experts_per_tok"] == 4
     assert "norm_topk_prob" not in ops.setting.dims
+
+
+def test_a_tap_stands_in_the_place_of_each_kernel() -> None:
+    """Also in relatives that are bound already; what it answers is what the layers get."""
+    ops = bind(CPU_BF16, "strict", REFERENCE)
+    relative = replace(ops, slices=Slices(1))
+    x, weight = torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(3, 4, dtype=torch.bfloat16)
+    seen: list[str] = []
+
+    def observe(op, run, /, *args, **kwargs):
+        seen.append(op.name)
+        return run(*args, **kwargs) + 1
+
+    assert ops[linear](x, weight).tolist() == [[4.0] * 3] * 2 and not seen
+    ops.tap(observe)
+    assert relative[linear](x, weight, out_dtype=torch.float32).tolist() == [[5.0] * 3] * 2
+    assert seen == ["linear"]
+    # The twin: kernels that were bound on their own.
+    bind(CPU_BF16, "strict", REFERENCE)[linear](x, weight)
+    assert seen == ["linear"]

@@ -1,6 +1,7 @@
 """A reference testee with one thing wrong: `python sabotaged_testee.py SABOTAGE JOB_DIR RESULT_DIR`.
 
-`ulp:MODULE` moves one output of a module of `DeepseekV3Model` by one ulp; `tile:ROWS` runs the CPU's products on other
+`ulp:MODULE` moves one output of a module of `DeepseekV3Model` by one ulp, `provider:OPERATION` one of an operation, by
+another provider's kernel, `weight:PARAMETER` one weight; `tile:ROWS` runs the CPU's products on other
 tiles; `page` replaces the newest cached token by the oldest; `tokens:N` answers another N-th token from the end (1);
 `silent` leaves a row out; `log_of_softmax` answers log-probabilities that are rounded otherwise; `seed` draws by other
 random numbers each time; `foreign` is right, and serves another company's model; `far` claims closeness and scales its
@@ -10,11 +11,14 @@ logits by ARGUMENT; `crash` raises.
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from typing import Any
 
 import torch
+from wrong_kernel import wrong_kernel
 
+from dsv3_plugin import registry
 from dsv3_plugin.conformance import sampling
 from dsv3_plugin.conformance.protocol import Case, Job, Served
 from dsv3_plugin.conformance.testees import program, reference
@@ -49,7 +53,14 @@ class SabotagedTestee(ReferenceTestee):
                 return sampling.next_token(logits, request.model_copy(update={"seed": next(seeds)}), token_ids)
 
             reference.next_token = draw
+        if SABOTAGE == "provider":
+            offered = registry.offered_kernels()
+            registry.offered_kernels = lambda: [*offered, wrong_kernel(ARGUMENT)]
+            os.environ[registry.MODE_VARIABLE] = "fast"
         super().__init__(job)
+        if SABOTAGE == "weight":
+            weight = self.model.get_parameter(ARGUMENT)
+            weight.data = bump(None, None, weight.data)
         if SABOTAGE == "far":
             self.claim = "closeness"
             self.model.lm_head.register_forward_hook(lambda module, args, logits: logits * float(ARGUMENT))
