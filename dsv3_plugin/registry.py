@@ -272,8 +272,11 @@ def candidates(
     return max(admitted, key=lambda candidate: candidate.kernel.priority, default=None), judged
 
 
-def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] | None = None) -> Ops:
-    """Choose a kernel for every operation that the setting's profile uses.
+def bind(
+    setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] | None = None, *, training: bool = False
+) -> Ops:
+    """Choose a kernel for every operation that the setting's profile uses; with `training`, for those that only its
+    backward pass calls.
 
     Raises `KernelError` that names each operation for which none may serve, what each candidate lacked, and what to
     type to certify those that lack a certificate for this machine.
@@ -284,7 +287,7 @@ def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] |
     provenance: list[Choice] = []
     missing: dict[AnyOperation, list[Candidate]] = {}
     for op in operations().values():
-        if not op.is_used_by(setting.profile):
+        if not op.is_used_by(setting.profile, training=training):
             bound[op] = partial(_not_bound, op.name, str(setting.profile))
             continue
         best, offered = candidates(op, setting, mode, kernels)
@@ -296,6 +299,13 @@ def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] |
     if missing:
         raise KernelError(_nothing_serves(missing, setting, mode, kernels))
     return Ops(setting, mode, tuple(provenance), bound, Slices(setting.profile.reduction_slices))
+
+
+def with_training(ops: Ops, kernels: Iterable[Kernel] | None = None) -> Ops:
+    """`ops` with kernels of the operations that only backward passes call. Raises `KernelError` as `bind` does."""
+    added = bind(ops.setting, ops.mode, kernels, training=True)
+    chosen = {op: run for op, run in added.kernels.items() if op.is_used_by(ops.setting.profile, training=True)}
+    return replace(ops, kernels={**ops.kernels, **chosen}, provenance=(*ops.provenance, *added.provenance))
 
 
 def _choice(op: AnyOperation, best: Candidate, offered: list[Candidate]) -> Choice:

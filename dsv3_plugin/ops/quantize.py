@@ -59,13 +59,15 @@ def to_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_weight(weight: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a weight [N, K] to (e4m3 [N, K], fp32 `weight_scale_inv` [ceil(N / 128), ceil(K / 128)])."""
-    rows, columns = weight.shape
+    """Quantize a weight [..., N, K] to (e4m3 [..., N, K], fp32 `weight_scale_inv` [..., ceil(N / 128), ceil(K / 128)]);
+    experts may lead.
+    """
+    rows, columns = weight.shape[-2:]
     padded = F.pad(weight.float(), (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
-    blocks = padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
-    scale = scale_for(blocks.abs().amax((1, 3)), scale_format)
-    quantized = to_e4m3(blocks / scale[:, None, :, None])
-    return quantized.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(), scale
+    blocks = padded.unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))
+    scale = scale_for(blocks.abs().amax((-3, -1)), scale_format)
+    quantized = to_e4m3(blocks / scale[..., :, None, :, None])
+    return quantized.flatten(-2).flatten(-3, -2)[..., :rows, :columns].contiguous(), scale
 
 
 def expand_scale(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
