@@ -110,7 +110,8 @@ class LocalExperts(MegatronModule):
         self, dispatched: torch.Tensor, tokens_per_expert: torch.Tensor, _probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """dispatched [S, hidden] sorted by expert to [S, hidden]; the weights are applied where rows are combined."""
-        return self.core(dispatched.contiguous(), tokens_per_expert), None
+        # Megatron may have moved the counts to the host, to plan its all-to-all by them.
+        return self.core(dispatched.contiguous(), tokens_per_expert.to(dispatched.device)), None
 
     def backward_dw(self) -> None:
         """Weight gradients are never delayed."""
