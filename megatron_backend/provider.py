@@ -34,6 +34,7 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.megatron_backend import options, recipe
 from dsv3_plugin.megatron_backend.config import megatron_arguments, of_model
+from dsv3_plugin.megatron_backend.fp8 import take_format
 from dsv3_plugin.megatron_backend.model import DeepseekV3GPTModel, build_model
 from dsv3_plugin.megatron_backend.pipeline import embedding_ranks
 from dsv3_plugin.profile import profile_for
@@ -89,7 +90,9 @@ def _require_supported(args: argparse.Namespace) -> None:
     if args.spec is not None:
         refuse_spec()
     config = DeepseekV3Config.from_pretrained(args.hf_config)
-    options.require_supported(vars(args), of_model(config, profile_for(config)), config)
+    profile = profile_for(config)
+    take_format(args, profile)
+    options.require_supported(vars(args), of_model(config, profile), config)
     if args.report_recipe and args.mtp_loss_scaling_factor != recipe.MTP_LOSS_FACTOR:
         raise EngineError(
             f"mtp_loss_scaling_factor={args.mtp_loss_scaling_factor} beside --report-recipe, which begins with"
@@ -147,8 +150,16 @@ class DeepseekV3ModelBuilder(GPTModelBuilder):  # type: ignore[misc]
             pre_process = is_vp_first_stage(vp_stage, stages) and is_pp_first_stage(pg_collection.pp)
         if post_process is None:
             post_process = is_vp_last_stage(vp_stage, stages) and is_pp_last_stage(pg_collection.pp)
-        model = build_model(config.hf_config, config.transformer, pre_process, post_process, vp_stage)
-        model.documents_share_rows = get_args().reset_position_ids
+        args = get_args()
+        model = build_model(
+            config.hf_config,
+            config.transformer,
+            pre_process,
+            post_process,
+            vp_stage,
+            preferred_kernels=args.preferred_kernels,
+        )
+        model.documents_share_rows = args.reset_position_ids
         return model
 
 
@@ -175,7 +186,14 @@ def model_provider(
     args = get_args()
     described = model_config(args)
     assert described.hf_config is not None
-    model = build_model(described.hf_config, config or described.transformer, pre_process, post_process, vp_stage)
+    model = build_model(
+        described.hf_config,
+        config or described.transformer,
+        pre_process,
+        post_process,
+        vp_stage,
+        preferred_kernels=args.preferred_kernels,
+    )
     model.documents_share_rows = args.reset_position_ids
     return model
 

@@ -23,7 +23,7 @@ import torch
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.ops.checks import require, require_matrix
-from dsv3_plugin.ops.drawing import MOST_PRODUCTS, SCALE_FORMATS, Case, Sizes, experts, numbers
+from dsv3_plugin.ops.drawing import MOST_PRODUCTS, Case, Sizes, experts, numbers
 from dsv3_plugin.ops.elementary import fma
 from dsv3_plugin.ops.linear import split_by_expert
 from dsv3_plugin.ops.operation import matrix_operation, operation
@@ -122,7 +122,7 @@ def require_transposed(
 def _quantize_case(rng: random.Random, at: Sizes) -> Case:
     """Gradients, and activations from their 1x128 tiles; experts that fill no block; both scale formats."""
     x = numbers(rng, rng.choice(at.rows), rng.choice(at.depths)) * 2.0 ** rng.choice((-100, -20, 0, 0, 0, 20, 100))
-    counts, scale_format = experts(rng, at, len(x)), rng.choice(SCALE_FORMATS)
+    counts, scale_format = experts(rng, at, len(x)), rng.choice(at.scale_formats)
     if rng.random() < 0.5:
         return quantize_fp8_columns.case(*quantize_fp8(x, scale_format), counts, scale_format)
     return quantize_fp8_columns.case(x if rng.random() < 0.8 else x.float(), None, counts, scale_format)
@@ -132,7 +132,7 @@ def _quantize_case(rng: random.Random, at: Sizes) -> Case:
 def _wgrad_case(rng: random.Random, at: Sizes) -> Case:
     """Experts without tokens, and one with all; weights whose rows fill no tile; both output dtypes."""
     rows = rng.choice(at.rows)
-    counts, scale_format = experts(rng, at, rows), rng.choice(SCALE_FORMATS)
+    counts, scale_format = experts(rng, at, rows), rng.choice(at.scale_formats)
     budget = MOST_PRODUCTS // (most_blocks(rows, len(counts)) * FP8_BLOCK)
     depth = min(rng.choice(at.depths), max(FP8_BLOCK, budget // 64 // FP8_BLOCK * FP8_BLOCK))
     columns = min(rng.choice(at.columns), max(64, budget // depth // 64 * 64)) - rng.choice((0, 0, 8))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.ops.checks import require, require_matrix
-from dsv3_plugin.ops.drawing import SCALE_FORMATS, Case, Sizes, numbers
+from dsv3_plugin.ops.drawing import Case, Sizes, numbers
 from dsv3_plugin.ops.elementary import divide
 from dsv3_plugin.ops.operation import operation
 from dsv3_plugin.profile import ScaleFormat
@@ -85,4 +85,4 @@ def _quantize_case(rng: random.Random, at: Sizes) -> Case:
     """From subnormal to near overflow, both scale formats."""
     x = numbers(rng, rng.choice(at.rows), rng.choice(at.depths))
     x = x * 2.0 ** rng.choice((-130, -20, 0, 0, 0, 20, 100))
-    return quantize_fp8.case(x if rng.random() < 0.8 else x.float(), rng.choice(SCALE_FORMATS))
+    return quantize_fp8.case(x if rng.random() < 0.8 else x.float(), rng.choice(at.scale_formats))

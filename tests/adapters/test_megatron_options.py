@@ -89,6 +89,7 @@ REFUSED = (
     ("--cross-entropy-loss-fusion",),
     ("--mtp-loss-scaling-factor", "3.0", "--report-recipe"),
     ("--fp8-format", "hybrid"),
+    ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
     ("--optimizer", "muon"),
     ("--rampup-batch-size", "2", "2", "12"),
     ("--rotary-percent", "0.5"),
