@@ -5,7 +5,7 @@ the bound FP8 kernel, so the forward is the server's on the quantized checkpoint
 products of the backward pass are FP8 like the forward's, with promoted sums and scales made online:
 
 * **dgrad**, dX = dY W, is the forward's own product: the gradient in 1x128 tiles times the weight that the forward
-  multiplied with, transposed, which is exact in 128x128 blocks.
+  multiplied with, transposed, which is exact in 128x128 blocks. It is quantized again, so that none is kept.
 * **wgrad**, dW = dY^T X, is `ops.fp8_wgrad`: gradient and activation in 128x1 tiles. The activation is kept for it as
   the forward multiplied it, one byte a number, and no copy in the profile's dtype.
 
@@ -28,9 +28,10 @@ import torch.nn.functional as F
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.ops.fp8_linear import fp8_linear, grouped_fp8_linear
+from dsv3_plugin.ops.fp8_weight import quantize_fp8_weight
 from dsv3_plugin.ops.fp8_wgrad import fp8_wgrad, quantize_fp8_columns
 from dsv3_plugin.ops.operation import BoundKernels
-from dsv3_plugin.ops.quantize import dequantize_weight, quantize_fp8, quantize_weight
+from dsv3_plugin.ops.quantize import dequantize_weight, quantize_fp8
 from dsv3_plugin.ops.sliced_linear import sliced_fp8_linear
 from dsv3_plugin.profile import ScaleFormat
 from dsv3_plugin.registry import Ops
@@ -59,14 +60,7 @@ class MasterWeights:
 
     def quantized(self, weight: torch.Tensor) -> torch.Tensor:
         """weight [N, K] to the numbers that it stands for once quantized, in its own dtype."""
-        return _Quantized.apply(self.scale_format, weight)
-
-
-def _transposed(weight: torch.Tensor, weight_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight e4m3 [..., N, K] with the scales of its 128x128 blocks to [..., K, N], N filled up to whole blocks with
-    zeros: what dgrad multiplies by."""
-    rows = F.pad(weight.view(torch.uint8), (0, 0, 0, -weight.shape[-2] % FP8_BLOCK))
-    return rows.transpose(-1, -2).contiguous().view(weight.dtype), weight_scale.transpose(-1, -2).contiguous()
+        return _Quantized.apply(self.ops, self.scale_format, weight)
 
 
 def _quantized_rows(
@@ -101,18 +95,19 @@ class _Linear(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
     ) -> torch.Tensor:
-        operands = *ops[quantize_fp8](x, scale_format), *quantize_weight(weight, scale_format)
-        ctx.save_for_backward(*operands)
-        ctx.ops, ctx.scale_format, ctx.dtype = ops, scale_format, weight.dtype
-        return product(*operands)
+        rows = ops[quantize_fp8](x, scale_format)
+        ctx.save_for_backward(*rows, weight)
+        ctx.ops, ctx.scale_format = ops, scale_format
+        return product(*rows, *ops[quantize_fp8_weight](weight, scale_format))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, x_scale, weight, weight_scale = ctx.saved_tensors
+        x, x_scale, weight = ctx.saved_tensors
         ops, scale_format = ctx.ops, ctx.scale_format
-        grad_x = ops[fp8_linear](*_quantized_rows(ops, scale_format, grad), *_transposed(weight, weight_scale))
+        transposed = ops[quantize_fp8_weight](weight, scale_format, transposed=True)
+        grad_x = ops[fp8_linear](*_quantized_rows(ops, scale_format, grad), *transposed)
         all_rows = torch.full((1,), len(x), device=x.device)
-        grad_weight = _weight_gradient(ops, scale_format, grad, x, x_scale, all_rows, ctx.dtype)
+        grad_weight = _weight_gradient(ops, scale_format, grad, x, x_scale, all_rows, weight.dtype)
         return None, None, None, grad_x, grad_weight[0]
 
 
@@ -126,27 +121,26 @@ class _GroupedLinear(torch.autograd.Function):
         expert_counts: torch.Tensor,
         weight: torch.Tensor,
     ) -> torch.Tensor:
-        quantized, scale = ops[quantize_fp8](x, scale_format)
-        operands = quantized, scale, expert_counts, *quantize_weight(weight, scale_format)
-        ctx.save_for_backward(*operands)
-        ctx.ops, ctx.scale_format, ctx.dtype = ops, scale_format, weight.dtype
-        return ops[grouped_fp8_linear](*operands)
+        rows = ops[quantize_fp8](x, scale_format)
+        ctx.save_for_backward(*rows, expert_counts, weight)
+        ctx.ops, ctx.scale_format = ops, scale_format
+        return ops[grouped_fp8_linear](*rows, expert_counts, *ops[quantize_fp8_weight](weight, scale_format))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, x_scale, expert_counts, weight, weight_scale = ctx.saved_tensors
+        x, x_scale, expert_counts, weight = ctx.saved_tensors
         ops, scale_format = ctx.ops, ctx.scale_format
-        rows = _quantized_rows(ops, scale_format, grad)
-        grad_x = ops[grouped_fp8_linear](*rows, expert_counts, *_transposed(weight, weight_scale))
-        grad_weight = _weight_gradient(ops, scale_format, grad, x, x_scale, expert_counts, ctx.dtype)
+        transposed = ops[quantize_fp8_weight](weight, scale_format, transposed=True)
+        grad_x = ops[grouped_fp8_linear](*_quantized_rows(ops, scale_format, grad), expert_counts, *transposed)
+        grad_weight = _weight_gradient(ops, scale_format, grad, x, x_scale, expert_counts, weight.dtype)
         return None, None, grad_x, None, grad_weight
 
 
 class _Quantized(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scale_format: ScaleFormat, weight: torch.Tensor) -> torch.Tensor:
-        return dequantize_weight(*quantize_weight(weight, scale_format)).to(weight.dtype)
+    def forward(ctx: Any, ops: BoundKernels, scale_format: ScaleFormat, weight: torch.Tensor) -> torch.Tensor:
+        return dequantize_weight(*ops[quantize_fp8_weight](weight, scale_format)).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return None, grad
+        return None, None, grad

@@ -23,6 +23,8 @@ ROUNDS_PRODUCT_AND_SUM = {
     "absorb, many tokens",
     "combine",
     "quantize ue8m0",
+    "quantize weight",
+    "quantize weight, transposed",
     "quantize columns",
     "quantize columns again",
     "quantize columns again float32",

@@ -198,7 +198,7 @@ def test_a_server_needs_no_certificate_of_the_backward_pass_and_a_trainer_does(c
     with_training(strict(), kernels)
     certified.unlink()
     certificates.write(certified, served)
-    with pytest.raises(KernelError, match=r": quantize_fp8_columns \(.*nowhere\); fp8_wgrad \(.*nowhere"):
+    with pytest.raises(KernelError, match=r": quantize_fp8_weight, quantize_fp8_columns \(.*nowhere\); fp8_wgrad \("):
         with_training(strict(), kernels)
 
 
@@ -357,7 +357,7 @@ EDITS = {
     "kernels/triton/elementary.py": (
         "rcp.approx.ftz.f32",
         "rcp.approx.f32",
-        MATH | {"triton.quantize", "triton.linear", "triton.rms_norm", "triton.fp8_wgrad"},
+        MATH | {"triton.quantize", "triton.linear", "triton.rms_norm", "triton.fp8_wgrad", "triton.fp8_weight"},
     ),
     "kernels/vendors/deep_gemm.py": ("columns % 8", "columns % 16", {"deep_gemm.bf16_gemm_nt"}),
     # Contracts' constants.

@@ -21,6 +21,7 @@ from dsv3_plugin.kernels.triton import (
     combine,
     fp8_gluon,
     fp8_linear,
+    fp8_weight,
     fp8_wgrad,
     linear,
     mla_attention,
@@ -36,7 +37,7 @@ from dsv3_plugin.ops.router import K_CHUNK
 
 _EXACT = {"enable_fp_fusion": False}
 _ALIGNED = ("columns", "depth", "size", "width", "heads", "block_size", "token_stride", "head_stride", "block_stride")
-_ALIGNED += ("tokens", "x_row_stride", "x_head_stride", "out_row_stride", "out_head_stride")
+_ALIGNED += ("tokens", "padded_rows", "x_row_stride", "x_head_stride", "out_row_stride", "out_head_stride")
 
 
 class Source(NamedTuple):
@@ -98,6 +99,12 @@ def _quantized_columns(x: str, ue8m0: bool) -> Source:
     constants |= {} if x == "*fp8e4nv" else {"x_scale": None}
     types = f"{x} {'*fp32 ' if x == '*fp8e4nv' else ''}*i64 *fp8e4nv *fp32 i32 i32 i32 i32 i32"
     return Source(fp8_wgrad._quantize_columns, types, constants, _EXACT | {"num_warps": 4})
+
+
+def _quantized_weight(transposed: bool, ue8m0: bool) -> Source:
+    constants = {"TRANSPOSED": transposed, "UE8M0": ue8m0}
+    types = "*bf16 *fp8e4nv *fp32 i32 i32 i32"
+    return Source(fp8_weight._quantize_weight, types, constants, _EXACT | {"num_warps": 8})
 
 
 def _wgrad(groups: int, out: str) -> Source:
@@ -201,6 +208,10 @@ SOURCES: dict[str, Source] = {
         _GROUPED | {"WEIGHT_FIRST": True},
         {"num_warps": 4, "num_stages": 4},
     ),
+    "quantize weight": _quantized_weight(False, True),
+    "quantize weight float32": _quantized_weight(False, False),
+    "quantize weight, transposed": _quantized_weight(True, True),
+    "quantize weight, transposed float32": _quantized_weight(True, False),
     "quantize columns": _quantized_columns("*bf16", True),
     "quantize columns float32": _quantized_columns("*bf16", False),
     "quantize columns again": _quantized_columns("*fp8e4nv", True),

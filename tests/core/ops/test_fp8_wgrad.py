@@ -11,7 +11,8 @@ from bits import SCALE_FORMATS, normal, same_bits
 from plain import BF16_BITS, rounded
 
 from dsv3_plugin.ops import fp8_wgrad as fp8
-from dsv3_plugin.ops.quantize import quantize_fp8, scale_for
+from dsv3_plugin.ops.fp8_weight import quantize_fp8_weight
+from dsv3_plugin.ops.quantize import quantize_fp8, quantize_weight, scale_for
 from dsv3_plugin.profile import ScaleFormat
 
 Tensor = torch.Tensor
@@ -129,3 +130,17 @@ def test_an_experts_gradient_is_of_its_own_tokens() -> None:
     moved = gradients((0, 4, 301, 0, 128), grad, x)
     assert not same_bits(moved[1], together[1]) and not same_bits(moved[2], together[2])
     assert same_bits(moved[4], together[4])
+
+
+@pytest.mark.parametrize("scale_format", SCALE_FORMATS)
+def test_a_transposed_weight_is_the_forwards(scale_format: ScaleFormat) -> None:
+    weight = normal(2, 192, 256) * torch.exp2(normal(2, 1, 256, seed=1) * 4)
+    values, scale = quantize_fp8_weight(weight, scale_format)
+    transposed, of_transposed = quantize_fp8_weight(weight, scale_format, transposed=True)
+    assert transposed.shape == (2, 256, 256) and not transposed[..., 192:].float().any(), "rows of whole blocks"
+    assert same_bits(transposed[..., :192].transpose(1, 2), values)
+    assert same_bits(of_transposed.transpose(1, 2), scale)
+    alone = quantize_weight(weight[1], scale_format)
+    assert same_bits(values[1], alone[0]) and same_bits(scale[1], alone[1])
+    # The twin: blocks that hold other numbers have other scales.
+    assert not same_bits(quantize_fp8_weight(weight.roll(64, 2), scale_format)[1], scale)

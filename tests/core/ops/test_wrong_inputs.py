@@ -15,6 +15,7 @@ from dsv3_plugin.ops import mla_attention, quantize
 from dsv3_plugin.ops import rms_norm as norms
 from dsv3_plugin.ops.absorb import absorb
 from dsv3_plugin.ops.combine import combine
+from dsv3_plugin.ops.fp8_weight import quantize_fp8_weight
 from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
 from dsv3_plugin.ops.linear import grouped_linear, head_linear, linear
 from dsv3_plugin.ops.paged_batch import PagedBatch
@@ -73,6 +74,8 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (r"fp8_linear: x has K=256, weight has K=128", lambda: fp8.fp8_linear(Q8, S8, W8[:, :128].contiguous(), WS8)),
     (r"fp8_linear: x_scale has shape \(2, 1\)", lambda: fp8.fp8_linear(Q8, S8[:, :1], W8, WS8)),
     (r"fp8_linear: weight_scale has shape \(1, 2\)", lambda: fp8.fp8_linear(Q8, S8, W8, WS8[:1])),
+    (r"quantize_fp8_weight: K=200 is", lambda: quantize_fp8_weight(torch.zeros(8, 200), "ue8m0")),
+    (r"quantize_fp8_weight: weight of shape .* is not contiguous", lambda: quantize_fp8_weight(X.t(), "ue8m0")),
     (
         r"quantize_fp8_columns: x is torch.float16",
         lambda: gradients.quantize_fp8_columns(X.half(), None, COUNTS, "ue8m0"),
