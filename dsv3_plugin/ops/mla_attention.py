@@ -252,6 +252,8 @@ class _MLAAttention(torch.autograd.Function):
         starts = batch.read_query_start_loc()
         for request, length in enumerate(batch.read_seq_lens()):
             rows = slice(starts[request], starts[request + 1])
+            if rows.start == rows.stop:
+                continue
             blocks = batch.block_table[request, : -(-length // batch.block_size)].long()
             cached = latent_cache[blocks].flatten(0, 1)[:length]
             selected = ctx.keys.mask(rows, length)

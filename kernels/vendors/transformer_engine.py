@@ -1,7 +1,8 @@
 """TransformerEngine as a provider of block-scaled fp8, as its recipe `Float8BlockScaling` uses it.
 
 With power-of-two scales its products are the contract's, and serve where a certificate says so: those of forward and
-dgrad, and wgrad of one weight. They are cuBLASLt's, which folds scales in one after the other,
+dgrad, and wgrad of one weight. They are cuBLASLt's, which by TransformerEngine's own reference
+(`tests/pytorch/references/blockwise_fp8_gemm_reference.py`) folds in one scale after the other,
 `acc = fma(raw * scale_a, scale_b, acc)`, and not their product: with powers of two that is the same, so other scales
 are left to other kernels.
 
