@@ -123,3 +123,22 @@ def test_memory_grows_with_tokens_and_not_with_their_square(monkeypatch: pytest.
     # The twin: all scores at once.
     monkeypatch.setattr(tiled, "MOST_SCORES", 1 << 40)
     assert most_memory(1024) > 12 * most_memory(256)
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(4096, 128), (16384, 16)])
+def test_at_full_width_it_holds_little_beside_its_results(
+    tokens: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted without computing, with products as a GPU makes them."""
+
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        return torch.empty(x.shape[0], y.shape[1], device="meta")
+
+    monkeypatch.setattr(tiled, "_product", product)
+    shapes = (tokens, heads, 512), (tokens, heads, 576), (tokens, 576)
+    operands = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    with LivingMemory() as memory:
+        results = tiled.attention_gradients(*operands, 512, 0.1)
+    beside = (memory.most - sum(found.nbytes for found in results)) / 2**30
+    print(f"{tokens} tokens, {heads} heads: {beside:.2f} GiB beside its results")
+    assert beside < 0.2
