@@ -132,6 +132,8 @@ class Ops:
     """Of the products that tensor-parallel ranks share, those that this process holds."""
     master_weights: MasterWeights | None = None
     """Only in training, in the FP8 profile: the layers then hold no FP8 weights."""
+    preferred: str | None = None
+    """The provider that was asked for: its kernels serve wherever they may."""
 
     def __getitem__(self, op: Operation[P, R]) -> Callable[P, R]:
         """The kernel that is bound to an operation."""
@@ -278,16 +280,28 @@ def refusal(kernel: Kernel, op: AnyOperation, setting: Setting, mode: Mode) -> s
 
 
 def candidates(
-    op: AnyOperation, setting: Setting, mode: Mode, kernels: Iterable[Kernel]
+    op: AnyOperation, setting: Setting, mode: Mode, kernels: Iterable[Kernel], preferred: str | None = None
 ) -> tuple[Candidate | None, list[Candidate]]:
     """The kernel that serves an operation, if one may, and all that were offered for it."""
     judged = [judge(kernel, op, setting, mode) for kernel in kernels if kernel.op == op.name]
     admitted = [candidate for candidate in judged if candidate.refusal is None]
-    return max(admitted, key=lambda candidate: candidate.kernel.priority, default=None), judged
+
+    def rank(candidate: Candidate) -> tuple[bool, int]:
+        return candidate.kernel.provider == preferred, candidate.kernel.priority
+
+    return max(admitted, key=rank, default=None), judged
 
 
-def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] | None = None) -> Ops:
-    """Choose a kernel for every operation that the setting's profile uses.
+def bind(
+    setting: Setting,
+    mode: Mode | None = None,
+    kernels: Iterable[Kernel] | None = None,
+    *,
+    training: bool = False,
+    preferred: str | None = None,
+) -> Ops:
+    """Choose a kernel for every operation that the setting's profile uses; with `training`, for those that only its
+    backward pass calls. Kernels of the provider `preferred` go before all others that may serve.
 
     Raises `KernelError` that names each operation for which none may serve, what each candidate lacked, and what to
     type to certify those that lack a certificate for this machine.
@@ -298,10 +312,10 @@ def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] |
     provenance: list[Choice] = []
     missing: dict[AnyOperation, list[Candidate]] = {}
     for op in operations().values():
-        if not op.is_used_by(setting.profile):
+        if not op.is_used_by(setting.profile, training=training):
             bound[op] = partial(_not_bound, op.name, str(setting.profile))
             continue
-        best, offered = candidates(op, setting, mode, kernels)
+        best, offered = candidates(op, setting, mode, kernels, preferred)
         if best is None:
             missing[op] = offered
             continue
@@ -309,7 +323,15 @@ def bind(setting: Setting, mode: Mode | None = None, kernels: Iterable[Kernel] |
         provenance.append(_choice(op, best, offered))
     if missing:
         raise KernelError(_nothing_serves(missing, setting, mode, kernels))
-    return Ops(setting, mode, tuple(provenance), bound, Slices(setting.profile.reduction_slices))
+    slices = Slices(setting.profile.reduction_slices)
+    return Ops(setting, mode, tuple(provenance), bound, slices, preferred=preferred)
+
+
+def with_training(ops: Ops, kernels: Iterable[Kernel] | None = None) -> Ops:
+    """`ops` with kernels of the operations that only backward passes call. Raises `KernelError` as `bind` does."""
+    added = bind(ops.setting, ops.mode, kernels, training=True, preferred=ops.preferred)
+    chosen = {op: run for op, run in added.kernels.items() if op.is_used_by(ops.setting.profile, training=True)}
+    return replace(ops, kernels={**ops.kernels, **chosen}, provenance=(*ops.provenance, *added.provenance))
 
 
 def _choice(op: AnyOperation, best: Candidate, offered: list[Candidate]) -> Choice:

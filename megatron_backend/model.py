@@ -154,8 +154,11 @@ def build_model(
     post_process: bool = True,
     vp_stage: int | None = None,
     profile: Profile | None = None,
+    *,
+    preferred_kernels: str | None = None,
 ) -> DeepseekV3GPTModel:
-    """A model provider for Megatron's `get_model`: `partial(build_model, config, transformer_config)`.
+    """A model provider for Megatron's `get_model`: `partial(build_model, config, transformer_config)`. Kernels of the
+    provider `preferred_kernels` go before others that may serve.
 
     Raises `EngineError` for what the layers cannot compute as the contracts say, and `KernelError` where an operation
     has no kernel.
@@ -169,10 +172,12 @@ def build_model(
     restore_exactly()
     compat.recompute_without_transformer_engine()
     device = compat.require_device()
-    ops = differentiable(bind_ops(config, profile, device))
+    ops = differentiable(bind_ops(config, profile, device, preferred=preferred_kernels))
     if transformer_config.tensor_model_parallel_size > 1:
         ops = share(ops, parallel_state.get_tensor_model_parallel_group())
     logger.info(ops.announcement("GPTModel"))
+    if preferred_kernels and not any(choice.provider == preferred_kernels for choice in ops.provenance):
+        logger.warning("no kernel of %s serves here: `dsv3 kernels list --profile fp8` says why", preferred_kernels)
     # The core's parameters and tables are created where the default device is.
     with device:
         return DeepseekV3GPTModel(

@@ -110,7 +110,8 @@ class LocalExperts(MegatronModule):
         self, dispatched: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """dispatched [S, hidden] sorted by expert to [S, hidden]; the weights are applied where rows are combined."""
-        rows = self.core(dispatched.contiguous(), tokens_per_expert)
+        # Megatron may have moved the counts to the host, to plan its all-to-all by them.
+        rows = self.core(dispatched.contiguous(), tokens_per_expert.to(dispatched.device))
         # Megatron's schedule that overlaps communication asks for their gradient all the same.
         return _BesideUnused.apply(rows, probs) if self.config.overlap_moe_expert_parallel_comm else rows, None
 

@@ -148,8 +148,12 @@ OPTIONS = Options(
     irrelevant("of a fused loss, which is refused", "cross_entropy_fusion_impl"),
     # Which implementation.
     refused(
-        "the layers are the core's; TransformerEngine and its FP8 and FP4 are not used",
+        "what is FP8 the checkpoint says; of formats e4m3 may be named, with --fp8-recipe blockwise",
         "fp8",
+    ),
+    irrelevant("says of --fp8-format how it scales; checked beside it", "fp8_recipe"),
+    refused(
+        "the layers are the core's; TransformerEngine's modules are not used",
         "fp4",
         "fp8_param",
         "fp8_param_gather",
@@ -167,9 +171,9 @@ OPTIONS = Options(
         "activation_func_fp8_input_store",
     ),
     irrelevant(
-        "belongs to TransformerEngine's FP8 and FP4, which are refused",
+        "belongs to TransformerEngine's modules, which are not used",
         *_names("""
-        fp8_recipe fp8_quantizer_factory fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad
+        fp8_quantizer_factory fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad
         fp8_output_proj first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16
         kitchen_attention_backend fp4_recipe fp4_quantizer_factory tp_only_amax_red disable_parameter_transpose_cache
         keep_fp8_transpose_cache

@@ -35,6 +35,7 @@ from dsv3_plugin.errors import EngineError
 from dsv3_plugin.megatron_backend import loop, options, recipe, schedule
 from dsv3_plugin.megatron_backend.adam import provide_precise_adam
 from dsv3_plugin.megatron_backend.config import megatron_arguments, of_model
+from dsv3_plugin.megatron_backend.fp8 import take_format
 from dsv3_plugin.megatron_backend.model import DeepseekV3GPTModel, build_model
 from dsv3_plugin.megatron_backend.pipeline import embedding_ranks
 from dsv3_plugin.profile import profile_for
@@ -105,7 +106,9 @@ def _require_supported(args: argparse.Namespace) -> None:
     if args.spec is not None:
         refuse_spec()
     config = DeepseekV3Config.from_pretrained(args.hf_config)
-    options.require_supported(vars(args), of_model(config, profile_for(config)), config)
+    profile = profile_for(config)
+    take_format(args, profile)
+    options.require_supported(vars(args), of_model(config, profile), config)
     if args.ema_decay is not None and args.save is None:
         raise EngineError(f"ema_decay={args.ema_decay} without --save: nobody would see the average; give --save")
     _require_weights(args)
@@ -160,8 +163,16 @@ class DeepseekV3ModelBuilder(GPTModelBuilder):  # type: ignore[misc]
             pre_process = is_vp_first_stage(vp_stage, stages) and is_pp_first_stage(pg_collection.pp)
         if post_process is None:
             post_process = is_vp_last_stage(vp_stage, stages) and is_pp_last_stage(pg_collection.pp)
-        model = build_model(config.hf_config, config.transformer, pre_process, post_process, vp_stage)
-        model.documents_share_rows = get_args().reset_position_ids or get_args().sft
+        args = get_args()
+        model = build_model(
+            config.hf_config,
+            config.transformer,
+            pre_process,
+            post_process,
+            vp_stage,
+            preferred_kernels=args.preferred_kernels,
+        )
+        model.documents_share_rows = args.reset_position_ids or args.sft
         return model
 
 
@@ -188,7 +199,14 @@ def model_provider(
     args = get_args()
     described = model_config(args)
     assert described.hf_config is not None
-    model = build_model(described.hf_config, config or described.transformer, pre_process, post_process, vp_stage)
+    model = build_model(
+        described.hf_config,
+        config or described.transformer,
+        pre_process,
+        post_process,
+        vp_stage,
+        preferred_kernels=args.preferred_kernels,
+    )
     model.documents_share_rows = args.reset_position_ids or args.sft
     return model
 

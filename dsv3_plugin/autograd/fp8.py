@@ -1,8 +1,20 @@
-"""Training through block-scaled FP8: straight-through gradients.
+"""Training through block-scaled FP8, as DeepSeek's report does (section 3.3).
 
 The layer holds a master weight in the profile's dtype. Each pass quantizes it and the activations and multiplies with
-the bound FP8 kernel, so the forward is the server's on the quantized checkpoint. The gradient is that of the product
-of the two dequantized operands, and rounding counts as the identity.
+the bound FP8 kernel, so the forward is the server's on the quantized checkpoint. Rounding counts as the identity; the
+products of the backward pass are FP8 like the forward's, with promoted sums and scales made online:
+
+* **dgrad**, dX = dY W, is the forward's own product: the gradient in 1x128 tiles times the weight that the forward
+  multiplied with, transposed, which is exact in 128x128 blocks. It is quantized again, so that none is kept.
+* **wgrad**, dW = dY^T X, is `ops.fp8_wgrad`: gradient and activation in 128x1 tiles. The activation is kept for it as
+  the forward multiplied it, one byte a number, and no copy in the profile's dtype.
+
+All orders of sums are those operations' contracts, so a step repeats bit for bit. All experts take one call.
+
+As in the report, embedding, head, router, norms and attention stay in the profile's dtype. Here that includes the
+absorbed halves of `kv_b_proj`, whose weight is quantized all the same (`quantized`). SwiGLU keeps its input in the
+profile's dtype, where the report stores it in FP8: its derivative is then that of what was computed. The report stores
+`o_proj`'s input in E5M6, because its attention's backward reads it; here that one does not, and the input is e4m3.
 """
 
 from __future__ import annotations
@@ -12,12 +24,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.ops.fp8_linear import fp8_linear, grouped_fp8_linear
-from dsv3_plugin.ops.linear import product_gradients, split_by_expert
+from dsv3_plugin.ops.fp8_weight import quantize_fp8_weight
+from dsv3_plugin.ops.fp8_wgrad import fp8_wgrad, quantize_fp8_columns
 from dsv3_plugin.ops.operation import BoundKernels
-from dsv3_plugin.ops.quantize import dequantize_weight, quantize_fp8, quantize_weight
+from dsv3_plugin.ops.quantize import dequantize_weight, quantize_fp8
 from dsv3_plugin.ops.sliced_linear import sliced_fp8_linear
 from dsv3_plugin.profile import ScaleFormat
 from dsv3_plugin.registry import Ops
@@ -46,12 +60,29 @@ class MasterWeights:
 
     def quantized(self, weight: torch.Tensor) -> torch.Tensor:
         """weight [N, K] to the numbers that it stands for once quantized, in its own dtype."""
-        return _Quantized.apply(self.scale_format, weight)
+        return _Quantized.apply(self.ops, self.scale_format, weight)
 
 
-def _dequantize_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """e4m3 activations [M, K] with scales [M, K / 128] to fp32."""
-    return x.float() * scale.repeat_interleave(FP8_BLOCK, 1)
+def _quantized_rows(
+    ops: BoundKernels, scale_format: ScaleFormat, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A gradient [M, N] in 1x128 tiles, N filled up to whole blocks: what dgrad multiplies."""
+    return ops[quantize_fp8](F.pad(grad, (0, -grad.shape[1] % FP8_BLOCK)).contiguous(), scale_format)
+
+
+def _weight_gradient(
+    ops: BoundKernels,
+    scale_format: ScaleFormat,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    expert_counts: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """grad [M, N], x e4m3 [M, K] as the forward multiplied it, sorted by expert; to [E, N, K]."""
+    of_grad = ops[quantize_fp8_columns](grad.contiguous(), None, expert_counts, scale_format)
+    of_x = ops[quantize_fp8_columns](x, x_scale, expert_counts, scale_format)
+    return ops[fp8_wgrad](*of_grad, *of_x, expert_counts, out_dtype=dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -64,16 +95,20 @@ class _Linear(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
     ) -> torch.Tensor:
-        operands = *ops[quantize_fp8](x, scale_format), *quantize_weight(weight, scale_format)
-        ctx.save_for_backward(*operands)
-        ctx.dtypes = x.dtype, weight.dtype
-        return product(*operands)
+        rows = ops[quantize_fp8](x, scale_format)
+        ctx.save_for_backward(*rows, weight)
+        ctx.ops, ctx.scale_format = ops, scale_format
+        return product(*rows, *ops[quantize_fp8_weight](weight, scale_format))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, x_scale, weight, weight_scale = ctx.saved_tensors
-        gradients = product_gradients(grad, _dequantize_rows(x, x_scale), dequantize_weight(weight, weight_scale))
-        return None, None, None, gradients[0].to(ctx.dtypes[0]), gradients[1].to(ctx.dtypes[1])
+        x, x_scale, weight = ctx.saved_tensors
+        ops, scale_format = ctx.ops, ctx.scale_format
+        transposed = ops[quantize_fp8_weight](weight, scale_format, transposed=True)
+        grad_x = ops[fp8_linear](*_quantized_rows(ops, scale_format, grad), *transposed)
+        all_rows = torch.full((1,), len(x), device=x.device)
+        grad_weight = _weight_gradient(ops, scale_format, grad, x, x_scale, all_rows, weight.dtype)
+        return None, None, None, grad_x, grad_weight[0]
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -86,34 +121,26 @@ class _GroupedLinear(torch.autograd.Function):
         expert_counts: torch.Tensor,
         weight: torch.Tensor,
     ) -> torch.Tensor:
-        quantized, scale = ops[quantize_fp8](x, scale_format)
-        weights, weight_scales = zip(*(quantize_weight(w, scale_format) for w in weight), strict=True)
-        operands = quantized, scale, expert_counts, torch.stack(weights), torch.stack(weight_scales)
-        ctx.save_for_backward(*operands)
-        ctx.dtypes = x.dtype, weight.dtype
-        return ops[grouped_fp8_linear](*operands)
+        rows = ops[quantize_fp8](x, scale_format)
+        ctx.save_for_backward(*rows, expert_counts, weight)
+        ctx.ops, ctx.scale_format = ops, scale_format
+        return ops[grouped_fp8_linear](*rows, expert_counts, *ops[quantize_fp8_weight](weight, scale_format))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, x_scale, expert_counts, weight, weight_scale = ctx.saved_tensors
-        rows = _dequantize_rows(x, x_scale)
-        grad_x = torch.zeros(x.shape, dtype=ctx.dtypes[0], device=x.device)
-        grad_weight = torch.zeros(weight.shape, dtype=ctx.dtypes[1], device=x.device)
-        op = "grouped_fp8_linear"
-        places = dict(split_by_expert(op, grad_x, expert_counts))
-        grads = dict(split_by_expert(op, grad, expert_counts))
-        for e, of_expert in split_by_expert(op, rows, expert_counts):
-            dequantized = dequantize_weight(weight[e], weight_scale[e])
-            of_rows, grad_weight[e] = product_gradients(grads[e], of_expert, dequantized)
-            places[e].copy_(of_rows)
+        x, x_scale, expert_counts, weight = ctx.saved_tensors
+        ops, scale_format = ctx.ops, ctx.scale_format
+        transposed = ops[quantize_fp8_weight](weight, scale_format, transposed=True)
+        grad_x = ops[grouped_fp8_linear](*_quantized_rows(ops, scale_format, grad), expert_counts, *transposed)
+        grad_weight = _weight_gradient(ops, scale_format, grad, x, x_scale, expert_counts, weight.dtype)
         return None, None, grad_x, None, grad_weight
 
 
 class _Quantized(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scale_format: ScaleFormat, weight: torch.Tensor) -> torch.Tensor:
-        return dequantize_weight(*quantize_weight(weight, scale_format)).to(weight.dtype)
+    def forward(ctx: Any, ops: BoundKernels, scale_format: ScaleFormat, weight: torch.Tensor) -> torch.Tensor:
+        return dequantize_weight(*ops[quantize_fp8_weight](weight, scale_format)).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return None, grad
+        return None, None, grad

@@ -31,9 +31,10 @@ def bind_ops(
     arithmetic: Arithmetic | None = None,
     mode: Mode | None = None,
     layout: Layout = WHOLE,
+    preferred: str | None = None,
 ) -> Ops:
     """Choose the kernels of a model on `device`, or of the part that `layout` says; `arithmetic` defaults to the
-    device's own.
+    device's own. Kernels of the provider `preferred` go before others.
 
     Raises `KernelError` where an operation has none, `ConfigError` where the model has no such part.
     """
@@ -43,7 +44,7 @@ def bind_ops(
         pin_one_thread()
     arithmetic = arithmetic or ("cpu" if device.type == "cpu" else "sm90")
     dims = {name: value for name, value in layout.own_heads(config).model_dump().items() if type(value) is int}
-    ops = bind(Setting(device.type, arithmetic, profile, capability, dims), mode)
+    ops = bind(Setting(device.type, arithmetic, profile, capability, dims), mode, preferred=preferred)
     return replace(ops, slices=layout.slices(profile))
 
 

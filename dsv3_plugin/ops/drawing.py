@@ -31,6 +31,7 @@ class Sizes(NamedTuple):
     """kv_lora_rank and qk_rope_head_dim; V3's come first in LARGE."""
     requests: tuple[int, ...]
     keys: int
+    scale_formats: tuple[ScaleFormat, ...] = SCALE_FORMATS
 
 
 LARGE = Sizes(

@@ -15,7 +15,7 @@ import torch
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.ops.checks import require, require_matrix
-from dsv3_plugin.ops.drawing import SCALE_FORMATS, Case, Sizes, experts, numbers, sizes
+from dsv3_plugin.ops.drawing import Case, Sizes, experts, numbers, sizes
 from dsv3_plugin.ops.elementary import fma
 from dsv3_plugin.ops.linear import split_by_expert
 from dsv3_plugin.ops.operation import matrix_operation
@@ -80,7 +80,7 @@ def grouped_fp8_linear(
 def _fp8_linear_case(rng: random.Random, at: Sizes) -> Case:
     """Both scale formats; columns that fill no scale block."""
     rows, columns, depth = sizes(rng, at)
-    scale_format = rng.choice(SCALE_FORMATS)
+    scale_format = rng.choice(at.scale_formats)
     weight = quantize_weight(numbers(rng, columns - rng.choice((0, 0, 8)), depth), scale_format)
     return fp8_linear.case(*quantize_fp8(numbers(rng, rows, depth), scale_format), *weight)
 
@@ -90,7 +90,7 @@ def _grouped_fp8_linear_case(rng: random.Random, at: Sizes) -> Case:
     """Both scale formats; experts without rows, and one with all."""
     rows, columns, depth = sizes(rng, at)
     counts = experts(rng, at, rows)
-    scale_format = rng.choice(SCALE_FORMATS)
+    scale_format = rng.choice(at.scale_formats)
     weights = [quantize_weight(numbers(rng, columns, depth), scale_format) for _ in counts]
     values, scales = (torch.stack(parts) for parts in zip(*weights, strict=True))
     x, x_scale = quantize_fp8(numbers(rng, rows, depth), scale_format)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.ops.checks import require, require_matrix
-from dsv3_plugin.ops.drawing import MOST_PRODUCTS, SCALE_FORMATS, Case, Sizes, experts, numbers, size_of_numbers, sizes
+from dsv3_plugin.ops.drawing import MOST_PRODUCTS, Case, Sizes, experts, numbers, size_of_numbers, sizes
 from dsv3_plugin.ops.operation import BoundKernels, matrix_operation
 from dsv3_plugin.ops.products import Products
 from dsv3_plugin.ops.quantize import quantize_fp8
@@ -191,7 +191,7 @@ def _head_linear_fp8_case(rng: random.Random, at: Sizes) -> Case:
     rows = min(rng.choice(at.rows), max(1, MOST_PRODUCTS // (heads * depth * columns)))
     size = size_of_numbers(rng)
     x, weight = numbers(rng, rows, heads, depth) * size, numbers(rng, heads, columns, depth) * size
-    return head_linear_fp8.case(x, weight, rng.choice(SCALE_FORMATS))
+    return head_linear_fp8.case(x, weight, rng.choice(at.scale_formats))
 
 
 @grouped_linear.cases

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from dsv3_plugin.ops.attention_gradients import attention_gradients
 from dsv3_plugin.ops.checks import require
 from dsv3_plugin.ops.drawing import MOST_PRODUCTS, Case, Sizes, numbers, size_of_numbers
 from dsv3_plugin.ops.elementary import LOG2_E, exp2_of_nonpositive, fma, fold_sum
@@ -223,11 +224,8 @@ def attend_split(
 
 
 class _MLAAttention(torch.autograd.Function):
-    """Recomputed request by request in fp32. Correct, not fast: the probabilities [H, T, L] of one request are held at
-    once. The gradient of the cache has all its pages; a selection of keys is a constant.
-
-    With p = softmax(q k^T * scale) and v the first `kv_lora_rank` numbers of k: dp = do v^T, ds = p (dp - sum(dp p)),
-    dq = ds k * scale, and a key, which is key and value at once, gets ds^T q * scale and, in its value part, p^T do.
+    """Recomputed request by request, tile by tile (`attention_gradients`). The gradient of the cache has all its pages;
+    a selection of keys is a constant.
     """
 
     @staticmethod
@@ -254,43 +252,17 @@ class _MLAAttention(torch.autograd.Function):
         starts = batch.read_query_start_loc()
         for request, length in enumerate(batch.read_seq_lens()):
             rows = slice(starts[request], starts[request + 1])
+            if rows.start == rows.stop:
+                continue
             blocks = batch.block_table[request, : -(-length // batch.block_size)].long()
-            cached = latent_cache[blocks].flatten(0, 1)[:length].float()
-            of_queries, of_keys = _attention_gradients(
-                grad[rows].float(),
-                q[rows].float(),
-                cached,
-                ctx.kv_lora_rank,
-                ctx.scale,
-                ctx.keys.mask(rows, length),
+            cached = latent_cache[blocks].flatten(0, 1)[:length]
+            selected = ctx.keys.mask(rows, length)
+            grad_q[rows], of_keys = attention_gradients(
+                grad[rows], q[rows], cached, ctx.kv_lora_rank, ctx.scale, selected
             )
-            grad_q[rows] = of_queries.to(q.dtype)
             padded = F.pad(of_keys, (0, 0, 0, len(blocks) * batch.block_size - length))
             grad_cache.index_add_(0, blocks, padded.unflatten(0, (-1, batch.block_size)))
         return None, grad_q, grad_cache.to(latent_cache.dtype), None, None, None, None
-
-
-def _attention_gradients(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    rank: int,
-    scale: float,
-    selected: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """grad [T, H, rank], q [T, H, C], the last T tokens of keys [L, C], selected bool [T, L] or None for all; to
-    (dq [T, H, C], dk [L, C]); all fp32.
-    """
-    scores = torch.einsum("thc,lc->htl", q, keys) * scale
-    unseen = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1 + len(keys) - len(q))
-    if selected is not None:
-        unseen |= ~selected
-    p = scores.masked_fill(unseen, -torch.inf).softmax(-1)
-    grad_p = torch.einsum("thr,lr->htl", grad, keys[:, :rank])
-    grad_scores = p * (grad_p - (grad_p * p).sum(-1, keepdim=True)) * scale
-    grad_keys = torch.einsum("htl,thc->lc", grad_scores, q)
-    grad_keys[:, :rank] += torch.einsum("htl,thr->lr", p, grad)
-    return torch.einsum("htl,lc->thc", grad_scores, keys), grad_keys
 
 
 @mla_attention.gradient

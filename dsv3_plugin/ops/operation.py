@@ -58,6 +58,7 @@ class Operation(Generic[P, R]):
         summary: str,
         fp8: bool = False,
         sliced: bool = False,
+        training: bool = False,
         dims: tuple[str, ...] = (),
         page_sizes: Iterable[int] = (),
     ) -> None:
@@ -74,6 +75,8 @@ class Operation(Generic[P, R]):
         """Whether only FP8 profiles use it."""
         self.sliced = sliced
         """Whether only profiles in several reduction slices use it."""
+        self.training = training
+        """Whether only backward passes call it: a server has no kernel of it, and needs no certificate."""
         self.dims = dims
         """Sizes of the model, by their configuration names, about which a kernel may be particular."""
         self.page_sizes = frozenset(page_sizes)
@@ -109,9 +112,13 @@ class Operation(Generic[P, R]):
         reference = f"{self.__module__}:{self.name}"
         return (reference, f"{Products.__module__}:CPU") if self._on else (reference,)
 
-    def is_used_by(self, profile: Profile) -> bool:
-        """Whether a model in this profile calls it."""
-        return (profile.is_fp8 or not self.fp8) and (profile.reduction_slices > 1 or not self.sliced)
+    def is_used_by(self, profile: Profile, *, training: bool = False) -> bool:
+        """Whether a model in this profile calls it; with `training`, whether its backward pass does alone."""
+        return (
+            self.training == training
+            and (profile.is_fp8 or not self.fp8)
+            and (profile.reduction_slices > 1 or not self.sliced)
+        )
 
     def on(self, products: Products) -> Callable[P, R]:
         """The reference with the products of another machine; itself if it has none."""
@@ -149,6 +156,7 @@ def operation(
     summary: str,
     fp8: bool = False,
     sliced: bool = False,
+    training: bool = False,
     dims: tuple[str, ...] = (),
     page_sizes: Iterable[int] = (),
 ) -> Callable[[Callable[P, R]], Operation[P, R]]:
@@ -162,6 +170,7 @@ def operation(
             summary=summary,
             fp8=fp8,
             sliced=sliced,
+            training=training,
             dims=dims,
             page_sizes=page_sizes,
         )
@@ -175,6 +184,7 @@ def matrix_operation(
     summary: str,
     fp8: bool = False,
     sliced: bool = False,
+    training: bool = False,
     dims: tuple[str, ...] = (),
     page_sizes: Iterable[int] = (),
 ) -> Callable[[Callable[Concatenate[Products, P], R]], Operation[P, R]]:
@@ -193,6 +203,7 @@ def matrix_operation(
             summary=summary,
             fp8=fp8,
             sliced=sliced,
+            training=training,
             dims=dims,
             page_sizes=page_sizes,
         )

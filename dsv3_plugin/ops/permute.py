@@ -10,7 +10,7 @@ import random
 import torch
 
 from dsv3_plugin.ops.checks import require_matrix
-from dsv3_plugin.ops.drawing import SCALE_FORMATS, Case, Sizes, generator, numbers
+from dsv3_plugin.ops.drawing import Case, Sizes, generator, numbers
 from dsv3_plugin.ops.operation import BoundKernels, operation
 from dsv3_plugin.ops.quantize import quantize_fp8
 
@@ -77,6 +77,8 @@ def _case(rng: random.Random, at: Sizes) -> Case:
 @permute_fp8.cases
 def _fp8_case(rng: random.Random, at: Sizes) -> Case:
     """The same with scales."""
-    values, scales = quantize_fp8(numbers(rng, rng.choice(at.rows), rng.choice(at.depths)), rng.choice(SCALE_FORMATS))
+    values, scales = quantize_fp8(
+        numbers(rng, rng.choice(at.rows), rng.choice(at.depths)), rng.choice(at.scale_formats)
+    )
     drawn = generator(rng)
     return permute_fp8.case(values, scales, torch.randint(len(values), (rng.choice(at.rows),), generator=drawn))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.ops.checks import require, require_matrix
-from dsv3_plugin.ops.drawing import SCALE_FORMATS, Case, Sizes, numbers
+from dsv3_plugin.ops.drawing import Case, Sizes, numbers
 from dsv3_plugin.ops.elementary import divide
 from dsv3_plugin.ops.operation import operation
 from dsv3_plugin.profile import ScaleFormat
@@ -59,13 +59,15 @@ def to_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_weight(weight: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a weight [N, K] to (e4m3 [N, K], fp32 `weight_scale_inv` [ceil(N / 128), ceil(K / 128)])."""
-    rows, columns = weight.shape
+    """Quantize a weight [..., N, K] to (e4m3 [..., N, K], fp32 `weight_scale_inv` [..., ceil(N / 128), ceil(K / 128)]);
+    experts may lead.
+    """
+    rows, columns = weight.shape[-2:]
     padded = F.pad(weight.float(), (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
-    blocks = padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
-    scale = scale_for(blocks.abs().amax((1, 3)), scale_format)
-    quantized = to_e4m3(blocks / scale[:, None, :, None])
-    return quantized.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(), scale
+    blocks = padded.unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))
+    scale = scale_for(blocks.abs().amax((-3, -1)), scale_format)
+    quantized = to_e4m3(blocks / scale[..., :, None, :, None])
+    return quantized.flatten(-2).flatten(-3, -2)[..., :rows, :columns].contiguous(), scale
 
 
 def expand_scale(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -83,4 +85,4 @@ def _quantize_case(rng: random.Random, at: Sizes) -> Case:
     """From subnormal to near overflow, both scale formats."""
     x = numbers(rng, rng.choice(at.rows), rng.choice(at.depths))
     x = x * 2.0 ** rng.choice((-130, -20, 0, 0, 0, 20, 100))
-    return quantize_fp8.case(x if rng.random() < 0.8 else x.float(), rng.choice(SCALE_FORMATS))
+    return quantize_fp8.case(x if rng.random() < 0.8 else x.float(), rng.choice(at.scale_formats))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.ops.checks import require, require_matrix
-from dsv3_plugin.ops.drawing import SCALE_FORMATS, Case, Sizes, numbers
+from dsv3_plugin.ops.drawing import Case, Sizes, numbers
 from dsv3_plugin.ops.elementary import divide, sum_row
 from dsv3_plugin.ops.operation import BoundKernels, operation
 from dsv3_plugin.ops.quantize import quantize_fp8
@@ -118,7 +118,7 @@ def _rms_norm_fp8_case(rng: random.Random, at: Sizes) -> Case:
     """Widths of whole scale blocks, no power of two; both scale formats."""
     width = rng.choice(at.depths) + rng.choice((0, 128))
     x, weight = numbers(rng, rng.choice(at.rows), width), numbers(rng, width)
-    return rms_norm_fp8.case(x, weight, 1e-6, rng.choice(SCALE_FORMATS))
+    return rms_norm_fp8.case(x, weight, 1e-6, rng.choice(at.scale_formats))
 
 
 @add_rms_norm_fp8.cases

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.ops.checks import require, require_matrix
-from dsv3_plugin.ops.drawing import SCALE_FORMATS, Case, Sizes, numbers
+from dsv3_plugin.ops.drawing import Case, Sizes, numbers
 from dsv3_plugin.ops.elementary import sigmoid
 from dsv3_plugin.ops.operation import BoundKernels, operation
 from dsv3_plugin.ops.quantize import quantize_fp8
@@ -66,4 +66,4 @@ def _case(rng: random.Random, at: Sizes) -> Case:
 def _fp8_case(rng: random.Random, at: Sizes) -> Case:
     """Widths of whole scale blocks, both scale formats."""
     width = rng.choice(at.depths) + rng.choice((0, 128))
-    return silu_and_mul_fp8.case(numbers(rng, rng.choice(at.rows), 2 * width), rng.choice(SCALE_FORMATS))
+    return silu_and_mul_fp8.case(numbers(rng, rng.choice(at.rows), 2 * width), rng.choice(at.scale_formats))

@@ -17,7 +17,7 @@ import torch
 
 from dsv3_plugin.config import FP8_BLOCK
 from dsv3_plugin.ops.checks import require
-from dsv3_plugin.ops.drawing import SCALE_FORMATS, Case, Sizes, numbers, size_of_numbers, sizes
+from dsv3_plugin.ops.drawing import Case, Sizes, numbers, size_of_numbers, sizes
 from dsv3_plugin.ops.fp8_linear import fp8_linear
 from dsv3_plugin.ops.linear import LinearFunction, linear
 from dsv3_plugin.ops.operation import BoundKernels, matrix_operation
@@ -102,7 +102,7 @@ def _sliced_fp8_linear_case(rng: random.Random, at: Sizes) -> Case:
     """Both scale formats and output dtypes; columns that fill no scale block."""
     rows, columns, depth = sizes(rng, at)
     slices = rng.choice([slices for slices in _SLICES if depth % (slices * FP8_BLOCK) == 0])
-    scale_format = rng.choice(SCALE_FORMATS)
+    scale_format = rng.choice(at.scale_formats)
     weight = quantize_weight(numbers(rng, columns - rng.choice((0, 0, 8)), depth), scale_format)
     x = quantize_fp8(numbers(rng, rows, depth), scale_format)
     out_dtype = rng.choice((torch.bfloat16, torch.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -11,9 +12,9 @@ from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import Arithmetic, Implementation, Kernel, Setting
 from dsv3_plugin.kernels import provider
 from dsv3_plugin.kernels.hopper import V3_LATENT
-from dsv3_plugin.ops.drawing import LARGE, ON_CPU, Sizes
+from dsv3_plugin.ops.drawing import LARGE, ON_CPU, SCALE_FORMATS, Sizes
 from dsv3_plugin.ops.operation import Operation, operations
-from dsv3_plugin.profile import FP8_UE8M0, FP32
+from dsv3_plugin.profile import FP8_UE8M0, FP32, ScaleFormat
 from dsv3_plugin.providers import is_supported, offered_kernels
 from dsv3_plugin.registry import is_a_definition
 
@@ -101,9 +102,23 @@ class Target(NamedTuple):
         settings = [setting for latent in latents for setting in where.settings(**latent)]
         return [setting for setting in settings if is_supported(self.kernel, setting)]
 
+    def scale_formats(self, where: Where) -> tuple[ScaleFormat, ...]:
+        """Of fp8 scales, those that its kernel serves."""
+
+        def with_format(setting: Setting, scale_format: ScaleFormat) -> Setting:
+            return replace(setting, profile=replace(setting.profile, scale_format=scale_format))
+
+        served = self.settings(where)
+        return tuple(
+            scale_format
+            for scale_format in SCALE_FORMATS
+            if any(is_supported(self.kernel, with_format(setting, scale_format)) for setting in served)
+        )
+
     def sizes(self, where: Where) -> Sizes:
         """What its cases are drawn from."""
         sizes = (ON_CPU if where.kernels == "cpu" else LARGE)._replace(**_FEW.get(self.part.name, {}))
+        sizes = sizes._replace(scale_formats=self.scale_formats(where))
         if self.op.dims:
             served = [tuple(setting.dims[name] for name in self.op.dims) for setting in self.settings(where)]
             return sizes._replace(latents=tuple(latent for latent in LARGE.latents if latent in served))

@@ -1,20 +1,31 @@
-"""TransformerEngine as a provider of block-scaled fp8, as its recipe `Float8BlockScaling` uses it. Fast mode only.
+"""TransformerEngine as a provider of block-scaled fp8, as its recipe `Float8BlockScaling` uses it.
 
-Its product is cuBLASLt's; its quantizer agrees with the contract in power-of-two scales.
+With power-of-two scales its products are the contract's, and serve where a certificate says so: those of forward and
+dgrad, and wgrad of one weight. They are cuBLASLt's, which by TransformerEngine's own reference
+(`tests/pytorch/references/blockwise_fp8_gemm_reference.py`) folds in one scale after the other,
+`acc = fma(raw * scale_a, scale_b, acc)`, and not their product: with powers of two that is the same, so other scales
+are left to other kernels.
+
+Its quantizer takes `scale = 448 / amax`, correctly rounded, e4m3 of `x * scale`, and keeps `1 / scale`; for powers of
+two it cuts off the mantissa of `scale`. Where `448 / amax` overflows it takes the input dtype's largest number. So its
+powers of two are the contract's but for an amax below 2**-118, and its fp32 scales are others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from dsv3_plugin.hooks import Kernel
+from dsv3_plugin.hooks import SUPPORTED, Implementation, Kernel, Setting, Support, unsupported, versions_of
+from dsv3_plugin.kernels import own
 from dsv3_plugin.kernels.hopper import on_hopper_with
 from dsv3_plugin.kernels.installed import version_of
 from dsv3_plugin.kernels.vendors.third_party import Offer, kernels_of
 from dsv3_plugin.ops import fp8_linear as contracts
+from dsv3_plugin.ops import fp8_wgrad as wgrad_contracts
 from dsv3_plugin.ops import quantize as quantize_contracts
 from dsv3_plugin.ops.checks import require
 from dsv3_plugin.ops.operation import implements
@@ -23,6 +34,7 @@ from dsv3_plugin.profile import ScaleFormat
 
 PROVIDER = "transformer-engine"
 _DISTRIBUTION = "transformer-engine-torch"
+_VERSIONS = versions_of(_DISTRIBUTION, "transformer-engine", "nvidia-cublas", "nvidia-cublas-cu12")
 # Its products take whole 8 rows, and scales in rows of whole 16 bytes.
 _ROWS, _SCALES = 8, 4
 
@@ -55,6 +67,54 @@ def fp8_linear(
     padded = F.pad(weight_scale, (0, -weight_scale.shape[1] % _SCALES)).contiguous()
     out = general_gemm(_tensor(weight, padded, 2), _tensor(values, transposed, 1), out_dtype=torch.bfloat16)[0]
     return out[: len(x)]
+
+
+@implements(wgrad_contracts.fp8_wgrad)
+def fp8_wgrad(
+    grad: torch.Tensor,
+    grad_scale: torch.Tensor,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    expert_counts: torch.Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """Of `quantize_fp8_columns`: grad e4m3 [N, B * 128] with scales fp32 [N, B] and x e4m3 [K, B * 128] with scales
+    fp32 [K, B], expert_counts [E], to [E, N, K] of bf16 or fp32; by TransformerEngine for one weight of whole 8 rows,
+    else by this package's own kernel. Raises `InputError`.
+    """
+    if _takes(grad, expert_counts):
+        return wgrad_alone(grad, grad_scale, x, x_scale, expert_counts, out_dtype=out_dtype)
+    from dsv3_plugin.kernels.triton import fp8_wgrad as ours
+
+    return ours.fp8_wgrad(grad, grad_scale, x, x_scale, expert_counts, out_dtype=out_dtype)
+
+
+def _takes(grad: torch.Tensor, expert_counts: torch.Tensor) -> bool:
+    return len(expert_counts) == 1 and grad.shape[1] > 0 and len(grad) % _ROWS == 0
+
+
+def wgrad_alone(
+    grad: torch.Tensor,
+    grad_scale: torch.Tensor,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    expert_counts: torch.Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """`fp8_wgrad` by TransformerEngine. Raises `InputError` for a shape that it does not take."""
+    told = f"not {len(expert_counts)} of {len(grad)} rows"
+    require(_takes(grad, expert_counts), "fp8_wgrad", f"TransformerEngine takes one weight of whole 8 rows, {told}")
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+    of_grad, of_x = (_tensor(values, _by_blocks(scale), 1) for values, scale in ((grad, grad_scale), (x, x_scale)))
+    return general_gemm(of_x, of_grad, out_dtype=out_dtype)[0].unsqueeze(0)
+
+
+def _by_blocks(scale: torch.Tensor) -> torch.Tensor:
+    """Scales [R, B] block by block, in rows of whole 16 bytes."""
+    return F.pad(scale.t(), (0, -len(scale) % _SCALES)).contiguous()
 
 
 def _quantizer(powers_of_two: bool, block_scaling_dim: int) -> Any:
@@ -90,22 +150,42 @@ def _tensor(values: torch.Tensor, scales: torch.Tensor, block_scaling_dim: int) 
 
 
 def kernels() -> list[Kernel]:
-    """The quantizer and the dense product."""
+    """The quantizer, and the products of one weight."""
     version = version_of(_DISTRIBUTION)
-    return kernels_of(
-        PROVIDER,
-        version,
-        on_hopper_with(lambda: None if version else "TransformerEngine for torch is not installed"),
+    on_hopper = on_hopper_with(lambda: None if version else "TransformerEngine for torch is not installed")
+
+    def with_powers_of_two(setting: Setting) -> Support:
+        return on_hopper(setting) and _powers_of_two(setting)
+
+    quantizer = Offer(
+        quantize_contracts.quantize_fp8,
+        quantize_fp8,
+        uncertified="its fp32 scales are others, and its powers of two where an amax is below 2**-118",
+        priority=-1,
+    )
+    own_wgrad = own.parts(wgrad_contracts.fp8_wgrad, shapes="experts, and weights of other rows")
+    products = (
+        Offer(contracts.fp8_linear, fp8_linear, (_part(fp8_linear, "every shape"),), priority=-2),
         Offer(
-            quantize_contracts.quantize_fp8,
-            quantize_fp8,
-            uncertified="differs with fp32 scales, and far from 1",
-            priority=-1,
-        ),
-        Offer(
-            contracts.fp8_linear,
-            fp8_linear,
-            uncertified="is cuBLASLt's product, which differs at few rows",
+            wgrad_contracts.fp8_wgrad,
+            fp8_wgrad,
+            (_part(wgrad_alone, "one weight of whole 8 rows"), *own_wgrad),
             priority=-2,
         ),
     )
+    return [
+        *kernels_of(PROVIDER, version, on_hopper, quantizer),
+        *kernels_of(PROVIDER, version, with_powers_of_two, *products),
+    ]
+
+
+def _part(run: Callable[..., torch.Tensor], shapes: str) -> Implementation:
+    entry = f"{__name__}:{run.__name__}"
+    return Implementation("transformer_engine.general_gemm", run, entry, versions=_VERSIONS, shapes=shapes)
+
+
+def _powers_of_two(setting: Setting) -> Support:
+    scale_format = setting.profile.scale_format
+    if scale_format in (None, "ue8m0"):
+        return SUPPORTED
+    return unsupported(f"keeps the contract with power-of-two scales, the profile has {scale_format} ones")

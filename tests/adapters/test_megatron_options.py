@@ -105,6 +105,7 @@ REFUSED = (
     ("--optimizer-cpu-offload",),
     ("--ema-decay", "0.999"),
     ("--fp8-format", "hybrid"),
+    ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
     ("--optimizer", "muon"),
     ("--rampup-batch-size", "2", "2", "12"),
     ("--rotary-percent", "0.5"),
@@ -165,7 +166,8 @@ def test_every_option_has_a_rule_and_no_value_is_lost(tiny_checkpoint: TinyCheck
         [word if word.startswith("-") else str(tmp_path / word) for word in flag]
         for flag in (*WITHOUT_WEIGHTS, *WITH_WEIGHTS)
     ]
-    arguments = json.dumps([*cases, *([*flag, *model] for flag in (*weights, *HONOURED))])
+    in_fp8 = ["--hf-config", str(tiny_checkpoint("fp8")), "--fp8-format", "e4m3", "--fp8-recipe", "blockwise"]
+    arguments = json.dumps([*cases, *([*flag, *model] for flag in (*weights, *HONOURED)), in_fp8])
     done = warm(ON_CPU, script, checkpoint, arguments, modules=LOOP)
     assert "RESULT" in done.stdout, printed(done)[-3000:]
     found = json.loads(done.stdout.split("RESULT")[1].splitlines()[0])
@@ -183,4 +185,4 @@ def test_every_option_has_a_rule_and_no_value_is_lost(tiny_checkpoint: TinyCheck
     for flag, reason in WITHOUT_WEIGHTS.items():
         sentence = next(said)
         assert sentence is not None and reason in sentence and "\n" not in sentence, (flag, sentence)
-    assert list(said) == [None] * len((*WITH_WEIGHTS, *HONOURED))
+    assert list(said) == [None] * len((*WITH_WEIGHTS, *HONOURED, in_fp8))

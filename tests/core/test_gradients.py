@@ -16,7 +16,6 @@ from float64_oracle import Float64Oracle, float64_tensors
 from torch.nn.functional import cross_entropy
 
 from dsv3_plugin.autograd.bind import differentiable
-from dsv3_plugin.autograd.fp8 import MasterWeights
 from dsv3_plugin.checkpoint.loader import load_model, load_mtp, load_weights
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
@@ -30,7 +29,7 @@ from dsv3_plugin.ops.linear import grouped_linear, head_linear
 from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.operation import Operation
 from dsv3_plugin.ops.paged_batch import PagedBatch
-from dsv3_plugin.ops.quantize import dequantize_weight, quantize_fp8, quantize_weight
+from dsv3_plugin.ops.quantize import dequantize_weight
 from dsv3_plugin.ops.rms_norm import rms_norm
 from dsv3_plugin.ops.router import moe_router
 from dsv3_plugin.ops.silu_and_mul import silu_and_mul
@@ -191,40 +190,6 @@ def test_the_forward_keeps_its_bits(dtype: str, tiny_checkpoint: TinyCheckpoint)
         outputs.append((main.lm_head(hidden), mtp.lm_head(mtp(tokens[1:-1], positions, hidden, attend))))
     assert torch.equal(outputs[0][0], outputs[1][0])
     assert torch.equal(outputs[0][1], outputs[1][1])
-
-
-@pytest.mark.parametrize("profile", ["fp8"])
-def test_fp8_gradients_are_those_of_the_dequantized_product(profile: str, tiny_checkpoint: TinyCheckpoint) -> None:
-    reader = CheckpointReader(tiny_checkpoint(profile))
-    weights = MasterWeights(bind_ops(reader.config, reader.profile(), torch.device("cpu")))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(5, 256, generator=generator).bfloat16().requires_grad_()
-    weight = torch.randn(3, 128, 256, generator=generator).bfloat16().requires_grad_()
-    grad = torch.randn(5, 128, generator=generator).bfloat16()
-
-    quantized, scale = quantize_fp8(x.detach(), "ue8m0")
-    rows = (quantized.double().unflatten(1, (-1, 128)) * scale.double().unsqueeze(-1)).flatten(1)
-    numbers = torch.stack([dequantize_weight(*quantize_weight(w, "ue8m0")) for w in weight.detach()]).double()
-
-    weights.linear(x, weight[0]).backward(grad)
-    assert_close(x.grad, grad.double() @ numbers[0])
-    assert_close(weight.grad[0], grad.double().t() @ rows)
-
-    x.grad = weight.grad = None
-    weights.grouped_linear(x, torch.tensor([2, 0, 3]), weight).backward(grad)
-    assert_close(x.grad, torch.cat((grad[:2].double() @ numbers[0], grad[2:].double() @ numbers[2])))
-    assert_close(weight.grad[2], grad[2:].double().t() @ rows[2:])
-    assert not weight.grad[1].any()
-
-    weight.grad = None
-    weights.quantized(weight[0]).backward(torch.ones(128, 256, dtype=torch.bfloat16))
-    assert bool((weight.grad[0] == 1).all())
-
-
-def assert_close(found: torch.Tensor | None, expected: torch.Tensor) -> None:
-    """Equal but for one rounding to bf16."""
-    assert found is not None
-    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)
 
 
 SELECTIONS = {

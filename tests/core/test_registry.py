@@ -20,11 +20,12 @@ from dsv3_plugin.errors import KernelError
 from dsv3_plugin.hooks import SUPPORTED, Implementation, Kernel, Setting, Support, unsupported
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.fp8_linear import fp8_linear
+from dsv3_plugin.ops.fp8_wgrad import fp8_wgrad
 from dsv3_plugin.ops.linear import linear
 from dsv3_plugin.ops.operation import operations
 from dsv3_plugin.ops.slices import Slices
 from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32
-from dsv3_plugin.registry import MODE_VARIABLE, Choice, Ops, bind, mode_from_environment
+from dsv3_plugin.registry import MODE_VARIABLE, Choice, Ops, bind, mode_from_environment, with_training
 from dsv3_plugin.version import __version__
 
 CPU_BF16 = Setting("cpu", "cpu", BF16)
@@ -36,6 +37,8 @@ REFERENCE = reference_kernels.dsv3_kernels()
 FP8_OPS = {"quantize_fp8", "fp8_linear", "grouped_fp8_linear", "rms_norm_fp8", "add_rms_norm_fp8"}
 FP8_OPS |= {"head_linear_fp8", "silu_and_mul_fp8", "permute_fp8"}
 SLICED_OPS = {"sliced_linear", "sliced_fp8_linear"}
+TRAINING_OPS = {"quantize_fp8_weight", "quantize_fp8_columns", "fp8_wgrad"}
+SERVED = [name for name, op in operations().items() if not op.training]
 
 OURS = f"reference {__version__}"
 
@@ -100,7 +103,7 @@ def without(op: str) -> list[Kernel]:
 def test_the_reference_serves_every_operation_on_a_cpu() -> None:
     ops = bind(CPU_FP8, "strict", REFERENCE)
     assert ops.mode == "strict" and ops.setting == CPU_FP8
-    assert [c.op for c in ops.provenance] == list(operations())
+    assert [c.op for c in ops.provenance] == SERVED
     assert {(c.provider, c.is_the_contract) for c in ops.provenance} == {("reference", True)}
     assert all(c.refused == () for c in ops.provenance)
     assert ops[linear] is linear
@@ -109,11 +112,23 @@ def test_the_reference_serves_every_operation_on_a_cpu() -> None:
 
 def test_operations_are_bound_in_the_profiles_that_use_them_only() -> None:
     ops = bind(CPU_BF16, "strict", REFERENCE)
-    assert set(operations()) - {c.op for c in ops.provenance} == FP8_OPS | SLICED_OPS
+    assert set(operations()) - {c.op for c in ops.provenance} == FP8_OPS | SLICED_OPS | TRAINING_OPS
     fp8 = bind(Setting("cpu", "cpu", FP8_UE8M0), "strict", REFERENCE)
-    assert set(operations()) - {c.op for c in fp8.provenance} == SLICED_OPS
+    assert set(operations()) - {c.op for c in fp8.provenance} == SLICED_OPS | TRAINING_OPS
     with pytest.raises(KernelError, match=r"^fp8_linear was called in the bf16 profile"):
         ops[fp8_linear](1, 2, x=3)  # type: ignore[arg-type]
+
+
+def test_a_server_needs_no_kernel_of_the_backward_pass_and_a_trainer_does() -> None:
+    served = [kernel for kernel in REFERENCE if kernel.op not in TRAINING_OPS]
+    ops = bind(CPU_FP8, "strict", served)
+    with pytest.raises(KernelError, match=r": quantize_fp8_weight, quantize_fp8_columns, fp8_wgrad \(nothing"):
+        with_training(ops, served)
+    trained = with_training(ops, REFERENCE)
+    assert {c.op for c in trained.provenance} - {c.op for c in ops.provenance} == TRAINING_OPS
+    assert trained[fp8_wgrad] is fp8_wgrad and trained[linear] is ops[linear]
+    in_bf16 = bind(CPU_BF16, "strict", served)
+    assert with_training(in_bf16, served).provenance == in_bf16.provenance, "it has no operation of its own"
 
 
 def test_strict_mode_says_what_was_measured_of_a_kernel_without_certificate() -> None:
@@ -327,14 +342,14 @@ def test_a_kernel_sees_the_setting() -> None:
 
     kernels = [Kernel(op.name, op.version, "lab", "1", print, is_supported) for op in operations().values()]
     bind(HOPPER, "fast", kernels)
-    assert seen == [HOPPER] * len(operations())
+    assert seen == [HOPPER] * len(SERVED)
 
 
 def test_cuda_without_kernels_lists_every_operation() -> None:
     with pytest.raises(KernelError) as error:
         bind(HOPPER, "strict", REFERENCE)
     message = str(error.value)
-    every = ", ".join(operations())
+    every = ", ".join(SERVED)
     assert message == (
         f"no kernel may serve in strict mode on cuda: {every} ({OURS}: defines the CPU arithmetic, not sm90 on cuda)"
     )

@@ -23,6 +23,11 @@ ROUNDS_PRODUCT_AND_SUM = {
     "absorb, many tokens",
     "combine",
     "quantize ue8m0",
+    "quantize weight",
+    "quantize weight, transposed",
+    "quantize columns",
+    "quantize columns again",
+    "quantize columns again float32",
 }
 ROUNDS_PRODUCT_AND_SUM |= {"model of bf16 products", "model of e4m3 products"}
 # The attention kernel for any latent holds two outputs of 64 rows; V3's latent has a kernel of its own, which parks a

@@ -13,6 +13,7 @@ from dsv3_plugin.kernels.triton import (
     absorb,
     combine,
     fp8_linear,
+    fp8_wgrad,
     linear,
     mla_attention,
     permute,
@@ -76,6 +77,21 @@ CASES = {
         sliced_linear.sliced_fp8_linear,
         (e4m3(2, 256), fp32(2, 2), e4m3(8, 256), fp32(1, 2), 4),
         "sliced_fp8_linear: K=256 has no 4 equal slices of whole blocks of 128",
+    ),
+    "columns, scales": (
+        fp8_wgrad.quantize_fp8_columns,
+        (e4m3(4, 256), fp32(4, 1), COUNTS, "ue8m0"),
+        r"quantize_fp8_columns: x_scale has shape \(4, 1\)",
+    ),
+    "wgrad, tokens": (
+        fp8_wgrad.fp8_wgrad,
+        (e4m3(8, 256), fp32(8, 2), e4m3(8, 128), fp32(8, 1), COUNTS),
+        "fp8_wgrad: grad has 256 tokens, x has 128",
+    ),
+    "wgrad, counts": (
+        fp8_wgrad.fp8_wgrad,
+        (e4m3(8, 256), fp32(8, 2), e4m3(8, 256), fp32(8, 2), fp32(2)),
+        "fp8_wgrad: expert_counts is torch.float32, not integers",
     ),
     "quantize, K": (quantize.quantize_fp8, (bf16(2, 96), "ue8m0"), "quantize_fp8: K=96 is not a multiple of 128"),
     "fp8, dtype": (

@@ -13,21 +13,24 @@ from dsv3_plugin.certificates import Certificate, Subject
 from dsv3_plugin.errors import InputError, KernelError
 from dsv3_plugin.hooks import Kernel, Setting, always
 from dsv3_plugin.kernels import hopper, installed, provider
+from dsv3_plugin.kernels.certify.targets import Target, Where
 from dsv3_plugin.kernels.hopper import V3_LATENT
-from dsv3_plugin.kernels.vendors import cublas, deep_gemm, flash_mla
+from dsv3_plugin.kernels.vendors import cublas, deep_gemm, flash_mla, transformer_engine
 from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.quantize import E4M3
-from dsv3_plugin.profile import BF16, FP8_UE8M0, FP32
-from dsv3_plugin.registry import bind
+from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, FP32
+from dsv3_plugin.registry import bind, with_training
 
 HOPPER = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), V3_LATENT)
+OF_TRANSFORMER_ENGINE = {(transformer_engine.PROVIDER, op) for op in ("fp8_linear", "fp8_wgrad")}
 KERNELS = [kernel for module in provider.OTHERS for kernel in module.kernels()]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.provider}-{kernel.op}")
 def test_each_can_be_certified_or_says_why_not(kernel):
-    assert (kernel.provider == deep_gemm.PROVIDER) == (kernel.uncertified is None)
+    can_be = kernel.provider == deep_gemm.PROVIDER or (kernel.provider, kernel.op) in OF_TRANSFORMER_ENGINE
+    assert can_be == (kernel.uncertified is None)
     for elsewhere in (
         Setting("cpu", "cpu", BF16),
         Setting("cpu", "sm90", BF16),
@@ -51,6 +54,37 @@ def test_flash_mla_attends_with_the_latent_of_v3_only(monkeypatch):
     assert kernel.is_supported(HOPPER)
     other = Setting("cuda", "sm90", FP8_UE8M0, (9, 0), {"kv_lora_rank": 128, "qk_rope_head_dim": 64})
     assert "kv_lora_rank" in str(kernel.is_supported(other).reason)
+
+
+def test_transformer_engine_multiplies_with_powers_of_two_and_for_one_weight(monkeypatch):
+    monkeypatch.setattr(transformer_engine, "version_of", lambda *_: "2.13.0")
+    kernels = {kernel.op: kernel for kernel in transformer_engine.kernels()}
+    in_float32 = replace(HOPPER, profile=FP8_FLOAT32)
+    for op in ("fp8_linear", "fp8_wgrad"):
+        assert kernels[op].is_supported(HOPPER)
+        assert "with power-of-two scales, the profile has float32" in str(kernels[op].is_supported(in_float32).reason)
+        (target, *_) = (Target(kernels[op], part) for part in kernels[op].parts)
+        assert target.sizes(Where()).scale_formats == ("ue8m0",), "what its cases are drawn from"
+    grad, x = (torch.zeros(rows, 128).to(E4M3) for rows in (12, 128))
+    ones = torch.ones(12, 1), torch.ones(128, 1)
+    for rows, counts in ((12, [128]), (8, [64, 64])):
+        with pytest.raises(InputError, match=r"TransformerEngine takes one weight of whole 8 rows, not"):
+            transformer_engine.wgrad_alone(grad[:rows], ones[0][:rows], x, ones[1], torch.tensor(counts))
+
+
+def test_the_preferred_provider_goes_first_where_it_may_serve(monkeypatch):
+    monkeypatch.setattr(registry.certificates, "find", lambda subject, dtype, shipped: CERTIFICATE)
+    own = [kernel for kernel in provider.dsv3_kernels() if kernel.provider in ("triton", "cuda")]
+    everyone = [_without_refusal(kernel) for kernel in [*own, *KERNELS]]
+
+    def of(provider: str, **asked: str) -> set[str]:
+        ops = with_training(bind(HOPPER, "strict", everyone, **asked), everyone)
+        return {choice.op for choice in ops.provenance if choice.provider == provider}
+
+    assert of("transformer-engine") == set()
+    assert of("transformer-engine", preferred="transformer-engine") == {"fp8_linear", "fp8_wgrad"}
+    assert "quantize_fp8" in of("triton", preferred="transformer-engine"), "not one that has no certificate"
+    assert of("nobody", preferred="nobody") == set() and of("triton", preferred="nobody") == of("triton")
 
 
 def test_strict_mode_never_takes_one_without_certificate(monkeypatch):
@@ -93,7 +127,7 @@ def test_strict_mode_refuses_where_only_such_a_kernel_serves():
         bind(HOPPER, "strict", [_without_refusal(kernel) for kernel in KERNELS if kernel.uncertified])
     message = str(error.value)
     for kernel in KERNELS:
-        if kernel.provider != deep_gemm.PROVIDER:
+        if kernel.uncertified is not None:
             reason = f"has no certificate, which strict mode needs: {kernel.uncertified}"
             assert f"{kernel.provider} {kernel.version}: {reason}" in message
     assert "--certify" not in message, "a check would not help"

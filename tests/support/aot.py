@@ -21,6 +21,8 @@ from dsv3_plugin.kernels.triton import (
     combine,
     fp8_gluon,
     fp8_linear,
+    fp8_weight,
+    fp8_wgrad,
     linear,
     mla_attention,
     permute,
@@ -35,7 +37,7 @@ from dsv3_plugin.ops.router import K_CHUNK
 
 _EXACT = {"enable_fp_fusion": False}
 _ALIGNED = ("columns", "depth", "size", "width", "heads", "block_size", "token_stride", "head_stride", "block_stride")
-_ALIGNED += ("x_row_stride", "x_head_stride", "out_row_stride", "out_head_stride")
+_ALIGNED += ("tokens", "padded_rows", "x_row_stride", "x_head_stride", "out_row_stride", "out_head_stride")
 
 
 class Source(NamedTuple):
@@ -90,6 +92,26 @@ def _sliced_fp8(tile: sliced_linear.Tile) -> Source:
     types = "*fp8e4nv *fp32 *fp8e4nv *fp32 *fp32 i32 i32 i32 i32 i32 i32"
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return Source(sliced_linear._sliced_fp8_linear, types, constants, options)
+
+
+def _quantized_columns(x: str, ue8m0: bool) -> Source:
+    constants = {"GROUPS": 256, "PADDED": 256, "COLUMNS": 32, "UE8M0": ue8m0}
+    constants |= {} if x == "*fp8e4nv" else {"x_scale": None}
+    types = f"{x} {'*fp32 ' if x == '*fp8e4nv' else ''}*i64 *fp8e4nv *fp32 i32 i32 i32 i32 i32"
+    return Source(fp8_wgrad._quantize_columns, types, constants, _EXACT | {"num_warps": 4})
+
+
+def _quantized_weight(transposed: bool, ue8m0: bool) -> Source:
+    constants = {"TRANSPOSED": transposed, "UE8M0": ue8m0}
+    types = "*bf16 *fp8e4nv *fp32 i32 i32 i32"
+    return Source(fp8_weight._quantize_weight, types, constants, _EXACT | {"num_warps": 8})
+
+
+def _wgrad(groups: int, out: str) -> Source:
+    tile = fp8_wgrad.TILE
+    constants = {"GROUPS": groups, "PADDED": groups, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    types = f"*fp8e4nv *fp32 *fp8e4nv *fp32 *i64 {out} i32 i32 i32 i32 i32"
+    return Source(fp8_wgrad._fp8_wgrad, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
 
 
 def _quantized_heads(rows: int, depth: int, warps: int, stages: int) -> Source:
@@ -186,6 +208,16 @@ SOURCES: dict[str, Source] = {
         _GROUPED | {"WEIGHT_FIRST": True},
         {"num_warps": 4, "num_stages": 4},
     ),
+    "quantize weight": _quantized_weight(False, True),
+    "quantize weight float32": _quantized_weight(False, False),
+    "quantize weight, transposed": _quantized_weight(True, True),
+    "quantize weight, transposed float32": _quantized_weight(True, False),
+    "quantize columns": _quantized_columns("*bf16", True),
+    "quantize columns float32": _quantized_columns("*bf16", False),
+    "quantize columns again": _quantized_columns("*fp8e4nv", True),
+    "quantize columns again float32": _quantized_columns("*fp8e4nv", False),
+    "fp8 wgrad": _wgrad(1, "*fp32"),
+    "fp8 wgrad of experts": _wgrad(32, "*bf16"),
     "fp8 gluon": _fp8_gluon(0, 128, True, 6),
     "fp8 gluon, one row": _fp8_gluon(0, 16, False, 8),
     "fp8 gluon, experts": _fp8_gluon(256, 128, True, 6),

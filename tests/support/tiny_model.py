@@ -138,8 +138,8 @@ def logits(
 
 
 def contracts() -> str:
-    """The version of every operation's contract, as a recording names them."""
-    return json.dumps({op.name: op.version for op in operations().values()})
+    """The version of every contract that a logit comes from, as a recording names them."""
+    return json.dumps({op.name: op.version for op in operations().values() if not op.training})
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ import torch
 
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.ops import fp8_linear as fp8
+from dsv3_plugin.ops import fp8_wgrad as gradients
 from dsv3_plugin.ops import mla_attention, quantize
 from dsv3_plugin.ops import rms_norm as norms
 from dsv3_plugin.ops.absorb import absorb
 from dsv3_plugin.ops.combine import combine
+from dsv3_plugin.ops.fp8_weight import quantize_fp8_weight
 from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
 from dsv3_plugin.ops.linear import grouped_linear, head_linear, linear
 from dsv3_plugin.ops.paged_batch import PagedBatch
@@ -30,6 +32,8 @@ X = torch.zeros(2, 256)
 HEADS_X = torch.zeros(2, 3, 8)
 Q8, S8 = quantize.quantize_fp8(X, "ue8m0")
 W8, WS8 = quantize.quantize_weight(torch.zeros(130, 256), "ue8m0")
+COUNTS = torch.tensor([2])
+C8, CS8 = gradients.quantize_fp8_columns(X, None, COUNTS, "ue8m0")
 CACHE = torch.zeros(4, 16, 40)
 QUERIES = torch.zeros(3, 2, 40)
 
@@ -70,6 +74,27 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (r"fp8_linear: x has K=256, weight has K=128", lambda: fp8.fp8_linear(Q8, S8, W8[:, :128].contiguous(), WS8)),
     (r"fp8_linear: x_scale has shape \(2, 1\)", lambda: fp8.fp8_linear(Q8, S8[:, :1], W8, WS8)),
     (r"fp8_linear: weight_scale has shape \(1, 2\)", lambda: fp8.fp8_linear(Q8, S8, W8, WS8[:1])),
+    (r"quantize_fp8_weight: K=200 is", lambda: quantize_fp8_weight(torch.zeros(8, 200), "ue8m0")),
+    (r"quantize_fp8_weight: weight of shape .* is not contiguous", lambda: quantize_fp8_weight(X.t(), "ue8m0")),
+    (
+        r"quantize_fp8_columns: x is torch.float16",
+        lambda: gradients.quantize_fp8_columns(X.half(), None, COUNTS, "ue8m0"),
+    ),
+    (
+        r"quantize_fp8_columns: x_scale has shape \(2, 1\)",
+        lambda: gradients.quantize_fp8_columns(Q8, S8[:, :1], COUNTS, "ue8m0"),
+    ),
+    (
+        r"quantize_fp8_columns: expert_counts sum to 4, x has 2",
+        lambda: gradients.quantize_fp8_columns(Q8, S8, 2 * COUNTS, "ue8m0"),
+    ),
+    (r"fp8_wgrad: grad is torch.float32", lambda: gradients.fp8_wgrad(X, S8, C8, CS8, COUNTS)),
+    (r"fp8_wgrad: grad has 256 tokens, x has 128", lambda: gradients.fp8_wgrad(Q8, S8, C8, CS8, COUNTS)),
+    (r"fp8_wgrad: x_scale has shape \(2, 1\)", lambda: gradients.fp8_wgrad(C8, CS8, C8, CS8[:2], COUNTS)),
+    (
+        r"fp8_wgrad: expert_counts are of 2 blocks, grad has 1",
+        lambda: gradients.fp8_wgrad(C8, CS8, C8, CS8, torch.tensor([129])),
+    ),
     (r"sliced_linear: 3 slices are no power of two", lambda: sliced_linear(X, X, 3)),
     (r"sliced_linear: K=256 has no 512 equal slices", lambda: sliced_linear(X, X, 512)),
     (
