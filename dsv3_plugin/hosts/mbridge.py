@@ -21,6 +21,7 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.megatron_backend.config import transformer_config
 from dsv3_plugin.megatron_backend.export import hf_tensors
+from dsv3_plugin.megatron_backend.layers import OutputLayer
 from dsv3_plugin.megatron_backend.model import DeepseekV3GPTModel, build_model
 from dsv3_plugin.megatron_backend.weights import load_checkpoint, save_tensors
 from dsv3_plugin.profile import profile_for
@@ -68,7 +69,8 @@ class DeepseekV3Bridge(Bridge):  # type: ignore[misc]
         """This rank's virtual pipeline stages, in mixed precision, and with DDP if asked for. mbridge's own calls what
         Megatron-Core 0.19 has no longer.
 
-        Raises `EngineError` for fp16 and for options that are not named here, and what `build_model` does.
+        Raises `EngineError` for fp16, for a critic and for options that are not named here, and what `build_model`
+        does.
         """
         if fp16 or (unknown := sorted(name for name, value in others.items() if value)):
             raise EngineError(
@@ -99,6 +101,10 @@ class DeepseekV3Bridge(Bridge):  # type: ignore[misc]
                 post_process=post_process,
                 config=self.config,
                 hf_config=self.hf_config,
+            )
+        if post_process and not isinstance(model.output_layer, OutputLayer):
+            raise EngineError(
+                "a critic is not supported: use an estimator without one, such as algorithm.adv_estimator=grpo"
             )
         for parameter in model.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
@@ -135,4 +141,5 @@ class DeepseekV3Bridge(Bridge):  # type: ignore[misc]
 def config_of(hf_config: Any, path: str) -> DeepseekV3Config:
     """The checkpoint's `config.json` as it stands, with as many MTP layers as the host left in its copy of it."""
     config = DeepseekV3Config.from_pretrained(path)
-    return config.model_copy(update={"num_nextn_predict_layers": hf_config.num_nextn_predict_layers})
+    mtp_layers = getattr(hf_config, "num_nextn_predict_layers", config.num_nextn_predict_layers)
+    return config.model_copy(update={"num_nextn_predict_layers": mtp_layers})
