@@ -7,6 +7,7 @@ is another number for most tokens. Written for verl 0.9.1.
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 import torch
@@ -14,6 +15,11 @@ import torch
 
 def install() -> None:
     """Take both places, where there is a trainer: a server's process may be without Megatron."""
+    if "sglang" in sys.modules:
+        # A server of verl's, which builds SGLang's arguments before SGLang loads plugins.
+        from dsv3_plugin.sglang_backend.plugin import load_early
+
+        load_early()
     if find_spec("megatron") is None:
         return
     from verl.workers.engine.megatron import transformer_impl

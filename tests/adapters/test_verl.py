@@ -6,7 +6,7 @@ import json
 
 import pytest
 from conftest import TinyCheckpoint
-from engines import ENVIRONMENTS
+from engines import ENVIRONMENTS, warm
 from megatron_programs import fresh, printed
 from paths import SUPPORT
 
@@ -22,6 +22,29 @@ def test_verls_own_metric_is_exactly_zero(tiny_checkpoint: TinyCheckpoint) -> No
         print(line)
         zero = line["equal"] == line["tokens"] and line["rollout_probs_diff_max"] == 0
         assert zero == what.startswith("temperature"), line
+
+
+ARGUMENTS = """
+import sys
+from sglang.srt.server_args import ServerArgs
+
+def build():
+    try:
+        ServerArgs(sys.argv[1], device="cpu", attention_backend="dsv3", enable_deterministic_inference=True)
+        print("accepted")
+    except ValueError as error:
+        print("refused", error)
+
+build()
+import dsv3_plugin.hosts.verl
+build()
+"""
+
+
+def test_verls_server_builds_sglangs_arguments_with_our_attention(tiny_checkpoint: TinyCheckpoint) -> None:
+    done = warm("sglang-0.5.17", "-c", ARGUMENTS, tiny_checkpoint("bf16"))
+    before, after = (line for line in done.stdout.splitlines() if line.startswith(("accepted", "refused")))
+    assert before.startswith("refused Currently only") and after == "accepted", printed(done)
 
 
 def _is_json(line: str) -> bool:
