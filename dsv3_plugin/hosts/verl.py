@@ -8,15 +8,20 @@ is another number for most tokens. Written for verl 0.9.1.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
+from dsv3_plugin.errors import EngineError
+
 
 def install() -> None:
-    """Take both places, where there is a trainer: a server's process may be without Megatron."""
+    """Take our places in this process: of a server's, which may be without Megatron, and of a trainer's."""
     if "sglang" in sys.modules:
-        # A server of verl's, which builds SGLang's arguments before SGLang loads plugins.
+        # verl builds SGLang's arguments before SGLang loads plugins.
         from dsv3_plugin.sglang_backend.plugin import load_early
 
         load_early()
@@ -28,6 +33,8 @@ def install() -> None:
 
     # Where verl's engine looks it up.
     transformer_impl.vocab_parallel_log_probs_from_logits = log_probs_from_logits
+    engine = transformer_impl.MegatronEngine
+    engine._build_tf_config = through_mbridge(engine._build_tf_config)
 
 
 def log_probs_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -39,6 +46,23 @@ def log_probs_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.T
     from dsv3_plugin.megatron_backend.log_probs import log_probs
 
     return log_probs(logits, labels)
+
+
+def through_mbridge(build: Callable[[Any], None]) -> Callable[[Any], None]:
+    """verl's `MegatronEngine._build_tf_config`, which chooses the bridge that builds a model.
+
+    It raises `EngineError` for Megatron-Bridge, verl's default, which would build a model of its own.
+    """
+
+    @wraps(build)
+    def checked(engine: Any) -> None:
+        if not engine.engine_config.vanilla_mbridge:
+            raise EngineError(
+                "Megatron-Bridge builds its own model: set actor_rollout_ref.actor.megatron.vanilla_mbridge=True"
+            )
+        build(engine)
+
+    return checked
 
 
 install()

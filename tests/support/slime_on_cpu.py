@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -108,7 +109,9 @@ def judge(way: str, sent: list[tuple[str, torch.Tensor]], held: dict[str, torch.
     names = {name for of_rank in everyone for name in of_rank}
     copies = ("layers.4.embed_tokens.weight", "shared_head.head.weight")
     missing = sorted(name for name in held.keys() - names if not name.endswith(copies))
-    print(json.dumps({"way": way, "sent": len(sent), "wrong": wrong, "missing": missing}), flush=True)
+    found = {"way": way, "sent": len(sent), "wrong": wrong, "missing": missing}
+    # In one piece beside the other ranks'.
+    os.write(1, f"{json.dumps(found)}\n".encode())
 
 
 def _sizes_of_miles() -> SimpleNamespace:

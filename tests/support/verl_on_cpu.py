@@ -22,6 +22,7 @@ import torch
 from torch import distributed as dist
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.errors import EngineError
 
 EXTENSION = "verl.workers.rollout.vllm_rollout.utils.vLLMColocateWorkerExtension"
 SOCKET = "ipc:///tmp/rl-colocate-zmq-{job}-replica-0-rank-0.sock"
@@ -35,6 +36,106 @@ OVERRIDES = {
 }
 PROMPTS = (3, 9, 5, 7)
 NEW_TOKENS = 12
+
+
+def prepare() -> None:
+    """Before verl is imported, here and in the processes that this one starts."""
+    place = str(Path(__file__).parent)
+    os.environ |= {
+        "VERL_USE_EXTERNAL_MODULES": "verl_cpu_platform",
+        "VERL_RAY_JOB_ID": str(os.getpid()),
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "PYTHONPATH": os.pathsep.join([place, *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    sys.path.insert(0, place)
+
+
+def trainer(checkpoint: str, **others: Any) -> Any:
+    """verl's Megatron engine with a policy to train, on this rank; `others` are fields of its configuration."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import HFModelConfig, McoreEngineConfig, McoreOptimizerConfig, MtpConfig
+
+    model = HFModelConfig(
+        path=checkpoint,
+        external_lib="dsv3_plugin.hosts.verl",
+        override_config={"attn_implementation": "eager"},
+        mtp=MtpConfig(enable=True, enable_train=True),
+    )
+    from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+
+    settings = {
+        "vanilla_mbridge": True,
+        "expert_tensor_parallel_size": 1,
+        "override_transformer_config": dict(OVERRIDES),
+    } | others
+    engine = MegatronEngineWithLMHead(
+        model,
+        McoreEngineConfig(**settings),
+        McoreOptimizerConfig(lr=1e-3, total_training_steps=10),
+        CheckpointConfig(),
+    )
+    # verl does so where there is a GPU.
+    model_parallel_cuda_manual_seed(42)
+    engine.initialize()
+    return engine
+
+
+def samples(prompts: list[list[int]], answers: list[list[int]], temperature: float) -> Any:
+    """What verl's trainer holds of answers of one length: prompts padded at the left, responses at the right."""
+    from tensordict import TensorDict
+
+    batch, left, right = len(prompts), max(map(len, prompts)), len(answers[0])
+    ids = torch.zeros(batch, left + right, dtype=torch.int64)
+    seen = torch.zeros_like(ids)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids[row, left - len(prompt) :] = torch.tensor(prompt + answer)
+        seen[row, left - len(prompt) :] = 1
+    return TensorDict(
+        {
+            "input_ids": ids,
+            "attention_mask": seen,
+            "position_ids": (seen.cumsum(1) - 1).clamp(min=0),
+            "prompts": ids[:, :left],
+            "responses": ids[:, left:],
+            "response_mask": torch.ones(batch, right, dtype=torch.int64),
+            "temperature": torch.full((batch,), temperature),
+        },
+        batch_size=[batch],
+    )
+
+
+def for_engine(of_trainer: Any) -> Any:
+    """The samples as verl hands them to an engine: without padding, in micro-batches of 48 tokens at the most."""
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.dataset.dataset_utils import DatasetPadMode
+    from verl.workers.utils.padding import left_right_2_no_padding
+
+    batch = left_right_2_no_padding(of_trainer.clone())
+    settings = {"use_dynamic_bsz": True, "max_token_len_per_gpu": 48, "calculate_entropy": True}
+    tu.assign_non_tensor(batch, pad_mode=DatasetPadMode.NO_PADDING, global_batch_size=len(of_trainer), **settings)
+    return batch
+
+
+def log_probs(engine: Any, of_trainer: Any) -> torch.Tensor | None:
+    """Of the responses, fp32 [batch, tokens], as the engine recomputes them; None on a rank that has none."""
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    batch = for_engine(of_trainer)
+    with engine.eval_mode():
+        output = engine.infer_batch(batch)
+    return no_padding_2_padding(output["model_output"]["log_probs"], batch) if "model_output" in output else None
+
+
+def learn(engine: Any, of_trainer: Any) -> None:
+    """An optimizer step towards the samples."""
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    def loss(model_output: Any, data: Any, dp_group: Any = None) -> tuple[torch.Tensor, dict[str, Any]]:
+        return -no_padding_2_padding(model_output["log_probs"], data).mean(), {}
+
+    with engine.train_mode():
+        engine.train_batch(for_engine(of_trainer), loss)
 
 
 class Loop:
@@ -54,35 +155,11 @@ class Loop:
             enforce_eager=True,
             seed=0,
         )
-        self.engine = self.trainer(checkpoint)
-        self.vocab: int = self.engine.model_config.hf_config.vocab_size
-        self.llm.collective_rpc("monkey_patch_model", kwargs={"vocab_size": self.vocab})
-
-    def trainer(self, checkpoint: str) -> Any:
-        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-        from verl.trainer.config import CheckpointConfig
-        from verl.workers.config import HFModelConfig, McoreEngineConfig, McoreOptimizerConfig, MtpConfig
-
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-        model = HFModelConfig(
-            path=checkpoint,
-            external_lib="dsv3_plugin.hosts.verl",
-            override_config={"attn_implementation": "eager"},
-            mtp=MtpConfig(enable=True, enable_train=True),
-        )
-        from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
-
-        engine = MegatronEngineWithLMHead(
-            model,
-            McoreEngineConfig(vanilla_mbridge=True, override_transformer_config=dict(OVERRIDES)),
-            McoreOptimizerConfig(lr=1e-3, total_training_steps=10),
-            CheckpointConfig(),
-        )
-        # verl does so where there is a GPU.
-        model_parallel_cuda_manual_seed(42)
-        engine.initialize()
-        return engine
+        self.engine = trainer(checkpoint)
+        self.vocab: int = self.engine.model_config.hf_config.vocab_size
+        self.llm.collective_rpc("monkey_patch_model", kwargs={"vocab_size": self.vocab})
 
     def hand_weights_over(self) -> None:
         """In buckets of 2 MB, of which there are several."""
@@ -98,76 +175,36 @@ class Loop:
         self.llm.reset_prefix_cache()
 
     def rollout(self, temperature: float) -> Any:
-        """What verl's trainer holds of samples: prompts padded at the left, responses at the right."""
-        from tensordict import TensorDict
+        """Samples, and their log-probabilities as vLLM answers them."""
         from vllm import SamplingParams
 
         generator = torch.Generator().manual_seed(0)
         prompts = [torch.randint(3, self.vocab, (count,), generator=generator).tolist() for count in PROMPTS]
         params = SamplingParams(temperature=temperature, max_tokens=NEW_TOKENS, logprobs=0, seed=1, ignore_eos=True)
-        outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-        batch, left = len(prompts), max(PROMPTS)
-        ids = torch.zeros(batch, left + NEW_TOKENS, dtype=torch.int64)
-        seen = torch.zeros_like(ids)
-        log_probs = torch.zeros(batch, NEW_TOKENS)
-        for row, (prompt, output) in enumerate(zip(prompts, (o.outputs[0] for o in outputs), strict=True)):
-            tokens = list(output.token_ids)
-            ids[row, left - len(prompt) :] = torch.tensor(prompt + tokens)
-            seen[row, left - len(prompt) :] = 1
-            answered = zip(tokens, output.logprobs, strict=True)
-            log_probs[row] = torch.tensor([step[token].logprob for token, step in answered])
-        return TensorDict(
-            {
-                "input_ids": ids,
-                "attention_mask": seen,
-                "position_ids": (seen.cumsum(1) - 1).clamp(min=0),
-                "prompts": ids[:, :left],
-                "responses": ids[:, left:],
-                "response_mask": torch.ones(batch, NEW_TOKENS, dtype=torch.int64),
-                "temperature": torch.full((batch,), temperature),
-                "rollout_log_probs": log_probs,
-            },
-            batch_size=[batch],
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = [request.outputs[0] for request in self.llm.generate(requests, params, use_tqdm=False)]
+        answered = samples(prompts, [list(output.token_ids) for output in outputs], temperature)
+        answered["rollout_log_probs"] = torch.tensor(
+            [[step[t].logprob for t, step in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs]
         )
+        return answered
 
-    def for_engine(self, samples: Any) -> Any:
-        from verl.utils import tensordict_utils as tu
-        from verl.utils.dataset.dataset_utils import DatasetPadMode
-        from verl.workers.utils.padding import left_right_2_no_padding
-
-        batch = left_right_2_no_padding(samples.clone())
-        settings = {"use_dynamic_bsz": True, "max_token_len_per_gpu": 48, "calculate_entropy": True}
-        tu.assign_non_tensor(batch, pad_mode=DatasetPadMode.NO_PADDING, global_batch_size=len(samples), **settings)
-        return batch
-
-    def compare(self, what: str, samples: Any) -> None:
+    def compare(self, what: str, sampled: Any) -> None:
+        """Print verl's metric of the samples, and how many log-probabilities are equal."""
         from verl.protocol import DataProto
         from verl.utils.debug.metrics import calculate_debug_metrics
-        from verl.workers.utils.padding import no_padding_2_padding
 
-        batch = self.for_engine(samples)
-        with self.engine.eval_mode():
-            output = self.engine.infer_batch(batch)
-        old = no_padding_2_padding(output["model_output"]["log_probs"], batch)
+        old = log_probs(self.engine, sampled)
+        assert old is not None
         compared = ("rollout_log_probs", "response_mask", "responses")
         metrics = calculate_debug_metrics(
-            DataProto.from_dict({name: samples[name] for name in compared} | {"old_log_probs": old})
+            DataProto.from_dict({name: sampled[name] for name in compared} | {"old_log_probs": old})
         )
-        equal = int((old == samples["rollout_log_probs"]).sum())
+        equal = int((old == sampled["rollout_log_probs"]).sum())
         found = {"what": what, "tokens": old.numel(), "equal": equal}
         print(
             json.dumps(found | {name.removeprefix("training/"): value for name, value in metrics.items()}), flush=True
         )
-
-    def learn(self, samples: Any) -> None:
-        """An optimizer step towards the samples."""
-        from verl.workers.utils.padding import no_padding_2_padding
-
-        def loss(model_output: Any, data: Any, dp_group: Any = None) -> tuple[torch.Tensor, dict[str, Any]]:
-            return -no_padding_2_padding(model_output["log_probs"], data).mean(), {}
-
-        with self.engine.train_mode():
-            self.engine.train_batch(self.for_engine(samples), loss)
 
     def saves(self) -> bool:
         """Whether verl's Hugging Face checkpoint holds what a server is sent."""
@@ -179,28 +216,25 @@ class Loop:
 
 
 def main() -> None:
-    os.environ |= {
-        "VERL_USE_EXTERNAL_MODULES": "verl_cpu_platform",
-        "VERL_RAY_JOB_ID": str(os.getpid()),
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "MASTER_ADDR": "127.0.0.1",
-    }
-    sys.path.insert(0, str(Path(__file__).parent))
+    prepare()
     from verl.utils.megatron.tensor_parallel import vocab_parallel_log_probs_from_logits
     from verl.workers.engine.megatron import transformer_impl
 
     loop = Loop(sys.argv[1])
     for temperature in (1.0, 0.7):
         loop.hand_weights_over()
-        samples = loop.rollout(temperature)
-        loop.compare(f"temperature {temperature}", samples)
-        loop.learn(samples)
+        sampled = loop.rollout(temperature)
+        loop.compare(f"temperature {temperature}", sampled)
+        learn(loop.engine, sampled)
     assert loop.saves()
     loop.compare("stale weights", loop.rollout(1.0))
     loop.hand_weights_over()
     transformer_impl.vocab_parallel_log_probs_from_logits = vocab_parallel_log_probs_from_logits
     loop.compare("verl's formula", loop.rollout(1.0))
+    try:
+        trainer(sys.argv[1], vanilla_mbridge=False)
+    except EngineError as error:
+        print("refused", error)
 
 
 if __name__ == "__main__":
