@@ -96,7 +96,7 @@ def _own_part(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return tensor
 
 
-def _whole(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def whole(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The tensor of `shape` whose parts the tensor-parallel ranks hold, on its device."""
     for dim, size in enumerate(shape):
         if size != tensor.shape[dim]:
@@ -123,9 +123,9 @@ def _checkpoint_tensors(
         if name == "model.embed_tokens.weight" and not copies and not parallel_state.is_pipeline_first_stage():
             continue
         # Every tensor-parallel rank sends its part.
-        whole = _whole(tensor, specs[name].shape)
+        gathered = whole(tensor, specs[name].shape)
         if is_expert or is_first:
-            yield from as_written(name, whole, config)
+            yield from as_written(name, gathered, config)
 
 
 @torch.no_grad()
@@ -163,12 +163,20 @@ def save_checkpoint(model: Chunks, like: str | Path, path: str | Path) -> None:
     Raises `CheckpointError` if the folder exists. The result is validated before this returns.
     """
     like, path = Path(like), Path(path)
-    config = CheckpointReader(like).config
-    rank, world = dist.get_rank(), dist.get_world_size()
     if path.exists():
         raise CheckpointError(f"{path}: exists already and is not overwritten")
     dist.barrier()
     path.mkdir(parents=True, exist_ok=True)
+    if dist.get_rank() == 0:
+        copy_side_files(like, path)
+    save_tensors(model, CheckpointReader(like).config, path)
+
+
+def save_tensors(model: Chunks, config: DeepseekV3Config, path: Path) -> None:
+    """Write the tensors of a checkpoint into a folder that holds its `config.json`: every rank its own, the first one
+    the index. The result is validated before this returns.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
     tensors = {name: tensor.to("cpu", copy=True) for name, tensor in _checkpoint_tensors(model, config)}
     file = SINGLE_FILE if world == 1 else f"model-{rank + 1:05d}-of-{world:05d}.safetensors"
     if tensors:
@@ -176,7 +184,6 @@ def save_checkpoint(model: Chunks, like: str | Path, path: str | Path) -> None:
     files: list[Any] = [None] * world
     dist.all_gather_object(files, dict.fromkeys(tensors, file))
     if rank == 0:
-        copy_side_files(like, path)
         if world > 1:
             weight_map = {name: file for part in files for name, file in part.items()}
             write_index(path, weight_map, sum(file.stat().st_size for file in path.glob("*.safetensors")))

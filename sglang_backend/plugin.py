@@ -73,6 +73,15 @@ def _register_attention_and_hooks() -> None:
         HookRegistry.register(target, hook, HookType.AROUND)
 
 
+def load_early() -> None:
+    """Let SGLang load its plugins now: a host that builds SGLang's arguments before SGLang does so is refused
+    `attention_backend="dsv3"` by SGLang 0.5.17.
+    """
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+
+
 def hooks() -> dict[str, Callable[..., Any]]:
     """What stands around which of SGLang's functions: each is called with the original, then with its arguments."""
     from dsv3_plugin.sglang_backend import attention, options, sampling, updates, warm_up

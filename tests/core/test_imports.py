@@ -47,6 +47,12 @@ def test_imports_go_down_only(copy):
         ("engine_bench/runner.py", "import vllm", "Only the vLLM adapter knows vLLM"),
         ("conformance/runner.py", "import dsv3_plugin.engine_bench", "From the commands down to the operations"),
         ("autograd/bind.py", "from megatron.core import optimizer", "Only the Megatron adapter knows Megatron-Core"),
+        ("megatron_backend/export.py", "import dsv3_plugin.hosts.slime", "From the commands down to the operations"),
+        (
+            "megatron_backend/export.py",
+            "import mbridge",
+            "Only its host module knows a framework of reinforcement learning",
+        ),
         ("registry.py", "import triton.language as tl", "Only kernels are written in Triton"),
     ],
 )
