@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from dsv3_plugin.conformance.claims import Claims
 from dsv3_plugin.conformance.verdicts import SPECIFICATION
 from dsv3_plugin.errors import ConformanceError
@@ -65,7 +63,11 @@ class Card:
         return f"{self.testee}-{self.version}-{self.device}.yaml"
 
     def to_yaml(self) -> str:
-        """The card's text."""
+        """The card's text. Raises `ConformanceError` where PyYAML is not installed, which nothing else here needs."""
+        try:
+            import yaml
+        except ImportError:
+            raise ConformanceError("cards need PyYAML: pip install 'dsv3-plugin[conformance]'") from None
         lines = [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(x).items() if v} for x in self.lines]
         card = {
             "card": FORMAT,
