@@ -25,10 +25,11 @@ _FUSED_ADAM = "transformer_engine.pytorch.optimizers"
 
 
 class PreciseAdam(torch.optim.Optimizer):
-    """`FusedAdam` as Megatron's precision-aware optimizer uses it: gradients in `decoupled_grad`, fp32 main parameters.
+    """`FusedAdam` as Megatron's precision-aware optimizer uses it.
 
-    The state of a parameter is `master_param` fp32, `exp_avg` and `exp_avg_sq` in their dtypes; steps are counted in
-    the parameter groups.
+    With `master_weights` its parameters are the model's, in any dtype, and the state has their fp32 `master_param`;
+    without, they are the fp32 main parameters themselves. Gradients are in `decoupled_grad` or `grad`. The state also
+    has `exp_avg` and `exp_avg_sq` in their dtypes; steps are counted in the parameter groups.
     """
 
     def __init__(
@@ -42,25 +43,29 @@ class PreciseAdam(torch.optim.Optimizer):
         exp_avg_dtype: torch.dtype = torch.float32,
         exp_avg_sq_dtype: torch.dtype = torch.float32,
         master_weight_dtype: torch.dtype = torch.float32,
-        use_decoupled_grad: bool = True,
-        master_weights: bool = True,
+        use_decoupled_grad: bool = False,
+        master_weights: bool = False,
         capturable: bool = False,
     ) -> None:
         """Raises `EngineError` for what only TransformerEngine's own does."""
-        if master_weight_dtype != torch.float32 or not (adam_w_mode and use_decoupled_grad and master_weights):
+        if master_weight_dtype != torch.float32 or not adam_w_mode:
             raise EngineError(
                 "without TransformerEngine the precision-aware optimizer has fp32 main parameters and AdamW's decay:"
                 " install TransformerEngine, or leave --main-params-dtype out"
             )
         if capturable:
             raise EngineError("without TransformerEngine no optimizer's step is captured in a CUDA graph")
-        self.dtypes = {"master_param": torch.float32, "exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype}
+        self.gradient = "decoupled_grad" if use_decoupled_grad else "grad"
+        self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype}
+        if master_weights:
+            self.dtypes["master_param"] = torch.float32
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def initialize_state(self, param: torch.Tensor) -> None:
         """The parameter as it is, and moments of zero."""
         state = {name: torch.zeros_like(param, dtype=dtype) for name, dtype in self.dtypes.items()}
-        state["master_param"].copy_(param.detach())
+        if "master_param" in state:
+            state["master_param"].copy_(param.detach())
         self.state[param] = state
 
     def get_unscaled_state(self, param: torch.Tensor, state_name: str) -> torch.Tensor:
@@ -91,23 +96,24 @@ class PreciseAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             for param in group["params"]:
-                if getattr(param, "decoupled_grad", None) is not None:
+                if getattr(param, self.gradient, None) is not None:
                     if not self.state[param]:
                         self.initialize_state(param)
                     self._step(param, group)
 
     def _step(self, param: Any, group: dict[str, Any]) -> None:
         state, (beta1, beta2) = self.state[param], group["betas"]
-        gradient = param.decoupled_grad.float()
+        gradient = getattr(param, self.gradient).float()
         mean = state["exp_avg"].float() * beta1 + gradient * (1 - beta1)
         square = state["exp_avg_sq"].float() * beta2 + gradient * gradient * (1 - beta2)
         root = (square / (1 - beta2 ** group["step"])).sqrt_() + group["eps"]
-        main = state["master_param"]
+        main = state.get("master_param", param)
         update = mean / (1 - beta1 ** group["step"]) / root + main * group["weight_decay"]
         main -= update * group["lr"]
         state["exp_avg"].copy_(mean)
         state["exp_avg_sq"].copy_(square)
-        param.copy_(main)
+        if main is not param:
+            param.copy_(main)
 
 
 def provide_precise_adam() -> None:

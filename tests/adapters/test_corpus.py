@@ -43,7 +43,7 @@ def decoded(tokenizer: Any, ids: list[int]) -> str:
 
 def test_a_tenth_of_the_documents_has_its_middle_filled_in(made: Callable[..., Corpus], tokenizer: Any) -> None:
     """In the report's form, with no character lost; the others are as they were."""
-    corpus, texts = made(), (TEXTS * 20)[:600]
+    corpus, plain, texts = made(), made(fim_rate=0.0), [text[:300] for text in TEXTS * 20][:600]
     filled = []
     for number, text in enumerate(texts):
         said = decoded(tokenizer, corpus.text(number, text))
@@ -54,7 +54,7 @@ def test_a_tenth_of_the_documents_has_its_middle_filled_in(made: Callable[..., C
         else:
             assert said == text + END
     assert 40 <= len(filled) <= 80 and len(set(filled)) == len(filled)
-    assert all(not PSM.fullmatch(decoded(tokenizer, made(fim_rate=0.0).text(n, texts[n]))) for n, *_ in filled)
+    assert all(not PSM.fullmatch(decoded(tokenizer, plain.text(n, texts[n]))) for n, *_ in filled)
 
 
 def test_what_is_random_is_the_seed_s_and_the_document_s(made: Callable[..., Corpus]) -> None:
@@ -68,12 +68,12 @@ def test_what_is_random_is_the_seed_s_and_the_document_s(made: Callable[..., Cor
 
 def test_combined_tokens_are_split_at_their_rate(made: Callable[..., Corpus], tokenizer: Any) -> None:
     """And say the same; nothing else is split."""
-    text = "\n".join(TEXTS)
+    text = "\n".join(TEXTS)[:100_000]
     plain, half, all_split = (made(fim_rate=0.0, split_rate=rate).text(0, text) for rate in (0.0, 0.5, 1.0))
     assert decoded(tokenizer, plain) == decoded(tokenizer, half) == decoded(tokenizer, all_split) == text + END
     assert plain == [*tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id(END)]
     combined = [t for t in map(tokenizer.decode, ([n] for n in plain)) if re.fullmatch(r" ?[^\w\s]+[\r\n]+", t)]
-    assert len(combined) > 1000
+    assert len(combined) > 200
     left = [t for t in map(tokenizer.decode, ([n] for n in all_split)) if re.fullmatch(r" ?[^\w\s]+[\r\n]+", t)]
     assert left == [] and len(all_split) - len(plain) >= len(combined)
     assert 0.45 < (len(half) - len(plain)) / (len(all_split) - len(plain)) < 0.55
