@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,9 @@ SHIFT_FACTOR = 10.0
 
 
 def compare_inputs(left: Side, right: Side, pairs: Sequence[Pair]) -> Step:
-    """Samples that one side lacks, token ids, positions, masks, log-probabilities one token off, and settings."""
+    """Samples that one side lacks, token ids, positions, masks, log-probabilities one token off, and settings. Samples
+    of other versions of the weights are named, and no difference by themselves: a loop may be asynchronous.
+    """
     problems: dict[str, list[str]] = {}
     for pair in pairs:
         for kind, text in _problems(pair, left.chooses_tokens and right.chooses_tokens).items():
@@ -25,9 +28,12 @@ def compare_inputs(left: Side, right: Side, pairs: Sequence[Pair]) -> Step:
     if missing := left.samples.keys() ^ right.samples.keys():
         says.append(f"samples: {counted(len(missing), 'sample')} only one side has, first {min(missing)}")
         found["samples"] = {"samples": len(missing), "first": min(missing)}
+    stale = Counter(pair.staleness for pair in pairs if pair.staleness)
+    versions = [f"versions: {counted(n, 'sample')} of weights {k:+d} updates older" for k, n in sorted(stale.items())]
     if says:
-        return Step("inputs", "different", tuple(says), found)
-    return Step("inputs", "equal", (f"tokens, masks and settings of {counted(len(pairs), 'sample')} are the same",))
+        return Step("inputs", "different", (*says, *versions), found)
+    same = f"tokens, masks and settings of {counted(len(pairs), 'sample')} are the same"
+    return Step("inputs", "equal", (same, *versions))
 
 
 def _problems(pair: Pair, chosen: bool) -> dict[str, str]:

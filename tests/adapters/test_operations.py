@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import TinyCheckpoint
 from engines import warm
-from megatron_programs import needs_megatron
-from megatron_programs import warm as warm_megatron
+from megatron_programs import PYTHON, fresh, needs_megatron
 
 from dsv3_plugin.conformance.calls import read_call
 from dsv3_plugin.conformance.cases import BLOCK_SIZE
@@ -44,7 +43,7 @@ def test_operations_in_an_engine(engine: str, tiny_checkpoint: TinyCheckpoint, t
     write_message(job, tmp_path)
     testee = f"import runpy; runpy.run_module('dsv3_plugin.conformance.testees.{engine}', run_name='__main__')"
     command = "-c", testee, tmp_path, tmp_path / engine
-    done = warm_megatron(*command) if engine == "megatron" else warm(engine, *command)
+    done = fresh(PYTHON, *command) if engine == "megatron" else warm(engine, *command)
     assert done.returncode == 0, done.stderr[-3000:]
     program.run_job(ReferenceTestee, job, tmp_path / "reference")
 

@@ -244,6 +244,7 @@ def test_figures_and_staleness(tmp_path: Path) -> None:
     assert found.verdict == (
         "DIFFERENT: versions: only samples of older weights differ (64 of 128 log-probabilities differ)"
     )
+    assert found.steps[0].says[1:] == ("versions: 4 samples of weights +1 updates older",)
     summary = found.summary
     assert summary["by_staleness"]["0"]["equal"] == summary["by_version"]["7"]["equal"] == 64
     assert summary["by_staleness"]["1"]["equal"] == 0 and summary["by_version"]["6"]["tokens"] == 64
