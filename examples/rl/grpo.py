@@ -18,40 +18,32 @@ of its own answers to get them right. A step:
 With `--one-step-off` the servers sample the next step's answers while the trainer learns. Each answer says which
 weights made it, and its log-probabilities are compared under those.
 
-Megatron is in trainer.py, the engines in servers.py, prompts and rewards in task.py. One trainer process; verl is the
-framework for scale.
+Megatron is in trainer.py, the engines in servers.py, what a step asks them in rollout.py, prompts and rewards in
+task.py. One trainer process, whose folders the servers can read; verl is the framework for scale.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
 
 import torch
 from record import Clock, Record, console, draw, forget_from
-from servers import SERVERS, Answer, Request, Server, counted, started
+from rollout import MismatchError, Sample, measure, packed_of, per_token, roll_out, say_greedy_reward
+from servers import SERVERS, Server, counted, started
 from task import TASKS, Words, problems
 from trainer import Packed, Trainer, formulas, pack
 
 from dsv3_plugin.checkpoint.reader import some_names
 from dsv3_plugin.errors import DSV3Error, InputError
-
-HANG_UP_AFTER = 3  # tokens
-
-
-class MismatchError(DSV3Error):
-    """Trainer and server do not hold the same weights, or do not agree on a number."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -102,126 +94,33 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# Sampling
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sampled answer."""
-
-    prompt: list[int]
-    tokens: list[int]
-    logprobs: list[float]
-    """The server's, of `tokens`."""
-    temperature: float
-    server: str
-    version: int
-    """How many steps the weights had learned that sampled it."""
-    finish_reason: str
-    reward: float = 0.0
-    advantage: float | None = None
-    """None of an aborted answer, which is compared and not learned from."""
-
-
-def roll_out(
-    servers: list[Server], words: Words, step: int, version: int, arguments: argparse.Namespace
-) -> list[Sample]:
-    """A step's answers, from all servers at a time.
-
-    Raises `MismatchError` where one is of other weights than `version`.
-    """
-    asked = problems(arguments.task, arguments.prompts, arguments.seed, "rl", step)
-    seeds = random.Random(repr((arguments.seed, "seeds", step))).sample(range(2**31 - arguments.samples), len(asked))
-
-    def sample(k: int) -> list[Sample]:
-        server, mine = servers[k], range(len(asked))[k :: len(servers)]
-        requests = [
-            Request(
-                words.prompt(asked[i]),
-                temperature=arguments.temperature[j % len(arguments.temperature)],
-                max_tokens=arguments.max_tokens,
-                seed=seeds[i],
-                n=arguments.samples,
-            )
-            for j, i in enumerate(mine)
-        ]
-        hang_up = [replace(r, n=1, max_tokens=64, ignore_eos=True) for r in requests[: arguments.hang_up]]
-        aborted = [server.requests.submit(server.hang_up, request, HANG_UP_AFTER) for request in hang_up]
-        samples: list[Sample] = []
-        for i, request, answers in zip(mine, requests, server.sample(requests), strict=True):
-            rewards = [words.reward(asked[i], answer.token_ids) for answer in answers]
-            mean, deviation = fmean(rewards), stdev(rewards) if len(rewards) > 1 else 0.0
-            for answer, reward in zip(answers, rewards, strict=True):
-                advantage = (reward - mean) / (deviation + 1e-6)
-                samples.append(replace(sampled(server, request, answer), reward=reward, advantage=advantage))
-        return samples + [sampled(server, r, a.result()) for r, a in zip(hang_up, aborted, strict=True)]
-
-    with ThreadPoolExecutor() as threads:
-        samples = [sample for part in threads.map(sample, range(len(servers))) for sample in part]
-    if others := [sample for sample in samples if sample.version != version]:
-        raise MismatchError(f"step {step}: {others[0].server} answered with weights {others[0].version}, not {version}")
-    return samples
-
-
-def sampled(server: Server, request: Request, answer: Answer) -> Sample:
-    """An answer, as it is learned from."""
-    what = answer.token_ids, answer.logprobs, request.temperature, server.name
-    return Sample(request.token_ids, *what, int(answer.version), answer.finish_reason)
-
-
-def say_greedy_reward(servers: list[Server], words: Words, arguments: argparse.Namespace) -> None:
-    """Print the mean reward of greedy answers to prompts that no step has."""
-    if not arguments.eval_prompts:
-        return
-    asked = problems(arguments.task, arguments.eval_prompts, arguments.seed, "eval")
-    requests = [Request(words.prompt(problem), 0.0, arguments.max_tokens, seed=0) for problem in asked]
-    answers = servers[0].sample(requests)
-    reward = fmean(words.reward(problem, answer.token_ids) for problem, (answer,) in zip(asked, answers, strict=True))
-    console.print(f"greedy answers to {len(asked)} other prompts: reward {reward:.3f}")
-
-
 # What must be equal
 
 
-def packed_of(samples: Sequence[Sample]) -> Packed:
-    """For the training forward."""
-    return pack([(sample.prompt, sample.tokens, sample.temperature) for sample in samples])
+def compare(step: int, samples: Sequence[Sample], packed: Packed, found: torch.Tensor, trainer: Trainer) -> float:
+    """The largest |difference| of the trainer's log-probabilities, `found` fp32 [N], from the servers'.
 
-
-def per_token(
-    samples: Sequence[Sample], value: Callable[[Sample], Sequence[float]], like: torch.Tensor
-) -> torch.Tensor:
-    """fp32 [N], in the order of `packed_of`."""
-    return torch.tensor([number for sample in samples for number in value(sample)], device=like.device)
-
-
-def require_equal(step: int, samples: Sequence[Sample], packed: Packed, found: torch.Tensor, trainer: Trainer) -> None:
-    """Raise `MismatchError` unless the trainer's log-probabilities are the servers' in every bit, and say what differs.
-
-    found: fp32 [N], the trainer's.
+    Raises `MismatchError` unless they are equal in every bit, and says what differs.
     """
     given = per_token(samples, lambda sample: sample.logprobs, found)
     if torch.equal(found, given):
-        return
+        return float((found - given).abs().max())
     with torch.no_grad():
         known = formulas(trainer.logits(packed), packed)
     owners = [sample.server for sample in samples for _ in sample.tokens]
-    for server in dict.fromkeys(owners):
-        of_server = torch.tensor([owner == server for owner in owners], device=found.device)
-        theirs, ours = given[of_server], found[of_server]
-        if torch.equal(theirs, ours):
-            continue
+    server = owners[int((found != given).nonzero()[0])]
+    of_server = torch.tensor([owner == server for owner in owners], device=found.device)
 
-        def name(numbers: torch.Tensor, at: torch.Tensor = of_server) -> str:
-            return next(
-                (name for name, right in known.items() if torch.equal(right[at], numbers)), "of no known formula"
-            )
+    def formula(numbers: torch.Tensor) -> str:
+        equal = (name for name, right in known.items() if torch.equal(right[of_server], numbers[of_server]))
+        return next(equal, "of no known formula")
 
-        raise MismatchError(
-            f"step {step}: {int((theirs != ours).sum())} of {len(ours)} log-probabilities of {server} are not the"
-            f" trainer's, largest |difference| {float((theirs - ours).abs().max()):.3g}."
-            f" {server}'s are {name(theirs)}; the trainer's are {name(ours)}"
-        )
+    differences = (found - given)[of_server].abs()
+    raise MismatchError(
+        f"step {step}: {int((differences != 0).sum())} of {len(differences)} log-probabilities of {server} are not the"
+        f" trainer's, largest |difference| {float(differences.max()):.3g}."
+        f" {server}'s are {formula(given)}; the trainer's are {formula(found)}"
+    )
 
 
 def hand_over(trainer: Trainer, servers: list[Server], run: Path, version: int) -> str:
@@ -275,7 +174,7 @@ def learn(
     reference: list[torch.Tensor] | None,
     arguments: argparse.Namespace,
 ) -> dict[str, float]:
-    """The optimizer steps on a step's answers; returns what to log. Raises `MismatchError` (`require_equal`)."""
+    """The optimizer steps on a step's answers; returns what to log. Raises `MismatchError` (`compare`)."""
     packed = packed_of(samples)
     is_on_policy = all(sample.version == step for sample in samples)
     logged: dict[str, float] = {}
@@ -287,7 +186,7 @@ def learn(
         with trainer.gradients(warmed_up(arguments.lr, step, arguments)) as said:
             new = trainer.log_probs(packed)
             if update == 0 and is_on_policy:
-                require_equal(step, samples, packed, new.detach(), trainer)
+                logged["max_difference"] = compare(step, samples, packed, new.detach(), trainer)
             old = per_token(samples, lambda sample: sample.logprobs, new)
             advantages = per_token(samples, lambda sample: [sample.advantage or 0.0] * len(sample.tokens), new)
             learned = per_token(
@@ -303,7 +202,6 @@ def learn(
             (losses * learned).sum().div(learned.sum()).backward()
         if update == 0:
             logged |= {"ratio_min": float(ratios.min()), "ratio_max": float(ratios.max())}
-            logged["max_difference"] = float((new.detach() - old).abs().max())
             logged["entropy"] = float(-new.detach().mean())
         logged |= said | {"clipped": float(((clipped != ratios).float() * learned).sum() / learned.sum())}
     return logged
@@ -318,6 +216,8 @@ class Progress:
 
     step: int = 0
     waiting: list[Sample] | None = None
+    max_difference: float | None = None
+    """Of their log-probabilities, under the weights that sampled them."""
 
 
 def save(trainer: Trainer, progress: Progress, run: Path) -> None:
@@ -341,24 +241,9 @@ def resume(trainer: Trainer, run: Path) -> Progress:
         raise InputError(f"{run}: holds no checkpoint to resume from")
     trainer.load(folders[-1])
     saved = json.loads((folders[-1] / "progress.json").read_text())
-    waiting = None if saved["waiting"] is None else [Sample(**sample) for sample in saved["waiting"]]
     forget_from(run, saved["step"])
-    return Progress(saved["step"], waiting)
-
-
-def measure(samples: list[Sample]) -> dict[str, Any]:
-    """What to log of a step's answers."""
-    learned = [sample for sample in samples if sample.advantage is not None]
-    names = sorted({sample.server for sample in samples})
-    return {
-        "reward": fmean(sample.reward for sample in learned),
-        "rewards": {name: fmean(s.reward for s in learned if s.server == name) for name in names},
-        "tokens": {name: sum(len(s.tokens) for s in samples if s.server == name) for name in names},
-        "versions": sorted({sample.version for sample in samples}),
-        "cut": sum(sample.finish_reason == "length" for sample in learned),
-        "aborted": len(samples) - len(learned),
-        "of_mixed_groups": sum(bool(sample.advantage) for sample in learned) / len(learned),
-    }
+    waiting = None if saved["waiting"] is None else [Sample(**sample) for sample in saved["waiting"]]
+    return Progress(**saved | {"waiting": waiting})
 
 
 def train(
@@ -367,8 +252,8 @@ def train(
     """All steps from `progress.step` on."""
     run, steps = arguments.run, arguments.steps
     record = Record(run, arguments.tensorboard_dir)
-    reference = trainer.weights_of(run / "weights" / "0") if arguments.kl_coefficient else None
     digest = hand_over(trainer, servers, run, progress.step)
+    reference = trainer.weights_of(run / "weights" / "0") if arguments.kl_coefficient else None
     if progress.step == 0:
         say_greedy_reward(servers, words, arguments)
     last = min(steps, progress.step + (arguments.exit_interval or steps))
@@ -381,16 +266,18 @@ def train(
             if arguments.one_step_off and step + 1 < steps:
                 sampler = trainer.weights()
                 ahead = background.submit(roll_out, servers, words, step + 1, step, arguments)
-            learned = learn(trainer, samples, step, reference, arguments)
+            of_step = {"step": step, "weights": digest, "max_difference": progress.max_difference}
+            of_step |= measure(samples) | learn(trainer, samples, step, reference, arguments)
             clock.lap("train")
-            progress = Progress(step + 1, ahead.result() if ahead else None)
-            clock.lap("wait")
-            if progress.waiting:
+            progress = Progress(step + 1)
+            if ahead is not None:
+                progress.waiting = ahead.result()
+                clock.lap("wait")
                 packed = packed_of(progress.waiting)
                 with trainer.holding(sampler):
-                    require_equal(step + 1, progress.waiting, packed, trainer.log_probs(packed), trainer)
+                    found = trainer.log_probs(packed)
+                    progress.max_difference = compare(step + 1, progress.waiting, packed, found, trainer)
                 clock.lap("compare")
-            of_step = {"step": step} | measure(samples) | learned | {"weights": digest}
             of_step |= {name: number - before[name] for name, number in counted(servers).items()}
             digest = hand_over(trainer, servers, run, step + 1)
             clock.lap("update")

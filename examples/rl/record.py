@@ -108,8 +108,9 @@ def draw(run: Path, path: Path) -> None:
     rewards.set_ylim(bottom=0)
     rewards.legend(frameon=False)
     differences.plot(at, [of_step["max_difference"] for of_step in recorded], "o-", color="firebrick", markersize=3)
-    differences.set_ylabel("max |difference|\nof log-probabilities")
-    differences.set_ylim(-0.05, 1)
+    differences.set_ylabel("max |difference|")
+    differences.set_title("log-probabilities of all sampled tokens, trainer against servers", fontsize=9)
+    differences.set_ylim(-1e-4, 1e-3)
     differences.set_xlabel("step")
     for axes in (rewards, differences):
         axes.spines[["top", "right"]].set_visible(False)

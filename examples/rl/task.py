@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from dsv3_plugin.errors import CheckpointError
+
 
 class Problem(NamedTuple):
     """A prompt and the one right answer."""
@@ -54,12 +56,16 @@ def problems(task: str, count: int, *seed: object) -> list[Problem]:
 
 
 class Words:
-    """Problems as token ids, by a checkpoint's tokenizer."""
+    """Problems as token ids, by a checkpoint's tokenizer. Raises `CheckpointError` where it has none."""
 
     def __init__(self, checkpoint: Path) -> None:
-        config = json.loads((checkpoint / "config.json").read_text())
+        config, file = json.loads((checkpoint / "config.json").read_text()), checkpoint / "tokenizer.json"
+        if not file.exists() or not {"bos_token_id", "eos_token_id"} <= config.keys():
+            raise CheckpointError(
+                f"{checkpoint}: needs tokenizer.json, and bos_token_id and eos_token_id in config.json"
+            )
         self.begin, self.end = config["bos_token_id"], config["eos_token_id"]
-        self.tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+        self.tokenizer = Tokenizer.from_file(str(file))
 
     def prompt(self, problem: Problem) -> list[int]:
         """With the token that begins a sequence."""
