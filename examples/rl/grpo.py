@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sft-batch-size", type=int, default=64)
     parser.add_argument("--sft-lr", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=32, help="of a step, dealt to the servers in turn")
+    parser.add_argument("--prompts", type=int, default=16, help="of a step, dealt to the servers in turn")
     parser.add_argument("--samples", type=int, default=8, help="answers to a prompt")
     parser.add_argument("--max-tokens", type=int, default=5, help="of an answer; a longer one is cut, and wrong")
     parser.add_argument(

@@ -103,7 +103,7 @@ def test_one_step_off_each_answer_is_compared_under_the_weights_that_made_it(
     assert [step["max_difference"] for step in whole] == [0.0] * 3
     # Other weights learn from them than made them, and that is seen.
     assert [step["ratio_min"] == step["ratio_max"] == 1.0 for step in whole] == [True, False, False]
-    assert whole[0]["kl_to_reference"] == 0.0 < whole[2]["kl_to_reference"]
+    assert all(step["kl_to_reference"] > 0 for step in whole)
     train(models[0], tmp_path / "cut", *arguments, "--exit-interval", 2)
     train(models[0], tmp_path / "cut", *arguments, "--resume")
     assert steps_of(tmp_path / "cut") == whole
@@ -118,7 +118,7 @@ def test_a_stale_tensor_is_named_in_its_step(
 ) -> None:
     done = warm(TWINS, tensor, 1, models[0], tmp_path / "run", *SHORT, *addresses, modules=MODULES)
     assert done.returncode == 1
-    expected = f"error: step 1: vllm does not hold the trainer's weights in 1 of 135 tensors: {tensor}"
+    expected = f"error: step 1: vllm does not hold the trainer's weights in 1 of 133 tensors: {tensor}"
     assert printed(done).splitlines()[-1] == expected, printed(done)[-3000:]
 
 
