@@ -293,7 +293,6 @@ def start(arguments: argparse.Namespace) -> None:
     run: Path = arguments.run
     if not arguments.resume and run.exists() and any(run.iterdir()):
         raise InputError(f"{run}: is not empty, and nothing is overwritten; --resume continues a run")
-    (run / "weights").mkdir(parents=True, exist_ok=True)
     named = [server.partition("=") for server in arguments.server]
     if unknown := [name for name, _, _ in named if name not in SERVERS]:
         raise InputError(f"--server {unknown[0]}: not one of {', '.join(SERVERS)}")
@@ -305,6 +304,9 @@ def start(arguments: argparse.Namespace) -> None:
         mtp_loss_scaling_factor=arguments.mtp_loss_scaling_factor,
         moe_router_bias_update_rate=arguments.moe_router_bias_update_rate,
     )
+    words = Words(arguments.checkpoint)
+    progress = resume(trainer, run) if arguments.resume else Progress()
+    (run / "weights").mkdir(parents=True, exist_ok=True)
     # The threads end first, so that no server starts behind the stack that ends it.
     with ExitStack() as stack, ThreadPoolExecutor() as threads:
 
@@ -315,8 +317,6 @@ def start(arguments: argparse.Namespace) -> None:
             return stack.enter_context(started(name, arguments.checkpoint, log, arguments.kv_tokens, is_on_cpu))
 
         starting = [threads.submit(server, name, address) for name, _, address in named]
-        words = Words(arguments.checkpoint)
-        progress = resume(trainer, run) if arguments.resume else Progress()
         if not arguments.resume:
             learn_format(trainer, words, arguments)
         train(trainer, [future.result() for future in starting], words, progress, arguments)
