@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 
 from dsv3_plugin.errors import EngineError, InputError
 
+WINDOW = 5  # steps that the plot's mean is of: each has other prompts
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -102,11 +104,12 @@ def draw(run: Path, path: Path) -> None:
         2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1), layout="constrained"
     )
     for name in recorded[0]["rewards"]:
-        rewards.plot(at, [of_step["rewards"][name] for of_step in recorded], linewidth=1, alpha=0.6, label=name)
-    rewards.plot(at, [of_step["reward"] for of_step in recorded], color="black", linewidth=2, label="all answers")
+        rewards.plot(at, [of_step["rewards"][name] for of_step in recorded], linewidth=1, alpha=0.5, label=name)
+    means = [fmean(of_step["reward"] for of_step in recorded[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(at))]
+    rewards.plot(at, means, color="black", linewidth=2, label=f"all answers of the last {WINDOW} steps")
     rewards.set_ylabel("mean reward of a step's answers")
     rewards.set_ylim(bottom=0)
-    rewards.legend(frameon=False)
+    rewards.legend(frameon=False, loc="lower right")
     differences.plot(at, [of_step["max_difference"] for of_step in recorded], "o-", color="firebrick", markersize=3)
     differences.set_ylabel("max |difference|")
     differences.set_title("log-probabilities of all sampled tokens, trainer against servers", fontsize=9)
