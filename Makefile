@@ -18,7 +18,7 @@ export UV_COMPILE_BYTECODE := 1
 # Sums depend on the number of threads.
 export OMP_NUM_THREADS := 1
 
-.PHONY: conformance conformance-layouts test check lint docs docs-serve bench environments release clean
+.PHONY: conformance conformance-layouts rl test check lint docs docs-serve bench environments release clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -42,6 +42,15 @@ conformance-layouts: $(LAYOUT_DTYPES:%=$(WORK)/sliceable-%) $(LAYOUT_TESTEES:%=.
 		$(CORE)/dsv3 conformance run --testee reference --testee megatron@tp=2 --testee vllm@dp=2,ep=2 \
 			--checkpoint $(WORK)/sliceable-$$dtype; \
 	done
+
+# GRPO with a trainer and both servers: every step asserts that they agree in every bit.
+rl: .envs/megatron/.ready .envs/vllm/.ready .envs/sglang/.ready $(WORK)/rl-model
+	rm -rf $(WORK)/rl
+	.envs/megatron/bin/python -W ignore examples/rl/grpo.py $(WORK)/rl-model $(WORK)/rl --kv-tokens 320 \
+		--plot $(WORK)/rl.svg
+
+$(WORK)/rl-model: | .envs/core/.ready
+	$(CORE)/dsv3 checkpoint make examples/rl $@ --seed 1
 
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 

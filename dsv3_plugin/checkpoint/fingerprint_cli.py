@@ -59,12 +59,12 @@ def main(
 
 def _fingerprint(source: str, dtype: Held | None) -> Fingerprint:
     if source.startswith(("http://", "https://")):
-        return _of_server(source.rstrip("/"))
+        return fingerprint_of_server(source.rstrip("/"))
     reader = CheckpointReader(Path(source))
     return fingerprint_of_checkpoint(reader, reader.profile(getattr(torch, dtype.value) if dtype else None))
 
 
-def _of_server(address: str) -> Fingerprint:
+def fingerprint_of_server(address: str) -> Fingerprint:
     """What a server answers: SGLang in its internal state, vLLM to a call of its worker's method.
 
     Raises `EngineError` where it does not answer, serves another model, or may not answer now.

@@ -8,6 +8,7 @@ import json
 
 import pytest
 from engines import warm
+from paths import ROOT
 
 PROGRAM = """
 import json
@@ -109,3 +110,39 @@ def test_a_seed_draws_the_same_in_any_company(environment: str) -> None:
     assert "logit_bias 3e+38 of token 5 is not a finite number" in answers["cold"]
     assert answers["embeddings"] == [None, "a row of input_embeds must have 2 numbers"]
     assert answers["stops"] == [None, "1000 in stop_token_ids: the vocabulary has 1000 tokens"]
+
+
+STAND_INS = """
+import json, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from sglang.kernels.ops.attention.position import compute_position_triton
+from sglang.kernels.ops.sampling.murmur_hash import murmur_hash32_kernel
+from sglang_cpu.hooks import compute_position, murmur_hash32
+
+draw = torch.Generator().manual_seed(0)
+seeds = torch.randint(-(2**62), 2**62, (9,), generator=draw)
+seeds[:3] = torch.tensor([0, 42, 2**31])
+positions = torch.randint(2**31 - 1, (9,), generator=draw)
+hashed = torch.empty(9, 321, dtype=torch.uint32)
+murmur_hash32_kernel[9, 1](seeds, positions, torch.arange(321), hashed, 9, 321, BLOCK_SIZE=512)
+ours = murmur_hash32(seeds, positions, torch.arange(321))
+prefixes, lengths = (torch.randint(1, 9, (7,), generator=draw, dtype=torch.int32) for _ in range(2))
+print(json.dumps({
+    "hash": ours.dtype == hashed.dtype and bool((ours.long() == hashed.long()).all()),
+    "other seeds": bool((murmur_hash32(seeds + 1, positions, torch.arange(321)).long() == hashed.long()).any(1).all()),
+    "positions": [
+        a.dtype == b.dtype and torch.equal(a, b)
+        for prefix in (prefixes, prefixes[:0])
+        for a, b in zip(*(f(prefix, lengths, int(lengths.sum())) for f in (compute_position_triton, compute_position)))
+    ],
+}))
+"""
+
+
+@pytest.mark.parametrize("environment", ["sglang", "sglang-0.5.17", "sglang-0.5.23"])
+def test_what_stands_in_for_triton_kernels_on_a_cpu_computes_the_same(environment: str) -> None:
+    done = warm(environment, "-c", STAND_INS, ROOT / "requirements" / "sglang-cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert answers == {"hash": True, "other seeds": False, "positions": [True] * 4}

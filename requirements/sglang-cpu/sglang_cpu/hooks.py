@@ -19,6 +19,8 @@ def register() -> None:
     HookRegistry.register(padding, pin_nothing, HookType.AROUND)
     hashing = "sglang.kernels.ops.sampling.murmur_hash.murmur_hash32"
     HookRegistry.register(hashing, murmur_hash32, HookType.REPLACE)
+    positions = "sglang.srt.model_executor.forward_batch_info.compute_position_triton"
+    HookRegistry.register(positions, compute_position, HookType.REPLACE)
 
 
 def leave_threads(**kwargs: Any) -> None:
@@ -56,15 +58,37 @@ def pin_nothing(prepare: Callable[..., None], *args: Any) -> None:
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
-    """A sampled request's random numbers: SGLang hashes by sgl_kernel on a CPU, and elsewhere by this Triton kernel.
+    """A sampled request's random numbers: SGLang hashes by sgl_kernel on a CPU, and elsewhere by a Triton kernel, on
+    which an interpreter spends half of a step's time.
 
-    seed and positions integers [n], col_indices integers [m], to uint32 [n, m].
+    seed and positions integers [n], col_indices integers [m], to uint32 [n, m]: MurmurHash3 of the words seed (two),
+    position and column, each in 32 bits of an int64.
     """
-    from sglang.kernels.ops.sampling.murmur_hash import murmur_hash32_kernel
+    low = 0xFFFFFFFF
 
-    n, m = len(seed), len(col_indices)
-    # A power of two, and no more than there is: the interpreter computes all of it.
-    block = 1 << min(16, (m - 1).bit_length())
-    hashed = torch.empty(n, m, dtype=torch.uint32)
-    murmur_hash32_kernel[n, -(-m // block)](seed, positions, col_indices, hashed, n, m, BLOCK_SIZE=block)
-    return hashed
+    def rotated(x: torch.Tensor, bits: int) -> torch.Tensor:
+        return (x << bits | x >> (32 - bits)) & low
+
+    seed, positions = seed.long()[:, None], positions.long()[:, None]
+    h = torch.zeros(1, dtype=torch.int64)
+    for word in (seed & low, seed >> 32 & low, positions & low, col_indices.long() & low):
+        mixed = rotated(word * 0xCC9E2D51 & low, 15) * 0x1B873593 & low
+        h = (rotated(h ^ mixed, 13) * 5 + 0xE6546B64) & low
+    h ^= 16  # bytes
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        h = (h ^ h >> shift) * factor & low
+    return h.to(torch.uint32)
+
+
+def compute_position(
+    extend_prefix_lens: torch.Tensor, extend_seq_lens: torch.Tensor, extend_seq_lens_sum: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token's position, int64 [tokens], and where each request's tokens start, int32 [requests].
+
+    In SGLang's Triton kernel each request adds up the lengths of all before it: an interpreter spends the square of
+    their number on it.
+    """
+    starts = extend_seq_lens.long().cumsum(0) - extend_seq_lens
+    first = extend_prefix_lens.long() if len(extend_prefix_lens) == len(extend_seq_lens) else torch.zeros_like(starts)
+    offsets = (first - starts).repeat_interleave(extend_seq_lens.long(), output_size=extend_seq_lens_sum)
+    return torch.arange(extend_seq_lens_sum) + offsets, starts.int()

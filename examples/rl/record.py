@@ -1,0 +1,121 @@
+"""What a run says of itself: a line a step, `metrics.jsonl`, TensorBoard as Megatron has it, and a plot."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+from dsv3_plugin.errors import EngineError, InputError
+
+WINDOW = 5  # steps that the plot's mean is of: each has other prompts
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """The time since the last one was for `name`."""
+        now = time.monotonic()
+        self.laps[name], self.last = round(now - self.last, 3), now
+
+
+class Record:
+    """Writes each step as it ends. Raises `EngineError` where TensorBoard is asked for and missing."""
+
+    def __init__(self, run: Path, tensorboard_dir: Path | None) -> None:
+        self.file = run / "metrics.jsonl"
+        self.writer: Any = None
+        if tensorboard_dir is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise EngineError(f"--tensorboard-dir: {error}; pip install tensorboard") from None
+            self.writer = SummaryWriter(tensorboard_dir)
+
+    def add(self, of_step: dict[str, Any]) -> None:
+        """A step's numbers."""
+        with self.file.open("a") as file:
+            print(json.dumps(of_step), file=file)
+        console.print(line(of_step))
+        for name, value in of_step.items() if self.writer is not None else ():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(name, value, of_step["step"])
+
+
+def line(of_step: dict[str, Any]) -> str:
+    """For the terminal."""
+    rewards = ", ".join(f"{name} {reward:.3f}" for name, reward in of_step["rewards"].items())
+    seconds = ", ".join(f"{name} {time:.1f}" for name, time in of_step["seconds"].items())
+    tokens = sum(of_step["tokens"].values())
+    drafts = of_step["accepted"] / max(1, of_step["drafted"])
+    return " | ".join(
+        [
+            f"step {of_step['step']}",
+            f"reward {of_step['reward']:.3f} ({rewards})",
+            f"{tokens:,} tokens: max |difference| {of_step['max_difference']!r},"
+            f" ratios {of_step['ratio_min']!r} to {of_step['ratio_max']!r}",
+            f"drafts accepted {drafts:.0%}, preempted {of_step['preempted']}, aborted {of_step['aborted']},"
+            f" cut {of_step['cut']}, cached {of_step['cached']}",
+            f"s: {seconds}",
+            f"weights {of_step['weights'][:8]}",
+        ]
+    )
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    """What a run has recorded."""
+    file = run / "metrics.jsonl"
+    return [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+
+
+def forget_from(run: Path, step: int) -> None:
+    """Drop the steps from `step` on, which are run again."""
+    kept = [of_step for of_step in steps(run) if of_step["step"] < step]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(of_step) + "\n" for of_step in kept))
+
+
+def draw(run: Path, path: Path) -> None:
+    """Write an SVG or PNG: the rewards, and how far the trainer's log-probabilities are from the servers'.
+
+    Raises `EngineError` where matplotlib is missing, and `InputError` where there is nothing to draw.
+    """
+    try:
+        import matplotlib
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise EngineError("--plot needs matplotlib: pip install 'dsv3-plugin[plot]'") from error
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "rl"
+    recorded = steps(run)
+    if not recorded:
+        raise InputError(f"{run}: no step is recorded, and there is nothing to draw")
+    at = [of_step["step"] for of_step in recorded]
+    figure, (rewards, differences) = pyplot.subplots(
+        2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    for name in recorded[0]["rewards"]:
+        rewards.plot(at, [of_step["rewards"][name] for of_step in recorded], linewidth=1, alpha=0.5, label=name)
+    means = [fmean(of_step["reward"] for of_step in recorded[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(at))]
+    rewards.plot(at, means, color="black", linewidth=2, label=f"all answers of the last {WINDOW} steps")
+    rewards.set_ylabel("mean reward of a step's answers")
+    rewards.set_ylim(bottom=0)
+    rewards.legend(frameon=False, loc="lower right")
+    differences.plot(at, [of_step["max_difference"] for of_step in recorded], "o-", color="firebrick", markersize=3)
+    differences.set_ylabel("max |difference|")
+    differences.set_title("log-probabilities of all sampled tokens, trainer against servers", fontsize=9)
+    differences.set_ylim(-1e-4, 1e-3)
+    differences.set_xlabel("step")
+    for axes in (rewards, differences):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)

@@ -1,0 +1,331 @@
+"""The servers that a policy samples in, as their own users start and call them: vLLM and SGLang over HTTP.
+
+Prompts and answers are token ids. Each answered token comes with its log-probability, and each answer with the version
+of the weights that made it, which `update` names. Both servers draw by the seeds of the requests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3_plugin.checkpoint.fingerprint import Fingerprint
+from dsv3_plugin.checkpoint.fingerprint_cli import fingerprint_of_server
+from dsv3_plugin.errors import EngineError
+
+ENVIRONMENTS = Path(__file__).parents[2] / ".envs"
+TIMEOUT_S = 600.0
+START_S = 300.0
+COUNTED = ("preempted", "drafted", "accepted", "cached")
+"""Requests; tokens of drafts, those of them that were accepted; tokens of prompts that were not computed again."""
+BLOCK_SIZE = 2  # of vLLM's cache: the prompts are short, and only whole blocks are shared
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be answered `n` times, with the seeds `seed`, `seed` + 1, ..."""
+
+    token_ids: list[int]
+    temperature: float
+    max_tokens: int
+    seed: int
+    n: int = 1
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was sampled, the end token included, and what the server says of it."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    version: str
+    """Of the weights that sampled it."""
+    finish_reason: str
+    """`stop`, `length` or, where the client has hung up, `abort`."""
+
+
+class Server:
+    """What a training loop asks of a server. The subclasses know their engine's names."""
+
+    name: str
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+        self.requests = ThreadPoolExecutor(64, thread_name_prefix=self.name)
+
+    def sample(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        """The answers to each request, which are sent all at once."""
+        return list(self.requests.map(self.answers, requests))
+
+    def answers(self, request: Request) -> list[Answer]:
+        """The `n` answers to a request."""
+        raise NotImplementedError
+
+    def hang_up(self, request: Request, tokens: int) -> Answer:
+        """Close the connection once `tokens` tokens have come: what came, while the server aborts the rest."""
+        raise NotImplementedError
+
+    def update(self, folder: Path, version: str) -> None:
+        """Take the weights of a checkpoint in place. Requests that come in the meantime wait for them, and none has
+        tokens of both.
+        """
+        raise NotImplementedError
+
+    def counters(self) -> Counter[str]:
+        """Of `COUNTED`, since the start."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the weights that it holds, its draft's included."""
+        return fingerprint_of_server(self.address)
+
+    def post(self, path: str, body: object = None) -> Any:
+        """The JSON that it answers. Raises `EngineError`."""
+        with self.open(path, body) as response:
+            return json.load(response)
+
+    @contextmanager
+    def open(self, path: str, body: object = None) -> Iterator[Any]:
+        """The response to a POST. Raises `EngineError`."""
+        data = b"" if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                yield response
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace").strip()
+            raise EngineError(f"{self.name}: {path}: status {error.code}: {said[:500]}") from None
+        except OSError as error:
+            raise EngineError(f"{self.name}: {self.address}{path}: {getattr(error, 'reason', error)}") from None
+
+    def events(self, path: str, body: object) -> Iterator[Any]:
+        """The JSON objects of a stream; the connection is closed where the caller stops reading."""
+        with self.open(path, body) as response:
+            for line in response:
+                text = line.decode().strip().removeprefix("data: ")
+                if text and text != "[DONE]":
+                    yield json.loads(text)
+
+
+class Vllm(Server):
+    """`vllm serve`, 0.32 or later: before, no answer says which weights made it."""
+
+    name = "vllm"
+    route = "/inference/v1/generate"
+
+    def answers(self, request: Request) -> list[Answer]:
+        """One request with vLLM's `n`."""
+        choices = self.post(self.route, self._body(request))["choices"]
+        return [self._answer([choice]) for choice in sorted(choices, key=lambda choice: choice["index"])]
+
+    def hang_up(self, request: Request, tokens: int) -> Answer:
+        """The chunks of a stream are what is new."""
+        chunks: list[Any] = []
+        for event in self.events(self.route, self._body(request) | {"stream": True}):
+            chunks += event["choices"]
+            if sum(len(chunk["token_ids"] or ()) for chunk in chunks) >= tokens:
+                break
+        version = self.version()  # of a stream only the end says it; nobody updates the weights now
+        return self._answer(chunks, {"finish_reason": "abort", "weight_versions": [{"version": version}]})
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        names = ("temperature", "max_tokens", "seed", "n", "ignore_eos")
+        settings = {name: getattr(request, name) for name in names} | {"logprobs": 0}
+        return {"token_ids": request.token_ids, "sampling_params": settings}
+
+    def _answer(self, chunks: list[Any], end: dict[str, Any] | None = None) -> Answer:
+        end = end or chunks[-1]
+        content = [token for chunk in chunks for token in (chunk["logprobs"] or {"content": ()})["content"]]
+        return Answer(
+            [token for chunk in chunks for token in chunk["token_ids"] or ()],
+            [token["logprob"] for token in content],
+            one_version(self.name, [span["version"] for span in end["weight_versions"]]),
+            end["finish_reason"],
+        )
+
+    def version(self) -> str:
+        """Of the weights that it holds."""
+        with urllib.request.urlopen(f"{self.address}/weight_info", timeout=TIMEOUT_S) as response:
+            return str(json.load(response)["weight_version"])
+
+    def update(self, folder: Path, version: str) -> None:
+        """Between a pause, which waits for the requests that run, and its end."""
+        self.post("/pause?mode=wait")
+        try:
+            self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+            self.post("/update_weight_version", {"new_version": version})
+        finally:
+            self.post("/resume")
+
+    def counters(self) -> Counter[str]:
+        """Of its metrics."""
+        with urllib.request.urlopen(f"{self.address}/metrics", timeout=TIMEOUT_S) as response:
+            text = response.read().decode()
+        names = {
+            "preempted": "num_preemptions",
+            "drafted": "spec_decode_num_draft_tokens",
+            "accepted": "spec_decode_num_accepted_tokens",
+            "cached": "prefix_cache_hits",
+        }
+        found = {name: re.findall(rf"^vllm:{metric}_total\S* (\S+)$", text, re.M) for name, metric in names.items()}
+        return Counter({name: sum(int(float(value)) for value in values) for name, values in found.items()})
+
+
+class Sglang(Server):
+    """`python -m sglang.launch_server`."""
+
+    name = "sglang"
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.seen: Counter[str] = Counter()
+
+    def answers(self, request: Request) -> list[Answer]:
+        """As many prompts as answers: SGLang's `n` gives all of them one seed."""
+        count = range(request.n)
+        settings = [self._settings(request) | {"sampling_seed": request.seed + i} for i in count]
+        body = {"input_ids": [request.token_ids for _ in count], "sampling_params": settings, "return_logprob": True}
+        return [self._answer(answer) for answer in self.post("/generate", body)]
+
+    def hang_up(self, request: Request, tokens: int) -> Answer:
+        """An event of a stream has all that came so far."""
+        settings = self._settings(request) | {"sampling_seed": request.seed}
+        body = {"input_ids": request.token_ids, "sampling_params": settings, "return_logprob": True, "stream": True}
+        event: Any = None
+        for event in self.events("/generate", body):
+            if len(event["output_ids"]) >= tokens:
+                break
+        return self._answer(event, "abort")
+
+    def _settings(self, request: Request) -> dict[str, Any]:
+        names = {"temperature": "temperature", "max_tokens": "max_new_tokens", "ignore_eos": "ignore_eos"}
+        return {theirs: getattr(request, ours) for ours, theirs in names.items()}
+
+    def _answer(self, answer: Any, finish_reason: str | None = None) -> Answer:
+        about = answer["meta_info"]
+        reason = finish_reason or about["finish_reason"]["type"]
+        if reason == "abort" and finish_reason is None:
+            raise EngineError(f"{self.name}: {about['finish_reason'].get('message')}")
+        self.seen.update(
+            preempted=about.get("num_retractions", 0),
+            drafted=about.get("spec_num_proposed_drafts", 0),
+            accepted=about.get("spec_num_correct_drafts", 0),
+            cached=about["cached_tokens"],
+        )
+        spans = about.get("weight_versions") or [{"version": about["weight_version"]}]
+        versions = [span["version"] for span in spans]
+        logprobs = [logprob for logprob, *_ in about["output_token_logprobs"]]
+        return Answer(answer["output_ids"], logprobs, one_version(self.name, versions), reason)
+
+    def update(self, folder: Path, version: str) -> None:
+        """SGLang itself waits for the requests that run, and lets others wait."""
+        self.post("/update_weights_from_disk", {"model_path": str(folder), "weight_version": version})
+
+    def counters(self) -> Counter[str]:
+        """Of what its answers said."""
+        return Counter(self.seen)
+
+
+def counted(servers: Sequence[Server]) -> dict[str, int]:
+    """The counters of all servers together."""
+    counters = [server.counters() for server in servers]
+    return {name: sum(counter[name] for counter in counters) for name in COUNTED}
+
+
+SERVERS: dict[str, type[Server]] = {server.name: server for server in (Vllm, Sglang)}
+
+
+def one_version(name: str, versions: list[str]) -> str:
+    """Raises `EngineError` for an answer of several."""
+    if len(set(versions)) != 1:
+        raise EngineError(f"{name}: an answer has tokens of the weights {' and '.join(versions)}")
+    return str(versions[0])
+
+
+def command(name: str, checkpoint: Path, port: int, kv_tokens: int, on_cpu: bool) -> list[str]:
+    """How a user starts a server for such a loop: exact log-probabilities, drafts, seeds, updates, versions.
+
+    `kv_tokens` is the room of its cache: where the running requests outgrow it, some are preempted.
+    """
+    python = ENVIRONMENTS / name / "bin" / "python"
+    python = python if python.exists() else Path(sys.executable)
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    if name == "vllm":
+        line = [str(python.with_name("vllm")), "serve", str(checkpoint), *where, "--max-model-len", "256"]
+        line += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--max-num-seqs", "64"]
+        line += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
+        line += ["--num-gpu-blocks-override", str(kv_tokens // BLOCK_SIZE)]
+        line += ["--block-size", str(BLOCK_SIZE)] if on_cpu else ["--gpu-memory-utilization", "0.25"]
+        return line
+    line = [str(python), "-m", "sglang.launch_server", "--model-path", str(checkpoint), *where]
+    line += ["--context-length", "256", "--attention-backend", "dsv3", "--enable-deterministic-inference"]
+    line += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", "1", "--speculative-eagle-topk", "1"]
+    line += ["--speculative-num-draft-tokens", "2", "--max-running-requests", "64"]
+    line += ["--max-total-tokens", str(kv_tokens)]
+    line += ["--device", "cpu", "--disable-cuda-graph"] if on_cpu else ["--mem-fraction-static", "0.25"]
+    return line
+
+
+@contextmanager
+def started(name: str, checkpoint: Path, log: Path, kv_tokens: int, on_cpu: bool) -> Iterator[Server]:
+    """A server that this program starts, and ends with all its processes. Raises `EngineError` where it ends early."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # weights by HTTP: on a trusted network only
+    if on_cpu:
+        environment |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        environment |= {"VLLM_MLA_DISABLE": "1"}  # else vLLM switches its prefix cache off
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command(name, checkpoint, port, kv_tokens, on_cpu),
+            stdout=out,
+            stderr=out,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        server = SERVERS[name](f"http://127.0.0.1:{port}")
+        deadline = time.monotonic() + START_S
+        while not answers(server):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise EngineError(f"{name} did not start; the reason is in {log}")
+            time.sleep(0.5)
+        yield server
+    finally:
+        end(process)
+
+
+def answers(server: Server) -> bool:
+    """Whether it is ready for requests."""
+    try:
+        urllib.request.urlopen(f"{server.address}/health", timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a server, and what it left behind."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,86 @@
+"""Tasks whose answers a rule can check, made on the spot: the prompts, the right answers and the reward.
+
+A problem is a line of text, "3141=", and its answer the text that ends it, "1134". A model that has seen a few hundred
+solved ones writes answers of the right form, some of them right: what reinforcement learning then improves.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+from dsv3_plugin.errors import CheckpointError
+
+
+class Problem(NamedTuple):
+    """A prompt and the one right answer."""
+
+    prompt: str
+    answer: str
+
+    def reward(self, answer: str) -> float:
+        """1 for the right answer, else 0."""
+        return float(answer == self.answer)
+
+
+def sort(draw: random.Random) -> Problem:
+    """Four digits in order."""
+    digits = [str(draw.randrange(10)) for _ in range(4)]
+    return Problem("".join(digits) + "=", "".join(sorted(digits)))
+
+
+def add(draw: random.Random) -> Problem:
+    """The sum of two numbers below 100, three digits."""
+    one, other = draw.randrange(100), draw.randrange(100)
+    return Problem(f"{one:02}+{other:02}=", f"{one + other:03}")
+
+
+def brackets(draw: random.Random) -> Problem:
+    """The brackets that close four open ones."""
+    opened = draw.choices("([{<", k=4)
+    return Problem("".join(opened) + "=", "".join(")]}>"["([{<".index(bracket)] for bracket in reversed(opened)))
+
+
+TASKS: dict[str, Callable[[random.Random], Problem]] = {"sort": sort, "add": add, "brackets": brackets}
+
+
+def problems(task: str, count: int, *seed: object) -> list[Problem]:
+    """`count` problems of a task in `TASKS`, the same for the same seed on every machine."""
+    draw = random.Random(repr(seed))
+    return [TASKS[task](draw) for _ in range(count)]
+
+
+class Words:
+    """Problems as token ids, by a checkpoint's tokenizer. Raises `CheckpointError` where it has none."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        config, file = json.loads((checkpoint / "config.json").read_text()), checkpoint / "tokenizer.json"
+        if not file.exists() or not {"bos_token_id", "eos_token_id"} <= config.keys():
+            raise CheckpointError(
+                f"{checkpoint}: needs tokenizer.json, and bos_token_id and eos_token_id in config.json"
+            )
+        self.begin, self.end = config["bos_token_id"], config["eos_token_id"]
+        self.tokenizer = Tokenizer.from_file(str(file))
+
+    def prompt(self, problem: Problem) -> list[int]:
+        """With the token that begins a sequence."""
+        return [self.begin, *self._ids(problem.prompt)]
+
+    def answer(self, problem: Problem) -> list[int]:
+        """With the token that ends a sequence."""
+        return [*self._ids(problem.answer), self.end]
+
+    def reward(self, problem: Problem, tokens: list[int]) -> float:
+        """Of an answer; one that does not end is wrong."""
+        if not tokens or tokens[-1] != self.end:
+            return 0.0
+        return problem.reward(self.tokenizer.decode(tokens[:-1], skip_special_tokens=False))
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids

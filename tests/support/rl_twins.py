@@ -1,0 +1,54 @@
+"""examples/rl/grpo.py with a fault in it: `python rl_twins.py TWIN STEP ARGUMENT ...`, with the arguments of grpo.py.
+
+TWIN is the name of a tensor, which the servers get as it was a step before when they get the weights of step STEP; or
+`temperature`, which the trainer forgets in step STEP.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "rl"))
+
+import grpo
+from trainer import Packed, Trainer
+
+
+def keep_stale(name: str, version: int) -> None:
+    export = Trainer.export
+
+    def export_all_but_one(trainer: Trainer, folder: Path) -> None:
+        export(trainer, folder)
+        if folder.name == str(version):
+            file = folder / "model.safetensors"
+            tensors, before = load_file(file), load_file(folder.with_name(str(version - 1)) / file.name)
+            save_file(tensors | {name: before[name]}, file, {"format": "pt"})
+
+    Trainer.export = export_all_but_one
+
+
+def forget_temperature(step: int) -> None:
+    learn, log_probs = grpo.learn, Trainer.log_probs
+
+    def forgetful(trainer: Trainer, packed: Packed) -> Any:
+        return log_probs(trainer, packed._replace(temperatures=packed.temperatures.clone().fill_(1)))
+
+    def learn_forgetfully(*arguments: Any) -> Any:
+        if arguments[2] == step:
+            Trainer.log_probs = forgetful
+        return learn(*arguments)
+
+    grpo.learn = learn_forgetfully
+
+
+if __name__ == "__main__":
+    twin, step = sys.argv.pop(1), int(sys.argv.pop(1))
+    if twin == "temperature":
+        forget_temperature(step)
+    else:
+        keep_stale(twin, step)
+    grpo.main()
