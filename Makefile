@@ -57,7 +57,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 test: lint docs environments
 	$(CORE)/python -m pytest $(PARALLEL) --durations 40
 	.envs/kernels/bin/python -m pytest $(PARALLEL) tests/kernels/test_aot.py tests/kernels/test_bad_input.py tests/kernels/test_bench.py \
-		tests/gpu/test_tensor_core_gpu.py tests/kernels/test_tune.py tests/kernels/test_warm_up.py
+		tests/gpu/test_tensor_core_gpu.py tests/kernels/test_tune.py tests/kernels/test_compiled_ahead.py
 
 # What changed since main: lint, types and the nearest tests, in under two minutes; it says what it did not run.
 check: lint

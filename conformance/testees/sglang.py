@@ -339,7 +339,7 @@ def answered(request: Request, req: Any) -> RequestResult:
         # The prompt's first token has none.
         of_prompt = {
             "prompt_logprobs": tuple(said.input_token_logprobs_val[1:]),
-            "prompt_top_logprobs": _pairs(request, said.input_top_logprobs_idx, said.input_top_logprobs_val)[1:],
+            "prompt_top_logprobs": _pairs(request, said.input_top_logprobs_idx, said.input_top_logprobs_val, first=1),
         }
     return RequestResult(
         token_ids=request.prompt_token_ids + tokens,
@@ -350,11 +350,11 @@ def answered(request: Request, req: Any) -> RequestResult:
     )
 
 
-def _pairs(request: Request, token_ids: Any, logprobs: Any) -> tuple[TopLogprobs, ...]:
-    """SGLang keeps tokens and values of each position apart, and nothing where none were asked for."""
+def _pairs(request: Request, token_ids: Any, logprobs: Any, first: int = 0) -> tuple[TopLogprobs, ...]:
+    """Of the positions from `first` on. SGLang keeps tokens and values apart, and nothing where none were asked for."""
     if not request.top_logprobs:
         return ()
-    return tuple(tuple(zip(*pairs, strict=True)) for pairs in zip(token_ids, logprobs, strict=True))
+    return tuple(tuple(zip(*pairs, strict=True)) for pairs in zip(token_ids[first:], logprobs[first:], strict=True))
 
 
 class Observer:

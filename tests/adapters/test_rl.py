@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ import servers as rl  # noqa: E402
 GRPO, TWINS = EXAMPLE / "grpo.py", SUPPORT / "rl_twins.py"
 MODULES = "dsv3_plugin.megatron_backend.model", "dsv3_plugin.megatron_backend.weights"
 SHORT = "--sft-steps", 2, "--sft-batch-size", 8, "--prompts", 4, "--samples", 2, "--eval-prompts", 0, "--hang-up", 1
+UPDATES = int(os.environ.get("DSV3_TEST_UPDATES", "20"))
+"""While requests run; 100 take four minutes."""
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 Steps = list[dict[str, Any]]
@@ -46,7 +49,7 @@ def started(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Ite
     with ExitStack() as stack, ThreadPoolExecutor() as threads:
 
         def start(name: str) -> rl.Server:
-            return stack.enter_context(rl.started(name, models[0], logs / f"{name}.log", kv_tokens=512, on_cpu=True))
+            return stack.enter_context(rl.started(name, models[0], logs / f"{name}.log", kv_tokens=4096, on_cpu=True))
 
         yield list(threads.map(start, rl.SERVERS))
 
@@ -104,9 +107,6 @@ def test_one_step_off_each_answer_is_compared_under_the_weights_that_made_it(
     # Other weights learn from them than made them, and that is seen.
     assert [step["ratio_min"] == step["ratio_max"] == 1.0 for step in whole] == [True, False, False]
     assert all(step["kl_to_reference"] > 0 for step in whole)
-    train(models[0], tmp_path / "cut", *arguments, "--exit-interval", 2)
-    train(models[0], tmp_path / "cut", *arguments, "--resume")
-    assert steps_of(tmp_path / "cut") == whole
 
 
 @needs_megatron
@@ -159,9 +159,7 @@ def made(answer: rl.Answer, prompt: list[int], model: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", rl.SERVERS)
-def test_a_hundred_updates_under_requests_lose_and_mix_none(
-    name: str, started: list[rl.Server], models: list[Path]
-) -> None:
+def test_updates_under_requests_lose_and_mix_none(name: str, started: list[rl.Server], models: list[Path]) -> None:
     (server,) = (server for server in started if server.name == name)
     prompts = [[0, *range(20 + i, 26 + i)] for i in range(4)]
     ended = threading.Event()
@@ -177,13 +175,13 @@ def test_a_hundred_updates_under_requests_lose_and_mix_none(
     with ThreadPoolExecutor() as threads:
         asking = [threads.submit(ask, i) for i in range(len(prompts))]
         try:
-            for version in range(1, 101):
+            for version in range(1, UPDATES + 1):
                 server.update(models[version % 2], str(version))
         finally:
             ended.set()
         answered = [future.result() for future in asking]
     versions = {int(answer.version) for answers in answered for answer in answers}
-    assert len(versions) > 50 and versions <= set(range(101))
+    assert len(versions) > UPDATES // 2 and versions <= set(range(UPDATES + 1))
     for prompt, answers in zip(prompts, answered, strict=True):
         for answer in answers:
             assert len(answer.token_ids) == len(answer.logprobs) == 6 and answer.finish_reason == "length"
