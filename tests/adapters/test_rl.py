@@ -72,22 +72,26 @@ def train(model: Path, run: Path, *arguments: object) -> str:
 
 
 @needs_megatron
-def test_every_step_agrees_and_a_cut_run_goes_on_with_equal_bits(
-    models: list[Path], addresses: list[str], tmp_path: Path
-) -> None:
-    arguments = *addresses, "--steps", 3
-    said = train(models[0], tmp_path / "whole", *arguments, "--plot", tmp_path / "plot.svg")
-    whole = steps_of(tmp_path / "whole")
-    assert [step["step"] for step in whole] == [0, 1, 2] and said.count("max |difference| 0.0, ratios 1.0 to 1.0") == 3
-    for step in whole:
+def test_every_step_agrees(models: list[Path], addresses: list[str], tmp_path: Path) -> None:
+    said = train(models[0], tmp_path / "run", *addresses, "--steps", 3, "--plot", tmp_path / "plot.svg")
+    steps = steps_of(tmp_path / "run")
+    assert [step["step"] for step in steps] == [0, 1, 2] and said.count("max |difference| 0.0, ratios 1.0 to 1.0") == 3
+    for step in steps:
         assert [step["max_difference"], step["ratio_min"], step["ratio_max"]] == [0.0, 1.0, 1.0]
         assert [step["versions"], step["aborted"]] == [[step["step"]], 2]
-    assert len({step["weights"] for step in whole}) == 3
+    assert len({step["weights"] for step in steps}) == 3
     assert (tmp_path / "plot.svg").stat().st_size > 1000
 
-    train(models[0], tmp_path / "cut", *arguments, "--exit-interval", 2)
+
+@needs_megatron
+def test_a_cut_run_goes_on_with_equal_bits(models: list[Path], addresses: list[str], tmp_path: Path) -> None:
+    """On vLLM: which tokens SGLang draws depends on how it batched them."""
+    arguments = *addresses[:2], "--steps", 2
+    train(models[0], tmp_path / "whole", *arguments)
+    whole = steps_of(tmp_path / "whole")
+    train(models[0], tmp_path / "cut", *arguments, "--exit-interval", 1)
     # The twin: another seed's answers are others.
-    train(models[0], tmp_path / "other", *addresses, "--steps", 1, "--seed", 5)
+    train(models[0], tmp_path / "other", *addresses[:2], "--steps", 1, "--seed", 5)
     assert steps_of(tmp_path / "other")[0]["entropy"] != whole[0]["entropy"]
     train(models[0], tmp_path / "cut", *arguments, "--resume")
     assert steps_of(tmp_path / "cut") == whole
