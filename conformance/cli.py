@@ -59,8 +59,7 @@ def run(
     for path in (json_file, html, junit, markdown, keep):
         if path is not None and path.exists():
             raise ConformanceError(f"{path}: exists already and is not overwritten")
-    layouts = [ParallelLayout.parse(text) for text in layout or ["one"]]
-    testees = [each for text in testee for each in spread(text, layouts, environments)]
+    testees = testee_commands(testee, layout or [], environments)
     expectations = None if expect is None else Expectations.read(expect)
     console = Console()
     with _LiveProgress(console) as progress:
@@ -134,7 +133,13 @@ def schema(message: Annotated[Literal["job", "result"], typer.Argument(help="Whi
     typer.echo(json.dumps(json_schema(message), indent=1))
 
 
-def spread(text: str, layouts: list[ParallelLayout], environments: Path) -> list[runner.TesteeCommand]:
+def testee_commands(testees: list[str], layouts: list[str], environments: Path) -> list[runner.TesteeCommand]:
+    """What `--testee` names, each in every `--layout`; without one on one rank. Raises `ConformanceError`."""
+    parsed = [ParallelLayout.parse(text) for text in layouts or [str(ONE_RANK)]]
+    return [command for text in testees for command in _spread(text, parsed, environments)]
+
+
+def _spread(text: str, layouts: list[ParallelLayout], environments: Path) -> list[runner.TesteeCommand]:
     """A testee in each layout; the reference is what one rank computes."""
     name, at, own = text.partition("@")
     if "=" in name:

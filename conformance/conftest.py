@@ -14,9 +14,8 @@ import pytest
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance import runner
-from dsv3_plugin.conformance.cli import spread
+from dsv3_plugin.conformance.cli import testee_commands
 from dsv3_plugin.conformance.expectations import Expectations
-from dsv3_plugin.conformance.layouts import ParallelLayout
 from dsv3_plugin.conformance.protocol import Case
 from dsv3_plugin.conformance.verdicts import Report
 from dsv3_plugin.errors import DSV3Error
@@ -38,10 +37,8 @@ class Asked:
         if checkpoint is None or not names:
             raise pytest.UsageError("the conformance suite needs --testee-checkpoint DIR and at least one --testee")
         try:
-            layouts = [ParallelLayout.parse(text) for text in config.getoption("--testee-layout") or ["one"]]
-            testees = [
-                each for text in names for each in spread(text, layouts, config.getoption("--testee-environments"))
-            ]
+            layouts, environments = config.getoption("--testee-layout"), config.getoption("--testee-environments")
+            testees = testee_commands(names, layouts, environments)
             cases = runner.select(runner.cases_of(CheckpointReader(checkpoint)), config.getoption("--testee-case"))
             file = config.getoption("--testee-expect")
             return cls(checkpoint, testees, cases, Expectations.read(file) if file else Expectations())

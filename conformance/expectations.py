@@ -12,14 +12,14 @@ skipped is not asked of the testee, and counts as unsupported. An entry that nam
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from dsv3_plugin.conformance.toml_file import read_toml
 from dsv3_plugin.errors import ConformanceError
 
 
@@ -52,16 +52,7 @@ class Expectations(BaseModel):
     @classmethod
     def read(cls, file: Path) -> Expectations:
         """Raises `ConformanceError` where the file is none."""
-        try:
-            return cls.model_validate(tomllib.loads(file.read_text()))
-        except OSError as error:
-            raise ConformanceError(f"--expect {file}: {error.strerror}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConformanceError(f"--expect {file}: {error}") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ConformanceError(f"--expect {file}: {where}: {first['msg']}") from None
+        return read_toml(cls, file, "--expect")
 
     def of(self, testee: str, case: str) -> Expectation | None:
         """The entry that speaks of a testee's case."""

@@ -23,11 +23,12 @@ from pathlib import Path
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dsv3_plugin.conformance.layouts import ParallelLayout
 from dsv3_plugin.conformance.protocol import Claim as Kind
 from dsv3_plugin.conformance.protocol import Device
+from dsv3_plugin.conformance.toml_file import read_toml
 from dsv3_plugin.errors import ConformanceError
 
 
@@ -95,15 +96,7 @@ class Claims(_Part):
     @classmethod
     def read(cls, file: Path) -> Claims:
         """Raises `ConformanceError` where the file is none."""
-        try:
-            return cls.model_validate(tomllib.loads(file.read_text()))
-        except OSError as error:
-            raise ConformanceError(f"--claims {file}: {error.strerror}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConformanceError(f"--claims {file}: {error}") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ConformanceError(f"--claims {file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        return read_toml(cls, file, "--claims")
 
     def of(self, version: str, device: str) -> Iterator[tuple[Setting, Kind]]:
         """Everything that is claimed of a version on a kind of device, each once."""
