@@ -2,7 +2,7 @@
 
 selection.json holds them for one card: for each measured product the microseconds of every backend, and the
 tile configuration of fp8_gemm.cu. `dsv3 kernels tune` writes it. A product that was not measured takes the row of the
-nearest one that was.
+nearest one that was. DeepGEMM's times stand beside them as a peer's.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ from dsv3_plugin.kernels.cuda.fp8_gemm import DENSE_SAMPLE, GROUPED_SAMPLE, Tile
 TABLE = Path(__file__).with_name("selection.json")
 _PEER = "deep-gemm"
 _BACKENDS = ("cuda", "gluon", "triton", _PEER)
-IMPLEMENTATIONS = {
-    "cuda": "cuda.fp8_gemm",
-    "gluon": "triton.fp8_gluon",
-    "triton": "triton.fp8_linear",
-    _PEER: "deep_gemm.fp8_gemm_nt",
-}
+IMPLEMENTATIONS = {"cuda": "cuda.fp8_gemm", "gluon": "triton.fp8_gluon", "triton": "triton.fp8_linear"}
 """What certificates call the backends."""
 
 
@@ -48,9 +43,9 @@ class Row(BaseModel):
         """Experts, columns and depth."""
         return self.groups, self.columns, self.depth
 
-    def config(self) -> TileConfig:
-        """Of fp8_gemm.cu."""
-        return TileConfig(**self.tile_config, groups=max(1, self.groups)).filled()
+    def config(self, groups: int | None = None) -> TileConfig:
+        """Of fp8_gemm.cu; for so many experts, if it is another number."""
+        return TileConfig(**self.tile_config, groups=max(1, self.groups if groups is None else groups)).filled()
 
 
 class Table(BaseModel):
@@ -134,10 +129,7 @@ def configs_to_check(grouped: bool) -> tuple[TileConfig, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def choose(groups: int, columns: int, depth: int, rows: int, backends: tuple[str, ...]) -> Choice:
-    """The fastest of `backends` in the nearest measured product; `rows` are those of one expert, on average.
-
-    fp8_gemm.cu serves measured products only: there its bits were compared as well.
-    """
+    """The fastest of `backends` in the nearest measured product; `rows` are those of one expert, on average."""
     measured = [row for row in table().rows if (row.groups > 0) == (groups > 0)]
 
     def distance(row: Row) -> float:
@@ -148,12 +140,11 @@ def choose(groups: int, columns: int, depth: int, rows: int, backends: tuple[str
     alike = [row for row in measured if row.product == nearest]
     # Not fewer tokens than asked for, where there is such a row: tiles for few are slow with many.
     row = min(alike, key=lambda row: (row.rows < rows, abs(row.rows - rows)))
-    exact = nearest == (groups, columns, depth)
-    able = [backend for backend in backends if backend != "cuda" or (exact and row.tile_config)]
+    able = [backend for backend in backends if backend != "cuda" or row.tile_config]
     backend = min(able, key=lambda backend: row.microseconds.get(backend, math.inf))
     fewest, most = _chosen.get((groups, columns, depth, backend), (rows, rows))
     _chosen[groups, columns, depth, backend] = min(fewest, rows), max(most, rows)
-    return Choice(backend, row.config() if backend == "cuda" else None)
+    return Choice(backend, row.config(groups) if backend == "cuda" else None)
 
 
 # Experts, columns, depth and backend, with the fewest and the most rows for which it was chosen.

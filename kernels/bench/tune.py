@@ -103,7 +103,7 @@ class Product(NamedTuple):
             expert = torch.randint(self.groups, (tokens,), device="cuda")
             loads = [(even,), (torch.bincount(expert, minlength=self.groups),)]
         own = fp8_linear.grouped_fp8_linear_by if self.groups else fp8_linear.fp8_linear_by
-        peer = deep_gemm.grouped_fp8_linear if self.groups else deep_gemm.product
+        peer = deep_gemm.grouped_fp8_linear if self.groups else deep_gemm.fp8_linear
         pairs = list(zip(operands, weights, strict=True))
 
         def of(make: Callable[..., torch.Tensor]) -> list[list[Call]]:

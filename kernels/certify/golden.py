@@ -45,16 +45,18 @@ def recorded(path: Path) -> dict[str, tuple[Case, tuple[torch.Tensor, ...]]]:
     """The cases of a file that `record` wrote, by name, each with what the GPU printed."""
     cases: dict[str, tuple[Case, tuple[torch.Tensor, ...]]] = {}
     with safe_open(path, "pt") as file:
+        keys = set(file.keys())
         for name, text in file.metadata().items():
             if "/" not in name:
                 continue
             plain, kwargs = json.loads(text)
-            args = [file.get_tensor(f"{name}/arg{i}") if x is None else x for i, x in enumerate(plain)]
+            places = [f"{name}/arg{i}" for i in range(len(plain))]
+            args = [file.get_tensor(place) if place in keys else x for place, x in zip(places, plain, strict=True)]
             if "out_dtype" in kwargs:
                 kwargs["out_dtype"] = getattr(torch, str(kwargs["out_dtype"]).removeprefix("torch."), None)
             if name.startswith(f"{mla_attention.name}/"):
                 q, cache, *numbers = args
                 args = [q, cache, PagedBatch.of(q, cache, *numbers)]
-            outs = sorted(key for key in file.keys() if key.startswith(f"{name}/out"))  # noqa: SIM118
+            outs = sorted(key for key in keys if key.startswith(f"{name}/out"))
             cases[name] = Case(tuple(args), kwargs), tuple(file.get_tensor(key) for key in outs)
     return cases

@@ -1,8 +1,8 @@
 """DeepGEMM as a provider of products: its sums are the contract's (one fma per 128 of K, no split).
 
-Its dense fp8 product is taken for the shapes for which it was measured to be the fastest (`selection`), else a kernel
-of this package is; its bf16 product was the fastest or equal in every shape measured. All print the same bits, so that
-the choice is one of speed alone, and all that a kernel here may hand to need certificates before it serves.
+Its bf16 product was the fastest or equal in every shape measured. Its fp8 products are at most some percent faster than
+this package's own (SELECTION.md), and slower with few tokens; each form of them is compiled by nvcc for seconds when a
+server starts. So they serve where they are asked for by name only.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import importlib.util
 import os
 import re
 import subprocess
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsv3_plugin.hooks import Implementation, Kernel, versions_of
-from dsv3_plugin.kernels import own, selection
+from dsv3_plugin.kernels import own
 from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.kernels.hopper import on_hopper_with
 from dsv3_plugin.kernels.installed import version_of
@@ -52,21 +51,11 @@ def fp8_linear(
     to bf16 [M, N]. Raises `InputError`.
     """
     require(out_dtype == torch.bfloat16, "fp8_linear", f"out_dtype is {out_dtype}, expected torch.bfloat16")
+    import deep_gemm
+
     from dsv3_plugin.kernels.triton import fp8_linear as ours
 
     ours.check("fp8_linear", x, x_scale, weight, weight_scale)
-    (rows, depth), columns = x.shape, weight.shape[0]
-    backends = (PROVIDER, *ours.backends(columns, grouped=False))
-    choice = selection.choose(0, columns, depth, max(1, rows), backends)
-    if choice.backend != PROVIDER:
-        return ours.fp8_linear_by(choice, x, x_scale, weight, weight_scale)
-    return product(x, x_scale, weight, weight_scale)
-
-
-def product(x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    """DeepGEMM's own dense product of checked operands, whatever the shape."""
-    import deep_gemm
-
     out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16, device=x.device)
     deep_gemm.fp8_gemm_nt((x, x_scale), (weight, weight_scale), out)
     return out
@@ -188,31 +177,17 @@ def _part(name: str, run: Any, function: str, shapes: str, *without: str) -> Imp
 
 
 def kernels() -> list[Kernel]:
-    """The dense fp8 and bf16 products, preferred to this package's own, and those of experts, which are slower."""
+    """The bf16 product, preferred to this package's own, and those of fp8, which are not."""
     package = "dsv3_plugin.kernels"
-    dense = _part(
-        "fp8_gemm_nt",
-        product,
-        "fp8_linear",
-        "products in which selection.json finds it the fastest",
-        f"{package}.selection:choose",
-        f"{package}.triton.fp8_linear:backends",
-        f"{package}.triton.fp8_linear:fp8_linear_by",
-    )
+    dense = _part("fp8_gemm_nt", fp8_linear, "fp8_linear", "every shape")
     grouped = _part("m_grouped_fp8_gemm_nt_contiguous", grouped_fp8_linear, "grouped_fp8_linear", "every shape")
     bf16 = _part("bf16_gemm_nt", linear_alone, "linear", "N and K in whole eights", f"{package}.triton.linear:linear")
-    own_dense, own_bf16 = own.parts(fp8_contracts.fp8_linear), own.parts(contracts.linear, shapes="other shapes")
+    own_bf16 = own.parts(contracts.linear, shapes="other shapes")
     return kernels_of(
         PROVIDER,
         version(),
         on_hopper_with(missing),
-        Offer(
-            fp8_contracts.fp8_linear,
-            fp8_linear,
-            (dense, *own_dense),
-            priority=10,
-            served=partial(selection.served, False),
-        ),
+        Offer(fp8_contracts.fp8_linear, fp8_linear, (dense,), priority=-1),
         Offer(fp8_contracts.grouped_fp8_linear, grouped_fp8_linear, (grouped,), priority=-1),
         Offer(contracts.linear, linear, (bf16, *own_bf16), priority=10),
     )
