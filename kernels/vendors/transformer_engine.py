@@ -1,10 +1,9 @@
 """TransformerEngine as a provider of block-scaled fp8, as its recipe `Float8BlockScaling` uses it.
 
-With power-of-two scales its products are the contract's, and serve where a certificate says so: those of forward and
-dgrad, and wgrad of one weight. They are cuBLASLt's, which by TransformerEngine's own reference
-(`tests/pytorch/references/blockwise_fp8_gemm_reference.py`) folds in one scale after the other,
-`acc = fma(raw * scale_a, scale_b, acc)`, and not their product: with powers of two that is the same, so other scales
-are left to other kernels.
+Its products are cuBLASLt's. Where K is one sum they are the contract's, `acc = fma(raw, scale_a * scale_b, acc)`, with
+any scales; deeper ones it sums in parts, and their bits depend on the shape. Sums of 8-bit products with power-of-two
+scales are nearly always exact, which hides that: one of a thousand shapes showed it. So a deep product goes to another
+kernel.
 
 Its quantizer takes `scale = 448 / amax`, correctly rounded, e4m3 of `x * scale`, and keeps `1 / scale`; for powers of
 two it cuts off the mantissa of `scale`. Where `448 / amax` overflows it takes the input dtype's largest number. So its
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dsv3_plugin.hooks import SUPPORTED, Implementation, Kernel, Setting, Support, unsupported, versions_of
+from dsv3_plugin.hooks import Implementation, Kernel, versions_of
 from dsv3_plugin.kernels import own
 from dsv3_plugin.kernels.hopper import on_hopper_with
 from dsv3_plugin.kernels.installed import version_of
@@ -37,6 +36,8 @@ _DISTRIBUTION = "transformer-engine-torch"
 _VERSIONS = versions_of(_DISTRIBUTION, "transformer-engine", "nvidia-cublas", "nvidia-cublas-cu12")
 # Its products take whole 8 rows, and scales in rows of whole 16 bytes.
 _ROWS, _SCALES = 8, 4
+# The largest K that it was seen to sum in order, whatever M and N.
+_DEEPEST = 1024
 
 
 @implements(quantize_contracts.quantize_fp8)
@@ -56,9 +57,27 @@ def fp8_linear(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """x e4m3 [M, K] with x_scale fp32 [M, K / 128], weight e4m3 [N, K] with weight_scale fp32 [ceil(N / 128), K / 128],
-    to bf16 [M, N].
+    to bf16 [M, N]; by TransformerEngine where K is one sum, else by this package's own kernel. Raises `InputError`.
     """
-    require(out_dtype == torch.bfloat16, "fp8_linear", f"out_dtype is {out_dtype}, expected torch.bfloat16")
+    if x.shape[1] <= _DEEPEST:
+        return linear_alone(x, x_scale, weight, weight_scale, out_dtype=out_dtype)
+    from dsv3_plugin.kernels.triton import fp8_linear as ours
+
+    return ours.fp8_linear(x, x_scale, weight, weight_scale, out_dtype=out_dtype)
+
+
+def linear_alone(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """`fp8_linear` by TransformerEngine. Raises `InputError` for a shape that it does not take."""
+    op = "fp8_linear"
+    require(out_dtype == torch.bfloat16, op, f"out_dtype is {out_dtype}, expected torch.bfloat16")
+    require(x.shape[1] <= _DEEPEST, op, f"TransformerEngine sums up to {_DEEPEST} products in order, not {x.shape[1]}")
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
     missing = -len(x) % _ROWS
@@ -91,7 +110,7 @@ def fp8_wgrad(
 
 
 def _takes(grad: torch.Tensor, expert_counts: torch.Tensor) -> bool:
-    return len(expert_counts) == 1 and grad.shape[1] > 0 and len(grad) % _ROWS == 0
+    return len(expert_counts) == 1 and 0 < grad.shape[1] <= _DEEPEST and len(grad) % _ROWS == 0
 
 
 def wgrad_alone(
@@ -104,8 +123,12 @@ def wgrad_alone(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """`fp8_wgrad` by TransformerEngine. Raises `InputError` for a shape that it does not take."""
-    told = f"not {len(expert_counts)} of {len(grad)} rows"
-    require(_takes(grad, expert_counts), "fp8_wgrad", f"TransformerEngine takes one weight of whole 8 rows, {told}")
+    require(
+        _takes(grad, expert_counts),
+        "fp8_wgrad",
+        f"TransformerEngine takes one weight of whole 8 rows and up to {_DEEPEST} tokens, not {len(expert_counts)} of"
+        f" {len(grad)} rows and {grad.shape[1]} tokens",
+    )
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
     of_grad, of_x = (_tensor(values, _by_blocks(scale), 1) for values, scale in ((grad, grad_scale), (x, x_scale)))
@@ -154,38 +177,30 @@ def kernels() -> list[Kernel]:
     version = version_of(_DISTRIBUTION)
     on_hopper = on_hopper_with(lambda: None if version else "TransformerEngine for torch is not installed")
 
-    def with_powers_of_two(setting: Setting) -> Support:
-        return on_hopper(setting) and _powers_of_two(setting)
-
     quantizer = Offer(
         quantize_contracts.quantize_fp8,
         quantize_fp8,
         uncertified="its fp32 scales are others, and its powers of two where an amax is below 2**-118",
         priority=-1,
     )
-    own_wgrad = own.parts(wgrad_contracts.fp8_wgrad, shapes="experts, and weights of other rows")
+    own_wgrad = own.parts(wgrad_contracts.fp8_wgrad, shapes="experts, other rows, more tokens")
     products = (
-        Offer(contracts.fp8_linear, fp8_linear, (_part(fp8_linear, "every shape"),), priority=-2),
+        Offer(
+            contracts.fp8_linear,
+            fp8_linear,
+            (_part(linear_alone, f"K up to {_DEEPEST}"), *own.parts(contracts.fp8_linear)),
+            priority=-2,
+        ),
         Offer(
             wgrad_contracts.fp8_wgrad,
             fp8_wgrad,
-            (_part(wgrad_alone, "one weight of whole 8 rows"), *own_wgrad),
+            (_part(wgrad_alone, f"one weight of whole 8 rows, up to {_DEEPEST} tokens"), *own_wgrad),
             priority=-2,
         ),
     )
-    return [
-        *kernels_of(PROVIDER, version, on_hopper, quantizer),
-        *kernels_of(PROVIDER, version, with_powers_of_two, *products),
-    ]
+    return kernels_of(PROVIDER, version, on_hopper, quantizer, *products)
 
 
 def _part(run: Callable[..., torch.Tensor], shapes: str) -> Implementation:
     entry = f"{__name__}:{run.__name__}"
     return Implementation("transformer_engine.general_gemm", run, entry, versions=_VERSIONS, shapes=shapes)
-
-
-def _powers_of_two(setting: Setting) -> Support:
-    scale_format = setting.profile.scale_format
-    if scale_format in (None, "ue8m0"):
-        return SUPPORTED
-    return unsupported(f"keeps the contract with power-of-two scales, the profile has {scale_format} ones")

@@ -15,7 +15,8 @@ from hopper_card import needs_hopper
 from tiny_model import PROFILES, build, logits
 
 V3_SIZES: dict[str, Any] = {"num_attention_heads": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
-EXACT = {"deep-gemm": tuple(PROFILES), "cublas": ("fp8 ue8m0", "fp8 float32"), "transformer-engine": ("fp8 ue8m0",)}
+_FP8 = "fp8 ue8m0", "fp8 float32"
+EXACT = {"deep-gemm": tuple(PROFILES), "cublas": _FP8, "transformer-engine": _FP8}
 """By provider the profiles whose logits it leaves as they are."""
 LARGEST = 0.25
 """How far a logit may move, of the largest: other roundings do not make another model."""

@@ -41,6 +41,9 @@ VERSIONS = {
     "cuda-bindings": "13.3.1",
     "nvidia-cuda-nvrtc": "13.0.88",
     "sgl-deep-gemm": "0.1.5.post1",
+    "transformer-engine": "2.13.0",
+    "transformer-engine-torch": "2.13.0",
+    "nvidia-cublas": "13.1.0.3",
 }
 
 

@@ -56,20 +56,21 @@ def test_flash_mla_attends_with_the_latent_of_v3_only(monkeypatch):
     assert "kv_lora_rank" in str(kernel.is_supported(other).reason)
 
 
-def test_transformer_engine_multiplies_with_powers_of_two_and_for_one_weight(monkeypatch):
+def test_transformer_engine_multiplies_what_it_sums_in_order_and_for_one_weight(monkeypatch):
     monkeypatch.setattr(transformer_engine, "version_of", lambda *_: "2.13.0")
     kernels = {kernel.op: kernel for kernel in transformer_engine.kernels()}
-    in_float32 = replace(HOPPER, profile=FP8_FLOAT32)
     for op in ("fp8_linear", "fp8_wgrad"):
-        assert kernels[op].is_supported(HOPPER)
-        assert "with power-of-two scales, the profile has float32" in str(kernels[op].is_supported(in_float32).reason)
+        assert kernels[op].is_supported(HOPPER) and kernels[op].is_supported(replace(HOPPER, profile=FP8_FLOAT32))
         (target, *_) = (Target(kernels[op], part) for part in kernels[op].parts)
-        assert target.sizes(Where()).scale_formats == ("ue8m0",), "what its cases are drawn from"
-    grad, x = (torch.zeros(rows, 128).to(E4M3) for rows in (12, 128))
-    ones = torch.ones(12, 1), torch.ones(128, 1)
-    for rows, counts in ((12, [128]), (8, [64, 64])):
-        with pytest.raises(InputError, match=r"TransformerEngine takes one weight of whole 8 rows, not"):
-            transformer_engine.wgrad_alone(grad[:rows], ones[0][:rows], x, ones[1], torch.tensor(counts))
+        assert set(target.sizes(Where()).scale_formats) == {"ue8m0", "float32"}, "what its cases are drawn from"
+    values, ones = (torch.zeros(16, 1152).to(E4M3), torch.ones(16, 9)), torch.ones(1, 9)
+    with pytest.raises(InputError, match="sums up to 1024 products in order, not 1152"):
+        transformer_engine.linear_alone(values[0], values[1], values[0], ones)
+    for rows, counts in ((12, [128]), (8, [64, 64]), (8, [1152])):
+        grad, x = (torch.zeros(n, sum(counts)).to(E4M3) for n in (rows, 128))
+        blocks = torch.ones(128, sum(counts) // 128)
+        with pytest.raises(InputError, match=r"TransformerEngine takes one weight of whole 8 rows and up to 1024"):
+            transformer_engine.wgrad_alone(grad, blocks[:rows], x, blocks, torch.tensor(counts))
 
 
 def test_the_preferred_provider_goes_first_where_it_may_serve(monkeypatch):
