@@ -49,6 +49,9 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
             share_embeddings_and_output_weights=False,
             **kwargs,
         )
+        if hasattr(self, "embedding"):
+            # Else its gradient is `F.embedding`'s, which a GPU adds up in another order each time.
+            self.embedding.word_embeddings.deterministic_mode = True
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Called by Megatron when its own head is built, which ours replaces."""

@@ -1,9 +1,10 @@
 """SGLang's latent cache behind the core's `Attend`.
 
-SGLang keeps one vector a token in a pool of slots, and a table of the slots of each request; a slot is a page of one
-token. A pass brings the tokens of several requests, at consecutive positions each, so a request's length is its last
-position plus one, in every phase: prefill, chunks, decode, draft, verification. `LatentAttend` writes the vectors and
-calls `attend_to_pages`: it moves data and computes nothing, and needs none of SGLang's attention backends.
+SGLang keeps one vector a token in a pool of slots, and a table of the slots of each request. With `page_size` n its
+allocator gives n tokens in a row n slots in a row, from a multiple of n on: a page. A pass brings the tokens of several
+requests, at consecutive positions each, so a request's length is its last position plus one, in every phase: prefill,
+chunks, decode, draft, verification. `LatentAttend` writes the vectors and calls `attend_to_pages`: it moves data and
+computes nothing, and needs none of SGLang's attention backends.
 `LatentBackend` is the backend of that kind to choose. It also carries the block tables into CUDA graphs.
 """
 
@@ -40,6 +41,7 @@ class LatentAttend:
         self.first_layer = first_layer
         self.pool = backend.token_to_kv_pool
         self.slots = forward_batch.out_cache_loc
+        self.page_size = self.pool.page_size
         counts = query_counts(forward_batch, len(positions))
         starts = host_starts(forward_batch, len(positions))
         ends = counts.cumsum(0)
@@ -50,13 +52,13 @@ class LatentAttend:
             query_start_loc=torch.cat((ends.new_zeros(1), ends)),
             # SGLang pads a prefill to a multiple of attention's TP ranks: what is behind is no request's.
             num_tokens=len(positions) if starts is None else starts[-1],
-            num_blocks=len(self.pages(first_layer)),
-            block_size=1,
+            num_blocks=len(self.slots_of(first_layer)) // self.page_size,
+            block_size=self.page_size,
             host_query_start_loc=starts,
         )
 
-    def pages(self, layer_idx: int) -> torch.Tensor:
-        """A layer's slots as blocks of one token, [slots, 1, cached_dim]."""
+    def slots_of(self, layer_idx: int) -> torch.Tensor:
+        """A layer's pool, [slots, 1, cached_dim]."""
         return self.pool.get_key_buffer(layer_idx - self.first_layer + self.pool.start_layer)
 
     def __call__(
@@ -69,8 +71,9 @@ class LatentAttend:
             if tokens:
                 out[:tokens] = self(layer_idx, q[:tokens], cached[:tokens], select)
             return out
-        pages = self.pages(layer_idx)
-        pages[self.slots[:tokens], 0] = cached
+        pool = self.slots_of(layer_idx)
+        pool[self.slots[:tokens], 0] = cached
+        pages = pool.view(-1, self.page_size, pool.shape[-1])
         return attend_to_pages(self.ops, self.config, q, pages, self.batch, select)
 
 
@@ -102,10 +105,11 @@ def host_starts(forward_batch: Any, tokens: int) -> tuple[int, ...] | None:
 
 
 def block_tables(backend: Any, requests: torch.Tensor) -> torch.Tensor:
-    """The slots of the requests' tokens, int32 [requests, context]."""
+    """The pages of the requests' tokens, int32 [requests, pages of the context]."""
     if isinstance(backend, LatentBackend) and is_recorded(requests):
         return backend.tables_of_graphs[: len(requests)]
-    return backend.req_to_token_pool.req_to_token[requests]
+    page_size = backend.token_to_kv_pool.page_size
+    return backend.req_to_token_pool.req_to_token[:, ::page_size][requests] // page_size
 
 
 def is_recorded(x: torch.Tensor) -> bool:
@@ -131,7 +135,7 @@ class LatentBackend(AttentionBackend):
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.req_to_token_pool = runner.req_to_token_pool
         self.max_context_len = runner.model_config.context_len
-        self.tables_of_graphs = self.req_to_token_pool.req_to_token[:0]
+        self.tables_of_graphs = self.req_to_token_pool.req_to_token[:0, :: self.token_to_kv_pool.page_size]
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Nothing: `LatentAttend` reads the batch itself."""
@@ -139,13 +143,14 @@ class LatentBackend(AttentionBackend):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make room for graphs of up to `max_bs` requests."""
         if len(self.tables_of_graphs) < max_bs:
-            slots = self.req_to_token_pool.req_to_token
-            self.tables_of_graphs = slots.new_zeros(max_bs, slots.shape[1])
+            self.tables_of_graphs = self.tables_of_graphs.new_zeros(max_bs, self.tables_of_graphs.shape[1])
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Called before a graph is recorded, and before each of its replays."""
         requests = forward_batch.req_pool_indices[: forward_batch.batch_size]
-        self.tables_of_graphs[: len(requests)] = self.req_to_token_pool.req_to_token[requests]
+        page_size = self.token_to_kv_pool.page_size
+        first_slots = self.req_to_token_pool.req_to_token[:, ::page_size][requests]
+        torch.floor_divide(first_slots, page_size, out=self.tables_of_graphs[: len(requests)])
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """The length of the requests with which SGLang pads a batch."""

@@ -7,6 +7,7 @@ warning is logged.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import pkgutil
@@ -136,6 +137,12 @@ def has(name: str) -> bool:
     """Whether this SGLang should have a function of this name: only those of `SOME_VERSIONS` may be missing."""
     owner, _, function = name.rpartition(".")
     return function not in SOME_VERSIONS or hasattr(pkgutil.resolve_name(owner), function)
+
+
+def page_size_default() -> str:
+    """Where SGLang's choice of `page_size` is called: the function is imported by its name."""
+    pipeline = "sglang.srt.arg_groups.pipeline"
+    return f"{pipeline if importlib.util.find_spec(pipeline) else 'sglang.srt.arg_groups.overrides'}._page_size_default"
 
 
 def placed_hooks() -> set[str]:

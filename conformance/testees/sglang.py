@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.conformance.cases import CHUNK
 from dsv3_plugin.conformance.layouts import ALONE, ParallelLayout, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
@@ -196,6 +197,8 @@ def server_arguments(checkpoint: str, device: str, num_speculative_tokens: int, 
         enable_mixed_chunk=True,
         disable_overlap_schedule=True,
         random_seed=0,
+        # The cases' chunks are whole pages. On a CPU a page is a slot.
+        page_size=CHUNK if ours and device == "cuda" else None,
         **others,
         **(speculative if num_speculative_tokens else {}),
     )

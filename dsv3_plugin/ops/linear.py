@@ -4,8 +4,8 @@ Contract: operands in the profile's dtype; one running fp32 accumulator over asc
 output dtype. On a CPU the sum over K is the library's for a tile of `tile.ROWS` rows. `head_linear_fp8` is by
 definition `head_linear`, then `quantize_fp8`, the rounding between them included.
 
-Gradients: y = x W^T gives dx = dy W and dW = dy^T x. Their sums run over the wider of the two operands' dtypes, so that
-fp32 logits have fp32 products; each gradient is rounded once, to its operand's dtype.
+Gradients: y = x W^T gives dx = dy W and dW = dy^T x. dy is rounded to the operands' dtype, that of fp32 logits too, as
+bf16 training has it; sums are fp32, and each gradient is rounded once, to its operand's dtype.
 """
 
 from __future__ import annotations
@@ -86,9 +86,8 @@ def split_by_expert(op: str, x: torch.Tensor, expert_counts: torch.Tensor) -> li
 
 
 def product_gradients(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """grad [M, N], x [M, K], weight [N, K] to (dx [M, K] and dW [N, K], of the dtype of grad, x and weight that is
-    widest)."""
-    dtype = torch.promote_types(grad.dtype, torch.promote_types(x.dtype, weight.dtype))
+    """grad [M, N], x [M, K], weight [N, K] to (dx [M, K] and dW [N, K], of the wider dtype of x and weight)."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
     grad = grad.to(dtype)
     return grad @ weight.to(dtype), grad.t() @ x.to(dtype)
 

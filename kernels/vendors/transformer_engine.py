@@ -1,7 +1,8 @@
 """TransformerEngine as a provider of block-scaled fp8, as its recipe `Float8BlockScaling` uses it.
 
 Its products are cuBLASLt's. Where K is one sum they are the contract's, `acc = fma(raw, scale_a * scale_b, acc)`, with
-any scales; deeper ones it sums in parts, and their bits depend on the shape. Sums of 8-bit products with power-of-two
+any scales (wgrad's, whose operands both have a scale a row, with powers of two only); a deeper K it sums in parts where
+there are few tiles, so that bits depend on the shape. Sums of 8-bit products with power-of-two
 scales are nearly always exact, which hides that: one of a thousand shapes showed it. So a deep product goes to another
 kernel.
 
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dsv3_plugin.hooks import Implementation, Kernel, versions_of
+from dsv3_plugin.hooks import SUPPORTED, Implementation, Kernel, Setting, Support, unsupported, versions_of
 from dsv3_plugin.kernels import own
 from dsv3_plugin.kernels.hopper import on_hopper_with
 from dsv3_plugin.kernels.installed import version_of
@@ -36,8 +37,8 @@ _DISTRIBUTION = "transformer-engine-torch"
 _VERSIONS = versions_of(_DISTRIBUTION, "transformer-engine", "nvidia-cublas", "nvidia-cublas-cu12")
 # Its products take whole 8 rows, and scales in rows of whole 16 bytes.
 _ROWS, _SCALES = 8, 4
-# The largest K that it was seen to sum in order, whatever M and N.
-_DEEPEST = 1024
+# The largest K that it was seen to sum in order, whatever M and N; of 7168 it sums two halves where M * N is small.
+_DEEPEST = 4096
 
 
 @implements(quantize_contracts.quantize_fp8)
@@ -177,6 +178,9 @@ def kernels() -> list[Kernel]:
     version = version_of(_DISTRIBUTION)
     on_hopper = on_hopper_with(lambda: None if version else "TransformerEngine for torch is not installed")
 
+    def with_powers_of_two(setting: Setting) -> Support:
+        return on_hopper(setting) and _powers_of_two(setting)
+
     quantizer = Offer(
         quantize_contracts.quantize_fp8,
         quantize_fp8,
@@ -184,23 +188,31 @@ def kernels() -> list[Kernel]:
         priority=-1,
     )
     own_wgrad = own.parts(wgrad_contracts.fp8_wgrad, shapes="experts, other rows, more tokens")
-    products = (
-        Offer(
-            contracts.fp8_linear,
-            fp8_linear,
-            (_part(linear_alone, f"K up to {_DEEPEST}"), *own.parts(contracts.fp8_linear)),
-            priority=-2,
-        ),
-        Offer(
-            wgrad_contracts.fp8_wgrad,
-            fp8_wgrad,
-            (_part(wgrad_alone, f"one weight of whole 8 rows, up to {_DEEPEST} tokens"), *own_wgrad),
-            priority=-2,
-        ),
+    product = Offer(
+        contracts.fp8_linear,
+        fp8_linear,
+        (_part(linear_alone, f"K up to {_DEEPEST}"), *own.parts(contracts.fp8_linear)),
+        priority=-2,
     )
-    return kernels_of(PROVIDER, version, on_hopper, quantizer, *products)
+    wgrad = Offer(
+        wgrad_contracts.fp8_wgrad,
+        fp8_wgrad,
+        (_part(wgrad_alone, f"one weight of whole 8 rows, up to {_DEEPEST} tokens"), *own_wgrad),
+        priority=-2,
+    )
+    return [
+        *kernels_of(PROVIDER, version, on_hopper, quantizer, product),
+        *kernels_of(PROVIDER, version, with_powers_of_two, wgrad),
+    ]
 
 
 def _part(run: Callable[..., torch.Tensor], shapes: str) -> Implementation:
     entry = f"{__name__}:{run.__name__}"
     return Implementation("transformer_engine.general_gemm", run, entry, versions=_VERSIONS, shapes=shapes)
+
+
+def _powers_of_two(setting: Setting) -> Support:
+    scale_format = setting.profile.scale_format
+    if scale_format in (None, "ue8m0"):
+        return SUPPORTED
+    return unsupported(f"keeps the contract with power-of-two scales, the profile has {scale_format} ones")

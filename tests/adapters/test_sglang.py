@@ -76,11 +76,13 @@ def test_sglang_prints_the_bits_of_the_others(
         assert re.search(rf"dsv3-plugin \S+ serves {name}: profile {dtype}, strict mode, kernels: reference", log)
 
 
-@pytest.mark.parametrize("environment", ["sglang", "sglang-0.5.17", "sglang-0.5.23"])
-def test_a_pass_in_a_cuda_graph(tiny_checkpoint, environment: str) -> None:
+@pytest.mark.parametrize(
+    ("environment", "page_size"), [("sglang", 4), ("sglang", 1), ("sglang-0.5.17", 4), ("sglang-0.5.23", 4)]
+)
+def test_a_pass_in_a_cuda_graph(tiny_checkpoint, environment: str, page_size: int) -> None:
     """It answers what an eager pass does; rows with which SGLang pads it write into no request's slots."""
     program = SUPPORT / "sglang_graph.py"
-    command = [python_of(environment), str(program), str(tiny_checkpoint("bf16"))]
+    command = [python_of(environment), str(program), str(tiny_checkpoint("bf16")), str(page_size)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for mode, width in (("DECODE", 1), ("TARGET_VERIFY", 3)):

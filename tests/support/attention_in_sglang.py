@@ -18,7 +18,7 @@ from dsv3_plugin.layers.attend import attend_to_itself, attend_to_pages, select_
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.sglang_backend import attention
 
-SLOTS, CONTEXT = 300, 96
+SLOTS, CONTEXT, PAGE_SIZE = 300, 96, 4
 
 
 class Engine:
@@ -35,9 +35,12 @@ class Engine:
         attention.size_slots(lambda runner: None, runner)
         width = model_config.kv_lora_rank + model_config.qk_rope_head_dim
         self.cache = torch.full((SLOTS, 1, width), torch.nan, dtype=own.x[0].dtype, device=self.device)
-        owned = torch.randperm(SLOTS - 1, generator=torch.Generator().manual_seed(3)).to(torch.int32) + 1
-        self.slots = owned[: len(LENGTHS) * CONTEXT].view(-1, CONTEXT)
-        runner.token_to_kv_pool = SimpleNamespace(start_layer=0, get_key_buffer=lambda layer: self.cache)
+        pages = torch.randperm(SLOTS // PAGE_SIZE - 1, generator=torch.Generator().manual_seed(3)).to(torch.int32) + 1
+        owned = pages[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
+        self.slots = owned.flatten()[: len(LENGTHS) * CONTEXT].view(-1, CONTEXT)
+        runner.token_to_kv_pool = SimpleNamespace(
+            page_size=PAGE_SIZE, start_layer=0, get_key_buffer=lambda layer: self.cache
+        )
         runner.req_to_token_pool = SimpleNamespace(req_to_token=self.slots.to(self.device))
         self.backend = attention.LatentBackend(runner)
 

@@ -1,5 +1,5 @@
 """A pass in one of SGLang's CUDA graphs, played on a CPU, in SGLang's own environment:
-`python tests/support/sglang_graph.py CHECKPOINT`.
+`python tests/support/sglang_graph.py CHECKPOINT PAGE_SIZE`.
 
 A graph repeats what was done with the memory that it was recorded over. So a replay is here: SGLang's own buffers are
 filled for a batch as its runner does it, its scheduler then changes its table of slots, and the same attention runs
@@ -29,19 +29,23 @@ BUFFERS = "positions", "out_cache_loc", "req_pool_indices", "seq_lens"
 
 
 class Server:
-    """The memory that SGLang holds, with three requests in it; slot 0 and request 0 are nobody's."""
+    """The memory that SGLang holds, with three requests in it; page 0 and request 0 are nobody's."""
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, page_size: int) -> None:
         self.config = DeepseekV3Config.from_pretrained(checkpoint)
         self.ops = bind_ops(self.config, profile_for(self.config), torch.device("cpu"))
         draw = torch.Generator().manual_seed(0)
         self.numbers = torch.randn(64, 4, self.config.latent_dim, generator=draw).bfloat16()
         self.cache = torch.randn(SLOTS, 1, self.config.latent_dim, generator=draw).bfloat16()
         self.slots = torch.zeros(MAX_REQUESTS + 1, CONTEXT, dtype=torch.int32)
-        owned = torch.randperm(SLOTS - 1, generator=draw).to(torch.int32) + 1
-        self.slots[1:] = owned[: MAX_REQUESTS * CONTEXT].view(MAX_REQUESTS, CONTEXT)
+        self.page_size = page_size
+        pages = torch.randperm(SLOTS // page_size - 1, generator=draw).to(torch.int32) + 1
+        owned = pages[:, None] * page_size + torch.arange(page_size)
+        self.slots[1:] = owned.flatten()[: MAX_REQUESTS * CONTEXT].view(MAX_REQUESTS, CONTEXT)
         runner = SimpleNamespace(
-            token_to_kv_pool=SimpleNamespace(start_layer=0, get_key_buffer=lambda layer: self.cache),
+            token_to_kv_pool=SimpleNamespace(
+                page_size=page_size, start_layer=0, get_key_buffer=lambda layer: self.cache
+            ),
             req_to_token_pool=SimpleNamespace(req_to_token=self.slots),
             model_config=SimpleNamespace(context_len=CONTEXT),
         )
@@ -131,7 +135,7 @@ def compare(server: Server, graph: Graph, batch: SimpleNamespace) -> tuple[bool,
     written = server.cache.clone()
     server.cache.copy_(empty)
     _, out = graph.replay(batch)
-    answer = equal(out[: len(expected)], expected), equal(server.cache[1:], written[1:])
+    answer = equal(out[: len(expected)], expected), equal(server.cache[server.page_size :], written[server.page_size :])
     server.cache.copy_(empty)
     return answer
 
@@ -166,7 +170,7 @@ def compare_drafts(server: Server) -> bool:
 
 
 def main() -> None:
-    server = Server(sys.argv[1])
+    server = Server(sys.argv[1], int(sys.argv[2]))
     for mode, width in ((ForwardMode.DECODE, 1), (ForwardMode.TARGET_VERIFY, 3)):
         graph = Graph(server, mode, width)
         batches = [
@@ -182,7 +186,11 @@ def main() -> None:
         print(f"{mode.name} pads with requests as long as their queries:", again.batch.seq_lens[2:].tolist())
 
         # The twins.
-        with patch.object(attention, "block_tables", lambda backend, requests: server.slots[requests]):
+        with patch.object(
+            attention,
+            "block_tables",
+            lambda backend, requests: server.slots[requests, :: server.page_size] // server.page_size,
+        ):
             print(f"{mode.name}, table read while the graph runs:", compare(server, graph, batches[1])[0])
         with patch.object(server.backend, "init_forward_metadata_out_graph", lambda batch: None):
             print(f"{mode.name}, table of the replay before:", compare(server, graph, batches[0])[0])
