@@ -183,7 +183,7 @@ class Attention(CoreModule):
 
 
 class _WholeSequences:
-    """The core's `Attend`: nothing is kept, what a layer caches for a token is a page of its own."""
+    """The core's `Attend`: nothing is kept, what a layer caches is the pages."""
 
     def __init__(self, binding: Binding, batch: PagedBatch) -> None:
         self.binding = binding
@@ -194,7 +194,7 @@ class _WholeSequences:
     ) -> torch.Tensor:
         """See `dsv3_plugin.layers.attend.Attend`."""
         ops = self.binding.ops
-        pages = ops.slices.enter(cached).unsqueeze(1)
+        pages = ops.slices.enter(cached).unflatten(0, (-1, self.batch.block_size))
         return attend_to_pages(ops, self.binding.config, q, pages, self.batch, select)
 
 

@@ -15,6 +15,9 @@ import torch
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.ops.paged_batch import PagedBatch
 
+PAGE_SIZES = 64, 32, 16, 1
+"""Tokens of a page, the fastest first: attention's kernels copy a page's keys at once, and no bit depends on it."""
+
 
 class Sequences(NamedTuple):
     """Whole sequences, one after the other."""
@@ -22,7 +25,7 @@ class Sequences(NamedTuple):
     positions: torch.Tensor
     """int64 [T], of each token in its sequence."""
     batch: PagedBatch
-    """All tokens are queries; a block of the cache is one token."""
+    """All tokens are queries. A page is as many of them as begin every sequence at a page, of the sizes below."""
 
 
 class SequencesOfPass:
@@ -67,13 +70,15 @@ def whole_sequences(starts: torch.Tensor | None, b: int, s: int, device: torch.d
     count = bounds[-1]
     tokens = torch.arange(count, device=device)
     counts = starts.diff()
+    page_size = next(size for size in PAGE_SIZES if all(bound % size == 0 for bound in bounds))
+    pages = torch.arange(-(-max(lengths) // page_size), device=device)
     batch = PagedBatch(
-        block_table=(starts[:-1, None] + torch.arange(max(lengths), device=device)).clamp_max(max(count - 1, 0)),
+        block_table=(starts[:-1, None] // page_size + pages).clamp_max(max(count // page_size - 1, 0)),
         seq_lens=counts,
         query_start_loc=starts,
         num_tokens=count,
-        num_blocks=count,
-        block_size=1,
+        num_blocks=count // page_size,
+        block_size=page_size,
         host_seq_lens=tuple(lengths),
         host_query_start_loc=tuple(bounds),
     )

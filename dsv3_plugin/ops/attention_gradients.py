@@ -6,6 +6,7 @@ dq = ds k * scale, and a key, which is key and value at once, gets ds^T q * scal
 Tiles of queries are taken in order, each with all keys up to its last query, so that a tile's rows of scores are whole
 and are computed once. A tile has as many queries as hold `MOST_SCORES` scores with all keys, at least one: how a sum
 over queries is cut follows from the numbers of heads and keys alone, and a step repeats bit for bit on one device.
+Scores are what costs time, by their number and the bytes of each: they are written and read as seldom as torch allows.
 
 Products are of the queries' dtype, p and ds rounded to it as the forward rounds p; their sums, the softmax and what is
 added up over tiles are fp32.
@@ -14,10 +15,11 @@ added up over tiles are fp32.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
-MOST_SCORES = 1 << 23
-"""Of a tile, of all heads: 32 MiB in fp32, of which three are held at a time. With 128 heads and 4,096 keys they are
-those of 16 queries."""
+MOST_SCORES = 1 << 26
+"""Of a tile, of all heads: 256 MiB in fp32, of which three are held at a time. With 128 heads and 4,096 keys they are
+those of 128 queries: many enough for a product to keep a card busy."""
 
 
 def attention_gradients(
@@ -38,10 +40,11 @@ def attention_gradients(
     for start in range(0, tokens, tile):
         rows = slice(start, min(start + tile, tokens))
         seen = first_position + rows.stop
+        # Every query sees all keys before the tile's.
         positions = torch.arange(first_position + start, seen, device=q.device)
-        unseen = torch.arange(seen, device=q.device) > positions.unsqueeze(1)
+        unseen = positions > positions.unsqueeze(1)
         if selected is not None:
-            unseen |= ~selected[rows, :seen]
+            unseen = F.pad(unseen, (seen - len(positions), 0)) | ~selected[rows, :seen]
         _add_tile(
             grad[rows].to(q.dtype), q[rows], keys[:seen], unseen, kv_lora_rank, scale, grad_q[rows], grad_keys[:seen]
         )
@@ -58,19 +61,20 @@ def _add_tile(
     grad_q: torch.Tensor,
     grad_keys: torch.Tensor,
 ) -> None:
-    """Write a tile's dq to `grad_q` and add its dk to `grad_keys`; unseen bool [T, L]."""
+    """Write a tile's dq to `grad_q` and add its dk to `grad_keys`; unseen bool [T, n] of the last n keys."""
     tokens, heads, _ = q.shape
     q, grad = q.flatten(0, 1), grad.flatten(0, 1)
     scores = _product(q, keys.t()).mul_(scale)
-    scores.view(tokens, heads, -1).masked_fill_(unseen.unsqueeze(1), -torch.inf)
-    p = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-    p.div_(p.sum(-1, keepdim=True))
-    grad_scores = _product(grad, keys[:, :rank].t())
+    last = scores.view(tokens, heads, -1)[..., len(keys) - unseen.shape[1] :]
+    last.masked_fill_(unseen.unsqueeze(1), -torch.inf)
+    p = scores.softmax(-1)
+    del scores
     grad_keys[:, :rank] += _product(p.to(q.dtype).t(), grad)
-    grad_scores.sub_((grad_scores * p).sum(-1, keepdim=True)).mul_(p).mul_(scale)
-    rounded = grad_scores.to(q.dtype)
-    grad_q.copy_(_product(rounded, keys).view_as(grad_q))
-    grad_keys += _product(rounded.t(), q)
+    grad_p = _product(grad, keys[:, :rank].t())
+    # p (dp - sum(dp p)) in one pass.
+    grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, torch.float32).to(q.dtype)
+    grad_q.copy_(_product(grad_scores, keys).mul_(scale).view_as(grad_q))
+    grad_keys += _product(grad_scores.t(), q).mul_(scale)
 
 
 def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

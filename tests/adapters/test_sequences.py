@@ -29,6 +29,19 @@ def test_rows_and_documents() -> None:
         of_pass.of(None, 1, 5, CPU)
 
 
+@pytest.mark.parametrize(("bounds", "page_size"), [((0, 64, 192), 64), ((0, 96, 192), 32), ((0, 16, 192), 16)])
+def test_pages_are_as_large_as_sequences_allow(bounds: tuple[int, ...], page_size: int) -> None:
+    """Their tokens are those of pages of one token. Twin: one token more begins no page."""
+    of_pass, starts = SequencesOfPass(longest=192), torch.tensor(bounds)
+    batch = of_pass.of(starts, 1, 192, CPU).batch
+    assert batch.sizes == (192, 192 // page_size, page_size)
+    for row, first, length in zip(batch.block_table, bounds, batch.host_seq_lens or (), strict=False):
+        tokens = (row[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
+        assert tokens.tolist() == list(range(first, first + length))
+    of_pass.begin()
+    assert of_pass.of(starts + torch.tensor([0, 1, 0]), 1, 192, CPU).batch.block_size == 1
+
+
 def test_the_layers_of_a_pass_share_one_batch() -> None:
     of_pass, starts = SequencesOfPass(longest=8), torch.tensor([0, 2, 6])
     for given in (starts, None):

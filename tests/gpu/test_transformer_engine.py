@@ -1,0 +1,91 @@
+"""What TransformerEngine's bits are on a card: its quantizer's formula for fp32 scales, and the order of its sums."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from bits import same_bits
+from hopper_card import needs_hopper
+
+from dsv3_plugin.kernels.sm90 import sm90_model
+from dsv3_plugin.ops.elementary import fma
+from dsv3_plugin.ops.quantize import to_e4m3
+
+os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")  # read when its recipe is made
+needs_te = pytest.mark.skipif(
+    find_spec("transformer_engine") is None, reason="TransformerEngine is not installed in this environment"
+)
+CARD = torch.device("cuda")
+SEEN = 64
+"""Rows and columns of a product that are compared."""
+
+
+def quantized(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks as TransformerEngine's source has it, where a division is one."""
+    scale = torch.tensor(448.0) / x.abs().amax(dims, keepdim=True)
+    return to_e4m3(x * scale), 1 / scale
+
+
+def of_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, scales = quantized(x.unflatten(1, (-1, 128)), (2,))
+    return values.flatten(1), scales[..., 0]
+
+
+def of_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, scales = quantized(weight.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)), (1, 3))
+    return values.flatten(2).flatten(0, 1).contiguous(), scales[:, 0, :, 0].contiguous()
+
+
+@needs_hopper
+@needs_te
+def test_its_quantizer_with_fp32_scales() -> None:
+    from dsv3_plugin.kernels.vendors import transformer_engine as ours
+
+    x = torch.randn(256, 7168, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values, scales = of_rows(x.float())
+    theirs = ours._quantizer(False, 1).quantize(x.to(CARD))
+    assert torch.equal(theirs._rowwise_data.cpu(), values.view(torch.uint8))
+    assert same_bits(theirs._rowwise_scale_inv[:, : len(x)].t().cpu().contiguous(), scales.contiguous())
+
+
+@needs_hopper
+@needs_te
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth", "parts"),
+    [(64, 576, 1024, 1), (64, 576, 4096, 1), (4096, 576, 4096, 1), (4096, 7168, 7168, 1), (64, 576, 7168, 2)],
+)
+def test_its_sums(rows: int, columns: int, depth: int, parts: int) -> None:
+    """K in `parts` that are summed alone and then added; another number of them is seen."""
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+    from dsv3_plugin.kernels.vendors import transformer_engine as ours
+
+    draw = torch.Generator().manual_seed(1)
+    x, x_scale = of_rows(torch.randn(rows, depth, generator=draw))
+    padded = -columns % 128
+    weight, weight_scale = of_blocks(
+        torch.nn.functional.pad(torch.randn(columns, depth, generator=draw), (0, 0, 0, padded))
+    )
+    weight = weight[:columns].contiguous()
+    of_x = ours._tensor(x.to(CARD).view(torch.uint8), x_scale.t().contiguous().to(CARD), 1)
+    of_weight = ours._tensor(weight.to(CARD), weight_scale.to(CARD), 2)
+    found = general_gemm(of_weight, of_x, out_dtype=torch.float32)[0][:SEEN, :SEEN].cpu()
+
+    def summed(parts: int) -> torch.Tensor:
+        total = torch.zeros(0)
+        for blocks in torch.arange(depth // 128).chunk(parts):
+            part = torch.zeros(SEEN, SEEN)
+            for k in blocks.tolist():
+                block = slice(128 * k, 128 * k + 128)
+                operands = x[:SEEN, block].contiguous().to(CARD), weight[:SEEN, block].contiguous().to(CARD)
+                raw = sm90_model.PRODUCTS.fp8_linear(*operands).cpu()
+                scales = (x_scale[:SEEN, k, None] * weight_scale[None, 0, k]).expand_as(raw).contiguous()
+                part = fma(raw, scales, part)
+            total = total + part if total.numel() else part
+        return total
+
+    assert same_bits(found, summed(parts))
+    assert not same_bits(found, summed(3 - parts))
