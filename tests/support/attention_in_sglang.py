@@ -4,6 +4,7 @@ CHECKPOINT`. A sparse layer runs through it, and on torch's "meta" device, whose
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -12,11 +13,12 @@ import torch
 from no_reads import reads_nothing
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.plugins import load_plugins
 from sparse_layer import LENGTHS, STEPS, Toy, joined, spans, toy
 
 from dsv3_plugin.layers.attend import attend_to_itself, attend_to_pages, select_all
 from dsv3_plugin.ops.paged_batch import PagedBatch
-from dsv3_plugin.sglang_backend import attention
+from dsv3_plugin.sglang_backend import attention, compat
 
 SLOTS, CONTEXT, PAGE_SIZE = 300, 96, 4
 
@@ -82,6 +84,12 @@ def main() -> None:
         return attend.batch
 
     print("reads:", reads_nothing(own.ops, step))
+    load_plugins()
+    choose = pkgutil.resolve_name(compat.page_size_default())
+    on_gpu = {"attention_backend": "dsv3", "device": "cuda", "page_size": None, "chunked_prefill_size": 8192}
+    others = {"device": "cpu"}, {"attention_backend": "triton"}, {"chunked_prefill_size": 100}, {"page_size": 32}
+    sizes = [choose(SimpleNamespace(**on_gpu | other)).get("page_size") for other in ({}, *others)]
+    print("keys of a page on a GPU, on a CPU, of SGLang's, with odd chunks, named:", sizes)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,11 @@ def main() -> None:
         return metadata.batch
 
     print("reads:", reads_nothing(own.ops, step))
+    sizes = []
+    for is_cuda in (True, False):
+        with patch.object(attention.current_platform, "is_cuda", lambda is_cuda=is_cuda: is_cuda):
+            sizes.append(attention.LatentBackend.get_preferred_block_size(16))
+    print("keys of a page on a GPU, on a CPU:", sizes)
 
 
 if __name__ == "__main__":
