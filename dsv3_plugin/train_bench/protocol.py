@@ -60,8 +60,6 @@ class Start(Message):
     """Numbers."""
     initial: str
     """A digest of the tensors that were filled: contenders with the same one began with the same weights."""
-    held_bytes: int | None = None
-    """Of the card: weights, gradients and optimizer, before the first step."""
 
 
 class Step(Message):
@@ -79,6 +77,8 @@ class End(Message):
     """All steps were made."""
 
     kind: Literal["end"] = "end"
+    held_bytes: int | None = None
+    """Of the card, between steps: weights, gradients and optimizer."""
     peak_bytes: int | None = None
     """Of the card, in any step."""
     parts: dict[str, float]

@@ -93,7 +93,7 @@ def _speed(board: Board, records: Iterable[Record]) -> Table:
     for record in records:
         median, low, high = record.step_seconds()
         ratio = theirs.step_seconds()[0] / median if theirs else None
-        end, start = record.end, record.start
+        end = record.end
         rows.append(
             [
                 record.name,
@@ -101,7 +101,7 @@ def _speed(board: Board, records: Iterable[Record]) -> Table:
                 f"{board.tokens / median:,.0f}",
                 "-" if ratio is None else f"{ratio:.2f}",
                 f"{record.steps[0].seconds:.1f} s",
-                _gib(start.held_bytes if start else None),
+                _gib(end.held_bytes if end else None),
                 _gib(end.peak_bytes if end else None),
             ]
         )

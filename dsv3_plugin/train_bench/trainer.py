@@ -57,11 +57,15 @@ class Trainer:
             raise EngineError(
                 f"Megatron's own layers need TransformerEngine, which is not installed for {sys.executable}"
             )
-        self.job, self.device = job, device
+        self.job, self.device, self.on_gpu = job, device, device.type == "cuda"
         self.config = DeepseekV3Config.from_dict(job.config)
         self.profile = profile_for(self.config)
         settings = transformer_config(
-            self.config, self.profile, finalize_model_grads_func=finalize_model_grads, **job.settings
+            self.config,
+            self.profile,
+            finalize_model_grads_func=finalize_model_grads,
+            perform_initialization=False,  # by `weights.fill`
+            **job.settings,
         )
         self.gpt = self._ours(settings) if job.layers == "ours" else self._theirs(settings)
         self.initial = weights.fill(self.gpt, self.config, job.seed)
@@ -110,18 +114,14 @@ class Trainer:
         else:
             versions["transformer-engine"] = metadata.version("transformer-engine")
             model = f"Megatron's {type(gpt).__name__}, {self.job.settings}"
-        held, name = None, "cpu"
-        if self.device.type == "cuda":
-            held, name = torch.cuda.memory_allocated(), torch.cuda.get_device_name()
         of_groups = {type(each.optimizer) for each in getattr(self.optimizer, "chained_optimizers", [self.optimizer])}
         return Start(
-            device=name,
+            device=torch.cuda.get_device_name() if self.on_gpu else "cpu",
             versions=versions,
             model=model,
             optimizer=", ".join(sorted(f"{kind.__module__.partition('.')[0]} {kind.__name__}" for kind in of_groups)),
             weights=sum(parameter.numel() for parameter in gpt.parameters()),
             initial=self.initial,
-            held_bytes=held,
         )
 
     def step(self, number: int, tokens: torch.Tensor) -> Step:
@@ -159,11 +159,14 @@ class Trainer:
                 with self.stopwatch.step():
                     self.step(number, of_step)
         parts = {part: seconds / self.job.profiled for part, seconds in self.stopwatch.seconds().items()}
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
-        return End(peak_bytes=peak, parts=parts, profiled_seconds=sum(parts.values()) or None)
+        end = End(parts=parts, profiled_seconds=sum(parts.values()) or None)
+        if not self.on_gpu:
+            return end
+        held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        return end.model_copy(update={"held_bytes": held, "peak_bytes": peak})
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter()
 
