@@ -22,7 +22,8 @@ _LEGEND = (
     "* Parts: a module's own time on the device. routing: router, dispatch and combine. experts, backward: without"
     " wgrad where that has a line of its own; what quantizes gradients is in wgrad for ours, in backward for theirs."
     " rest: norms, residuals, embedding, losses, gradients into their buffers.",
-    f"* Losses are compared by means over {WINDOWS} parts of the steps, without the first. No token is seen twice.",
+    f"* Losses are compared by means over {WINDOWS} parts of the steps, without the first. No token is seen twice. The"
+    " first step's gradients are of the same weights: a norm that is far from the others is of another function.",
 )
 
 
@@ -128,7 +129,9 @@ def _losses(board: Board, records: Iterable[Record]) -> Table:
     rows = []
     for record in records:
         size = max(1, len(record.steps) // WINDOWS)
-        cells = [record.name, f"{record.losses[0]:.4f}", f"{statistics.fmean(record.losses[-size:]):.4f}"]
+        first = record.steps[0]
+        cells = [record.name, f"{first.gradient_norm:.4f}", f"{first.loss:.4f}"]
+        cells.append(f"{statistics.fmean(record.losses[-size:]):.4f}")
         mtp = [step.mtp_loss for step in record.steps[-size:] if step.mtp_loss is not None]
         cells.append(f"{statistics.fmean(mtp):.4f}" if mtp else "-")
         for other in others:
@@ -138,7 +141,9 @@ def _losses(board: Board, records: Iterable[Record]) -> Table:
             cells.append("-" if furthest is None else f"{relative[-1]:+.2%} ({furthest:+.2%})")
         rows.append(cells)
     compared = [f"over {other.name}: last (furthest)" for other in others]
-    return Table("Loss, nats a token", ("", "first step", "last part", "MTP, last part", *compared), rows)
+    return Table(
+        "Loss, nats a token", ("", "first gradient norm", "first", "last part", "MTP, last part", *compared), rows
+    )
 
 
 def _start(record: Record) -> str:
