@@ -43,7 +43,6 @@ class Contender:
     """Of its environment."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of Megatron's `TransformerConfig`."""
-    preferred_kernels: str | None = None
 
 
 _STRICT, _FAST = {MODE_VARIABLE: "strict"}, {MODE_VARIABLE: "fast"}
@@ -53,7 +52,6 @@ _FP8 = {"fp8": "e4m3", "fp8_recipe": "blockwise"}
 CONTENDERS = (
     Contender("strict", "ours", True, _STRICT),
     Contender("fast", "ours", True, _FAST),
-    Contender("fast-te", "ours", True, _FAST, preferred_kernels="transformer-engine"),
     Contender("bf16", "ours", False, _FAST),
     Contender("te", "theirs", True, settings=_FUSED | _FP8),
     Contender("te-plain", "theirs", True, settings=_PLAIN | _FP8),

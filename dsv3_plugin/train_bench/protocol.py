@@ -43,8 +43,6 @@ class Job(Message):
     """Megatron's, of its `TransformerConfig`."""
     variables: dict[str, str]
     """That its environment was given."""
-    preferred_kernels: str | None = None
-    """Of ours: the provider whose kernels go before others."""
 
 
 class Start(Message):

@@ -15,8 +15,8 @@ _REHEARSAL = (
     "**A rehearsal on a machine without GPU: the numbers show that the measurement runs, and nothing about speed.**"
 )
 _LEGEND = (
-    "* strict, fast, bf16: this package's layers. fast-te: with TransformerEngine's products first. te, te-plain:"
-    " Megatron's own layers of TransformerEngine in FP8, with its fused operations and without; te-bf16 in bf16.",
+    "* strict, fast, bf16: this package's layers. te, te-plain: Megatron's own layers of TransformerEngine in FP8, with"
+    " its fused operations and without; te-bf16 in bf16.",
     "* Every contender is a process of its own with the same weights, tokens and recipe. A step is one sequence:"
     " forward, backward and optimizer. x te: beside the faster one of te and te-plain; above 1 is faster.",
     "* Parts: a module's own time on the device. routing: router, dispatch and combine. experts, backward: without"

@@ -110,7 +110,6 @@ class Bench:
             seed=settings.seed,
             settings=dict(contender.settings),
             variables=dict(contender.variables),
-            preferred_kernels=contender.preferred_kernels,
         )
 
     def _record(self, contender: Contender) -> Record:

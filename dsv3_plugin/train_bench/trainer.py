@@ -89,7 +89,7 @@ class Trainer:
         self._watch_modules()
 
     def _ours(self, settings: Any) -> DeepseekV3GPTModel:
-        return build_model(self.config, settings, profile=self.profile, preferred_kernels=self.job.preferred_kernels)
+        return build_model(self.config, settings, profile=self.profile)
 
     def _theirs(self, settings: Any) -> GPTModel:
         spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=True)
