@@ -1,6 +1,6 @@
 """What a contender is asked and what it answers.
 
-    python -m dsv3_plugin.train_bench.trainer JOB_DIR RESULT_DIR
+    python -m dsv3_plugin.train_bench.contender JOB_DIR RESULT_DIR
 
 `JOB_DIR/job.json` is a `Job`. The contender appends to `RESULT_DIR/answers.jsonl`, line by line as it goes: a `Start`,
 a `Step` for each step, an `End`. So what was measured before a contender dies is there.

@@ -22,7 +22,7 @@ from dsv3_plugin.train_bench.board import Board, Record
 from dsv3_plugin.train_bench.plan import CONTENDERS, Contender
 from dsv3_plugin.train_bench.protocol import Device, Job, Message, heard, read_job, write_job
 
-_PROGRAM = "dsv3_plugin.train_bench.trainer"
+_PROGRAM = "dsv3_plugin.train_bench.contender"
 _TOKENS = "tokens.safetensors"
 
 

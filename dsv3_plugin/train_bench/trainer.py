@@ -1,20 +1,15 @@
-"""A contender: builds a model in Megatron-Core, trains it for some steps, and times what it does.
+"""A model in Megatron-Core, of this package's layers or of its own, which learns step by step and times its parts.
 
 Optimizer, gradient buffers and schedule are Megatron's for all: AdamW with fp32 main weights, moments and gradients.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,15 +28,14 @@ from torch import nn
 
 from dsv3_plugin.autograd.fp8 import MasterWeights
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.errors import DSV3Error, EngineError
 from dsv3_plugin.megatron_backend import compat
 from dsv3_plugin.megatron_backend.config import transformer_config
 from dsv3_plugin.megatron_backend.model import DeepseekV3GPTModel, build_model
 from dsv3_plugin.ops.fp8_wgrad import fp8_wgrad, quantize_fp8_columns
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import AnyOperation
-from dsv3_plugin.train_bench import text, weights
-from dsv3_plugin.train_bench.protocol import PROGRESS_PREFIX, End, Job, Start, Step, read_job, say
+from dsv3_plugin.train_bench import weights
+from dsv3_plugin.train_bench.protocol import End, Job, Start, Step
 from dsv3_plugin.train_bench.stopwatch import Stopwatch
 from dsv3_plugin.version import __version__
 
@@ -50,13 +44,9 @@ WARM_UP = 0.1
 
 
 class Trainer:
-    """One model and its optimizer, on one rank. Raises `EngineError` where TransformerEngine is needed and missing."""
+    """One model and its optimizer, on one rank."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
-        if job.layers == "theirs" and find_spec("transformer_engine") is None:
-            raise EngineError(
-                f"Megatron's own layers need TransformerEngine, which is not installed for {sys.executable}"
-            )
         self.job, self.device, self.on_gpu = job, device, device.type == "cuda"
         self.config = DeepseekV3Config.from_dict(job.config)
         self.profile = profile_for(self.config)
@@ -245,8 +235,8 @@ def _forward_step(batches: Iterator[dict[str, torch.Tensor]], model: nn.Module) 
     return output, loss_of
 
 
-def _start() -> torch.device:
-    """Megatron's process groups, of one rank."""
+def start() -> torch.device:
+    """Megatron's process groups, of one rank, and its device. Raises `EngineError` where Megatron has none."""
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         store=dist.HashStore(),  # type: ignore[attr-defined]
@@ -258,42 +248,3 @@ def _start() -> torch.device:
     torch.manual_seed(0)
     model_parallel_cuda_manual_seed(0)
     return compat.require_device()
-
-
-def _train(job: Job, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if job.device == "cuda" and not torch.cuda.is_available():
-        raise EngineError("the measurement is of a GPU, and torch finds none here")
-    _progress("starting")
-    trainer = Trainer(job, _start())
-    say(folder, trainer.describe())
-    tokens = text.read(Path(job.tokens))
-    of_steps = (tokens[n * job.sequence : (n + 1) * job.sequence + 1] for n in range(job.steps + job.profiled))
-    for number in range(job.steps):
-        step = trainer.step(number, next(of_steps))
-        say(folder, step)
-        if number in (0, job.steps - 1) or (number + 1) % 20 == 0:
-            _progress(f"step {number + 1}: loss {step.loss:.4f}, {step.seconds:.2f} s")
-    say(folder, trainer.profile_steps(job.steps, of_steps))
-
-
-def _progress(what: str) -> None:
-    sys.stdout.write(f"{PROGRESS_PREFIX}{json.dumps({'case': what})}\n")
-    sys.stdout.flush()
-
-
-def main() -> None:
-    """Run as `python -m ... JOB_DIR RESULT_DIR`. Errors meant for the user end with status 2."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("job_dir", type=Path)
-    parser.add_argument("result_dir", type=Path)
-    options = parser.parse_args()
-    try:
-        _train(read_job(Job, options.job_dir), options.result_dir)
-    except DSV3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

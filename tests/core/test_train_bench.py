@@ -13,7 +13,7 @@ from torch import nn
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.profile import profile_for
-from dsv3_plugin.train_bench import board, plan, report, runner, text
+from dsv3_plugin.train_bench import board, plan, report, runner, text, weights
 from dsv3_plugin.train_bench.board import Board, Record, relative_losses
 from dsv3_plugin.train_bench.protocol import End, Job, Start, Step, heard, say
 from dsv3_plugin.train_bench.stopwatch import REST, Stopwatch
@@ -130,6 +130,59 @@ def test_no_token_is_read_twice(tiny_checkpoint, tmp_path):
     assert tokens.shape == (700_000,) and tokens.dtype == torch.int64
     windows = tokens[:699_904].view(-1, 256)
     assert len(windows.unique(dim=0)) > 0.99 * len(windows)
+
+
+# Weights.
+
+
+def model_of(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
+    """One with parameters of these names."""
+    model = nn.Module()
+    for name, shape in shapes.items():
+        *modules, leaf = name.split(".")
+        place = model
+        for module in modules:
+            if not hasattr(place, module):
+                place.add_module(module, nn.Module())
+            place = getattr(place, module)
+        place.register_parameter(leaf, nn.Parameter(torch.empty(shape, dtype=torch.bfloat16)))
+    return model
+
+
+OURS = {
+    "embedding.word_embeddings.weight": (16, 8),
+    "decoder.layers.0.pre_mlp_layernorm.weight": (8,),
+    "decoder.layers.1.self_attention.core.q_a_layernorm.weight": (4,),
+    "decoder.layers.1.mlp.experts.core.down_proj.weight": (2, 8, 6),
+    "mtp.layers.0.mtp_model_layer.mlp.shared_experts.core.gate_up_proj.weight": (12, 8),
+}
+THEIRS = {
+    "embedding.word_embeddings.weight": (16, 8),
+    "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": (8,),
+    "decoder.layers.1.self_attention.linear_q_up_proj.layer_norm_weight": (4,),
+    "decoder.layers.1.mlp.experts.linear_fc2.weight0": (8, 6),
+    "decoder.layers.1.mlp.experts.linear_fc2.weight1": (8, 6),
+    "mtp.layers.0.mtp_model_layer.mlp.shared_experts.linear_fc1.weight": (12, 8),
+}
+
+
+def test_both_kinds_of_layers_begin_with_the_same_weights():
+    config = DeepseekV3Config.from_dict(plan.read_model("tiny", None))
+    ours, theirs = model_of(OURS), model_of(THEIRS)
+    digest = weights.fill(ours, config, 0)
+    assert digest == weights.fill(theirs, config, 0)
+    filled = dict(weights.tensors(theirs, config))
+    for key, tensor in weights.tensors(ours, config):
+        assert torch.equal(tensor, filled.pop(key)), key
+        assert (
+            (tensor == 1).all() if tensor.dim() == 1 else 0.5 < float(tensor.detach().float().std()) / weights.STD < 1.5
+        )
+    assert not filled
+    first, second = ours.get_parameter("decoder.layers.1.mlp.experts.core.down_proj.weight")
+    assert not torch.equal(first, second)
+    # Of another seed, and of a model without one of the experts.
+    assert weights.fill(ours, config, 1) != digest
+    assert weights.fill(model_of(dict(list(THEIRS.items())[:-2])), config, 0) != digest
 
 
 # A run.
