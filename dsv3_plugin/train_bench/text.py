@@ -29,9 +29,13 @@ def read(file: Path) -> torch.Tensor:
     return load_file(file)["tokens"]
 
 
+_MODULES = 100
+"""That are one text: a tokenizer takes longer to load than a module takes to read."""
+
+
 def _texts() -> Iterator[str]:
     yield real_text()
     library = Path(sysconfig.get_path("stdlib"))
-    for module in sorted(library.rglob("*.py")):
-        if not {"site-packages", "dist-packages"} & set(module.parts):
-            yield module.read_text("utf-8", errors="replace")
+    modules = sorted(m for m in library.rglob("*.py") if not {"site-packages", "dist-packages"} & set(m.parts))
+    for first in range(0, len(modules), _MODULES):
+        yield "\n\n".join(m.read_text("utf-8", errors="replace") for m in modules[first : first + _MODULES])
