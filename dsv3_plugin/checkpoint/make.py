@@ -76,7 +76,7 @@ def make_checkpoint(
 
     Returns a reader of the result. Raises `ConfigError` or `CheckpointError`, for bad input before anything is written.
     """
-    config = _with_dtype(config, dtype)
+    config = with_dtype(config, dtype)
     maker = _Maker(DeepseekV3Config.from_dict(config), seed)
     texts = {"config.json": json.dumps(config, indent=2) + "\n", **tokenizer_files(maker.config.vocab_size)}
     with new_folder(directory, sum(map(maker.size, maker.weights))) as folder:
@@ -93,7 +93,8 @@ def make_checkpoint(
     return CheckpointReader(directory)
 
 
-def _with_dtype(config: dict[str, Any], dtype: CheckpointDtype | None) -> dict[str, Any]:
+def with_dtype(config: dict[str, Any], dtype: CheckpointDtype | None) -> dict[str, Any]:
+    """A parsed `config.json` for a checkpoint of a kind: see `make_checkpoint`."""
     if dtype is None:
         return config
     config = {name: value for name, value in config.items() if name != "dtype"}

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from dsv3_plugin.commands.engines import bench_engines
 from dsv3_plugin.commands.layouts import bench_layouts
+from dsv3_plugin.commands.train import bench_train
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.ops.linear import linear
 from dsv3_plugin.ops.tile import pin_one_thread
@@ -23,6 +24,7 @@ from dsv3_plugin.ops.tile import pin_one_thread
 app = typer.Typer(help="Measure what exactness costs.", no_args_is_help=True)
 app.command("layouts")(bench_layouts)
 app.command("engines")(bench_engines)
+app.command("train")(bench_train)
 
 # Rows, input features, output features: a batch of decodes, a prefill, a single token.
 _SHAPES = ((64, 2048, 2048), (1, 2048, 2048), (300, 2048, 2048), (64, 7168, 2112))

@@ -96,15 +96,25 @@ model_parallel_cuda_manual_seed(0)
 reader = CheckpointReader(sys.argv[1])
 config = reader.config
 ids = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(3))
-calls = []
+calls, forwards = [], []
 
 def gradients(**settings):
     gpt = build_model(config, transformer_config(config, reader.profile(), **settings))
     load_checkpoint(gpt, sys.argv[1])
     gpt.train()
     calls.clear()
-    gpt(ids, torch.arange(40).expand(2, -1), None, labels=ids.roll(-1, 1)).mean().backward()
+    positions = torch.arange(40).expand(2, -1)
+    losses = gpt(ids, positions, None, labels=ids.roll(-1, 1))
+    losses.mean().backward()
+    forwards.append([losses.detach(), gpt(ids, positions, None).detach()])
+    with torch.no_grad():
+        gpt.eval()
+        forwards.append([gpt(ids, positions, None, labels=ids.roll(-1, 1)), gpt(ids, positions, None)])
     return {name: parameter.grad for name, parameter in gpt.named_parameters()}
+
+# Losses and logits of all forward passes so far: in training and in evaluation, whatever is recomputed.
+def of_one_kind():
+    return all(torch.equal(*pair) for other in forwards for pair in zip(other, forwards[0], strict=True))
 
 def counted(owner, name):
     method = getattr(owner, name)
@@ -124,6 +134,7 @@ for setting in *settings, {"recompute_granularity": "selective", "recompute_modu
     found = gradients(**setting)
     equal = all(torch.equal(found[name], expected[name]) for name in expected)
     print(setting.get("recompute_modules", "full"), "equal" if equal else "different", len(calls) - before)
+print("forwards", len(forwards), of_one_kind())
 
 # What the trainer holds, as a server would that loads what it writes; one number of one weight is another fingerprint.
 gpt = build_model(config, transformer_config(config, reader.profile()))
@@ -144,6 +155,8 @@ def drifting(self, queries, latent, *rest):
 layers.MLA.up_project = drifting
 found = gradients(recompute_granularity="selective", recompute_modules=["mla_up_proj"])
 print("twin", "equal" if all(torch.equal(found[name], expected[name]) for name in expected) else "different")
+gradients()
+print("drifts", of_one_kind())
 """
 
 
@@ -154,6 +167,8 @@ def test_recomputed_activations_give_equal_gradients_and_weights_their_fingerpri
     said = printed(warm("-c", RECOMPUTED, tiny_checkpoint(dtype), tmp_path / "hf"))
     expert = "model.layers.1.mlp.experts.3.down_proj.weight"
     assert f"held True\nmoved {expert}\nexported True\n" in said, said[-2000:]
+    # Nothing and each of the seven settings, in training and in evaluation; and the twin.
+    assert "forwards 16 True\n" in said and "drifts False\n" in said, said[-2000:]
     results = re.findall(r"^(\[.*\]|full|twin) (equal|different) ?(\d*)$", said, re.MULTILINE)
     assert [what for what, *_ in results] == [
         "['layernorm']",

@@ -45,6 +45,7 @@ def test_imports_go_down_only(copy):
         ("sglang_backend/attention.py", "import vllm", "Only the vLLM adapter knows vLLM"),
         ("conformance/runner.py", "import sglang.srt", "Only the SGLang adapter knows SGLang"),
         ("engine_bench/runner.py", "import vllm", "Only the vLLM adapter knows vLLM"),
+        ("train_bench/runner.py", "import megatron.core", "Only the Megatron adapter knows Megatron-Core"),
         ("conformance/runner.py", "import dsv3_plugin.engine_bench", "From the commands down to the operations"),
         ("autograd/bind.py", "from megatron.core import optimizer", "Only the Megatron adapter knows Megatron-Core"),
         ("megatron_backend/export.py", "import dsv3_plugin.hosts.slime", "From the commands down to the operations"),
