@@ -57,7 +57,8 @@ class Trainer:
             perform_initialization=False,  # by `weights.fill`
             **job.settings,
         )
-        self.gpt = self._ours(settings) if job.layers == "ours" else self._theirs(settings)
+        gpt = self._ours(settings) if job.layers == "ours" else self._theirs(settings)
+        self.gpt = gpt.to(device)  # Megatron builds some weights where torch does
         self.initial = weights.fill(self.gpt, self.config, job.seed)
         model: nn.Module = Float16Module(settings, self.gpt) if settings.bf16 else self.gpt
         self.model = DistributedDataParallel(settings, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
