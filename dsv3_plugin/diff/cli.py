@@ -13,7 +13,7 @@ from dsv3_plugin.conformance.protocol import Device
 from dsv3_plugin.conformance.runner import TesteeCommand
 from dsv3_plugin.diff.report import compare, print_diff
 from dsv3_plugin.diff.sides import read_side
-from dsv3_plugin.diff.testees import diff_testees, make_case
+from dsv3_plugin.diff.testees import diff_testees, explain, make_case
 from dsv3_plugin.errors import DiffError
 
 
@@ -28,7 +28,10 @@ def main(
     ] = None,
     testee: Annotated[
         list[str] | None,
-        typer.Option(help="Run these two instead: reference, vllm, sglang, megatron, or NAME=COMMAND for your own."),
+        typer.Option(
+            help="Run these two: reference, vllm, sglang, megatron, or NAME=COMMAND for your own. Beside two dumps:"
+            " where those tell no cause, on the first sample that differs."
+        ),
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Of the testees: a DeepSeek-V3 checkpoint folder.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Of the testees; without, some tokens of English.")] = None,
@@ -46,28 +49,30 @@ def main(
     or which layer and operation. Exit with status 0 if nothing differs, 1 if something does, 2 if nothing can be
     compared.
     """
-    if testee:
-        if sides or checkpoint is None:
-            raise DiffError("--testee A --testee B needs --checkpoint, and no other sides")
-        if prompt is not None and case is not None:
-            raise DiffError("--prompt or --case, not both")
-        if keep is not None and keep.exists():
-            raise DiffError(f"{keep}: exists already and is not overwritten")
-        commands = [TesteeCommand.parse(text, environments) for text in testee]
-        progress = Console(stderr=True)
-        diff = diff_testees(
-            commands,
-            checkpoint,
-            make_case(checkpoint, prompt, case),
-            lambda name, what: progress.print(f"{name}: {what}", highlight=False),
-            device=device,
-            keep=keep,
-        )
-    elif sides and len(sides) == 2:
+    if not testee and (sides is None or len(sides) != 2):
+        raise DiffError("two sides are compared: A and B, or --testee A --testee B --checkpoint DIR")
+    if testee and checkpoint is None:
+        raise DiffError("--testee A --testee B needs --checkpoint")
+    if sides and (len(sides) != 2 or prompt is not None or case is not None):
+        raise DiffError("two sides are compared, A and B; --prompt and --case are for testees alone")
+    if prompt is not None and case is not None:
+        raise DiffError("--prompt or --case, not both")
+    if keep is not None and keep.exists():
+        raise DiffError(f"{keep}: exists already and is not overwritten")
+    commands = [TesteeCommand.parse(text, environments) for text in testee or ()]
+    progress = Console(stderr=True)
+
+    def tell(name: str, what: str) -> None:
+        progress.print(f"{name}: {what}", highlight=False)
+
+    if sides:
         left, right = map(read_side, sides)
         diff = compare(left, right, device)
+        if checkpoint is not None and commands:
+            diff = explain(diff, (left, right), commands, checkpoint, tell, device=device, keep=keep)
     else:
-        raise DiffError("two sides are compared: A and B, or --testee A --testee B --checkpoint DIR")
+        assert checkpoint is not None
+        diff = diff_testees(commands, checkpoint, make_case(checkpoint, prompt, case), tell, device=device, keep=keep)
     if as_json:
         print(json.dumps(diff.record(), indent=1))
     else:

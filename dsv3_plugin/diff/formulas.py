@@ -55,10 +55,12 @@ FORMS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 """Of logits fp32 [n, vocab_size], at temperature 1, and tokens int64 [n], to fp32 [n]."""
 
 
-def _scaled(logits: torch.Tensor, sample: Sample) -> Iterator[tuple[str, torch.Tensor]]:
-    """The logits as a formula may take them, the definition's way first."""
+def _scaled(logits: torch.Tensor, sample: Sample, tempered: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The logits as a formula may take them, the definition's way first. At temperature 1 all ways are one; they are
+    told apart where other samples are `tempered`.
+    """
     for name, x in (("logits", logits), ("logits rounded to bf16", logits.bfloat16().float())):
-        if sample.temperature == 1:
+        if sample.temperature == 1 and not tempered:
             yield f"{name} / temperature", x
             continue
         temperature = x.new_tensor(sample.temperature)
@@ -67,9 +69,13 @@ def _scaled(logits: torch.Tensor, sample: Sample) -> Iterator[tuple[str, torch.T
         yield f"{name}, the temperature forgotten", x
 
 
-def candidates(logits: torch.Tensor, token: torch.Tensor, sample: Sample) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each known formula and what it makes of logits fp32 [n, vocab_size] at token int64 [n]: fp32 [n]."""
-    for of, x in _scaled(logits, sample):
+def candidates(
+    logits: torch.Tensor, token: torch.Tensor, sample: Sample, *, tempered: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each known formula and what it makes of logits fp32 [n, vocab_size] at token int64 [n]: fp32 [n]. `tempered`:
+    whether some sample has another temperature than 1.
+    """
+    for of, x in _scaled(logits, sample, tempered):
         for form, compute in FORMS.items():
             yield form.format(of), compute(x, token)
     scaled = logits / logits.new_tensor(sample.temperature)
@@ -143,6 +149,7 @@ def compare_formulas(left: Side, right: Side, pairs: Sequence[Pair], device: str
 def _matches(left: Side, right: Side, pairs: Sequence[Pair], device: str) -> dict[Source, Matches]:
     found: dict[Source, Matches] = {}
     tokens = 0
+    tempered = any(sample.temperature != 1 for pair in pairs for sample in (pair.left, pair.right))
     for pair in pairs:
         if not pair.tokens or tokens >= MOST_TOKENS:
             continue
@@ -157,14 +164,21 @@ def _matches(left: Side, right: Side, pairs: Sequence[Pair], device: str) -> dic
             if x is None:
                 continue
             matches = found.setdefault(Source(side.name, of.name), Matches())
-            _count(matches, x.to(device), value, sample, pair.tokens)
+            _count(matches, x.to(device), value, sample, pair.tokens, tempered)
     return found
 
 
-def _count(matches: Matches, logits: torch.Tensor, value: torch.Tensor, sample: Sample, tokens: Sequence[int]) -> None:
+def _count(
+    matches: Matches,
+    logits: torch.Tensor,
+    value: torch.Tensor,
+    sample: Sample,
+    tokens: Sequence[int],
+    tempered: bool,
+) -> None:
     token = torch.tensor([sample.token_ids[i] for i in tokens], device=logits.device)
     matches.tokens += len(tokens)
-    for name, made in candidates(logits, token, sample):
+    for name, made in candidates(logits, token, sample, tempered=tempered):
         equal = int((bits(made.cpu()) == bits(value)).sum())
         matches.equal[name] = matches.equal.get(name, 0) + equal
 

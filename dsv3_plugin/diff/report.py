@@ -56,6 +56,8 @@ class Diff:
             return f"DIFFERENT: {self.cause.name}: {self.cause.says[0]} ({share})"
         if self.stale_only:
             return f"DIFFERENT: versions: only samples of older weights differ ({share})"
+        if self.steps[-1].outcome == "equal":
+            return f"DIFFERENT: {share}; {self.steps[-1].says[0]}"
         unknown = [step.name for step in self.steps if step.outcome == "unknown"]
         return f"DIFFERENT: {share}; not looked at for want of data: {', '.join(unknown) or 'nothing'}"
 

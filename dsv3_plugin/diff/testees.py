@@ -32,7 +32,7 @@ from dsv3_plugin.conformance.validate import require_answers
 from dsv3_plugin.diff.calls import blame
 from dsv3_plugin.diff.layers import first_difference
 from dsv3_plugin.diff.report import Diff, compare
-from dsv3_plugin.diff.sides import Side, read_side
+from dsv3_plugin.diff.sides import Side, matched, read_side
 from dsv3_plugin.diff.steps import Step
 from dsv3_plugin.errors import DiffError
 
@@ -56,9 +56,14 @@ def make_case(checkpoint: Path, prompt: str | None, case: str | None) -> Case:
     token_ids = tokenize(real_text() if prompt is None else prompt, checkpoint)
     if prompt is None:
         token_ids = token_ids[:PROMPT_TOKENS]
+    return _case_of(token_ids, reader, "--prompt")
+
+
+def _case_of(token_ids: Sequence[int], reader: CheckpointReader, what: str) -> Case:
+    """One sequence, of which every position's logits are wanted. Raises `DiffError` for none or too many tokens."""
     most = min(MOST_TOKENS, reader.config.max_position_embeddings) - SPARE
     if not 0 < len(token_ids) <= most:
-        raise DiffError(f"--prompt: {len(token_ids)} tokens; the testees take 1 to {most} of this model")
+        raise DiffError(f"{what}: {len(token_ids)} tokens; the testees take 1 to {most} of this model")
     request = Request(prompt_token_ids=tuple(token_ids), max_tokens=1, prompt_logprobs=True, top_logprobs=1)
     return Case(name="prompt", title="one prompt", rounds=((request,),), prompt_logits=True)
 
@@ -96,6 +101,43 @@ def diff_testees(
         _run(job.model_copy(update={"capture": capture}), testees, again, progress)
         blamed = _blamed(layers, [again / name for name in names], keep is not None)
         return replace(diff, steps=(*diff.steps[:-1], blamed))
+
+
+def explain(
+    diff: Diff,
+    sides: tuple[Side, Side],
+    testees: Sequence[TesteeCommand],
+    checkpoint: Path,
+    progress: Progress,
+    *,
+    device: Device = "cpu",
+    keep: Path | None = None,
+) -> Diff:
+    """`diff` of two dumps, `sides`; where it tells no cause, two testees run the first sequence that differs, up to
+    the token that does, and tell formula and layers. Raises what `diff_testees` raises.
+    """
+    if diff.equal or diff.cause is not None:
+        return diff
+    name, token_ids = _until_they_differ(*sides)
+    case = _case_of(token_ids, CheckpointReader(checkpoint), f"sample {name}")
+    again = diff_testees(testees, checkpoint, case, progress, device=device, keep=keep)
+    formula, layers = again.steps[2:]
+    if again.equal:
+        says = (
+            f"{testees[0].name} and {testees[1].name}, run again on sample {name}, agree in every bit:"
+            " look at what ran: its caches, its schedule, its settings"
+        )
+        layers = replace(layers, says=(says, *layers.says))
+    return replace(diff, steps=(*diff.steps[:2], formula, layers))
+
+
+def _until_they_differ(left: Side, right: Side) -> tuple[str, tuple[int, ...]]:
+    """The name of the first sample that differs, and its tokens up to the first one whose log-probabilities do."""
+    for pair in matched(left, right):
+        a, b = pair.logprobs()
+        if different := (a != b).nonzero().flatten().tolist():
+            return pair.left.id, pair.left.token_ids[: pair.tokens[different[0]] + 1]
+    raise DiffError(f"{left.name} and {right.name} have no log-probability that differs")
 
 
 def _run(job: Job, testees: Sequence[TesteeCommand], work_dir: Path, progress: Progress) -> tuple[Side, Side]:

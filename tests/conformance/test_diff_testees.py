@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.conformance.testees.reference import ReferenceTestee
 from dsv3_plugin.diff import testees
 from dsv3_plugin.diff.calls import blame, differences
-from dsv3_plugin.diff.report import Diff
+from dsv3_plugin.diff.report import Diff, compare
+from dsv3_plugin.diff.sides import no_logits, read_side
 from dsv3_plugin.ops.linear import linear
 from dsv3_plugin.ops.silu_and_mul import silu_and_mul
 from dsv3_plugin.profile import BF16, FP32
@@ -136,6 +138,31 @@ def test_a_wrong_kernel_is_named(diff, mini: Folders, tmp_path: Path, dtype: str
     assert text.startswith("output 0 differs in 1 of ") and text.endswith(", 1 ulp apart")
 
 
+def test_dumps_that_tell_no_cause_are_explained_by_testees(diff, mini: Folders, tmp_path: Path, monkeypatch) -> None:
+    """As a host writes them: tokens and log-probabilities alone."""
+    diff(mini["bf16"], with_wrong("silu_and_mul"))
+    kept = (read_side(tmp_path / "kept" / "first" / name) for name in ("reference", "other"))
+    trainer, server = (replace(side, rows={}, logits=no_logits) for side in kept)
+    dumps = compare(trainer, server)
+    assert dumps.cause is None and dumps.verdict.startswith("DIFFERENT: ")
+    commands = [runner.TesteeCommand(name, ()) for name in ("reference", "other")]
+
+    def explained() -> Diff:
+        return testees.explain(dumps, (trainer, server), commands, mini["bf16"], lambda name, what: None)
+
+    found = explained()
+    assert found.verdict.startswith("DIFFERENT: layers: operation silu_and_mul in layers.0.mlp is the first to differ ")
+
+    # The twin: what ran is not what testees run.
+    def run_programs(programs: Mapping[str, Program], progress: Progress) -> None:
+        for _, job_dir, result_dir in programs.values():
+            program.run_job(ReferenceTestee, read_job(job_dir), result_dir)
+
+    monkeypatch.setattr(testees, "run_programs", run_programs)
+    agreed = "reference and other, run again on sample prompt/0, agree in every bit: look at what ran: "
+    assert agreed in explained().verdict
+
+
 def test_what_numbers_the_rows_is_blamed_on_what_it_feeds(diff, mini: Folders) -> None:
     found = diff(mini["bf16"], with_wrong("sort_by_expert"))
     assert found.cause is not None
@@ -229,7 +256,7 @@ class TestCommandLine:
         ("arguments", "message"),
         [
             (("diff",), "error: two sides are compared: A and B, or --testee A --testee B --checkpoint DIR"),
-            (("diff", "--testee", "reference"), "error: --testee A --testee B needs --checkpoint, and no other sides"),
+            (("diff", "--testee", "reference"), "error: --testee A --testee B needs --checkpoint"),
             (("diff", "a", "b"), "error: a: neither a dump, which has samples.jsonl, nor a testee's results"),
             (("replay", "a"), "error: a: no saved call of an operation"),
             ((*BOTH, "--prompt", ""), "error: --prompt: 0 tokens; the testees take 1 to 504 of this model"),

@@ -230,6 +230,21 @@ def test_a_formula_is_named(formula: str, whose: str, tmp_path: Path) -> None:
     assert found.steps[2].says[1].startswith(f"server answers {formulas.DEFINITION}, of its own logits")
 
 
+def test_a_forgotten_temperature_is_named_beside_samples_of_temperature_1(tmp_path: Path) -> None:
+    """At temperature 1 it makes no difference."""
+    forgotten = "log_softmax(logits, the temperature forgotten)"
+    plain = lines(temperature=1.0, samples=2)
+    others = [line | {"id": f"t{i}"} for i, line in enumerate(lines(forgotten, 0.7, 2))]
+    one = dump(tmp_path / "trainer", [*plain, *others], logits=False)
+    right = [line | {"id": f"t{i}"} for i, line in enumerate(lines(temperature=0.7, samples=2))]
+    other = dump(tmp_path / "server", [*plain, *right], logits=False)
+    for folder in one, other:
+        rows = {line["id"]: logits_of(int(line["id"][1:])) for line in (*plain, *others)}
+        save_file(rows, folder / LOGITS)
+    step, text = cause(diff(one, other))
+    assert (step, text) == ("formula", f"trainer answers {forgotten}, of its own logits: 64 tokens, every bit")
+
+
 def test_other_logits_are_no_formula(tmp_path: Path) -> None:
     """Twin: no formula makes these numbers of those logits, and none is named."""
     found = diff(dump(tmp_path / "a", lines(seed=1)), dump(tmp_path / "b", lines(), logits=True))
