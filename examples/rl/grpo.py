@@ -18,31 +18,36 @@ of its own answers to get them right. A step:
 With `--one-step-off` the servers sample the next step's answers while the trainer learns. Each answer says which
 weights made it, and its log-probabilities are compared under those.
 
-Megatron is in trainer.py, the engines in servers.py, what a step asks them in rollout.py, prompts and rewards in
-task.py. One trainer process, whose folders the servers can read; verl is the framework for scale.
+Megatron is in trainer.py, the engines in servers.py and launch.py, what a step asks them in rollout.py, what must be
+equal in mismatch.py, prompts and rewards in task.py and judge.py, papers' settings in recipes.py. One trainer process,
+whose folders the servers can read; verl is the framework for scale.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import random
+import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from record import Clock, Record, console, draw, forget_from
-from rollout import MismatchError, Sample, measure, packed_of, per_token, roll_out, say_greedy_reward
-from servers import SERVERS, Server, counted, started
+from judge import Judge
+from launch import ENVIRONMENTS, Launch, started
+from mismatch import Checks
+from progress import Progress, resume, save
+from recipes import GRPO
+from record import Clock, Record, console, draw
+from rollout import Sample, measure, packed_of, per_token, roll_out, say_greedy_reward
+from servers import SERVERS, Server, counted
 from task import TASKS, Words, problems
-from trainer import Packed, Trainer, formulas, pack
+from trainer import Trainer, pack
 
-from dsv3_plugin.checkpoint.reader import some_names
 from dsv3_plugin.errors import DSV3Error, InputError
 
 
@@ -62,12 +67,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--kv-tokens", type=int, default=2048, help="room in the cache of a server that is started here"
     )
+    parser.add_argument("--stock", action="store_true", help="servers without this plugin: differences are recorded")
+    parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help="a folder with one for each server")
+    for name in SERVERS:
+        parser.add_argument(
+            f"--{name}-options", type=shlex.split, default=[], help=f"more options of {name}, where it is started here"
+        )
     parser.add_argument("--task", choices=TASKS, default="sort")
-    parser.add_argument("--sft-steps", type=int, default=25)
+    parser.add_argument("--recipe", choices=GRPO, help="a paper's settings, in the place of those of a toy")
+    parser.add_argument("--reward", nargs="+", choices=("rule", "model"), default=["rule"], help="what is added up")
+    parser.add_argument("--reward-model", type=Path, help="the folder of a judge; sample.py and sft.py make one")
+    parser.add_argument("--sft-steps", type=int, default=20)
     parser.add_argument("--sft-batch-size", type=int, default=64)
     parser.add_argument("--sft-lr", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=16, help="of a step, dealt to the servers in turn")
+    parser.add_argument("--prompts", type=int, default=32, help="of a step, dealt to the servers in turn")
     parser.add_argument("--samples", type=int, default=8, help="answers to a prompt")
     parser.add_argument("--max-tokens", type=int, default=5, help="of an answer; a longer one is cut, and wrong")
     parser.add_argument(
@@ -75,76 +89,50 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--hang-up", type=int, default=2, help="requests of a server and step that are aborted")
     parser.add_argument("--one-step-off", action="store_true", help="sample the next step's answers while training")
-    parser.add_argument("--inner-updates", type=int, default=1, help="optimizer steps on the answers of a step")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--inner-updates", type=int, default=1, help="how often the answers of a step are learned from")
+    parser.add_argument("--mini-batches", type=int, default=1, help="optimizer steps that share the answers of a step")
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--lr-warmup-steps", type=int, default=3)
     parser.add_argument("--clip-grad", type=float, default=1.0)
     parser.add_argument("--clip-ratio", type=float, default=0.2)
     parser.add_argument("--kl-coefficient", type=float, default=0.0, help="of k3 to the model before step 0")
+    parser.add_argument(
+        "--reference-interval", type=int, default=0, help="optimizer steps until the policy is the reference; 0: never"
+    )
     parser.add_argument("--mtp-loss-scaling-factor", type=float, default=0.1, help="drafts follow the policy by it")
     parser.add_argument("--moe-router-bias-update-rate", type=float, default=1e-3)
     parser.add_argument("--eval-prompts", type=int, default=64, help="of greedy answers before and after")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument(
-        "--save-interval", type=int, default=10, help="steps between checkpoints; the last is saved too"
+        "--save-interval", type=int, default=10, help="steps between checkpoints; the last is saved too; 0: none"
     )
     parser.add_argument("--exit-interval", type=int, help="stop after so many steps, as if interrupted")
     parser.add_argument("--tensorboard-dir", type=Path)
     parser.add_argument("--plot", type=Path, help="draw the run to this SVG or PNG at its end; needs matplotlib")
+    known, _ = parser.parse_known_args()
+    parser.set_defaults(**GRPO.get(known.recipe, {}))
     return parser.parse_args()
 
 
-# What must be equal
+def hand_over(checks: Checks, version: int, ask: Callable[[Server], list[Sample]], clock: Clock, kept: int) -> str:
+    """Bring the trainer's weights to all servers; returns their fingerprint. Of the folders, those of the versions
+    `version` and `kept` stay.
 
-
-def compare(step: int, samples: Sequence[Sample], packed: Packed, found: torch.Tensor, trainer: Trainer) -> float:
-    """The largest |difference| of the trainer's log-probabilities, `found` fp32 [N], from the servers'.
-
-    Raises `MismatchError` unless they are equal in every bit, and says what differs.
+    Raises `MismatchError` unless all servers then hold the trainer's weights (`Checks.weights`).
     """
-    given = per_token(samples, lambda sample: sample.logprobs, found)
-    if torch.equal(found, given):
-        return float((found - given).abs().max())
-    with torch.no_grad():
-        known = formulas(trainer.logits(packed), packed)
-    owners = [sample.server for sample in samples for _ in sample.tokens]
-    server = owners[int((found != given).nonzero()[0])]
-    of_server = torch.tensor([owner == server for owner in owners], device=found.device)
-
-    def formula(numbers: torch.Tensor) -> str:
-        equal = (name for name, right in known.items() if torch.equal(right[of_server], numbers[of_server]))
-        return next(equal, "of no known formula")
-
-    differences = (found - given)[of_server].abs()
-    raise MismatchError(
-        f"step {step}: {int((differences != 0).sum())} of {len(differences)} log-probabilities of {server} are not the"
-        f" trainer's, largest |difference| {float(differences.max()):.3g}."
-        f" {server}'s are {formula(given)}; the trainer's are {formula(found)}"
-    )
-
-
-def hand_over(trainer: Trainer, servers: list[Server], run: Path, version: int) -> str:
-    """Bring the trainer's weights to all servers; returns their fingerprint. The folders of `version` and of version 0,
-    which a KL divergence is measured to, are kept.
-
-    Raises `MismatchError` unless all servers then hold the trainer's weights.
-    """
-    folder = run / "weights" / str(version)
+    folder = checks.run / "weights" / str(version)
     shutil.rmtree(folder, ignore_errors=True)  # of a step that was not finished
-    trainer.export(folder)
+    checks.trainer.export(folder)
+    clock.lap("export")
     with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda server: server.update(folder, str(version)), servers))
-    held = trainer.fingerprint()
-    for server in servers:
-        if names := held.difference(server.fingerprint()):
-            raise MismatchError(
-                f"step {version}: {server.name} does not hold the trainer's weights in {len(names)} of"
-                f" {len(held.tensors)} tensors: {some_names(names)}"
-            )
+        list(threads.map(lambda server: server.update(folder, str(version)), checks.servers))
+    clock.lap("update")
+    digest = checks.weights(version, ask)
+    clock.lap("verify")
     for old in folder.parent.iterdir():
-        if old.name not in ("0", folder.name):
+        if old.name not in (str(kept), folder.name):
             shutil.rmtree(old)
-    return held.digest
+    return digest
 
 
 # Learning
@@ -155,11 +143,16 @@ def warmed_up(lr: float, step: int, arguments: argparse.Namespace) -> float:
     return lr * min(1.0, (step + 1) / max(1, arguments.lr_warmup_steps))
 
 
+def passes(interval: int, done: int, more: int) -> bool:
+    """Whether a multiple of `interval` lies behind `done` and not behind `done` + `more`; never where it is 0."""
+    return interval > 0 and done // interval < (done + more) // interval
+
+
 def learn_format(trainer: Trainer, words: Words, arguments: argparse.Namespace) -> None:
     """Supervised learning on solved problems: from random weights to answers of the right form."""
     for step in range(arguments.sft_steps):
         solved = problems(arguments.task, arguments.sft_batch_size, arguments.seed, "sft", step)
-        packed = pack([(words.prompt(problem), words.answer(problem), 1.0) for problem in solved])
+        packed = pack([(words.prompt(each.prompt), words.answer(each.answer), 1.0) for each in solved])
         with trainer.gradients(warmed_up(arguments.sft_lr, step, arguments)) as said:
             loss = -trainer.log_probs(packed).mean()
             loss.backward()
@@ -168,92 +161,92 @@ def learn_format(trainer: Trainer, words: Words, arguments: argparse.Namespace) 
 
 
 def learn(
-    trainer: Trainer,
+    checks: Checks,
     samples: list[Sample],
     step: int,
     reference: list[torch.Tensor] | None,
     arguments: argparse.Namespace,
 ) -> dict[str, float]:
-    """The optimizer steps on a step's answers; returns what to log. Raises `MismatchError` (`compare`)."""
-    packed = packed_of(samples)
+    """The optimizer steps on a step's answers; returns what to log. Raises `MismatchError` (`Checks.log_probs`)."""
+    trainer = checks.trainer
     is_on_policy = all(sample.version == step for sample in samples)
-    logged: dict[str, float] = {}
-    of_reference = None
-    if reference is not None:
-        with trainer.holding(reference):
-            of_reference = trainer.log_probs(packed)
-    for update in range(arguments.inner_updates):
+    draw = random.Random(repr((arguments.seed, "mini-batches", step)))
+    batches: list[list[Sample]] = []
+    for _ in range(arguments.inner_updates):
+        order = samples if arguments.mini_batches == 1 else draw.sample(samples, len(samples))
+        batches += [order[part :: arguments.mini_batches] for part in range(arguments.mini_batches)]
+    differences: dict[str, float] = {}
+    if is_on_policy and arguments.mini_batches > 1:
+        # Of all answers, before the first optimizer step.
+        packed = packed_of(samples)
+        with torch.no_grad():
+            differences = checks.log_probs(step, samples, packed, trainer.log_probs(packed))
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    for batch in batches:
+        packed = packed_of(batch)
+        of_reference = None
+        if reference is not None:
+            with trainer.holding(reference):
+                of_reference = trainer.log_probs(packed)
         with trainer.gradients(warmed_up(arguments.lr, step, arguments)) as said:
             new = trainer.log_probs(packed)
-            if update == 0 and is_on_policy:
-                logged["max_difference"] = compare(step, samples, packed, new.detach(), trainer)
-            old = per_token(samples, lambda sample: sample.logprobs, new)
-            advantages = per_token(samples, lambda sample: [sample.advantage or 0.0] * len(sample.tokens), new)
-            learned = per_token(
-                samples, lambda sample: [sample.advantage is not None] * len(sample.tokens), new
-            ).float()
-            ratios = (new - old).exp()
-            clipped = ratios.clamp(1 - arguments.clip_ratio, 1 + arguments.clip_ratio)
-            losses = -torch.minimum(ratios * advantages, clipped * advantages)
-            if of_reference is not None:
-                k3 = (of_reference - new).exp() - (of_reference - new) - 1
-                losses = losses + arguments.kl_coefficient * k3
-                logged["kl_to_reference"] = float((k3.detach() * learned).sum() / learned.sum())
-            (losses * learned).sum().div(learned.sum()).backward()
-        if update == 0:
-            logged |= {"ratio_min": float(ratios.min()), "ratio_max": float(ratios.max())}
-            logged["entropy"] = float(-new.detach().mean())
-        logged |= said | {"clipped": float(((clipped != ratios).float() * learned).sum() / learned.sum())}
-    return logged
+            if is_on_policy and not differences:
+                differences = checks.log_probs(step, batch, packed, new.detach())
+            loss, of_batch = clipped_loss(batch, new, of_reference, arguments)
+            loss.backward()
+        last = said | of_batch
+        first = first or last
+    return differences | last | {name: first[name] for name in ("ratio_min", "ratio_max", "entropy")}
+
+
+def clipped_loss(
+    samples: list[Sample], new: torch.Tensor, of_reference: torch.Tensor | None, arguments: argparse.Namespace
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The mean over all tokens of GRPO's clipped objective, negative, and what to log. `new` and `of_reference`, fp32
+    [N], are the trainer's log-probabilities, with the weights as they are and with those of the reference.
+    """
+    old = per_token(samples, lambda sample: sample.logprobs, new)
+    advantages = per_token(samples, lambda sample: [sample.advantage or 0.0] * len(sample.tokens), new)
+    learned = per_token(samples, lambda sample: [sample.advantage is not None] * len(sample.tokens), new).float()
+    ratios = (new - old).exp()
+    clipped = ratios.clamp(1 - arguments.clip_ratio, 1 + arguments.clip_ratio)
+    losses = -torch.minimum(ratios * advantages, clipped * advantages)
+    logged = {"ratio_min": float(ratios.min()), "ratio_max": float(ratios.max())}
+    logged |= {"entropy": float(-new.detach().mean())}
+    logged |= {"clipped": float(((clipped != ratios).float() * learned).sum() / learned.sum())}
+    if of_reference is not None:
+        k3 = (of_reference - new).exp() - (of_reference - new) - 1
+        losses = losses + arguments.kl_coefficient * k3
+        logged["kl_to_reference"] = float((k3.detach() * learned).sum() / learned.sum())
+    return (losses * learned).sum() / learned.sum(), logged
 
 
 # The run
 
 
-@dataclass
-class Progress:
-    """Where a run is: the next step, and with `--one-step-off` the answers that wait for it."""
-
-    step: int = 0
-    waiting: list[Sample] | None = None
-    max_difference: float | None = None
-    """Of their log-probabilities, under the weights that sampled them."""
-
-
-def save(trainer: Trainer, progress: Progress, run: Path) -> None:
-    """Write a checkpoint, whole or not at all, in place of the one before."""
-    folder = run / "checkpoints" / f"{progress.step:05d}"
-    part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    trainer.save(part)
-    (part / "progress.json").write_text(json.dumps(asdict(progress)))
-    part.rename(folder)
-    for old in folder.parent.iterdir():
-        if old != folder:
-            shutil.rmtree(old)
-
-
-def resume(trainer: Trainer, run: Path) -> Progress:
-    """Continue from the checkpoint of a run; what it recorded of later steps is forgotten."""
-    folders = sorted(folder for folder in (run / "checkpoints").glob("*") if not folder.suffix)
-    if not folders:
-        raise InputError(f"{run}: holds no checkpoint to resume from")
-    trainer.load(folders[-1])
-    saved = json.loads((folders[-1] / "progress.json").read_text())
-    forget_from(run, saved["step"])
-    waiting = None if saved["waiting"] is None else [Sample(**sample) for sample in saved["waiting"]]
-    return Progress(**saved | {"waiting": waiting})
-
-
 def train(
-    trainer: Trainer, servers: list[Server], words: Words, progress: Progress, arguments: argparse.Namespace
+    trainer: Trainer,
+    servers: list[Server],
+    launch: Launch,
+    words: Words,
+    progress: Progress,
+    arguments: argparse.Namespace,
 ) -> None:
     """All steps from `progress.step` on."""
     run, steps = arguments.run, arguments.steps
     record = Record(run, arguments.tensorboard_dir)
-    digest = hand_over(trainer, servers, run, progress.step)
-    reference = trainer.weights_of(run / "weights" / "0") if arguments.kl_coefficient else None
+    checks = Checks(trainer, servers, run, launch)
+
+    def handed_over(step: int, clock: Clock) -> str:
+        def ask(server: Server) -> list[Sample]:
+            return roll_out([server], words, step, step, arguments)
+
+        return hand_over(checks, step, ask, clock, progress.reference)
+
+    digest = handed_over(progress.step, Clock())
+    reference = trainer.weights_of(run / "weights" / str(progress.reference)) if arguments.kl_coefficient else None
+    judge = Judge(trainer, arguments.reward_model, words) if "model" in arguments.reward else None
     if progress.step == 0:
         say_greedy_reward(servers, words, arguments)
     last = min(steps, progress.step + (arguments.exit_interval or steps))
@@ -266,23 +259,28 @@ def train(
             if arguments.one_step_off and step + 1 < steps:
                 sampler = trainer.weights()
                 ahead = background.submit(roll_out, servers, words, step + 1, step, arguments)
-            of_step = {"step": step, "weights": digest, "max_difference": progress.max_difference}
-            of_step |= measure(samples) | learn(trainer, samples, step, reference, arguments)
+            if judge is not None:
+                samples = judge.graded(samples, with_rule="rule" in arguments.reward)
+                clock.lap("judge")
+            of_step = {"step": step, "weights": digest} | (progress.differences or {})
+            of_step |= measure(samples) | learn(checks, samples, step, reference, arguments)
             clock.lap("train")
-            progress = Progress(step + 1)
+            progress = Progress(step + 1, progress.reference)
+            updates = arguments.inner_updates * arguments.mini_batches
+            if reference is not None and passes(arguments.reference_interval, step * updates, updates):
+                reference, progress.reference = trainer.weights(), step + 1
             if ahead is not None:
                 progress.waiting = ahead.result()
                 clock.lap("wait")
                 packed = packed_of(progress.waiting)
                 with trainer.holding(sampler):
                     found = trainer.log_probs(packed)
-                    progress.max_difference = compare(step + 1, progress.waiting, packed, found, trainer)
+                    progress.differences = checks.log_probs(step + 1, progress.waiting, packed, found)
                 clock.lap("compare")
             of_step |= {name: number - before[name] for name, number in counted(servers).items()}
-            digest = hand_over(trainer, servers, run, step + 1)
-            clock.lap("update")
+            digest = handed_over(step + 1, clock)
             record.add(of_step | {"seconds": clock.laps})
-            if (step + 1) % arguments.save_interval == 0 or step + 1 == last:
+            if arguments.save_interval and ((step + 1) % arguments.save_interval == 0 or step + 1 == last):
                 save(trainer, progress, run)
     if last == steps:
         say_greedy_reward(servers, words, arguments)
@@ -296,7 +294,16 @@ def start(arguments: argparse.Namespace) -> None:
     named = [server.partition("=") for server in arguments.server]
     if unknown := [name for name, _, _ in named if name not in SERVERS]:
         raise InputError(f"--server {unknown[0]}: not one of {', '.join(SERVERS)}")
-    is_on_cpu = not torch.cuda.is_available()
+    if ("model" in arguments.reward) != (arguments.reward_model is not None):
+        raise InputError("--reward model and --reward-model FOLDER go together")
+    launch = Launch(
+        arguments.checkpoint,
+        on_cpu=not torch.cuda.is_available(),
+        kv_tokens=arguments.kv_tokens,
+        stock=arguments.stock,
+        environments=arguments.environments,
+        options={name: getattr(arguments, f"{name}_options") for name in SERVERS},
+    )
     trainer = Trainer(
         arguments.checkpoint,
         seed=arguments.seed,
@@ -313,13 +320,12 @@ def start(arguments: argparse.Namespace) -> None:
         def server(name: str, address: str) -> Server:
             if address:
                 return SERVERS[name](address)
-            log = run / f"{name}.log"
-            return stack.enter_context(started(name, arguments.checkpoint, log, arguments.kv_tokens, is_on_cpu))
+            return stack.enter_context(started(name, launch, run / f"{name}.log"))
 
         starting = [threads.submit(server, name, address) for name, _, address in named]
         if not arguments.resume:
             learn_format(trainer, words, arguments)
-        train(trainer, [future.result() for future in starting], words, progress, arguments)
+        train(trainer, [future.result() for future in starting], launch, words, progress, arguments)
     if arguments.plot:
         draw(run, arguments.plot)
 

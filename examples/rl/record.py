@@ -113,7 +113,8 @@ def draw(run: Path, path: Path) -> None:
     differences.plot(at, [of_step["max_difference"] for of_step in recorded], "o-", color="firebrick", markersize=3)
     differences.set_ylabel("max |difference|")
     differences.set_title("log-probabilities of all sampled tokens, trainer against servers", fontsize=9)
-    differences.set_ylim(-1e-4, 1e-3)
+    if not any(of_step["max_difference"] for of_step in recorded):
+        differences.set_ylim(-1e-4, 1e-3)
     differences.set_xlabel("step")
     for axes in (rewards, differences):
         axes.spines[["top", "right"]].set_visible(False)

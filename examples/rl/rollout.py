@@ -38,6 +38,8 @@ class Sample:
     version: int
     """How many steps the weights had learned that sampled it."""
     finish_reason: str
+    group: int | None = None
+    """Which of the step's prompts it answers; None of an aborted answer."""
     reward: float = 0.0
     advantage: float | None = None
     """None of an aborted answer, which is compared and not learned from."""
@@ -57,7 +59,7 @@ def roll_out(
         server, mine = servers[k], range(len(asked))[k :: len(servers)]
         requests = [
             Request(
-                words.prompt(asked[i]),
+                words.prompt(asked[i].prompt),
                 temperature=arguments.temperature[j % len(arguments.temperature)],
                 max_tokens=arguments.max_tokens,
                 seed=seeds[i],
@@ -69,18 +71,33 @@ def roll_out(
         aborted = [server.requests.submit(server.hang_up, request, HANG_UP_AFTER) for request in hang_up]
         samples: list[Sample] = []
         for i, request, answers in zip(mine, requests, server.sample(requests), strict=True):
-            rewards = [words.reward(asked[i], answer.token_ids) for answer in answers]
-            mean, deviation = fmean(rewards), stdev(rewards) if len(rewards) > 1 else 0.0
-            for answer, reward in zip(answers, rewards, strict=True):
-                advantage = (reward - mean) / (deviation + 1e-6)
-                samples.append(replace(sampled(server, request, answer), reward=reward, advantage=advantage))
+            for answer in answers:
+                reward = words.reward(asked[i], answer.token_ids)
+                samples.append(replace(sampled(server, request, answer), group=i, reward=reward))
         return samples + [sampled(server, r, a.result()) for r, a in zip(hang_up, aborted, strict=True)]
 
     with ThreadPoolExecutor() as threads:
         samples = [sample for part in threads.map(sample, range(len(servers))) for sample in part]
     if others := [sample for sample in samples if sample.version != version]:
         raise MismatchError(f"step {step}: {others[0].server} answered with weights {others[0].version}, not {version}")
-    return samples
+    return with_advantages(samples)
+
+
+def with_advantages(samples: list[Sample]) -> list[Sample]:
+    """Rewards normalised within each prompt's answers (DeepSeek-V3's report, arXiv:2412.19437, section 5.2.2)."""
+    groups: dict[int, list[float]] = {}
+    for sample in samples:
+        if sample.group is not None:
+            groups.setdefault(sample.group, []).append(sample.reward)
+    scales = {group: (fmean(r), stdev(r) if len(r) > 1 else 0.0) for group, r in groups.items()}
+
+    def advantage(sample: Sample) -> float | None:
+        if sample.group is None:
+            return None
+        mean, deviation = scales[sample.group]
+        return (sample.reward - mean) / (deviation + 1e-6)
+
+    return [replace(sample, advantage=advantage(sample)) for sample in samples]
 
 
 def sampled(server: Server, request: Request, answer: Answer) -> Sample:
@@ -94,7 +111,7 @@ def say_greedy_reward(servers: list[Server], words: Words, arguments: argparse.N
     if not arguments.eval_prompts:
         return
     asked = problems(arguments.task, arguments.eval_prompts, arguments.seed, "eval")
-    requests = [Request(words.prompt(problem), 0.0, arguments.max_tokens, seed=0) for problem in asked]
+    requests = [Request(words.prompt(problem.prompt), 0.0, arguments.max_tokens, seed=0) for problem in asked]
     answers = servers[0].sample(requests)
     reward = fmean(words.reward(problem, answer.token_ids) for problem, (answer,) in zip(asked, answers, strict=True))
     console.print(f"greedy answers to {len(asked)} other prompts: reward {reward:.3f}")

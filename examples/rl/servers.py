@@ -1,4 +1,4 @@
-"""The servers that a policy samples in, as their own users start and call them: vLLM and SGLang over HTTP.
+"""The servers that a policy samples in, as their own users call them: vLLM and SGLang over HTTP.
 
 Prompts and answers are token ids. Each answered token comes with its log-probability, and each answer with the version
 of the weights that made it, which `update` names. Both servers draw by the seeds of the requests.
@@ -7,19 +7,13 @@ of the weights that made it, which `update` names. Both servers draw by the seed
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +22,9 @@ from dsv3_plugin.checkpoint.fingerprint import Fingerprint
 from dsv3_plugin.checkpoint.fingerprint_cli import fingerprint_of_server
 from dsv3_plugin.errors import EngineError
 
-ENVIRONMENTS = Path(__file__).parents[2] / ".envs"
 TIMEOUT_S = 600.0
-START_S = 300.0
 COUNTED = ("preempted", "drafted", "accepted", "cached")
 """Requests; tokens of drafts, those of them that were accepted; tokens of prompts that were not computed again."""
-BLOCK_SIZE = 2  # of vLLM's cache: the prompts are short, and only whole blocks are shared
 
 
 @dataclass(frozen=True)
@@ -95,28 +86,44 @@ class Server:
         """Of the weights that it holds, its draft's included."""
         return fingerprint_of_server(self.address)
 
-    def post(self, path: str, body: object = None) -> Any:
+    def kernels(self) -> dict[str, Any]:
+        """What serves, as `Ops.record` has it."""
+        raise NotImplementedError
+
+    def engine_version(self) -> str:
+        """Of the engine."""
+        raise NotImplementedError
+
+    def get(self, path: str) -> Any:
         """The JSON that it answers. Raises `EngineError`."""
-        with self.open(path, body) as response:
+        with self.open(urllib.request.Request(self.address + path)) as response:
             return json.load(response)
 
-    @contextmanager
-    def open(self, path: str, body: object = None) -> Iterator[Any]:
-        """The response to a POST. Raises `EngineError`."""
+    def post(self, path: str, body: object = None) -> Any:
+        """The JSON that it answers. Raises `EngineError`."""
+        with self.open(self.request(path, body)) as response:
+            return json.load(response)
+
+    def request(self, path: str, body: object = None) -> urllib.request.Request:
+        """A POST."""
         data = b"" if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        return urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+
+    @contextmanager
+    def open(self, request: urllib.request.Request) -> Iterator[Any]:
+        """The response. Raises `EngineError`."""
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
                 yield response
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace").strip()
-            raise EngineError(f"{self.name}: {path}: status {error.code}: {said[:500]}") from None
+            raise EngineError(f"{self.name}: {request.full_url}: status {error.code}: {said[:500]}") from None
         except OSError as error:
-            raise EngineError(f"{self.name}: {self.address}{path}: {getattr(error, 'reason', error)}") from None
+            raise EngineError(f"{self.name}: {request.full_url}: {getattr(error, 'reason', error)}") from None
 
     def events(self, path: str, body: object) -> Iterator[Any]:
         """The JSON objects of a stream; the connection is closed where the caller stops reading."""
-        with self.open(path, body) as response:
+        with self.open(self.request(path, body)) as response:
             for line in response:
                 text = line.decode().strip().removeprefix("data: ")
                 if text and text != "[DONE]":
@@ -124,10 +131,16 @@ class Server:
 
 
 class Vllm(Server):
-    """`vllm serve`, 0.32 or later: before, no answer says which weights made it."""
+    """`vllm serve`. Before 0.32 no answer says which weights made it. They are then those of the last update: it waits
+    for the requests that run.
+    """
 
     name = "vllm"
     route = "/inference/v1/generate"
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.held = "unknown"
 
     def answers(self, request: Request) -> list[Answer]:
         """One request with vLLM's `n`."""
@@ -141,8 +154,8 @@ class Vllm(Server):
             chunks += event["choices"]
             if sum(len(chunk["token_ids"] or ()) for chunk in chunks) >= tokens:
                 break
-        version = self.version()  # of a stream only the end says it; nobody updates the weights now
-        return self._answer(chunks, {"finish_reason": "abort", "weight_versions": [{"version": version}]})
+        # Of a stream only the end says which weights made it; nobody updates them now.
+        return self._answer(chunks, {"finish_reason": "abort", "weight_versions": [{"version": self.held}]})
 
     def _body(self, request: Request) -> dict[str, Any]:
         names = ("temperature", "max_tokens", "seed", "n", "ignore_eos")
@@ -151,31 +164,46 @@ class Vllm(Server):
 
     def _answer(self, chunks: list[Any], end: dict[str, Any] | None = None) -> Answer:
         end = end or chunks[-1]
+        spans = end.get("weight_versions") or [{"version": self.held}]
         content = [token for chunk in chunks for token in (chunk["logprobs"] or {"content": ()})["content"]]
         return Answer(
             [token for chunk in chunks for token in chunk["token_ids"] or ()],
             [token["logprob"] for token in content],
-            one_version(self.name, [span["version"] for span in end["weight_versions"]]),
+            one_version(self.name, [span["version"] for span in spans]),
             end["finish_reason"],
         )
-
-    def version(self) -> str:
-        """Of the weights that it holds."""
-        with urllib.request.urlopen(f"{self.address}/weight_info", timeout=TIMEOUT_S) as response:
-            return str(json.load(response)["weight_version"])
 
     def update(self, folder: Path, version: str) -> None:
         """Between a pause, which waits for the requests that run, and its end."""
         self.post("/pause?mode=wait")
         try:
             self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-            self.post("/update_weight_version", {"new_version": version})
+            if self.tells_versions():
+                self.post("/update_weight_version", {"new_version": version})
+            self.held = version
         finally:
             self.post("/resume")
 
+    def tells_versions(self) -> bool:
+        """Whether its answers do."""
+        try:
+            self.get("/weight_info")
+        except EngineError:
+            return False
+        return True
+
+    def kernels(self) -> dict[str, Any]:
+        """Of its first worker."""
+        found: dict[str, Any] = self.post("/collective_rpc", {"method": "dsv3_provenance"})["results"][0]["main"]
+        return found
+
+    def engine_version(self) -> str:
+        """vLLM's."""
+        return str(self.get("/version")["version"])
+
     def counters(self) -> Counter[str]:
         """Of its metrics."""
-        with urllib.request.urlopen(f"{self.address}/metrics", timeout=TIMEOUT_S) as response:
+        with self.open(urllib.request.Request(f"{self.address}/metrics")) as response:
             text = response.read().decode()
         names = {
             "preempted": "num_preemptions",
@@ -237,6 +265,15 @@ class Sglang(Server):
         """SGLang itself waits for the requests that run, and lets others wait."""
         self.post("/update_weights_from_disk", {"model_path": str(folder), "weight_version": version})
 
+    def kernels(self) -> dict[str, Any]:
+        """Of its first scheduler."""
+        found: dict[str, Any] = self.get("/server_info")["internal_states"][0]["dsv3"]["main"]
+        return found
+
+    def engine_version(self) -> str:
+        """SGLang's."""
+        return str(self.get("/server_info")["version"])
+
     def counters(self) -> Counter[str]:
         """Of what its answers said."""
         return Counter(self.seen)
@@ -256,76 +293,3 @@ def one_version(name: str, versions: list[str]) -> str:
     if len(set(versions)) != 1:
         raise EngineError(f"{name}: an answer has tokens of the weights {' and '.join(versions)}")
     return str(versions[0])
-
-
-def command(name: str, checkpoint: Path, port: int, kv_tokens: int, on_cpu: bool) -> list[str]:
-    """How a user starts a server for such a loop: exact log-probabilities, drafts, seeds, updates, versions.
-
-    `kv_tokens` is the room of its cache: where the running requests outgrow it, some are preempted.
-    """
-    python = ENVIRONMENTS / name / "bin" / "python"
-    python = python if python.exists() else Path(sys.executable)
-    where = ["--host", "127.0.0.1", "--port", str(port)]
-    if name == "vllm":
-        line = [str(python.with_name("vllm")), "serve", str(checkpoint), *where, "--max-model-len", "256"]
-        line += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--max-num-seqs", "64"]
-        line += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
-        line += ["--num-gpu-blocks-override", str(kv_tokens // BLOCK_SIZE)]
-        line += ["--block-size", str(BLOCK_SIZE)] if on_cpu else ["--gpu-memory-utilization", "0.25"]
-        return line
-    line = [str(python), "-m", "sglang.launch_server", "--model-path", str(checkpoint), *where]
-    line += ["--context-length", "256", "--attention-backend", "dsv3", "--enable-deterministic-inference"]
-    line += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", "1", "--speculative-eagle-topk", "1"]
-    line += ["--speculative-num-draft-tokens", "2", "--max-running-requests", "64"]
-    line += ["--max-total-tokens", str(kv_tokens)]
-    line += ["--device", "cpu", "--disable-cuda-graph"] if on_cpu else ["--mem-fraction-static", "0.25"]
-    return line
-
-
-@contextmanager
-def started(name: str, checkpoint: Path, log: Path, kv_tokens: int, on_cpu: bool) -> Iterator[Server]:
-    """A server that this program starts, and ends with all its processes. Raises `EngineError` where it ends early."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # weights by HTTP: on a trusted network only
-    if on_cpu:
-        environment |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        environment |= {"VLLM_MLA_DISABLE": "1"}  # else vLLM switches its prefix cache off
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command(name, checkpoint, port, kv_tokens, on_cpu),
-            stdout=out,
-            stderr=out,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        server = SERVERS[name](f"http://127.0.0.1:{port}")
-        deadline = time.monotonic() + START_S
-        while not answers(server):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise EngineError(f"{name} did not start; the reason is in {log}")
-            time.sleep(0.5)
-        yield server
-    finally:
-        end(process)
-
-
-def answers(server: Server) -> bool:
-    """Whether it is ready for requests."""
-    try:
-        urllib.request.urlopen(f"{server.address}/health", timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a server, and what it left behind."""
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(30)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

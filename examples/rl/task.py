@@ -10,11 +10,34 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from dsv3_plugin.errors import CheckpointError
+
+RIGHT, WRONG = "+", "-"
+"""What a judge writes behind an answer."""
+
+
+class Conversation(NamedTuple):
+    """One question and its answer, as files of conversations have them."""
+
+    user: str
+    assistant: str
+
+    @classmethod
+    def parse(cls, record: Any) -> Conversation:
+        """Raises `ValueError`, `KeyError` or `TypeError` for anything else."""
+        user, assistant = record["messages"]
+        if (user["role"], assistant["role"]) != ("user", "assistant"):
+            raise ValueError("not one user and one assistant")
+        return cls(user["content"], assistant["content"])
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        roles = ("user", self.user), ("assistant", self.assistant)
+        return {"messages": [{"role": role, "content": content} for role, content in roles]}
 
 
 class Problem(NamedTuple):
@@ -26,6 +49,14 @@ class Problem(NamedTuple):
     def reward(self, answer: str) -> float:
         """1 for the right answer, else 0."""
         return float(answer == self.answer)
+
+    def solved(self) -> Conversation:
+        """With the right answer."""
+        return Conversation(self.prompt, self.answer)
+
+    def verdict(self, answer: str) -> Conversation:
+        """What a judge says of an answer."""
+        return Conversation(self.prompt + answer, RIGHT if self.reward(answer) else WRONG)
 
 
 def sort(draw: random.Random) -> Problem:
@@ -67,20 +98,26 @@ class Words:
         self.begin, self.end = config["bos_token_id"], config["eos_token_id"]
         self.tokenizer = Tokenizer.from_file(str(file))
 
-    def prompt(self, problem: Problem) -> list[int]:
+    def prompt(self, text: str) -> list[int]:
         """With the token that begins a sequence."""
-        return [self.begin, *self._ids(problem.prompt)]
+        return [self.begin, *self.ids(text)]
 
-    def answer(self, problem: Problem) -> list[int]:
+    def answer(self, text: str) -> list[int]:
         """With the token that ends a sequence."""
-        return [*self._ids(problem.answer), self.end]
+        return [*self.ids(text), self.end]
+
+    def text(self, tokens: list[int]) -> str | None:
+        """Of an answer; None for one that does not end."""
+        if not tokens or tokens[-1] != self.end:
+            return None
+        return str(self.tokenizer.decode(tokens[:-1], skip_special_tokens=False))
 
     def reward(self, problem: Problem, tokens: list[int]) -> float:
         """Of an answer; one that does not end is wrong."""
-        if not tokens or tokens[-1] != self.end:
-            return 0.0
-        return problem.reward(self.tokenizer.decode(tokens[:-1], skip_special_tokens=False))
+        text = self.text(tokens)
+        return 0.0 if text is None else problem.reward(text)
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
+        """Without tokens that begin or end something."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command import run_cli
 from engines import predict_logprobs, python_of
 from megatron_programs import needs_megatron, printed, warm
+from mini_checkpoint import MINI
 from paths import ROOT, SUPPORT
 
 from dsv3_plugin.checkpoint.make import make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
+from dsv3_plugin.checkpoint.tokenizer import DEEPSEEK_VOCAB
 
 EXAMPLE = ROOT / "examples" / "rl"
 sys.path.insert(0, str(EXAMPLE))
 
 import servers as rl  # noqa: E402
+from launch import Launch, started  # noqa: E402
+from task import Conversation, problems  # noqa: E402
 
-GRPO, TWINS = EXAMPLE / "grpo.py", SUPPORT / "rl_twins.py"
+GRPO, SFT, SAMPLE = (EXAMPLE / f"{name}.py" for name in ("grpo", "sft", "sample"))
+TWINS, PREPARE = SUPPORT / "rl_twins.py", ROOT / "examples" / "prepare_data.py"
 MODULES = "dsv3_plugin.megatron_backend.model", "dsv3_plugin.megatron_backend.weights"
 SHORT = "--sft-steps", 2, "--sft-batch-size", 8, "--prompts", 4, "--samples", 2, "--eval-prompts", 0, "--hang-up", 1
 UPDATES = int(os.environ.get("DSV3_TEST_UPDATES", "20"))
@@ -44,20 +53,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def started(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[rl.Server]]:
+def running(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[rl.Server]]:
     python_of("vllm"), python_of("sglang")  # else skips
     logs = tmp_path_factory.mktemp("logs")
     with ExitStack() as stack, ThreadPoolExecutor() as threads:
 
         def start(name: str) -> rl.Server:
-            return stack.enter_context(rl.started(name, models[0], logs / f"{name}.log", kv_tokens=4096, on_cpu=True))
+            return stack.enter_context(started(name, Launch(models[0], on_cpu=True, kv_tokens=4096), logs / name))
 
         yield list(threads.map(start, rl.SERVERS))
 
 
 @pytest.fixture(scope="module")
-def addresses(started: list[rl.Server]) -> list[str]:
-    return ["--server", *(f"{server.name}={server.address}" for server in started)]
+def addresses(running: list[rl.Server]) -> list[str]:
+    return ["--server", *(f"{server.name}={server.address}" for server in running)]
 
 
 def steps_of(run: Path) -> Steps:
@@ -85,13 +94,13 @@ def test_every_step_agrees(models: list[Path], addresses: list[str], tmp_path: P
 
 
 @needs_megatron
-def test_a_cut_run_goes_on(models: list[Path], started: list[rl.Server], addresses: list[str], tmp_path: Path) -> None:
+def test_a_cut_run_goes_on(models: list[Path], running: list[rl.Server], addresses: list[str], tmp_path: Path) -> None:
     """From the weights that the servers held and the answers that waited, with equal bits each time. Which tokens
     servers draw beside drafts depends on how they batched them, so no other run has the same answers.
     """
     arguments = *addresses, "--steps", 2, "--one-step-off"
     train(models[0], tmp_path / "cut", *arguments, "--exit-interval", 1)
-    held = {server.fingerprint().digest for server in started}
+    held = {server.fingerprint().digest for server in running}
     shutil.copytree(tmp_path / "cut", tmp_path / "again")
     for run in "cut", "again":
         train(models[0], tmp_path / run, *arguments, "--resume")
@@ -117,28 +126,139 @@ def test_one_step_off_each_answer_is_compared_under_the_weights_that_made_it(
     assert all(step["kl_to_reference"] > 0 for step in whole)
 
 
+def mismatch(twin: str, step: int, model: Path, run: Path, *arguments: object) -> tuple[str, list[str]]:
+    """The line that ends a run with a fault in it, and the arguments of the `dsv3` command behind it."""
+    done = warm(TWINS, twin, step, model, run, *SHORT, *arguments, modules=MODULES)
+    assert done.returncode == 1
+    error, command = printed(done).splitlines()[-2:]
+    assert error.startswith(f"error: step {step}: ") and command.startswith("to see why: dsv3 diff "), printed(done)[
+        -3000:
+    ]
+    return error, shlex.split(command.removeprefix("to see why: dsv3 "))
+
+
+def verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
+    """What `dsv3 diff` says at last, which finds a difference."""
+    assert run_cli(monkeypatch, *command) == 1
+    return capsys.readouterr().out.splitlines()[-1]
+
+
 @needs_megatron
 @pytest.mark.parametrize(
-    "tensor", [BIAS, "model.layers.3.eh_proj.weight", "model.layers.2.mlp.experts.5.down_proj.weight"]
+    ("tensor", "kind"),
+    [
+        (BIAS, "router biases"),
+        ("model.layers.3.eh_proj.weight", "of the MTP layer"),
+        ("model.layers.2.mlp.experts.5.down_proj.weight", "of routed experts"),
+    ],
 )
 def test_a_stale_tensor_is_named_in_its_step(
-    tensor: str, models: list[Path], addresses: list[str], tmp_path: Path
+    tensor: str, kind: str, models: list[Path], addresses: list[str], tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    done = warm(TWINS, tensor, 1, models[0], tmp_path / "run", *SHORT, *addresses, modules=MODULES)
-    assert done.returncode == 1
-    expected = f"error: step 1: vllm does not hold the trainer's weights in 1 of 133 tensors: {tensor}"
-    assert printed(done).splitlines()[-1] == expected, printed(done)[-3000:]
+    error, command = mismatch(tensor, 1, models[0], tmp_path / "run", *addresses)
+    assert error.endswith(f": vllm does not hold the trainer's weights in 1 of 133 tensors: {tensor}")
+    said = verdict(monkeypatch, capsys, command)
+    assert said.startswith("DIFFERENT: weights: vllm: 1 of 133 tensors are those of version 0, not 1 (")
+    assert run_cli(monkeypatch, *command, "--json") == 1
+    weights = json.loads(capsys.readouterr().out)["steps"][1]
+    assert weights["says"][1] == f"1 of 133 tensors of version 1 differ, first {tensor}: 1 {kind}"
 
 
 @needs_megatron
-def test_a_forgotten_temperature_is_named_in_its_step(models: list[Path], addresses: list[str], tmp_path: Path) -> None:
-    done = warm(TWINS, "temperature", 1, models[0], tmp_path / "run", *SHORT, *addresses, modules=MODULES)
-    assert done.returncode == 1
-    said = printed(done).splitlines()[-1]
-    assert said.startswith("error: step 1: ") and " log-probabilities of " in said, printed(done)[-3000:]
-    assert said.endswith(
+def test_a_forgotten_temperature_is_named_in_its_step(
+    models: list[Path], addresses: list[str], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    error, command = mismatch("temperature", 1, models[0], tmp_path / "run", *addresses)
+    assert " log-probabilities of " in error and error.endswith(
         "'s are log-softmax(logits / temperature); the trainer's are log-softmax(logits), without the temperature"
     )
+    said = verdict(monkeypatch, capsys, command)
+    assert said.startswith(
+        "DIFFERENT: formula: trainer answers log_softmax(logits, the temperature forgotten), of its "
+    )
+
+
+@needs_megatron
+def test_a_kernel_of_fast_mode_is_named_in_its_step(
+    models: list[Path], addresses: list[str], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    site = tmp_path / "site"
+    (site / "saboteur-1.0.dist-info").mkdir(parents=True)
+    (site / "saboteur-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: saboteur\nVersion: 1.0\n")
+    (site / "saboteur-1.0.dist-info" / "entry_points.txt").write_text("[dsv3_plugin]\nsaboteur = saboteur\n")
+    (site / "saboteur.py").write_text(
+        "from dsv3_plugin.hooks import hookimpl\nfrom wrong_kernel import wrong_kernel\n"
+        "@hookimpl\ndef dsv3_kernels():\n    return [wrong_kernel('silu_and_mul')]\n"
+    )
+    error, command = mismatch(f"kernel:{site}", 0, models[0], tmp_path / "run", *addresses)
+    assert error.endswith("'s are of no known formula; the trainer's are log-softmax(logits / temperature)")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(SUPPORT), os.environ.get("PYTHONPATH", "")]))
+    said = verdict(monkeypatch, capsys, command)
+    assert said.startswith("DIFFERENT: layers: operation silu_and_mul in layers.0.mlp is the first to differ ")
+    assert run_cli(monkeypatch, "diff", *command[1:3], "--json") == 1
+    told = json.loads(capsys.readouterr().out)["about"]
+    assert told["settings.mode"] == ["fast", "strict"]
+    ours, theirs = told["kernels.silu_and_mul"]
+    assert ours.startswith("saboteur 1.0 (") and theirs.startswith("reference ")
+
+
+@needs_megatron
+def test_a_model_teaches_a_judge_and_is_taught_by_it(
+    models: list[Path], running: list[rl.Server], addresses: list[str], tmp_path: Path
+) -> None:
+    """From solved problems by SFT to the served model's right answers and verdicts, to a judge, to RL by it."""
+
+    def done(*command: object) -> str:
+        ended = warm(*command, modules=MODULES)
+        assert ended.returncode == 0, printed(ended)[-3000:]
+        return ended.stdout
+
+    def read(name: str) -> list[Conversation]:
+        return [Conversation.parse(json.loads(line)) for line in (tmp_path / name).read_text().splitlines()]
+
+    solved = [problem.solved().record() for problem in problems("sort", 320, "test")]
+    (tmp_path / "solved.jsonl").write_text("".join(json.dumps(each) + "\n" for each in solved))
+    policy, judge = tmp_path / "policy", tmp_path / "judge"
+    said = done(SFT, models[0], tmp_path / "solved.jsonl", policy, "--batch-size", 32)
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", said)]
+    assert len(losses) == 20 and losses[-1] < 0.3 * losses[0]
+    for server in running:
+        server.update(policy, "0")
+    asked = {problem.prompt: problem for problem in problems("sort", 64, 1234, "sample")}
+    for name, more in ("right.jsonl", ()), ("verdicts.jsonl", ("--judge",)):
+        done(SAMPLE, policy, tmp_path / name, *addresses, "--samples", 4, *more)
+    right, verdicts = read("right.jsonl"), read("verdicts.jsonl")
+    assert len(right) > 4 and all(asked[each.user].answer == each.assistant for each in right)
+    marks = [each.assistant for each in verdicts]
+    assert len(marks) > 4 and marks.count("+") == marks.count("-") == len(marks) / 2
+    for prompt, _, answer in (each.user.partition("=") for each in verdicts):
+        problem = asked[f"{prompt}="]
+        assert problem.verdict(answer) in verdicts
+
+    # Megatron's own training loop reads them, too.
+    tokenizer = tmp_path / "tokenizer"
+    make_checkpoint(MINI | {"vocab_size": DEEPSEEK_VOCAB}, tokenizer, 1)
+    said = done(PREPARE, "sft", tokenizer, tmp_path / "right.jsonl", "--output", tmp_path / "data", "--longest", 64)
+    assert f"{len(right)} documents, " in said
+
+    done(SFT, policy, tmp_path / "verdicts.jsonl", judge, "--epochs", 1, "--batch-size", 16)
+    graded = "--reward", "rule", "model", "--reward-model", judge, "--kl-coefficient", 0.001
+    more = "--mini-batches", 2, "--reference-interval", 2, "--steps", 2, *graded
+    train(policy, tmp_path / "run", *addresses, *more)
+    steps = steps_of(tmp_path / "run")
+    assert [step["max_difference"] for step in steps] == [0.0, 0.0]
+    assert all(step["reward"] % 1 and 0 < step["reward"] < 2 for step in steps)
+    # The second of two optimizer steps is measured to the policy before the first, which is the reference.
+    assert all(step["kl_to_reference"] > 0 for step in steps)
+    assert sorted(path.name for path in (tmp_path / "run" / "weights").iterdir()) == ["2"]
+
+
+@needs_megatron
+def test_a_recipe_gives_defaults(models: list[Path], tmp_path: Path) -> None:
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import grpo; print(vars(grpo.parse_arguments()))"
+    done = warm("-c", code, EXAMPLE, models[0], tmp_path, "--recipe", "r1-first", "--prompts", 8, modules=MODULES)
+    for expected in ("'lr': 3e-06", "'clip_ratio': 10.0", "'samples': 16", "'prompts': 8", "'kl_coefficient': 0.001"):
+        assert expected in done.stdout
 
 
 @needs_megatron
@@ -148,11 +268,23 @@ def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> Non
         ((tmp_path,), "is not empty, and nothing is overwritten; --resume continues a run"),
         ((tmp_path / "a", "--server", "trt"), "--server trt: not one of vllm, sglang"),
         ((tmp_path / "b", "--resume"), "holds no checkpoint to resume from"),
+        ((tmp_path / "c", "--reward", "model"), "--reward model and --reward-model FOLDER go together"),
     ):
         done = warm(GRPO, models[0], *arguments, modules=MODULES)
         assert done.returncode == 1
         line = printed(done).splitlines()[-1]
         assert line.startswith("error: ") and expected in line, printed(done)[-3000:]
+
+
+def test_servers_start_with_what_they_are_told(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, on_cpu=False, kv_tokens=640, environments=tmp_path, options={"sglang": ["--more", "1"]})
+    for stock in False, True:
+        launch = replace(launch, stock=stock)
+        line = launch.command("sglang", 8000)
+        assert line[-2:] == ["--more", "1"] and "--device" not in line
+        assert ("dsv3" in line) is (launch.environment().get("DSV3_PLUGIN") != "off") is not stock
+    line = launch.command("vllm", 8000)
+    assert line[line.index("--block-size") + 1 :][:3] == ["64", "--num-gpu-blocks-override", "10"]
 
 
 @cache
@@ -167,8 +299,8 @@ def made(answer: rl.Answer, prompt: list[int], model: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", rl.SERVERS)
-def test_updates_under_requests_lose_and_mix_none(name: str, started: list[rl.Server], models: list[Path]) -> None:
-    (server,) = (server for server in started if server.name == name)
+def test_updates_under_requests_lose_and_mix_none(name: str, running: list[rl.Server], models: list[Path]) -> None:
+    (server,) = (server for server in running if server.name == name)
     prompts = [[0, *range(20 + i, 26 + i)] for i in range(4)]
     ended = threading.Event()
 

@@ -1,11 +1,13 @@
 """examples/rl/grpo.py with a fault in it: `python rl_twins.py TWIN STEP ARGUMENT ...`, with the arguments of grpo.py.
 
 TWIN is the name of a tensor, which the servers get as it was a step before when they get the weights of step STEP; or
-`temperature`, which the trainer forgets in step STEP.
+`temperature`, which the trainer forgets in step STEP; or `kernel:FOLDER`: the trainer has been started in fast mode,
+where a provider is installed in FOLDER.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,9 @@ if __name__ == "__main__":
     twin, step = sys.argv.pop(1), int(sys.argv.pop(1))
     if twin == "temperature":
         forget_temperature(step)
+    elif twin.startswith("kernel:"):
+        sys.path.insert(0, twin.removeprefix("kernel:"))
+        os.environ["DSV3_PLUGIN_MODE"] = "fast"
     else:
         keep_stale(twin, step)
     grpo.main()

@@ -1,0 +1,138 @@
+"""Servers as their own users start them, for a training loop: exact numbers, drafts, seeds, weight updates."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from servers import SERVERS, Server
+
+from dsv3_plugin.errors import EngineError
+
+ENVIRONMENTS = Path(__file__).parents[2] / ".envs"
+START_S = 300.0
+MODEL_LEN = 256
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How servers are started."""
+
+    checkpoint: Path
+    on_cpu: bool
+    kv_tokens: int
+    """The room of a server's cache: where the running requests outgrow it, some are preempted."""
+    stock: bool = False
+    """The engines' own DeepSeek-V3, without this plugin."""
+    environments: Path = ENVIRONMENTS
+    """A folder with an environment for each engine; where it has none, this Python's."""
+    options: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """More of each engine's own."""
+
+    def python(self, name: str) -> Path:
+        """Of an engine's environment."""
+        python = self.environments / name / "bin" / "python"
+        return python if python.exists() else Path(sys.executable)
+
+    def command(self, name: str, port: int) -> list[str]:
+        """What a user types."""
+        where = ["--host", "127.0.0.1", "--port", str(port)]
+        line = self._vllm(where) if name == "vllm" else self._sglang(where)
+        return [*line, *self.options.get(name, ())]
+
+    def _vllm(self, where: list[str]) -> list[str]:
+        python = self.python("vllm")
+        line = [str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(self.checkpoint), *where]
+        line += ["--logprobs-mode", "processed_logprobs", "--max-num-seqs", "64", "--max-model-len", str(MODEL_LEN)]
+        line += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
+        if _has_scale_out(python):
+            line += ["--enable-scale-out"]
+        # The prompts are short, and only whole blocks are shared.
+        block_size = 2 if self.on_cpu else 64
+        line += ["--block-size", str(block_size), "--num-gpu-blocks-override", str(self.kv_tokens // block_size)]
+        # On a card that others use: the cache has its size, and nothing is measured.
+        return line if self.on_cpu else [*line, "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", "1G"]
+
+    def _sglang(self, where: list[str]) -> list[str]:
+        line = [str(self.python("sglang")), "-m", "sglang.launch_server", "--model-path", str(self.checkpoint), *where]
+        line += ["--context-length", str(MODEL_LEN), "--enable-deterministic-inference"]
+        line += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", "1", "--speculative-eagle-topk", "1"]
+        line += ["--speculative-num-draft-tokens", "2", "--max-running-requests", "64"]
+        line += ["--max-total-tokens", str(self.kv_tokens)]
+        if not self.stock:
+            line += ["--attention-backend", "dsv3"]
+        return [
+            *line,
+            *(["--device", "cpu", "--disable-cuda-graph"] if self.on_cpu else ["--mem-fraction-static", "0.5"]),
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """Of its process."""
+        # Weights by HTTP: on a trusted network only.
+        variables = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
+        if self.stock:
+            variables |= {"DSV3_PLUGIN": "off"}
+        if self.on_cpu:
+            variables |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+            variables |= {"VLLM_MLA_DISABLE": "1"}  # else vLLM switches its prefix cache off
+        return variables
+
+
+def _has_scale_out(python: Path) -> bool:
+    """Whether this vLLM has its route for token ids behind an option; before, it was always there."""
+    look = (
+        "import importlib.util as u, pathlib as p; vllm = p.Path(u.find_spec('vllm').origin).parent;"
+        " print('enable_scale_out' in (vllm / 'entrypoints/scale_out/factories.py').read_text())"
+    )
+    done = subprocess.run([python, "-c", look], capture_output=True, text=True)
+    return done.stdout.strip().endswith("True")
+
+
+@contextmanager
+def started(name: str, launch: Launch, log: Path) -> Iterator[Server]:
+    """A server that this program starts, and ends with all its processes. Raises `EngineError` where it ends early."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            launch.command(name, port), stdout=out, stderr=out, env=launch.environment(), start_new_session=True
+        )
+    try:
+        server = SERVERS[name](f"http://127.0.0.1:{port}")
+        deadline = time.monotonic() + START_S
+        while not answers(server):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise EngineError(f"{name} did not start; the reason is in {log}")
+            time.sleep(0.5)
+        yield server
+    finally:
+        end(process)
+
+
+def answers(server: Server) -> bool:
+    """Whether it is ready for requests."""
+    try:
+        urllib.request.urlopen(f"{server.address}/health", timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a server, and what it left behind."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
