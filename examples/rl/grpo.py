@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", choices=GRPO, help="a paper's settings, in the place of those of a toy")
     parser.add_argument("--reward", nargs="+", choices=("rule", "model"), default=["rule"], help="what is added up")
     parser.add_argument("--reward-model", type=Path, help="the folder of a judge; sample.py and sft.py make one")
-    parser.add_argument("--sft-steps", type=int, default=20)
+    parser.add_argument("--sft-steps", type=int, default=25)
     parser.add_argument("--sft-batch-size", type=int, default=64)
     parser.add_argument("--sft-lr", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=30)
