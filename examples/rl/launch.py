@@ -64,12 +64,12 @@ class Launch:
 
     def _sglang(self, where: list[str]) -> list[str]:
         line = [str(self.python("sglang")), "-m", "sglang.launch_server", "--model-path", str(self.checkpoint), *where]
-        line += ["--context-length", str(MODEL_LEN), "--enable-deterministic-inference"]
+        line += ["--context-length", str(MODEL_LEN)]
         line += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", "1", "--speculative-eagle-topk", "1"]
         line += ["--speculative-num-draft-tokens", "2", "--max-running-requests", "64"]
         line += ["--max-total-tokens", str(self.kv_tokens)]
         if not self.stock:
-            line += ["--attention-backend", "dsv3"]
+            line += ["--attention-backend", "dsv3", "--enable-deterministic-inference"]
         return [
             *line,
             *(["--device", "cpu", "--disable-cuda-graph"] if self.on_cpu else ["--mem-fraction-static", "0.5"]),
