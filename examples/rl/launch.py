@@ -57,7 +57,7 @@ class Launch:
         if _has_scale_out(python):
             line += ["--enable-scale-out"]
         # The prompts are short, and only whole blocks are shared.
-        block_size = 2 if self.on_cpu else 64
+        block_size = 2 if self.on_cpu and not self.stock else 64
         line += ["--block-size", str(block_size), "--num-gpu-blocks-override", str(self.kv_tokens // block_size)]
         # On a card that others use: the cache has its size, and nothing is measured.
         return line if self.on_cpu else [*line, "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", "1G"]
