@@ -34,6 +34,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -68,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
         "--kv-tokens", type=int, default=2048, help="room in the cache of a server that is started here"
     )
     parser.add_argument("--stock", action="store_true", help="servers without this plugin: differences are recorded")
+    parser.add_argument("--no-drafts", dest="drafts", action="store_false", help="servers do not draft")
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help="a folder with one for each server")
     for name in SERVERS:
         parser.add_argument(
@@ -170,17 +172,22 @@ def learn(
     """The optimizer steps on a step's answers; returns what to log. Raises `MismatchError` (`Checks.log_probs`)."""
     trainer = checks.trainer
     is_on_policy = all(sample.version == step for sample in samples)
+    differences: dict[str, float] = {}
+    if is_on_policy and (arguments.mini_batches > 1 or checks.launch.stock):
+        # Of all answers, before the first optimizer step.
+        packed = packed_of(samples)
+        with torch.no_grad():
+            found = trainer.log_probs(packed)
+            differences = checks.log_probs(step, samples, packed, found)
+        if checks.launch.stock:
+            # As trainers do whose servers say something else: the ratio is to the trainer's own numbers.
+            parts = found.split([len(sample.tokens) for sample in samples])
+            samples = [replace(each, logprobs=part.tolist()) for each, part in zip(samples, parts, strict=True)]
     draw = random.Random(repr((arguments.seed, "mini-batches", step)))
     batches: list[list[Sample]] = []
     for _ in range(arguments.inner_updates):
         order = samples if arguments.mini_batches == 1 else draw.sample(samples, len(samples))
         batches += [order[part :: arguments.mini_batches] for part in range(arguments.mini_batches)]
-    differences: dict[str, float] = {}
-    if is_on_policy and arguments.mini_batches > 1:
-        # Of all answers, before the first optimizer step.
-        packed = packed_of(samples)
-        with torch.no_grad():
-            differences = checks.log_probs(step, samples, packed, trainer.log_probs(packed))
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     for batch in batches:
@@ -301,6 +308,7 @@ def start(arguments: argparse.Namespace) -> None:
         on_cpu=not torch.cuda.is_available(),
         kv_tokens=arguments.kv_tokens,
         stock=arguments.stock,
+        drafts=arguments.drafts,
         environments=arguments.environments,
         options={name: getattr(arguments, f"{name}_options") for name in SERVERS},
     )

@@ -33,6 +33,7 @@ class Launch:
     """The room of a server's cache: where the running requests outgrow it, some are preempted."""
     stock: bool = False
     """The engines' own DeepSeek-V3, without this plugin."""
+    drafts: bool = True
     environments: Path = ENVIRONMENTS
     """A folder with an environment for each engine; where it has none, this Python's."""
     options: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -53,7 +54,8 @@ class Launch:
         python = self.python("vllm")
         line = [str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(self.checkpoint), *where]
         line += ["--logprobs-mode", "processed_logprobs", "--max-num-seqs", "64", "--max-model-len", str(MODEL_LEN)]
-        line += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
+        if self.drafts:
+            line += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
         if _has_scale_out(python):
             line += ["--enable-scale-out"]
         # The prompts are short, and only whole blocks are shared.
@@ -65,9 +67,10 @@ class Launch:
     def _sglang(self, where: list[str]) -> list[str]:
         line = [str(self.python("sglang")), "-m", "sglang.launch_server", "--model-path", str(self.checkpoint), *where]
         line += ["--context-length", str(MODEL_LEN)]
-        line += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", "1", "--speculative-eagle-topk", "1"]
-        line += ["--speculative-num-draft-tokens", "2", "--max-running-requests", "64"]
-        line += ["--max-total-tokens", str(self.kv_tokens)]
+        if self.drafts:
+            line += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", "1"]
+            line += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "2"]
+        line += ["--max-running-requests", "64", "--max-total-tokens", str(self.kv_tokens)]
         if not self.stock:
             line += ["--attention-backend", "dsv3", "--enable-deterministic-inference"]
         return [
