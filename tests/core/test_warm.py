@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 
@@ -44,3 +45,30 @@ def test_ranks_run_together_and_one_that_fails_ends_the_others(python):
     code = "import os, sys, time; time.sleep(600) if os.environ['RANK'] == '0' else sys.exit(3)"
     assert python.run(["-c", code], ranks).returncode == 3
     assert time.monotonic() - began < 300
+
+
+def test_a_command_of_its_own_is_the_program(python, tmp_path):
+    code = "import sys; print(sys.argv, sys.orig_argv[3:]); print('fractions' in sys.modules, file=sys.stderr)"
+    words = python.command("-c", code, "a")
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == f"['-c', 'a'] {['-c', code, 'a']}\n" and done.stderr == "True\n"
+    done = subprocess.run(python.command("-m", "json.tool", "-h"), capture_output=True, text=True)
+    assert done.returncode == 0 and "json.tool [-h]" in done.stdout
+    assert subprocess.run(python.command("-c", "import sys; sys.exit(3)")).returncode == 3
+
+
+def test_who_asks_goes_away_and_so_does_the_program(python, tmp_path):
+    code = "import os, subprocess, sys, time; subprocess.Popen(['sleep', '600']); print(os.getpid(), flush=True)"
+    process = subprocess.Popen(python.command("-c", f"{code}; time.sleep(600)"), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    group = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError("it runs on")
