@@ -12,8 +12,12 @@ from warm import WarmPython
 
 
 @pytest.fixture(scope="module")
-def python() -> WarmPython:
-    return WarmPython(sys.executable, ["fractions", "this"])  # the second prints
+def python(tmp_path_factory: pytest.TempPathFactory) -> WarmPython:
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "speaking.py").write_text("import os; print('loaded'); os.environ['SPOKE'] = 'yes'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        return WarmPython(sys.executable, ["fractions", "speaking"])
 
 
 def test_it_is_told_and_says_what_a_new_process_would(python, tmp_path):
@@ -22,8 +26,11 @@ def test_it_is_told_and_says_what_a_new_process_would(python, tmp_path):
     (tmp_path / "beside.py").write_text("NUMBER = 7\n")
     done = python.run([script, "a", 2], [{"NAME": "value"}])
     assert (done.returncode, done.stdout, done.stderr) == (1, "__main__ ['a', '2'] 7\n", "bad luck\n")
-    code = "import os, sys; print(sys.argv, os.environ['NAME'], len(os.environ), sys.stdin.read() == '')"
-    assert python.run(["-c", code, "b"], [{"NAME": "value"}]).stdout == "['-c', 'b'] value 1 True\n"
+    code = "import os, sys; print(sys.argv, *sorted(os.environ.items()), sys.stdin.read() == '')"
+    assert (
+        python.run(["-c", code, "b"], [{"NAME": "value"}]).stdout
+        == "['-c', 'b'] ('NAME', 'value') ('SPOKE', 'yes') True\n"
+    )
     assert "ZeroDivisionError" in python.run(["-c", "1 / 0"], [{}]).stderr
 
 

@@ -27,8 +27,10 @@ SECONDS = 900
 def serve() -> None:
     """Answer requests until stdin ends; a child returns once it has run its program, so that it ends as any Python."""
     path, *modules = sys.argv[1:]
+    before = dict(os.environ)
     for module in modules:
         importlib.import_module(module)
+    by_imports = dict(os.environ.items() - before.items())
     sys.stdout.flush()  # engines print while they are imported
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.new")
@@ -40,12 +42,12 @@ def serve() -> None:
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             listener.close()
-            return answer(connection)
+            return answer(connection, by_imports)
         connection.close()
 
 
-def answer(connection: socket.socket) -> None:
-    """Run what is asked for, in children; only they return."""
+def answer(connection: socket.socket, by_imports: dict[str, str]) -> None:
+    """Run what is asked for, in children, with the variables that the imports set; only they return."""
     _, outputs, _, _ = socket.recv_fds(connection, 1, 2)
     request = json.loads(connection.makefile().readline())
     children: set[int] = set()
@@ -54,7 +56,7 @@ def answer(connection: socket.socket) -> None:
         if child == 0:
             os.setpgid(0, 0)
             connection.close()
-            return run(request, environment, outputs)
+            return run(request, by_imports | environment, outputs)
         with suppress(PermissionError):  # it was faster, and is another program already
             os.setpgid(child, child)
         children.add(child)
