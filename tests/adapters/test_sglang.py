@@ -372,8 +372,9 @@ class TestBadInput:
 
     @staticmethod
     def start(checkpoint: Path, *arguments: str) -> tuple[int, str]:
-        command = ["-m", "sglang.launch_server", "--model-path", str(checkpoint), "--device", "cpu"]
-        done = warm("sglang", *command, "--port", free_port(), *arguments)
+        command = [python_of("sglang"), "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
+        command += ["--device", "cpu", "--port", str(free_port()), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
     def test_checkpoint_without_a_tensor(self, tiny_checkpoint, tmp_path: Path) -> None:
