@@ -13,8 +13,8 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 else
 TORCH_BACKEND := --torch-backend cpu
 endif
-# Else every process of an engine compiles every module anew where PYTHONDONTWRITEBYTECODE is set.
-export UV_COMPILE_BYTECODE := 1
+# Set, every process of an engine would compile every module anew.
+export PYTHONDONTWRITEBYTECODE :=
 # Sums depend on the number of threads.
 export OMP_NUM_THREADS := 1
 
