@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from warm import WarmPython
@@ -64,11 +67,19 @@ def test_a_command_of_its_own_is_the_program(python, tmp_path):
     assert subprocess.run(python.command("-c", "import sys; sys.exit(3)")).returncode == 3
 
 
-def test_who_asks_goes_away_and_so_does_the_program(python, tmp_path):
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_who_asks_goes_away_and_so_does_the_program(all_of_them):
+    """Alone, or with all that a terminal's interrupt reaches."""
+    python = WarmPython(sys.executable, [])
     code = "import os, subprocess, sys, time; subprocess.Popen(['sleep', '600']); print(os.getpid(), flush=True)"
     process = subprocess.Popen(python.command("-c", f"{code}; time.sleep(600)"), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     group = int(process.stdout.readline())
+    if all_of_them:
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if str(python.command()[2]) in (folder / "cmdline").read_text() and int(folder.name) != group:
+                    os.kill(int(folder.name), signal.SIGTERM)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 60

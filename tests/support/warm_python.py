@@ -51,9 +51,13 @@ def answer(connection: socket.socket, by_imports: dict[str, str]) -> None:
     _, outputs, _, _ = socket.recv_fds(connection, 1, 2)
     request = json.loads(connection.makefile().readline())
     children: set[int] = set()
+    # What ends a terminal's programs ends the asker: that it has gone is what counts here.
+    former = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     for environment in request["environments"]:
         child = os.fork()
         if child == 0:
+            for number, handler in former.items():
+                signal.signal(number, handler)
             os.setpgid(0, 0)
             connection.close()
             return run(request, by_imports | environment, outputs)
