@@ -40,7 +40,7 @@ LEFT_OUT = "dsv3_plugin/ops/drawing.py", "dsv3_plugin/layers/warm_up.py"
 """What draws cases, and what compiles kernels of a card before they are used."""
 FARTHEST = 2
 """Chain of imports from a mutant to a test that is asked."""
-SECONDS = 240
+SECONDS = 120
 """For the tests of one mutant; those that have not begun then are not asked."""
 WARM = "torch", "pytest", "numpy", "safetensors.torch", "pydantic", "typer"
 
