@@ -90,9 +90,12 @@ def drawn(mutants: Sequence[Mutant], count: int, rng: random.Random) -> list[Mut
     return rng.sample(chosen, min(count, len(chosen)))
 
 
-def meaning(source: str) -> str:
-    """A module's syntax without annotations, and without the functions that draw cases."""
-    tree = ast.parse(source)
+def meaning(source: str) -> str | None:
+    """A module's syntax without annotations, and without the functions that draw cases; None where it has none."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return None
     for node in ast.walk(tree):
         if isinstance(node, ast.arg):
             node.annotation = None
@@ -142,7 +145,7 @@ class Laboratory:
         began = time.monotonic()
         while True:
             with use_mutation(self.copy / spec.module_path, operator, spec.occurrence) as (before, after):
-                if after is None or meaning(before) == meaning(after):
+                if after is None or meaning(after) in (None, meaning(before)):
                     return None
                 status, said = self.test(*tests, "-x", f"--seconds={SECONDS}")
             killer = KILLER.search(said)
