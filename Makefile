@@ -13,12 +13,12 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 else
 TORCH_BACKEND := --torch-backend cpu
 endif
-# Else every process of an engine compiles every module anew where PYTHONDONTWRITEBYTECODE is set.
-export UV_COMPILE_BYTECODE := 1
+# Set, every process of an engine would compile every module anew.
+export PYTHONDONTWRITEBYTECODE :=
 # Sums depend on the number of threads.
 export OMP_NUM_THREADS := 1
 
-.PHONY: conformance conformance-layouts rl test check lint docs docs-serve bench environments release clean
+.PHONY: conformance conformance-layouts rl test check mutants lint docs docs-serve bench environments release clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -62,6 +62,12 @@ test: lint docs environments
 # What changed since main: lint, types and the nearest tests, in under two minutes; it says what it did not run.
 check: lint
 	$(CORE)/python tests/support/affected.py $(WORK)/wheel
+
+SAMPLE ?= 300
+
+# How many of a sample of small changes to the arithmetic the tests notice: docs/mutants.md. Hours.
+mutants: lint .envs/mutants/.ready
+	.envs/mutants/bin/python tests/support/mutants.py $(WORK)/wheel --sample $(SAMPLE) --record $(WORK)/mutants.jsonl
 
 lint: .envs/core/.ready
 	$(CORE)/ruff check .

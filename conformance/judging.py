@@ -56,7 +56,7 @@ def judge_case(
             logits = dict(zip(of[name].keys("logits"), of[name].values("logits"), strict=True))
             logprobs.append(judge(name, case, outcome.requests, logits, device, tolerance))
             faults += [Fault((name,), text) for text in logprobs[-1].problems]
-        faults += [Fault((name,), text) for text in _schedule_problems(case, results[name], outcome)]
+        faults += [Fault((name,), text) for text in _schedule_problems(case, results[name], outcome, rows[name])]
     for left, right in () if case.samples else combinations(equal, 2):
         for index, (a, b) in enumerate(zip(outcomes[left].requests, outcomes[right].requests, strict=True)):
             position = tokens_differ(a, b)
@@ -79,7 +79,7 @@ def judge_case(
     return CaseVerdict(case, tuple(comparisons), tuple(closeness), tuple(logprobs), tuple(faults), alone, unsupported)
 
 
-def _schedule_problems(case: Case, result: Result, outcome: CaseResult) -> list[str]:
+def _schedule_problems(case: Case, result: Result, outcome: CaseResult, rows: RowFile) -> list[str]:
     """Why a case did not test what it says of caches and drafts."""
     if result.schedule_not_followed:
         return []
@@ -95,6 +95,9 @@ def _schedule_problems(case: Case, result: Result, outcome: CaseResult) -> list[
             f"{outcome.num_accepted_tokens} of {outcome.num_draft_tokens} draft tokens were accepted,"
             f" at least {case.min_accepted_tokens} should have been"
         )
+    drafts = sum(len(rows.keys(stream)) for stream in rows.streams if stream.startswith("mtp."))
+    if drafts < outcome.num_draft_tokens:
+        problems.append(f"{drafts} rows of the draft for {outcome.num_draft_tokens} draft tokens that were verified")
     return problems
 
 

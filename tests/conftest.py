@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from dsv3_plugin.checkpoint.presets import read_config
 
 # The arithmetic of a CPU is that of one thread; set before any test computes something.
 torch.set_num_threads(1)
+# Set, every program that a test starts would compile every module of its engine anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 _NO_TIME = "no time left: `make test` runs all"
 

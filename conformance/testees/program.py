@@ -116,8 +116,7 @@ def main(make_testee: MakeTestee, make_rank: Callable[[Job, RankOf], Testee] | N
 
 def _this_program() -> list[str]:
     """How this program was started, without its arguments."""
-    spec = sys.modules["__main__"].__spec__
-    return [sys.executable, *(("-m", spec.name) if spec is not None else (sys.argv[0],))]
+    return [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]]
 
 
 def run_job(make_testee: MakeTestee, job: Job, result_dir: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TinyCheckpoint
-from megatron_programs import PYTHON, fresh, needs_megatron, printed, warm
+from megatron_programs import PYTHON, fresh, needs_megatron, printed, testee, warm
 from paths import ROOT, SUPPORT
 
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
@@ -16,7 +16,7 @@ from dsv3_plugin.conformance.layouts import ParallelLayout
 
 pytestmark = needs_megatron
 
-SABOTAGED = SUPPORT / "sabotaged_megatron.py"
+SABOTAGED = str(SUPPORT / "sabotaged_megatron.py")
 CASES = ("batch", "mtp_1")
 
 
@@ -26,7 +26,7 @@ def reference() -> runner.TesteeCommand:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp8"])
 def test_the_training_forward_has_the_references_bits(dtype: str, tiny_checkpoint: TinyCheckpoint) -> None:
-    megatron = runner.TesteeCommand("megatron", (str(PYTHON), "-m", "dsv3_plugin.conformance.testees.megatron"))
+    megatron = testee("dsv3_plugin.conformance.testees.megatron")
     report = runner.run([reference(), megatron], tiny_checkpoint(dtype), lambda *_: None, only=CASES)
     assert report.passed, report.to_json()
     assert report.results["megatron"].schedule_not_followed
@@ -38,7 +38,7 @@ def test_experts_added_up_in_megatrons_order_are_caught(
     tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SABOTAGE", "experts")
-    sabotaged = runner.TesteeCommand("megatron", (str(PYTHON), str(SABOTAGED)))
+    sabotaged = testee(SABOTAGED)
     report = runner.run([reference(), sabotaged], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
     assert not report.passed
     comparisons = {(c.left, c.right): c for c in report.verdicts[0].comparisons}
@@ -74,7 +74,7 @@ def test_two_ranks_have_the_bits_of_one(
     """Every row of every layer on every rank, in as many slices as tensor-parallel ranks."""
     monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
     checkpoint = sliceable_fp8_checkpoint if dtype == "fp8" else tiny_checkpoint(dtype)
-    megatron = runner.TesteeCommand("megatron", (str(PYTHON), "-m", "dsv3_plugin.conformance.testees.megatron"))
+    megatron = testee("dsv3_plugin.conformance.testees.megatron")
     commands = [megatron.on(ParallelLayout.parse(layout)) for layout in layouts]
     report = runner.run([reference(), *commands], checkpoint, lambda *_: None, only=("mtp_1",))
     assert report.passed, report.to_json()
@@ -88,7 +88,7 @@ def test_partial_sums_that_travel_in_bf16_are_caught(
 ) -> None:
     monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
     monkeypatch.setenv("SABOTAGE", "reduction")
-    sabotaged = runner.TesteeCommand("megatron", (str(PYTHON), str(SABOTAGED))).on(ParallelLayout.parse("tp=2"))
+    sabotaged = testee(SABOTAGED).on(ParallelLayout.parse("tp=2"))
     report = runner.run([reference(), sabotaged], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
     assert not report.passed
     comparisons = {(c.left, c.right): c for c in report.verdicts[0].comparisons}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import time
@@ -27,6 +26,7 @@ from engines import (
     run,
     serving,
     shipped_testee,
+    warm,
 )
 from paths import SUPPORT
 from typer.testing import CliRunner
@@ -36,6 +36,7 @@ from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.commands.cli import app
+from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.sampling import processed_logprobs
 from dsv3_plugin.sglang_backend import plugin
 
@@ -81,9 +82,7 @@ def test_sglang_prints_the_bits_of_the_others(
 )
 def test_a_pass_in_a_cuda_graph(tiny_checkpoint, environment: str, page_size: int) -> None:
     """It answers what an eager pass does; rows with which SGLang pads it write into no request's slots."""
-    program = SUPPORT / "sglang_graph.py"
-    command = [python_of(environment), str(program), str(tiny_checkpoint("bf16")), str(page_size)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm(environment, SUPPORT / "sglang_graph.py", tiny_checkpoint("bf16"), page_size)
     assert done.returncode == 0, done.stderr
     for mode, width in (("DECODE", 1), ("TARGET_VERIFY", 3)):
         for answer in (
@@ -106,7 +105,9 @@ def test_sglang_s_model_package_variable(tiny_checkpoint, tmp_path: Path, monkey
     """
     for name, value in (WITHOUT_PLUGIN | {"SGLANG_EXTERNAL_MODEL_PACKAGE": MODELS}).items():
         monkeypatch.setenv(name, value)
-    report = run([REFERENCE, shipped_testee("sglang")], tiny_checkpoint("bf16"), tmp_path, "batch")
+    # SGLang reads both where it is imported.
+    testee = runner.TesteeCommand("sglang", (python_of("sglang"), "-m", "dsv3_plugin.conformance.testees.sglang"))
+    report = run([REFERENCE, testee], tiny_checkpoint("bf16"), tmp_path, "batch")
     assert report.passed, (report.problems, report.verdicts)
     assert report.results["sglang"].served.model_class == f"{MODELS}.deepseek_v3.DeepseekV3ForCausalLM"
 
@@ -370,10 +371,10 @@ class TestBadInput:
     """Each ends the engine with an error that says what to do; none falls back to SGLang's own model."""
 
     @staticmethod
-    def start(checkpoint: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    def start(checkpoint: Path, *arguments: str) -> tuple[int, str]:
         command = [python_of("sglang"), "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
         command += ["--device", "cpu", "--port", str(free_port()), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+        done = subprocess.run(command, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
     def test_checkpoint_without_a_tensor(self, tiny_checkpoint, tmp_path: Path) -> None:

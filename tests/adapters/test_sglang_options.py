@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from typing import Any
 
 import pytest
-from engines import python_of
+from engines import warm
 
 PROGRAM = """
 import json, os, sys
@@ -154,8 +153,7 @@ def test_every_option_has_a_verdict(tiny_checkpoint, environment: str) -> None:
     # What the versions at the ends accept on a CPU differs; what they have is asked of all.
     settings = {name: row for name, row in SETTINGS.items() if environment == "sglang"}
     rows = [(name, device, values) for name, (device, values, _) in settings.items()]
-    command = [python_of(environment), "-c", PROGRAM, str(tiny_checkpoint("bf16")), json.dumps(rows)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm(environment, "-c", PROGRAM, tiny_checkpoint("bf16"), json.dumps(rows))
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(done.stdout.splitlines()[-1])
     assert answers["unknown"] == []

@@ -28,6 +28,7 @@ from engines import (
     run,
     serving,
     shipped_testee,
+    warm_testee,
 )
 from paths import SUPPORT
 from typer.testing import CliRunner
@@ -40,18 +41,6 @@ from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.layouts import ParallelLayout
 
 PROMPT = list(range(300, 340))
-
-
-@pytest.fixture(scope="module")
-def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What Python would compile again in each of so many processes."""
-    return tmp_path_factory.mktemp("bytecode")
-
-
-@pytest.fixture(autouse=True)
-def _shared(bytecode: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(bytecode))
-    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +62,7 @@ def test_a_layout_has_the_bits_of_one_rank(
 
 
 def moves_experts(layout: str) -> runner.TesteeCommand:
-    program = python_of("sglang"), str(SUPPORT / "watched_sglang.py")
-    return runner.TesteeCommand("sglang", program).on(ParallelLayout.parse(layout))
+    return warm_testee("sglang", str(SUPPORT / "watched_sglang.py")).on(ParallelLayout.parse(layout))
 
 
 def test_experts_that_sglang_moves_change_no_bit(tiny_checkpoint, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import REFERENCE, predict_logits, python_of, run
+from engines import REFERENCE, predict_logits, run, warm_testee
 from paths import SUPPORT
 from safetensors.torch import load_file
 
@@ -17,7 +17,6 @@ from dsv3_plugin.checkpoint.fingerprint import fingerprint_of_checkpoint
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.sampling import processed_logprobs
 
 OLD_WEIGHTS_ANSWER = {
@@ -79,9 +78,7 @@ def test_updates_under_running_requests(
     }.items():
         monkeypatch.setenv(name, str(value))
     program = SUPPORT / "sglang_updates.py"
-    report = run(
-        [REFERENCE, runner.TesteeCommand("sglang", (python_of(environment), str(program)))], right, tmp_path, *cases
-    )
+    report = run([REFERENCE, warm_testee(environment, str(program))], right, tmp_path, *cases)
     # Logits, drafts and log-probabilities are those of the checkpoint that came last.
     assert report.passed, (report.problems, [(v.problems, v.comparisons) for v in report.verdicts if not v.passed])
     result = report.results["sglang"]

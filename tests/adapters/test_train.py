@@ -159,8 +159,9 @@ def on_policy(checkpoint: Path, *arguments: object) -> subprocess.CompletedProce
     return fresh(sys.executable, ON_POLICY, checkpoint, *arguments)
 
 
+# In fp32 a trainer and both servers are compared with the reference, each in its own file.
 @needs_megatron
-@pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_every_server_samples_with_the_trainer_s_probabilities(dtype: str, tiny_checkpoint: TinyCheckpoint) -> None:
     for name in ("vllm", "sglang"):
         if not (PYTHON.parents[2] / name).exists():

@@ -13,6 +13,7 @@ from paths import SUPPORT
 
 
 def on_two_ranks(*arguments: object) -> list[dict[str, Any]]:
+    # In a new process: vLLM's CPU worker, once imported, would have its ranks share memory.
     command = python_of("vllm"), "-W", "ignore", SUPPORT / "vllm_eplb.py", *arguments
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,14 +6,24 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
 import pytest
-from engines import REFERENCE, free_port, post, predict_logprobs, python_of, ran_as_one_rank, run, serving
+from engines import (
+    REFERENCE,
+    free_port,
+    post,
+    predict_logprobs,
+    python_of,
+    ran_as_one_rank,
+    run,
+    serving,
+    warm,
+    warm_testee,
+)
 from paths import SUPPORT
 from typer.testing import CliRunner
 
@@ -26,22 +36,8 @@ from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.layouts import ParallelLayout
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What vLLM and Python would find out and compile again in each of so many processes."""
-    return tmp_path_factory.mktemp("vllm-cache")
-
-
-@pytest.fixture(autouse=True)
-def _shared(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in "VLLM_CACHE_ROOT", "PYTHONPYCACHEPREFIX":
-        monkeypatch.setenv(variable, os.environ.get(variable, str(cache)))
-    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
-
-
 def watched(environment: str, layout: str) -> runner.TesteeCommand:
-    program = python_of(environment), str(SUPPORT / "watched_vllm.py")
-    return runner.TesteeCommand("vllm", program).on(ParallelLayout.parse(layout))
+    return warm_testee(environment, str(SUPPORT / "watched_vllm.py")).on(ParallelLayout.parse(layout))
 
 
 def reads(work_dir: Path, layout: str) -> list[dict[str, Any]]:
@@ -89,8 +85,7 @@ def test_experts_in_another_order_are_caught_and_named(tiny_checkpoint, tmp_path
 def test_rows_that_another_engine_left_are_answered_from(tiny_checkpoint, tmp_path: Path) -> None:
     """Prefill in one engine, decode in another: the same raw logits, and one bit of a row changed is seen."""
     settings = {"VLLM_MLA_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    command = [python_of("vllm"), str(SUPPORT / "vllm_connector.py"), str(tiny_checkpoint("bf16")), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+    done = warm("vllm", SUPPORT / "vllm_connector.py", tiny_checkpoint("bf16"), tmp_path, **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     lines = [line.removeprefix("TOLD ") for line in done.stdout.splitlines() if line.startswith("TOLD ")]
     told: dict[str, Any] = {name: engine for line in lines for name, engine in json.loads(line).items()}
@@ -219,7 +214,7 @@ for size, state in (1, PauseState.UNPAUSED), (2, PauseState.PAUSED_ALL), (2, Pau
 @pytest.mark.parametrize("environment", ["vllm", "vllm-0.27.1"])
 def test_weights_change_while_data_parallel_engines_pause(environment: str) -> None:
     """Another engine's request may need this one's experts. A trainer's function is known by what it did."""
-    done = subprocess.run([python_of(environment), "-c", PAUSE_PROGRAM], capture_output=True, text=True)
+    done = warm(environment, "-c", PAUSE_PROGRAM)
     assert done.returncode == 0, done.stderr
     told = [line.removeprefix("TOLD ") for line in done.stdout.splitlines() if line.startswith("TOLD ")]
     assert told[:7] == ["1", "2", "2", "1", "2", "2", "1"]

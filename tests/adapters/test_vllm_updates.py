@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from draft_probe import draft_digest
-from engines import cut_short, predict_logprobs, python_of
+from engines import cut_short, predict_logprobs, warm
 from paths import SUPPORT
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint_of_checkpoint
@@ -32,10 +30,9 @@ def run_updates(environment: str, job: dict[str, object], work_dir: Path) -> lis
     """What `vllm_updates.py` tells, in order."""
     file = work_dir / "job.json"
     file.write_text(json.dumps(job))
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1"}
     settings |= {"VLLM_MLA_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-    command = [python_of(environment), str(PROGRAM), str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+    done = warm(environment, PROGRAM, file, **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return [json.loads(line.removeprefix("TOLD ")) for line in done.stdout.splitlines() if line.startswith("TOLD ")]
 

@@ -84,9 +84,10 @@ def test_a_graph_s_rows_of_padding_belong_to_no_request() -> None:
     assert batch.read_query_start_loc() == (0, 2, 3)
 
 
-def test_a_request_without_queries_may_have_any_pages() -> None:
+def test_a_request_without_queries_may_have_any_pages_and_any_length() -> None:
     changes: dict[str, Any] = {"block_table": [[2, 0], [99, 99]]}
     two_requests(query_start_loc=[0, 3, 3], **changes)
+    two_requests(query_start_loc=[0, 3, 3], seq_lens=[20, 99], **changes)
     with pytest.raises(InputError, match="request 1 of 5 tokens has block 99 at 0"):
         two_requests(**changes)
 

@@ -38,15 +38,12 @@ def python_of(environment: str) -> str:
     return str(python)
 
 
-def shipped_testee(environment: str) -> runner.TesteeCommand:
-    """The testee of an environment NAME or NAME-VERSION."""
-    name = environment.partition("-")[0]
-    return runner.TesteeCommand(name, (python_of(environment), "-m", f"dsv3_plugin.conformance.testees.{name}"))
-
-
 WARM = {
-    "vllm": ("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"),
-    "sglang": ("sglang.srt.model_executor.model_runner", "sglang.srt.server_args"),
+    "vllm": (
+        *("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"),
+        *("vllm.v1.core.sched.scheduler", "vllm.model_executor.layers.quantization.compressed_tensors.utils"),
+    ),
+    "sglang": ("sglang.srt.managers.scheduler", "sglang.srt.models.registry", "sglang.srt.server_args"),
 }
 
 
@@ -55,8 +52,19 @@ def _warm(environment: str) -> WarmPython:
     return WarmPython(python_of(environment), WARM[environment.partition("-")[0]])
 
 
+def shipped_testee(environment: str) -> runner.TesteeCommand:
+    """The testee of an environment NAME or NAME-VERSION, as `warm` runs programs."""
+    name = environment.partition("-")[0]
+    return warm_testee(environment, "-m", f"dsv3_plugin.conformance.testees.{name}")
+
+
+def warm_testee(environment: str, *program: str) -> runner.TesteeCommand:
+    """A program in an engine's environment as a testee."""
+    return runner.TesteeCommand(environment.partition("-")[0], _warm(environment).command(*program))
+
+
 def warm(environment: str, *command: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `python COMMAND` in a fork of a Python that has imported an environment's engine, which takes it 15 s."""
+    """Run `python COMMAND` in a fork of a Python that has imported an environment's engine: that takes ten seconds."""
     return _warm(environment).run(command, [os.environ | {"OMP_NUM_THREADS": "1"} | variables])
 
 

@@ -13,6 +13,7 @@ from engines import ENVIRONMENTS, free_port
 from warm import WarmPython
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.conformance.runner import TesteeCommand
 
 PYTHON = ENVIRONMENTS / "megatron" / "bin" / "python"
 DSV3 = PYTHON.with_name("dsv3")
@@ -53,6 +54,12 @@ def warm(*command: object, ranks: int | None = None, modules: tuple[str, ...] = 
         numbers = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks))
         environments = [environments[0] | world | {"LOCAL_WORLD_SIZE": str(ranks)} | number for number in numbers]
     return _warm(str(PYTHON), modules).run(command, environments)
+
+
+def testee(program: str) -> TesteeCommand:
+    """A program in such forks that is a testee of the suite."""
+    words = ("-m", program) if program.startswith("dsv3_plugin.") else (program,)
+    return TesteeCommand("megatron", _warm(str(PYTHON), MODEL).command(*words))
 
 
 def printed(done: Done) -> str:

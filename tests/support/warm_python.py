@@ -1,9 +1,9 @@
-"""A Python that has imported what many programs need and runs each in a fork of itself: `warm_python.py MODULE ...`.
+"""A Python that has imported what many programs need and runs each in a fork: `warm_python.py SOCKET MODULE ...`.
 
-Each line of stdin asks for one program, as JSON: `command`, which is what would follow `python`; `environments`, one
-for each process that is to run it; `stdout` and `stderr`, the files that take what they print. A line of stdout answers
-with the exit status. As torchrun does, it ends the other processes where one fails. For tests that would else spend
-their time in imports: megatron.core takes four seconds.
+Whoever connects to SOCKET sends its standard output and error, and one line of JSON: `command`, which is what would
+follow `python`; `environments`, one for each process that is to run it; `folder`, where it runs; `started_as`, its
+`sys.orig_argv`. A line answers with the exit status. As torchrun does, it ends the other processes where one fails, and
+all where the asker goes away. For tests that would else spend their time in imports: vLLM's take ten seconds.
 """
 
 from __future__ import annotations
@@ -12,61 +12,101 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
+import socket
 import sys
+import threading
 import types
+from contextlib import suppress
 from typing import Any
 
 SECONDS = 900
 
 
 def serve() -> None:
-    """Answer requests; a child returns once it has run its program, so that it ends as any Python does."""
-    # Engines print while they are imported.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for module in sys.argv[1:]:
+    """Answer requests until stdin ends; a child returns once it has run its program, so that it ends as any Python."""
+    path, *modules = sys.argv[1:]
+    before = dict(os.environ)
+    for module in modules:
         importlib.import_module(module)
-    for line in sys.stdin:
-        request = json.loads(line)
-        children = set()
-        for environment in request["environments"]:
-            child = os.fork()
-            if child == 0:
-                return run(request, environment)
-            children.add(child)
-        print(json.dumps(wait_for(children)), file=answers, flush=True)
+    by_imports = dict(os.environ.items() - before.items())
+    sys.stdout.flush()  # engines print while they are imported
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{path}.new")
+    listener.listen()
+    os.rename(f"{path}.new", path)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while listener in select.select([listener, sys.stdin], [], [])[0]:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listener.close()
+            return answer(connection, by_imports)
+        connection.close()
 
 
-def run(request: dict[str, Any], environment: dict[str, str]) -> None:
+def answer(connection: socket.socket, by_imports: dict[str, str]) -> None:
+    """Run what is asked for, in children, with the variables that the imports set; only they return."""
+    _, outputs, _, _ = socket.recv_fds(connection, 1, 2)
+    request = json.loads(connection.makefile().readline())
+    children: set[int] = set()
+    # What ends a terminal's programs ends the asker: that it has gone is what counts here.
+    former = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    for environment in request["environments"]:
+        child = os.fork()
+        if child == 0:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+            os.setpgid(0, 0)
+            connection.close()
+            return run(request, by_imports | environment, outputs)
+        with suppress(PermissionError):  # it was faster, and is another program already
+            os.setpgid(child, child)
+        children.add(child)
+    started = frozenset(children)
+
+    def end(_: object = None) -> None:
+        for child in started:
+            with suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+
+    timer = threading.Timer(SECONDS, end)
+    timer.daemon = True
+    timer.start()
+    threading.Thread(target=lambda: connection.recv(1) or end(), daemon=True).start()
+    status = wait_for(children)
+    end()  # what they started and left behind
+    with suppress(BrokenPipeError):
+        connection.sendall(f"{status}\n".encode())
+    os._exit(0)
+
+
+def run(request: dict[str, Any], environment: dict[str, str], outputs: list[int]) -> None:
     """Be `python COMMAND`."""
     os.environ.clear()
     os.environ.update(environment)
-    places = "/dev/null", request["stdout"], request["stderr"]
-    for number, place in enumerate(places):
-        opened = os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    os.chdir(request["folder"])
+    for number, opened in enumerate((os.open(os.devnull, os.O_RDONLY), *outputs)):
         os.dup2(opened, number)
         os.close(opened)
     first, *sys.argv[1:] = request["command"]
+    sys.orig_argv = request["started_as"]
     if first == "-c":
         program = sys.argv.pop(1)
         sys.argv[0], sys.path[0] = "-c", ""
         sys.modules["__main__"] = main = types.ModuleType("__main__")
         exec(compile(program, "<string>", "exec"), main.__dict__)
+    elif first == "-m":
+        sys.argv[0] = sys.argv.pop(1)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv[0], sys.path[0] = first, os.path.dirname(first)
         runpy.run_path(first, run_name="__main__")
 
 
 def wait_for(children: set[int]) -> int:
-    """The exit status of the first that fails, else 0. After `SECONDS` they are killed."""
-
-    def kill(*_: object) -> None:
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-
-    signal.signal(signal.SIGALRM, kill)
-    signal.alarm(SECONDS)
+    """The exit status of the first that fails, else 0; the others are ended then."""
     status = 0
     while children:
         child, how = os.wait()
@@ -74,7 +114,6 @@ def wait_for(children: set[int]) -> int:
         if not status and (status := os.waitstatus_to_exitcode(how)):
             for other in children:
                 os.kill(other, signal.SIGTERM)
-    signal.alarm(0)
     return status
 
 
