@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dsv3_plugin.conformance.calls import Call
-from dsv3_plugin.conformance.protocol import prefix_digest
+from dsv3_plugin.conformance.protocol import prefix_digests
 
 ORDER = "streams"
 """In a tensor file's metadata: its streams in the order in which they were first computed, as JSON."""
@@ -49,7 +49,7 @@ class TokenTracker:
         assert list(positions) == list(range(start, end)), "positions of one request are consecutive"
         assert start <= len(tokens), "a token's predecessors were seen before"
         tokens[start:end] = input_ids
-        return [RowKey(request, p, prefix_digest(tokens[: p + 1])) for p in positions]
+        return [RowKey(request, p, d) for p, d in zip(positions, prefix_digests(tokens[:end], start), strict=True)]
 
 
 class RowRecorder:

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.conformance.cases import BLOCK_SIZE, fit, make_cases
+from dsv3_plugin.checkpoint.traps import is_planted
+from dsv3_plugin.config import read_json_object
+from dsv3_plugin.conformance.cases import BLOCK_SIZE, crowd_cases, fit, long_cases, make_cases, planted_cases
 from dsv3_plugin.conformance.compare import RowFile
 from dsv3_plugin.conformance.expectations import Expectations
 from dsv3_plugin.conformance.judging import judge_case
@@ -115,7 +117,7 @@ def run(
     reader = CheckpointReader(checkpoint)
     for testee in testees:
         testee.layout.require_slices(reader.profile())
-    every_case = cases_of(reader)
+    every_case = cases_of(reader, device)
     cases = select(every_case, only)
     expectations = expectations or Expectations()
     expectations.require_cases(case.name for case in every_case)
@@ -141,14 +143,18 @@ def run(
     return report
 
 
-def cases_of(reader: CheckpointReader) -> tuple[Case, ...]:
-    """All cases of a checkpoint. Raises `CheckpointError` where it is broken, `ConformanceError` where it is too small
-    for them.
+def cases_of(reader: CheckpointReader, device: Device = "cpu") -> tuple[Case, ...]:
+    """All cases of a checkpoint on a kind of device, those of as many drafts together: engines fix that at their start.
+
+    Raises `CheckpointError` where the checkpoint is broken, `ConformanceError` where it is too small for them.
     """
     reader.validate()
-    config = reader.config
-    cases = make_cases(tokenize(real_text(), reader.path), with_mtp=config.num_nextn_predict_layers == 1)
-    return fit(cases, config.max_position_embeddings)
+    config, text = reader.config, tokenize(real_text(), reader.path)
+    with_mtp, longest = config.num_nextn_predict_layers == 1, config.max_position_embeddings
+    cases = make_cases(text, with_mtp=with_mtp) + crowd_cases(text) + long_cases(text, device, config)
+    if is_planted(read_json_object(reader.path / "config.json")):
+        cases += planted_cases(text, config.vocab_size, with_mtp=with_mtp)
+    return fit(sorted(cases, key=lambda case: case.num_speculative_tokens), longest)
 
 
 @dataclass(frozen=True)

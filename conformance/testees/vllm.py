@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.cases import TOP_LOGPROBS
+from dsv3_plugin.conformance.cases import SPARE, TOP_LOGPROBS
 from dsv3_plugin.conformance.layouts import ALONE, ONE_RANK, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, TokenTracker, pick
@@ -154,11 +154,11 @@ class VllmTestee:
             dtype=model.torch_dtype,
             # In the warm-up, which vLLM leaves out in eager mode, a later stage gets a buffer for what is sent to it.
             enforce_eager=self.rank.layout.pp == 1,
-            max_model_len=min(512, model.max_position_embeddings),
-            max_num_seqs=8,
+            max_model_len=min(max(512, self.job.longest + SPARE), model.max_position_embeddings),
+            max_num_seqs=max(8, self.job.most_requests),
             max_num_batched_tokens=2048,
             block_size=self.job.block_size,
-            kv_cache_memory_bytes=64 << 20,
+            kv_cache_memory_bytes=max(64 << 20, self.job.longest << 14),
             # The share of a card that must be free at the start: other testees run beside this one.
             gpu_memory_utilization=0.3,
             enable_prefix_caching=True,

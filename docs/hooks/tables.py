@@ -22,6 +22,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
+from dsv3_plugin.conformance.traps import TRAPS
 from dsv3_plugin.kernels.bench import scoreboard
 from dsv3_plugin.ops.operation import Operation, operations
 
@@ -137,6 +138,25 @@ def versions() -> Iterator[str]:
         yield f"| `{path.stem}` | {engine} | {' | '.join(others)} |"
 
 
+def traps() -> Iterator[str]:
+    """The suite's list of known mistakes."""
+    yield from (
+        "| mistake | why it is missed, or what it costs | seen in | shown by | needs |",
+        "|---|---|---|---|---|",
+    )
+    for trap in TRAPS:
+        issues = ", ".join(_issue(name) for name in trap.issues)
+        seen = f"{trap.seen}: {issues}" if issues else trap.seen
+        shown = ", ".join(f"`{case}`" for case in trap.cases) or f"no case: {trap.elsewhere}"
+        yield f"| {trap.mistake} (`{trap.name}`) | {trap.why} | {seen} | {shown} | {trap.checkpoint} |"
+
+
+def _issue(name: str) -> str:
+    """A link to an issue or pull request, `owner/name#number`."""
+    repository, _, number = name.partition("#")
+    return f"[{name}](https://github.com/{repository}/issues/{number})"
+
+
 def cards() -> Iterator[str]:
     """What was shown of which engine, from docs/cards/."""
     yield from ("| engine | on | profile | layouts | rows equal | date |", "|---|---|---|---|---|---|")
@@ -210,5 +230,6 @@ TABLES: dict[str, Callable[..., Iterator[str]]] = {
     "contracts": contracts,
     "numbers": numbers,
     "refusals": refusals,
+    "traps": traps,
     "versions": versions,
 }

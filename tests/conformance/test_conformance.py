@@ -41,7 +41,7 @@ def run(testees, checkpoint: Path, work_dir: Path, *cases: str) -> runner.Report
 def test_every_schedule_of_the_reference_is_the_specification(tiny_checkpoint, tmp_path: Path, dtype: str) -> None:
     report = run([REFERENCE], tiny_checkpoint(dtype), tmp_path)
     assert report.passed, [v for v in report.verdicts if not v.passed]
-    assert len(report.verdicts) == 13
+    assert len(report.verdicts) == 18
     # What every server is judged by; prompts are scored, and all that is generated.
     assert sum(logprobs.equal for verdict in report.verdicts for logprobs in verdict.logprobs) > 40_000
     for verdict in report.verdicts:
