@@ -137,6 +137,12 @@ def rows_alone(name: str, sides: dict[str, RowFile]) -> int:
     return count
 
 
+def streams_in_order(rows: RowFile) -> list[str]:
+    """The main model's modules that a file has, in the order in which they run, and the logits."""
+    layers = sum(1 for stream in rows.streams if stream.startswith("layers.") and stream.count(".") == 1)
+    return [stream for stream in (*layer_streams(layers), "logits") if stream in rows.streams]
+
+
 def _order_of(streams: list[str]) -> Any:
     """Sort differences by position, then by the order in which modules run; logits and drafts last.
 

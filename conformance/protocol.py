@@ -40,6 +40,10 @@ from dsv3_plugin.errors import ConformanceError
 
 PROTOCOL_VERSION = "1.0"
 PROGRESS_PREFIX = "DSV3-PROGRESS "
+OWN_MODEL = "-own"
+"""Behind a testee's name: of the model that an engine has itself."""
+OWN_MODEL_OPTION = "--own-model"
+"""By which a testee that ships with the suite is asked for it."""
 
 Device = Literal["cpu", "cuda"]
 Claim = Literal["equality", "closeness"]

@@ -9,6 +9,32 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
+
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.checkpoint.traps import is_planted
+from dsv3_plugin.config import read_json_object
+
+Feature = Literal["fp8", "mtp", "traps", "yarn"]
+FEATURES: dict[Feature, str] = {
+    "fp8": "fp8",
+    "mtp": "an MTP layer",
+    "traps": "the preset traps",
+    "yarn": "YaRN",
+}
+"""What not every checkpoint has, in words."""
+
+
+def features_of(reader: CheckpointReader) -> frozenset[Feature]:
+    """Those that a checkpoint has."""
+    config = reader.config
+    found: dict[Feature, bool] = {
+        "fp8": config.quantization_config is not None,
+        "mtp": config.num_nextn_predict_layers == 1,
+        "traps": is_planted(read_json_object(reader.path / "config.json")),
+        "yarn": config.rope_scaling is not None,
+    }
+    return frozenset(feature for feature, there in found.items() if there)
 
 
 @dataclass(frozen=True)
@@ -25,8 +51,8 @@ class Trap:
     """`owner/name#number` on GitHub."""
     cases: tuple[str, ...] = ()
     """On which it shows; `*` stands for anything."""
-    checkpoint: str = ""
-    """What a checkpoint must have for it to show; empty: nothing."""
+    needs: tuple[Feature, ...] = ()
+    """What a checkpoint must have for it to show."""
     elsewhere: str = ""
     """Of a mistake that no forward pass shows, where it is tested."""
 
@@ -36,7 +62,6 @@ class Trap:
 
 
 _ANY_TEXT = ("prefill", "decode", "batch")
-_PLANTED = "the preset `traps`"
 
 TRAPS: tuple[Trap, ...] = (
     Trap(
@@ -46,7 +71,7 @@ TRAPS: tuple[Trap, ...] = (
         "exporters: onnxruntime/mobius, optimum-intel",
         ("onnxruntime/mobius#548", "huggingface/optimum-intel#1877"),
         (*_ANY_TEXT, "long_*"),
-        "YaRN",
+        ("yarn",),
     ),
     Trap(
         "rotary_halves",
@@ -63,7 +88,7 @@ TRAPS: tuple[Trap, ...] = (
         "Hugging Face transformers",
         ("huggingface/transformers#45440",),
         (*_ANY_TEXT, "token_*"),
-        _PLANTED,
+        ("traps",),
     ),
     Trap(
         "bf16_router",
@@ -80,7 +105,7 @@ TRAPS: tuple[Trap, ...] = (
         "DeepSeek's own inference code has none; transformers, Megatron-Core and TorchTitan add it",
         (),
         ("token_drowned",),
-        _PLANTED,
+        ("traps",),
     ),
     Trap(
         "scale_after_combine",
@@ -113,7 +138,7 @@ TRAPS: tuple[Trap, ...] = (
         "vLLM zeroes it; SGLang, TorchTitan and DeepSeek's report do not",
         (),
         ("mtp_*", "sampler_mtp_*"),
-        "an MTP layer",
+        ("mtp",),
     ),
     Trap(
         "quantizer_floor",
@@ -122,7 +147,7 @@ TRAPS: tuple[Trap, ...] = (
         "DeepGEMM and DeepSeek's own code (1e-4), vLLM and slime (1e-10); TransformerEngine has none",
         (),
         ("token_faint", "token_denormal"),
-        f"{_PLANTED} in fp8",
+        ("traps", "fp8"),
     ),
     Trap(
         "zero_block",
@@ -131,7 +156,7 @@ TRAPS: tuple[Trap, ...] = (
         "slime has a test for it",
         (),
         ("token_zero",),
-        f"{_PLANTED} in fp8",
+        ("traps", "fp8"),
     ),
     Trap(
         "scale_dropped",
@@ -140,7 +165,7 @@ TRAPS: tuple[Trap, ...] = (
         "converters",
         (),
         _ANY_TEXT,
-        "fp8",
+        ("fp8",),
     ),
     Trap(
         "phases_apart",
@@ -157,7 +182,7 @@ TRAPS: tuple[Trap, ...] = (
         "vLLM's batch-invariant mode",
         ("vllm-project/vllm#54506",),
         ("mtp_*", "sampler_mtp_*"),
-        "an MTP layer",
+        ("mtp",),
     ),
     Trap(
         "mtp_layer_number",
@@ -182,7 +207,7 @@ TRAPS: tuple[Trap, ...] = (
         "transformers and TorchTitan leave it open",
         (),
         (*_ANY_TEXT, "token_flooded"),
-        _PLANTED,
+        ("traps",),
     ),
     Trap(
         "denormals_flushed",
@@ -191,11 +216,11 @@ TRAPS: tuple[Trap, ...] = (
         "whatever is built with `-ffast-math` or calls `set_flush_denormal`",
         (),
         ("token_denormal",),
-        _PLANTED,
+        ("traps",),
     ),
 )
 
 
-def guarded(cases: Collection[str]) -> list[tuple[Trap, tuple[str, ...]]]:
-    """The traps that some cases are there for, each with those of them on which it shows."""
-    return [(trap, shown) for trap in TRAPS if (shown := trap.shown_by(cases))]
+def guarded(cases: Collection[str], features: Collection[Feature]) -> list[tuple[Trap, tuple[str, ...]]]:
+    """The traps that show on some cases of a checkpoint with these features, each with the cases."""
+    return [(trap, shown) for trap in TRAPS if set(trap.needs) <= set(features) and (shown := trap.shown_by(cases))]

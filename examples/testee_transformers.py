@@ -39,8 +39,7 @@ class TransformersTestee:
         self.layers.recorder = outcome.recorder
         for index, request in enumerate(case.requests):
             tokens, cache = list(request.prompt_token_ids), None
-            of_prompt: list[Answer] = []
-            generated: list[Answer] = []
+            of_prompt, generated = list[Answer](), list[Answer]()
             while len(generated) < request.max_tokens:
                 first = len(tokens) - 1 if generated else 0
                 keys = self.layers.keys = [

@@ -389,7 +389,7 @@ class Observer:
     def __init__(self, scheduler: Any, job: Job) -> None:
         self.outcome: program.Outcome | None = None
         self.target = Watched(scheduler.tp_worker.model_runner.model, 0)
-        if job.operations and self.target.layers is not None:
+        if job.operations and self.target.layers is not None and is_ours(self.target.model):
             model = self.target.model
             OperationRecorder(model.model, model.ops, self.target.layers.current, capture=job.capture)
         self.draft: Watched | None = None
@@ -434,7 +434,7 @@ class Watched:
         """Rows of the pass that continue what was accepted; None: all."""
         self.draft_step = 0
         self.layers: LayerRecorder | None = None
-        if shift == 0 and is_ours(model):
+        if shift == 0:
             self.layers = LayerRecorder(model.model, model.config.num_hidden_layers)
         processor = model.logits_processor
         model.forward = partial(self._forward, model.forward)

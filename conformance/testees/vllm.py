@@ -308,8 +308,7 @@ class Observer:
     def start_case(self, outcome: program.Outcome) -> None:
         """Record into `outcome` from now on."""
         self.outcome = outcome
-        if self.layers is not None:
-            self.layers.recorder = outcome.recorder
+        self.layers.recorder = outcome.recorder
 
     def start_request(self, index: int, request: Request) -> None:
         """Announce a request."""
@@ -328,7 +327,7 @@ class Observer:
 
     # The target model.
 
-    def _watch_target(self, model: Any) -> LayerRecorder | None:
+    def _watch_target(self, model: Any) -> LayerRecorder:
         prepare = self.runner._prepare_inputs
 
         def prepare_inputs(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any) -> Any:
@@ -337,11 +336,9 @@ class Observer:
             return prepared
 
         self.runner._prepare_inputs = prepare_inputs
-        layers = None
-        if is_ours(model):
-            layers = LayerRecorder(model.model, model.config.num_hidden_layers)
-            if self.job.operations:
-                OperationRecorder(model.model, model.ops, layers.current, capture=self.job.capture)
+        layers = LayerRecorder(model.model, model.config.num_hidden_layers)
+        if is_ours(model) and self.job.operations:
+            OperationRecorder(model.model, model.ops, layers.current, capture=self.job.capture)
         # Not by hooks: vLLM's own models have a `__call__` that passes them by.
         model.forward = partial(self._target_forward, model.forward)
         model.compute_logits = partial(self._target_logits, model.compute_logits)
@@ -356,11 +353,9 @@ class Observer:
         self.keys = None
         if self.outcome is not None and self.segments is not None and not _is_dummy():
             self.keys = _observe(self.seen, self.segments, kwargs["positions"], kwargs["input_ids"], 0)
-        if self.layers is not None:
-            self.layers.keys = self.keys
+        self.layers.keys = self.keys
         self.hidden = forward(**kwargs)
-        if self.layers is not None:
-            self.layers.keys = None
+        self.layers.keys = None
         return self.hidden
 
     def _target_logits(self, compute_logits: Any, hidden_states: torch.Tensor) -> torch.Tensor:

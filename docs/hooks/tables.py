@@ -22,7 +22,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
-from dsv3_plugin.conformance.traps import TRAPS
+from dsv3_plugin.conformance.traps import FEATURES, TRAPS
 from dsv3_plugin.kernels.bench import scoreboard
 from dsv3_plugin.ops.operation import Operation, operations
 
@@ -148,7 +148,8 @@ def traps() -> Iterator[str]:
         issues = ", ".join(_issue(name) for name in trap.issues)
         seen = f"{trap.seen}: {issues}" if issues else trap.seen
         shown = ", ".join(f"`{case}`" for case in trap.cases) or f"no case: {trap.elsewhere}"
-        yield f"| {trap.mistake} (`{trap.name}`) | {trap.why} | {seen} | {shown} | {trap.checkpoint} |"
+        needs = ", ".join(FEATURES[feature] for feature in trap.needs)
+        yield f"| {trap.mistake} (`{trap.name}`) | {trap.why} | {seen} | {shown} | {needs} |"
 
 
 def _issue(name: str) -> str:

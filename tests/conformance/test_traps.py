@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dsv3_plugin.conformance.compare import Comparison, RowFile, compare_case
 from dsv3_plugin.conformance.protocol import Case, Job
 from dsv3_plugin.conformance.testees.program import Outcome
 from dsv3_plugin.conformance.testees.reference import Engine, ReferenceTestee
-from dsv3_plugin.conformance.traps import TRAPS, guarded
+from dsv3_plugin.conformance.traps import FEATURES, TRAPS, features_of, guarded
 from dsv3_plugin.ops.router import route
 
 SHOWN = {trap.name: trap for trap in TRAPS if trap.cases}
@@ -102,7 +103,7 @@ def tried() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("trap", "case"), tried())
 def test_who_falls_into_it_is_caught(trap: str, case: str, runs: Runs) -> None:
     assert SHOWN[trap].shown_by([case]) == (case,)
-    dtype = "fp8" if "fp8" in SHOWN[trap].checkpoint else "bf16"
+    dtype = "fp8" if "fp8" in SHOWN[trap].needs else "bf16"
     comparison = runs.comparison(trap, case, dtype)
     print(f"{trap}: {comparison.describe()}")
     if trap == "logprobs_of_another_kind":
@@ -129,9 +130,12 @@ def test_every_trap_is_shown_or_says_where(runs: Runs) -> None:
     cases = [case.name for case in runs.job("bf16").cases]
     for trap in TRAPS:
         assert bool(trap.cases) != bool(trap.elsewhere)
-        assert all(any(trap.shown_by([case]) for case in cases) for _ in trap.cases)
-    assert len(guarded(cases)) == len(SHOWN)
-    assert [trap.name for trap, _ in guarded(["sampled"])] == ["logprobs_of_another_kind"]
+        assert all(replace(trap, cases=(pattern,)).shown_by(cases) for pattern in trap.cases)
+    assert {trap.name for trap, _ in guarded(cases, FEATURES)} == set(SHOWN)
+    assert [trap.name for trap, _ in guarded(["sampled"], ())] == ["logprobs_of_another_kind"]
+    assert not [trap for trap, _ in guarded(cases, FEATURES.keys() - {"traps"}) if "traps" in trap.needs]
+    found = {dtype: features_of(CheckpointReader(Path(runs.job(dtype).checkpoint))) for dtype in ("bf16", "fp8")}
+    assert found == {"bf16": {"mtp", "traps", "yarn"}, "fp8": set(FEATURES)}
 
 
 def test_planted_tokens_do_what_they_say(runs: Runs) -> None:
