@@ -13,8 +13,8 @@ from markupsafe import Markup, escape
 
 from dsv3_plugin.conformance.closeness import Closeness, Drift
 
-_WIDTH, _HEIGHT = 720, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 14, 44
+_WIDTH, _HEIGHT = 720, 280
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 24, 14, 30
 _MARKS = 8
 """Names under the axis, at most."""
 

@@ -64,7 +64,9 @@ class Outcome:
 
 
 class Testee(Protocol):
-    """An engine under test. One that claims closeness has `claim = "closeness"`, see `Result.claim`."""
+    """An engine under test. One that claims closeness has `claim = "closeness"`, see `Result.claim`; one that has a
+    DeepSeek-V3 of its own has `own_model_devices`, where that runs.
+    """
 
     name: str
 
@@ -123,6 +125,9 @@ def main(make_testee: MakeTestee, make_rank: Callable[[Job, RankOf], Testee] | N
 
 def _with_own_model(make_testee: MakeTestee, job: Job) -> Testee:
     testee = make_testee(job)
+    if job.device not in (devices := getattr(testee, "own_model_devices", ())):
+        where = f"runs on {', '.join(devices)}, not on {job.device}" if devices else "is none"
+        raise ConformanceError(f"{OWN_MODEL_OPTION}: {testee.name}'s own model {where}")
     testee.name += OWN_MODEL
     testee.claim = "closeness"  # type: ignore[attr-defined]
     return testee

@@ -43,6 +43,8 @@ class SglangTestee:
     """One engine at a time; a new one where the number of draft tokens changes, which SGLang fixes at start."""
 
     name = "sglang"
+    # On a CPU its Triton kernels are interpreted, attention too, whose results there are no numbers of the model's.
+    own_model_devices = ("cuda",)
     schedule_not_followed = None
 
     def __init__(self, job: Job, rank: RankOf = ALONE) -> None:

@@ -49,6 +49,7 @@ class VllmTestee:
     """One engine at a time; a new one where the number of draft tokens changes, which vLLM fixes at start."""
 
     name = "vllm"
+    own_model_devices = ("cpu", "cuda")
     schedule_not_followed = None
 
     def __init__(self, job: Job, rank: RankOf = ALONE) -> None:
