@@ -102,7 +102,7 @@ TRAPS: tuple[Trap, ...] = (
         "no_epsilon",
         "weights divided by their sum without the 1e-20 under it",
         "It shows only where all chosen scores are almost 0: there it decides how much experts say, and 0 / 0 is NaN.",
-        "vLLM, whose logits are then NaN, and DeepSeek's own inference code; transformers, Megatron-Core, TorchTitan add it",
+        "vLLM, whose logits are then NaN, and DeepSeek's own code; transformers, Megatron-Core and TorchTitan add it",
         (),
         ("token_drowned",),
         ("traps",),

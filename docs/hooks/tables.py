@@ -160,7 +160,7 @@ def _issue(name: str) -> str:
 
 def cards() -> Iterator[str]:
     """What was shown of which engine, from docs/cards/."""
-    yield from ("| engine | on | profile | layouts | rows equal | date |", "|---|---|---|---|---|---|")
+    yield from ("| engine | on | profile | layouts | rows shown | date |", "|---|---|---|---|---|---|")
     for path in sorted((ROOT / "docs/cards").glob("*.yaml")):
         card = yaml.safe_load(path.read_text())
         name = f"[{path.stem.removesuffix('-' + card['device'])}](cards/{path.name})"
@@ -169,7 +169,8 @@ def cards() -> Iterator[str]:
             of_profile = list(lines)
             layouts = ", ".join("one rank" if line["layout"] == "one" else line["layout"] for line in of_profile)
             rows, date = sum(line["rows"] for line in of_profile), max(line["date"] for line in of_profile)
-            yield f"| {name} | {card['device']} | {profile} | {layouts} | {rows:,} | {date[:10]} |"
+            shown = "close" if of_profile[0]["promise"] == "closeness" else "equal"
+            yield f"| {name} | {card['device']} | {profile} | {layouts} | {rows:,} {shown} | {date[:10]} |"
 
 
 def _profile(line: dict[str, str]) -> str:
