@@ -39,7 +39,8 @@ ALL_BUT_SAMPLER = (
 @pytest.mark.parametrize(
     ("environment", "dtype", "cases"),
     [
-        ("vllm", "bf16", ()),
+        # All cases: in `test_sglang`, beside SGLang.
+        ("vllm", "bf16", ("sampler", "mtp_2", "mtp_prefix_cache", "mtp_4")),
         ("vllm", "fp32", ("batch", "chunked_prefill", "prefix_cache", "mtp_2")),
         ("vllm", "fp8", ("batch", "chunked_prefill", "prefix_cache", "mtp_2")),
         # There a seed beside top-p draws other tokens in other company; the numbers are right.
