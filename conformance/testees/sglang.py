@@ -216,7 +216,7 @@ def server_arguments(
         enable_deterministic_inference=ours,
         skip_tokenizer_init=True,
         context_length=min(max(512, longest + SPARE), config.max_position_embeddings),
-        max_total_tokens=max(4096, 3 * longest),
+        max_total_tokens=max(4096, 3 * longest, 4 * CHUNK * most_requests),
         max_running_requests=max(8, most_requests),
         chunked_prefill_size=MAX_BATCHED_TOKENS,
         enable_mixed_chunk=True,
