@@ -197,8 +197,8 @@ class Report:
 
     @property
     def guarded(self) -> list[tuple[Trap, tuple[str, ...]]]:
-        """The known mistakes that would have shown, each with the cases."""
-        return guarded([verdict.case.name for verdict in self.verdicts], self.features)
+        """The known mistakes that would have shown in who claims equality, each with the cases."""
+        return guarded([verdict.case.name for verdict in self.verdicts if verdict.comparisons], self.features)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:

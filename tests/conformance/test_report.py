@@ -101,6 +101,9 @@ def test_known_mistakes_of_the_cases_that_ran() -> None:
     page = reports.to_html(report)
     assert "without the 1e-20 under it" in page and "routing is recorded" not in page
     assert "Known mistakes" not in reports.to_html(report_of([case("other")], ["reference"], equal=True))
+    # Closeness alone would not show them.
+    report.verdicts[0] = replace(report.verdicts[0], comparisons=(), closeness=(closeness(),))
+    assert report.guarded == []
 
 
 def test_bounds_are_printed_and_judge() -> None:
