@@ -1,19 +1,28 @@
 """The cases: every way in which an engine may schedule the same tokens.
 
 Lengths lie on and beside the borders that matter: 1, the chunk (16), the cache page (32), the CPU tile and the key
-block (64), and several of them.
+block (64), attention's split (1,024), the length of YaRN's original context, and several of them. Which known mistakes
+the cases are there for, `traps` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsv3_plugin.conformance.protocol import Case, Request
+from dsv3_plugin.checkpoint.traps import Token
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.conformance.protocol import Case, Device, Request
 from dsv3_plugin.errors import ConformanceError
 
 # The smallest page that vLLM's own CPU attention takes, so that its own model can be compared too.
 BLOCK_SIZE = 32
 CHUNK = 16
+LENGTHS: dict[Device, tuple[int, ...]] = {"cpu": (1024,), "cuda": (1024, 4096, 32_768, 131_072)}
+"""Positions of the long cases; a CPU has the first alone."""
+MOST_BYTES = 2_500_000_000
+"""Of the rows of a long sequence: all of them are computed and kept, if few are asked for."""
+MANY = 256
+"""Requests of the largest batch."""
 TOP_LOGPROBS = 32
 """Most likely tokens that are answered beside each: many values of one row at the cost of one."""
 
@@ -56,8 +65,10 @@ def _alone(requests: Sequence[Request]) -> tuple[tuple[Request, ...], ...]:
 
 MIN_LENGTH = 4 * BLOCK_SIZE
 """The least that a model must take: a prefix that fills pages, and some tokens more."""
-_SPARE = 8
+SPARE = 8
 """Positions behind a sequence: drafts run ahead of it, and SGLang keeps six of its context."""
+_LONG_REST = 8
+"""Tokens that follow the prompt of a long case."""
 
 
 def fit(cases: Sequence[Case], max_position_embeddings: int) -> tuple[Case, ...]:
@@ -71,7 +82,7 @@ def fit(cases: Sequence[Case], max_position_embeddings: int) -> tuple[Case, ...]
         )
 
     def cut(request: Request) -> Request:
-        prompt = request.prompt_token_ids[: max_position_embeddings - _SPARE - request.max_tokens]
+        prompt = request.prompt_token_ids[: max_position_embeddings - SPARE - request.max_tokens]
         return request.model_copy(update={"prompt_token_ids": prompt})
 
     return tuple(
@@ -140,16 +151,7 @@ def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:
     cases.append(_sampler(text, num_speculative_tokens=0))
     if with_mtp:
         for k in (1, 2):
-            cases += [
-                Case(
-                    name=f"mtp_{k}",
-                    title=f"MTP verification, k = {k}",
-                    rounds=(text.requests((5, 17, 40), 16), *_alone(text.requests((3,), 12))),
-                    num_speculative_tokens=k,
-                    min_accepted_tokens=1,
-                ),
-                _sampler(text, num_speculative_tokens=k),
-            ]
+            cases += [_verify(text, k), _sampler(text, num_speculative_tokens=k)]
         cases.append(
             Case(
                 name="mtp_prefix_cache",
@@ -159,6 +161,95 @@ def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:
                 # An engine may give up the last page found, whose draft entries depend on the next token.
                 min_cached_tokens=len(shared) - BLOCK_SIZE,
                 min_accepted_tokens=1,
+            )
+        )
+        cases += [_verify(text, k) for k in (3, 4)]
+    return tuple(cases)
+
+
+def _verify(text: _Text, k: int) -> Case:
+    """Drafts in a batch and alone."""
+    return Case(
+        name=f"mtp_{k}",
+        title=f"MTP verification, k = {k}",
+        rounds=(text.requests((5, 17, 40), 16), *_alone(text.requests((3,), 12))),
+        num_speculative_tokens=k,
+        min_accepted_tokens=1,
+    )
+
+
+def crowd_cases(token_ids: Sequence[int]) -> tuple[Case, ...]:
+    """Batches of 1 to 256 requests, and a text in which every token is the same, so that all choose the same experts.
+
+    Few prompts are repeated in each batch: the same rows in other company.
+    """
+    text = _Text(token_ids)
+    few = _unscored(text.requests((1, 2, 3, 4) * 4, 2))
+    alike = text.take(1) * 130
+    return (
+        Case(
+            name="crowd",
+            title=f"batches of 1, 3, 65 and {MANY} requests",
+            rounds=tuple(tuple(few[i % len(few)] for i in range(count)) for count in (1, 3, 65, MANY)),
+        ),
+        Case(
+            name="same_token",
+            title="one token 130 times: every row to the same experts",
+            rounds=((_request(alike, 3), _request(alike[:64], 3)), (_request(alike[:1], 3),)),
+            max_num_batched_tokens=BLOCK_SIZE,
+            prompt_logits=True,
+        ),
+    )
+
+
+def long_cases(token_ids: Sequence[int], device: Device, config: DeepseekV3Config) -> tuple[Case, ...]:
+    """Long texts with few queries at their end, as far as the model goes and its rows can be kept: prefill in chunks,
+    decode across the last position of a split, and cache hits.
+    """
+    cases = []
+    # The logits and the draft's in fp32, each layer's two parts and their sum in the model's dtype.
+    row = 8 * config.vocab_size + 2 * config.hidden_size * (3 * config.num_hidden_layers + 2)
+    for length in LENGTHS[device]:
+        if length + _LONG_REST + SPARE > config.max_position_embeddings or length * row > MOST_BYTES:
+            break
+        text = _Text(token_ids)
+        prompt = text.take(length - 3)
+        more = _request(prompt + text.take(2), _LONG_REST - 2)
+        case = Case(
+            name=f"long_{length}",
+            title=f"{length:,} positions in chunks, decode beyond them, cache hits",
+            rounds=((_request(prompt, _LONG_REST),), (more, _request(prompt + text.take(1), 2))),
+            max_num_batched_tokens=min(length // 4, 2048),
+            min_cached_tokens=(length - 3) // BLOCK_SIZE * BLOCK_SIZE,
+        )
+        cases.append(case)
+    return tuple(cases)
+
+
+def planted_cases(token_ids: Sequence[int], vocab_size: int, *, with_mtp: bool) -> tuple[Case, ...]:
+    """A case for each planted token of the checkpoint (`traps.Token`): alone, as a whole prompt, and among others."""
+    text = _Text(token_ids)
+    before, after = text.take(9), text.take(30)
+    cases = []
+    for token in Token:
+        planted = (token.id(vocab_size),)
+        among = before + planted + after + planted
+        cases.append(
+            Case(
+                name=f"token_{token.name.lower()}",
+                title=f"the planted token {token.name.lower()}, alone and among others",
+                rounds=((_request(planted, 2),), (_request(among, 3), _request(planted * 70, 2), _request(before, 3))),
+                prompt_logits=True,
+            )
+        )
+    if with_mtp:
+        prompts = [(token.id(vocab_size), *before, token.id(vocab_size)) for token in Token]
+        cases.append(
+            Case(
+                name="mtp_planted",
+                title="MTP verification behind planted tokens, k = 2",
+                rounds=(tuple(_request(prompt, 4) for prompt in prompts),),
+                num_speculative_tokens=2,
             )
         )
     return tuple(cases)

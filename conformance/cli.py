@@ -53,6 +53,9 @@ def run(
     expect: Annotated[
         Path | None, typer.Option(help="A TOML file of known failures and skips, each with its reason.")
     ] = None,
+    claims: Annotated[
+        list[Path] | None, typer.Option(help="Claim files of your own testees; those of this package's are known.")
+    ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds that a testee may take; then the run fails.")] = None,
 ) -> None:
     """Run testees on one checkpoint, compare every row, and exit with status 1 if any bit differs."""
@@ -61,6 +64,7 @@ def run(
             raise ConformanceError(f"{path}: exists already and is not overwritten")
     testees = testee_commands(testee, layout or [], environments)
     expectations = None if expect is None else Expectations.read(expect)
+    all_claims = [*shipped(), *map(Claims.read, claims or ())]
     console = Console()
     with _LiveProgress(console) as progress:
         report = runner.run(
@@ -71,6 +75,7 @@ def run(
             keep=keep,
             only=case or (),
             expectations=expectations,
+            claims=all_claims,
             timeout=timeout,
         )
     reports.print_report(report, console)

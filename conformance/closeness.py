@@ -3,17 +3,19 @@
 The bound is measured, not chosen: the reference computes the testee's own sequences a second time in another
 precision (fp32; of a fp32 checkpoint, bf16), and that distance is its *spread*. Another correct arithmetic of the
 same weights may be as far to the other side: twice the spread in logits and in top-1 disagreements, four times in
-Kullback-Leibler divergence, which grows with the square.
+Kullback-Leibler divergence, which grows with the square. Where the distance comes from, the *drift* of each module
+shows, beside the reference's own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from dsv3_plugin.conformance.compare import Difference, Key, RowFile
+from dsv3_plugin.conformance.compare import Difference, Key, RowFile, matched_rows, streams_in_order
 
 LEAST_DISAGREEMENT = 0.01
 """Of top-1, always allowed: few rows may have no near ties in one arithmetic and some in another."""
@@ -67,6 +69,38 @@ class Distance:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """How far the rows of one module's stream are from the specification's."""
+
+    stream: str
+    squares: float
+    """Of all differences, summed."""
+    of: float
+    """Of the specification's numbers."""
+
+    @property
+    def relative(self) -> float:
+        """The root of their quotient; NaN where the specification is all zeros."""
+        return math.sqrt(self.squares / self.of) if self.of else math.nan
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One number of a testee, and the largest that it may be."""
+
+    name: str
+    found: float
+    allowed: float
+    spread: float
+    """The reference's own, by which that is measured."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is not larger; what is no number is."""
+        return self.found <= self.allowed
+
+
+@dataclass(frozen=True)
 class Closeness:
     """A testee that claims closeness, in one case or in all."""
 
@@ -77,23 +111,34 @@ class Closeness:
     """Of the reference in another precision from the specification, on the same sequences."""
     first_difference: Difference | None
     """Where bits differ first, in the first case."""
+    drift: tuple[Drift, ...] = ()
+    """Of each module in the order in which they run, where the testee's rows hold it."""
+    spread_drift: tuple[Drift, ...] = ()
+    """The reference's own, likewise."""
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """What it is judged by."""
+        found, spread = self.distance, self.spread
+        disagreement, own = 1 - found.top1_agreement, 1 - spread.top1_agreement
+        return [
+            Bound("mean KL divergence", found.kl_mean, 4 * spread.kl_mean, spread.kl_mean),
+            Bound("largest KL divergence", found.kl_max, 4 * spread.kl_max, spread.kl_max),
+            Bound("top-1 disagreement", disagreement, max(2 * own, LEAST_DISAGREEMENT), own),
+            Bound(
+                "largest difference of two logits",
+                found.max_difference,
+                2 * spread.max_difference,
+                spread.max_difference,
+            ),
+        ]
 
     def beyond(self) -> list[str]:
-        """What is wrong or further than the spread allows; a distance that is no number is."""
-        found, spread = self.distance, self.spread
-        limits = {
-            "mean KL divergence": (found.kl_mean, 4 * spread.kl_mean),
-            "largest KL divergence": (found.kl_max, 4 * spread.kl_max),
-            "top-1 disagreement": (
-                1 - found.top1_agreement,
-                max(2 * (1 - spread.top1_agreement), LEAST_DISAGREEMENT),
-            ),
-            "largest difference of two logits": (found.max_difference, 2 * spread.max_difference),
-        }
+        """What is wrong or further than the spread allows."""
         return [
-            f"{self.testee} is not close: {name} {value:.2e}, at most {limit:.2e} is allowed"
-            for name, (value, limit) in limits.items()
-            if not value <= limit
+            f"{self.testee} is not close: {bound.name} {bound.found:.2e}, at most {bound.allowed:.2e} is allowed"
+            for bound in self.bounds
+            if not bound.holds
         ]
 
     def describe(self) -> list[str]:
@@ -101,7 +146,7 @@ class Closeness:
         lines = [
             f"{self.testee} from the reference: {self.distance}",
             f"the reference in another precision from itself: {self.spread}",
-            "allowed: 4 times this in KL divergence, twice in logits and in top-1 disagreements (1 % always)",
+            "allowed: " + ", ".join(f"{bound.name} {bound.allowed:.2e}" for bound in self.bounds),
         ]
         if (furthest := self.distance.furthest) is not None:
             where = f"case {furthest.case}, request {furthest.request}, position {furthest.position}"
@@ -134,6 +179,31 @@ def distance(case: str, left: RowFile, right: RowFile) -> Distance:
         if key in rows_of_left:
             total = merge((total, _of_row(case, key[0], position, rows_of_left[key], found)))
     return total
+
+
+def drift(specification: RowFile, rows: RowFile) -> tuple[Drift, ...]:
+    """How far each module of `rows` is, over the rows that both have; logits among them, drafts not."""
+    found = []
+    for stream in streams_in_order(rows):
+        pairs = matched_rows(stream, specification, rows) if stream in specification.streams else []
+        left, right = specification.values(stream) if pairs else None, rows.values(stream)
+        if left is None or left.shape[1] != right.shape[1]:
+            continue
+        i, j = (list(places) for places in zip(*pairs, strict=True))
+        expected = left[i].double()
+        squares = (right[j].double() - expected).square().sum()
+        found.append(Drift(stream, float(squares), float(expected.square().sum())))
+    return tuple(found)
+
+
+def merge_drifts(drifts: Iterable[tuple[Drift, ...]]) -> tuple[Drift, ...]:
+    """Those of several cases as one."""
+    total: dict[str, Drift] = {}
+    for each in drifts:
+        for part in each:
+            before = total.get(part.stream, Drift(part.stream, 0.0, 0.0))
+            total[part.stream] = Drift(part.stream, before.squares + part.squares, before.of + part.of)
+    return tuple(total.values())
 
 
 def merge(distances: Iterable[Distance]) -> Distance:

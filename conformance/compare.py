@@ -21,6 +21,8 @@ from dsv3_plugin.conformance.rows import ORDER, layer_streams
 from dsv3_plugin.errors import ConformanceError
 
 Key = tuple[int, int]
+_AT_ONCE = 1024
+"""Rows that are compared in one operation."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,12 @@ def rows_alone(name: str, sides: dict[str, RowFile]) -> int:
     return count
 
 
+def streams_in_order(rows: RowFile) -> list[str]:
+    """The main model's modules that a file has, in the order in which they run, and the logits."""
+    layers = sum(1 for stream in rows.streams if stream.startswith("layers.") and stream.count(".") == 1)
+    return [stream for stream in (*layer_streams(layers), "logits") if stream in rows.streams]
+
+
 def _order_of(streams: list[str]) -> Any:
     """Sort differences by position, then by the order in which modules run; logits and drafts last.
 
@@ -163,9 +171,11 @@ def _compare_stream(stream: str, left: RowFile, right: RowFile) -> tuple[int, in
         return 0, len(pairs), None
     positions = right.positions(stream)
     different: list[tuple[int, int]] = []
-    for i, j in pairs:
-        if not torch.equal(bits(left_values[i]), bits(right_values[j])):
-            different.append((i, j))
+    for start in range(0, len(pairs), _AT_ONCE):
+        some = pairs[start : start + _AT_ONCE]
+        of_left, of_right = (list(places) for places in zip(*some, strict=True))
+        differs = (bits(left_values[of_left]) != bits(right_values[of_right])).any(1)
+        different += [some[k] for k in differs.nonzero().flatten().tolist()]
     first = None
     if different:
         i, j = min(different, key=lambda pair: int(positions[pair[1]]))

@@ -39,7 +39,10 @@ class Asked:
         try:
             layouts, environments = config.getoption("--testee-layout"), config.getoption("--testee-environments")
             testees = testee_commands(names, layouts, environments)
-            cases = runner.select(runner.cases_of(CheckpointReader(checkpoint)), config.getoption("--testee-case"))
+            cases = runner.select(
+                runner.cases_of(CheckpointReader(checkpoint), config.getoption("--testee-device")),
+                config.getoption("--testee-case"),
+            )
             file = config.getoption("--testee-expect")
             return cls(checkpoint, testees, cases, Expectations.read(file) if file else Expectations())
         except DSV3Error as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 
-from dsv3_plugin.conformance.closeness import Closeness, distance, malformed
+from dsv3_plugin.conformance.closeness import Closeness, distance, drift, malformed
 from dsv3_plugin.conformance.compare import RowFile, compare_case, missing_rows, rows_alone, tokens_differ
 from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout
 from dsv3_plugin.conformance.logprobs import LogprobComparison, judge
@@ -107,6 +107,8 @@ def _closeness(case: Case, name: str, specification: RowFile, rows: RowFile, spr
         distance(case.name, specification, rows),
         distance(case.name, specification, spread),
         compare_case(case.name, (SPECIFICATION, specification), (name, rows)).first_difference,
+        drift(specification, rows),
+        drift(specification, spread),
     )
 
 

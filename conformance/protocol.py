@@ -40,6 +40,10 @@ from dsv3_plugin.errors import ConformanceError
 
 PROTOCOL_VERSION = "1.0"
 PROGRESS_PREFIX = "DSV3-PROGRESS "
+OWN_MODEL = "-own"
+"""Behind a testee's name: of the model that an engine has itself."""
+OWN_MODEL_OPTION = "--own-model"
+"""By which a testee that ships with the suite is asked for it."""
 
 Device = Literal["cpu", "cuda"]
 Claim = Literal["equality", "closeness"]
@@ -161,6 +165,16 @@ class Job(_Message):
     capture: Capture | None = None
     """A call to save, by a testee that answers with operations."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max((len(r.prompt_token_ids) + r.max_tokens for case in self.cases for r in case.requests), default=0)
+
+    @property
+    def most_requests(self) -> int:
+        """Of one sequence that arrive together."""
+        return max((len(requests) for case in self.cases for requests in case.single_rounds), default=0)
+
 
 TopLogprobs = tuple[tuple[int, float], ...]
 """(token, log-probability) of the most likely tokens, in any order."""
@@ -232,6 +246,16 @@ def prefix_digest(token_ids: Sequence[int]) -> int:
     """A signed 64-bit digest of a token prefix: BLAKE2b over little-endian int32."""
     tokens = array("i", token_ids)
     return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little", signed=True)
+
+
+def prefix_digests(token_ids: Sequence[int], first: int = 0) -> list[int]:
+    """`prefix_digest` of each prefix that ends at position `first` or later, in one reading."""
+    digest = hashlib.blake2b(array("i", token_ids[:first]).tobytes(), digest_size=8)
+    found = []
+    for token in array("i", token_ids[first:]):
+        digest.update(array("i", (token,)).tobytes())
+        found.append(int.from_bytes(digest.copy().digest(), "little", signed=True))
+    return found
 
 
 def read_job(job_dir: Path) -> Job:

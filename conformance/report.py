@@ -13,10 +13,30 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dsv3_plugin.conformance.card import Card, cards
 from dsv3_plugin.conformance.layouts import ONE_RANK as _ONE_RANK
+from dsv3_plugin.conformance.plot import drift_plot
+from dsv3_plugin.conformance.traps import FEATURES
 from dsv3_plugin.conformance.verdicts import SPECIFICATION, CaseVerdict, Report
 
 ONE_RANK = str(_ONE_RANK)
+MOST_DIFFERENCES = 200
+"""That the page and the terminal tell; the rest is in the JSON."""
+
+
+def claimed(report: Report) -> list[Card]:
+    """What is claimed of the versions that ran, each claim with what this run shows of it: a claim that it did not test
+    is said to be not tested.
+    """
+    tried = {(result.testee, package) for result in report.results.values() for package in result.versions}
+    of_these = [claims for claims in report.claims if (claims.testee, claims.package) in tried]
+    return [card for claims in of_these for card in cards(claims, [report.to_json()])]
+
+
+def untested(card: Card) -> str:
+    """The claims that a run did not test, in words."""
+    lines = [line for line in card.lines if line.status == "not tested"]
+    return ", ".join(line.profile if line.layout == ONE_RANK else f"{line.profile} {line.layout}" for line in lines)
 
 
 def not_claimed(report: Report) -> tuple[str, ...]:
@@ -83,6 +103,14 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"[yellow]{failure.case}, {failure.testee}[/]: expected: {entry.reason}", highlight=False)
     for entry in report.untried:
         console.print(f"Not in this run, though expected: {entry}", style="dim", highlight=False)
+    for card in claimed(report):
+        if text := untested(card):
+            told = f"Claimed of {card.testee} {card.version} and not tested in this run: {text}."
+            console.print(told, style="dim", highlight=False)
+    if traps := report.guarded:
+        names = ", ".join(trap.name for trap, _ in traps)
+        told = f"{_count(len(traps), 'known mistake')} would have shown: {names}."
+        console.print(told, style="dim", highlight=False)
     console.print("Not claimed: " + "; ".join(not_claimed(report)) + ".", style="dim", highlight=False)
     style = "red bold" if not report.passed else "yellow bold" if falls_short(report) else "green bold"
     console.print(headline(report), style=style, highlight=False)
@@ -139,8 +167,24 @@ def to_html(report: Report) -> str:
         headline=headline(report),
         not_claimed=not_claimed(report),
         layouts=layout_matrix(report),
+        claimed=claimed(report),
+        features=FEATURES,
+        drift_plot=drift_plot,
+        differences=_differences(report),
+        most_differences=MOST_DIFFERENCES,
         by_reason=_by_reason,
     )
+
+
+def _differences(report: Report) -> list[tuple[str, str]]:
+    """Everything that is wrong in a case: where, and what."""
+    found: list[tuple[str, str]] = []
+    for verdict in report.verdicts:
+        name = verdict.case.name
+        found += [(name, problem) for problem in verdict.problems]
+        found += [(f"{name}, {c.testee}", c.describe()) for c in verdict.logprobs if c.different]
+        found += [(f"{name}, {c.left} and {c.right}", c.describe()) for c in verdict.comparisons if not c.equal]
+    return found
 
 
 def to_markdown(report: Report) -> str:

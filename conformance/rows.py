@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dsv3_plugin.conformance.calls import Call
-from dsv3_plugin.conformance.protocol import prefix_digest
+from dsv3_plugin.conformance.protocol import prefix_digests
 
 ORDER = "streams"
 """In a tensor file's metadata: its streams in the order in which they were first computed, as JSON."""
@@ -49,7 +49,7 @@ class TokenTracker:
         assert list(positions) == list(range(start, end)), "positions of one request are consecutive"
         assert start <= len(tokens), "a token's predecessors were seen before"
         tokens[start:end] = input_ids
-        return [RowKey(request, p, prefix_digest(tokens[: p + 1])) for p in positions]
+        return [RowKey(request, p, digest) for p, digest in enumerate(prefix_digests(tokens[:end], start), start)]
 
 
 class RowRecorder:
@@ -106,8 +106,8 @@ class LayerRecorder:
     """Records the modules of a model that names them as `DeepseekV3Model` does, by forward hooks, in whatever engine.
 
     A module may answer [rows, width] or [1, rows, width], alone, first in a tuple, or with the residual that the next
-    module adds to it. `keys` is set before each pass to the rows of its batch; while it is None (an engine's warm-up)
-    nothing is recorded.
+    module adds to it; the last norm has added it. `keys` is set before each pass to the rows of its batch; while it is
+    None (an engine's warm-up) nothing is recorded.
     """
 
     def __init__(self, model: nn.Module, num_hidden_layers: int) -> None:
@@ -126,7 +126,7 @@ class LayerRecorder:
         def record(module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
             if self.keys is not None:
                 rows = output[0] if isinstance(output, tuple) else output
-                residual = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+                residual = output[1] if isinstance(output, tuple) and len(output) > 1 and stream != "norm" else None
                 if isinstance(residual, torch.Tensor) and residual.shape == rows.shape:
                     rows = rows + residual
                 self.recorder.add(stream, self.keys, rows.flatten(0, -2)[: len(self.keys)])

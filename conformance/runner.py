@@ -12,13 +12,16 @@ from pathlib import Path
 import torch
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.conformance.cases import BLOCK_SIZE, fit, make_cases
+from dsv3_plugin.conformance.cases import BLOCK_SIZE, crowd_cases, fit, long_cases, make_cases, planted_cases
+from dsv3_plugin.conformance.claims import Claims
 from dsv3_plugin.conformance.compare import RowFile
 from dsv3_plugin.conformance.expectations import Expectations
 from dsv3_plugin.conformance.judging import judge_case
 from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout
 from dsv3_plugin.conformance.programs import Program, Progress, run_programs, work_folder
 from dsv3_plugin.conformance.protocol import (
+    OWN_MODEL,
+    OWN_MODEL_OPTION,
     Case,
     CaseResult,
     Device,
@@ -33,14 +36,18 @@ from dsv3_plugin.conformance.protocol import (
 )
 from dsv3_plugin.conformance.rows import RowRecorder
 from dsv3_plugin.conformance.texts import real_text, tokenize
+from dsv3_plugin.conformance.traps import features_of
 from dsv3_plugin.conformance.validate import require_answers
 from dsv3_plugin.conformance.verdicts import SPECIFICATION, Report
+from dsv3_plugin.engines import KILL_SWITCH
 from dsv3_plugin.errors import ConformanceError
 
 ENGINES = {"reference": None, "core": None, "vllm": "vllm", "sglang": "sglang", "megatron": "megatron"}
 """Testees that ship with the suite, and the module that their environment must have. They name themselves so in their
 results, and must serve dsv3-plugin's model.
 """
+_WITH_OWN_MODELS = ("vllm", "sglang")
+"""Engines that have a DeepSeek-V3 of their own, which `vllm-own` serves; it claims closeness."""
 REFERENCE = "reference"
 _REPLAY = "replay"
 _SPREAD = "spread"
@@ -74,10 +81,19 @@ class TesteeCommand:
             if not words:
                 raise ConformanceError(f"--testee {text}: no command after '='")
             return cls(name, words)
-        if name not in ENGINES:
+        shipped = [*ENGINES, *(engine + OWN_MODEL for engine in _WITH_OWN_MODELS)]
+        if name not in shipped:
             raise ConformanceError(
-                f"--testee {name}: unknown; the suite has {', '.join(ENGINES)}, or give NAME=COMMAND for your own"
+                f"--testee {name}: unknown; the suite has {', '.join(shipped)}, or give NAME=COMMAND for your own"
             )
+        engine = name.removesuffix(OWN_MODEL)
+        program = cls._of_engine(engine, environments)
+        if name == engine:
+            return cls(name, program)
+        return cls(name, ("env", f"{KILL_SWITCH}=off", *program, OWN_MODEL_OPTION))
+
+    @staticmethod
+    def _of_engine(name: str, environments: Path) -> tuple[str, ...]:
         environment = environments / name / "bin" / "python"
         python = str(environment) if environment.exists() else sys.executable
         module = ENGINES[name]
@@ -86,7 +102,7 @@ class TesteeCommand:
                 f"--testee {name}: {name} and dsv3-plugin are not both installed for {python};"
                 f" set up {environments}/{name} with both, or give {name}='PYTHON -m {_PACKAGE}.{name}'"
             )
-        return cls(name, (python, "-m", f"{_PACKAGE}.{name}"))
+        return python, "-m", f"{_PACKAGE}.{name}"
 
 
 _IS_INSTALLED = (
@@ -103,6 +119,7 @@ def run(
     keep: Path | None = None,
     only: Sequence[str] = (),
     expectations: Expectations | None = None,
+    claims: Sequence[Claims] = (),
     timeout: float | None = None,
 ) -> Report:
     """Run all testees side by side on one checkpoint and compare them, each pair and each against the specification.
@@ -115,7 +132,7 @@ def run(
     reader = CheckpointReader(checkpoint)
     for testee in testees:
         testee.layout.require_slices(reader.profile())
-    every_case = cases_of(reader)
+    every_case = cases_of(reader, device)
     cases = select(every_case, only)
     expectations = expectations or Expectations()
     expectations.require_cases(case.name for case in every_case)
@@ -129,7 +146,15 @@ def run(
         run_programs({each.testee.name: each.program for each in asked}, progress, timeout)
         results = {each.testee.name: each.result() for each in asked}
         _replay(job, results, work_dir, progress)
-        report = Report(str(checkpoint), str(reader.profile()), results, expectations=expectations, device=device)
+        report = Report(
+            str(checkpoint),
+            str(reader.profile()),
+            results,
+            expectations=expectations,
+            claims=tuple(claims),
+            features=features_of(reader),
+            device=device,
+        )
         for case in cases:
             progress("suite", f"comparing {case.name}")
             skipped = [each.testee.name for each in asked if case.name in each.skipped]
@@ -141,14 +166,18 @@ def run(
     return report
 
 
-def cases_of(reader: CheckpointReader) -> tuple[Case, ...]:
-    """All cases of a checkpoint. Raises `CheckpointError` where it is broken, `ConformanceError` where it is too small
-    for them.
+def cases_of(reader: CheckpointReader, device: Device = "cpu") -> tuple[Case, ...]:
+    """All cases of a checkpoint on a kind of device, those of as many drafts together: engines fix that at their start.
+
+    Raises `CheckpointError` where the checkpoint is broken, `ConformanceError` where it is too small for them.
     """
     reader.validate()
-    config = reader.config
-    cases = make_cases(tokenize(real_text(), reader.path), with_mtp=config.num_nextn_predict_layers == 1)
-    return fit(cases, config.max_position_embeddings)
+    config, text = reader.config, tokenize(real_text(), reader.path)
+    with_mtp, longest = config.num_nextn_predict_layers == 1, config.max_position_embeddings
+    cases = make_cases(text, with_mtp=with_mtp) + crowd_cases(text) + long_cases(text, device, config)
+    if "traps" in features_of(reader):
+        cases += planted_cases(text, config.vocab_size, with_mtp=with_mtp)
+    return fit(sorted(cases, key=lambda case: case.num_speculative_tokens), longest)
 
 
 @dataclass(frozen=True)

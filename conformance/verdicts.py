@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from dsv3_plugin.conformance.closeness import Closeness, merge
+from dsv3_plugin.conformance.claims import Claims
+from dsv3_plugin.conformance.closeness import Closeness, merge, merge_drifts
 from dsv3_plugin.conformance.compare import Comparison
 from dsv3_plugin.conformance.expectations import Expectation, Expectations
 from dsv3_plugin.conformance.logprobs import LogprobComparison
 from dsv3_plugin.conformance.protocol import Case, Device, Result
+from dsv3_plugin.conformance.traps import Feature, Trap, guarded
 
 SPECIFICATION = "specification"
 # Many megabytes, of which the report has the counts.
@@ -114,6 +116,10 @@ class Report:
     verdicts: list[CaseVerdict] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     expectations: Expectations = field(default_factory=Expectations)
+    claims: tuple[Claims, ...] = ()
+    """What is claimed of the testees, here and elsewhere."""
+    features: frozenset[Feature] = frozenset()
+    """Of the checkpoint."""
     device: Device = "cpu"
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     """When the report was begun."""
@@ -183,9 +189,16 @@ class Report:
                 merge(c.distance for c in cases),
                 merge(c.spread for c in cases),
                 next((c.first_difference for c in cases if c.first_difference is not None), None),
+                merge_drifts(c.drift for c in cases),
+                merge_drifts(c.spread_drift for c in cases),
             )
             for name, cases in of_testee.items()
         ]
+
+    @property
+    def guarded(self) -> list[tuple[Trap, tuple[str, ...]]]:
+        """The known mistakes that would have shown in who claims equality, each with the cases."""
+        return guarded([verdict.case.name for verdict in self.verdicts if verdict.comparisons], self.features)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -207,7 +220,8 @@ class Report:
                 {"testee": failure.testee, "case": failure.case, "reason": entry.reason, "found": failure.found}
                 for failure, entry in self.expected
             ],
-            "closeness": [asdict(closeness) for closeness in self.closeness],
+            "closeness": [asdict(c) | {"bounds": [asdict(bound) for bound in c.bounds]} for c in self.closeness],
+            "known_mistakes": {trap.name: cases for trap, cases in self.guarded},
             "testees": {name: result.model_dump(exclude=_TOP_LOGPROBS) for name, result in self.results.items()},
             "cases": [
                 {

@@ -9,7 +9,7 @@ logits are from the reference's and where bits differ first. Without `claim` a t
 import torch
 from transformers import DeepseekV3ForCausalLM, __version__
 
-from dsv3_plugin.conformance.protocol import Case, Claim, Job, Served, prefix_digest
+from dsv3_plugin.conformance.protocol import Case, Claim, Job, Served, prefix_digests
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey
 from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.testees import program
@@ -39,12 +39,13 @@ class TransformersTestee:
         self.layers.recorder = outcome.recorder
         for index, request in enumerate(case.requests):
             tokens, cache = list(request.prompt_token_ids), None
-            of_prompt: list[Answer] = []
-            generated: list[Answer] = []
+            of_prompt, generated = list[Answer](), list[Answer]()
             while len(generated) < request.max_tokens:
-                positions = range(len(tokens) - 1 if generated else 0, len(tokens))
-                keys = self.layers.keys = [RowKey(index, p, prefix_digest(tokens[: p + 1])) for p in positions]
-                fed = torch.tensor([tokens[positions.start :]], device=self.model.device)
+                first = len(tokens) - 1 if generated else 0
+                keys = self.layers.keys = [
+                    RowKey(index, p, d) for p, d in enumerate(prefix_digests(tokens, first), first)
+                ]
+                fed = torch.tensor([tokens[first:]], device=self.model.device)
                 output = self.model(fed, past_key_values=cache, use_cache=True)
                 logits, cache = output.logits[0].float(), output.past_key_values
                 outcome.recorder.add("logits", keys, logits)

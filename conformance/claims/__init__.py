@@ -112,7 +112,7 @@ class Claims(_Part):
 
 
 def shipped() -> list[Claims]:
-    """Those of this package's backends."""
+    """Those of this package's testees, and of its examples."""
     folder = resources.files(__package__)
     files = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
     return [Claims.model_validate(tomllib.loads(folder.joinpath(name).read_text())) for name in files]

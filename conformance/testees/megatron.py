@@ -30,7 +30,7 @@ from torch import distributed as dist
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.layouts import ALONE, RankOf
-from dsv3_plugin.conformance.protocol import Case, Job, RequestResult, Served, prefix_digest
+from dsv3_plugin.conformance.protocol import Case, Job, RequestResult, Served, prefix_digests
 from dsv3_plugin.conformance.rows import Pass, RowKey, RowRecorder, layer_streams
 from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.taps import OperationRecorder
@@ -241,7 +241,7 @@ class _Row:
 
 
 def _keys(request: int, token_ids: list[int]) -> list[RowKey]:
-    return [RowKey(request, p, prefix_digest(token_ids[: p + 1])) for p in range(len(token_ids))]
+    return [RowKey(request, p, digest) for p, digest in enumerate(prefix_digests(token_ids))]
 
 
 class _Watch:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,8 @@ import torch
 
 from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout, RankOf
 from dsv3_plugin.conformance.protocol import (
+    OWN_MODEL,
+    OWN_MODEL_OPTION,
     PROGRESS_PREFIX,
     Case,
     CaseResult,
@@ -61,7 +64,9 @@ class Outcome:
 
 
 class Testee(Protocol):
-    """An engine under test. One that claims closeness has `claim = "closeness"`, see `Result.claim`."""
+    """An engine under test. One that claims closeness has `claim = "closeness"`, see `Result.claim`; one that has a
+    DeepSeek-V3 of its own has `own_model_devices`, where that runs.
+    """
 
     name: str
 
@@ -91,15 +96,19 @@ def main(make_testee: MakeTestee, make_rank: Callable[[Job, RankOf], Testee] | N
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--layout", default="one")
+    parser.add_argument(OWN_MODEL_OPTION, action="store_true", help="the engine's own model, which claims closeness")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ports", default="", help=argparse.SUPPRESS)
     parser.add_argument("job_dir", type=Path)
     parser.add_argument("result_dir", type=Path)
     options = parser.parse_args()
+    make = partial(_with_own_model, make_testee) if options.own_model else make_testee
     try:
         layout, job = ParallelLayout.parse(options.layout), read_job(options.job_dir)
         if layout == ONE_RANK:
-            run_job(make_testee, job, options.result_dir)
+            run_job(make, job, options.result_dir)
+        elif options.own_model:
+            raise ConformanceError(f"--layout {layout}: an engine's own model runs on one rank only")
         elif job.operations:
             raise ConformanceError(f"--layout {layout}: operations are recorded on one rank only")
         elif make_rank is None:
@@ -112,6 +121,16 @@ def main(make_testee: MakeTestee, make_rank: Callable[[Job, RankOf], Testee] | N
     except DSV3Error as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _with_own_model(make_testee: MakeTestee, job: Job) -> Testee:
+    testee = make_testee(job)
+    if job.device not in (devices := getattr(testee, "own_model_devices", ())):
+        where = f"runs on {', '.join(devices)}, not on {job.device}" if devices else "is none"
+        raise ConformanceError(f"{OWN_MODEL_OPTION}: {testee.name}'s own model {where}")
+    testee.name += OWN_MODEL
+    testee.claim = "closeness"  # type: ignore[attr-defined]
+    return testee
 
 
 def _this_program() -> list[str]:

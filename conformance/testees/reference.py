@@ -21,7 +21,7 @@ from dsv3_plugin.checkpoint.loader import load_model, load_mtp, load_weights
 from dsv3_plugin.checkpoint.masters import dequantize_weights
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.protocol import Case, Job, Request, Served, prefix_digest
+from dsv3_plugin.conformance.protocol import Case, Job, Request, Served, prefix_digests
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
 from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.taps import OperationRecorder
@@ -65,8 +65,8 @@ class PagedCache:
     def cached_blocks(self, token_ids: list[int]) -> list[int]:
         """Pages that hold the longest known prefix of `token_ids`, in whole blocks."""
         blocks: list[int] = []
-        for end in range(self.block_size, len(token_ids) + 1, self.block_size):
-            block = self.block_of_prefix.get(prefix_digest(token_ids[:end]))
+        for digest in self._digests(token_ids):
+            block = self.block_of_prefix.get(digest)
             if block is None:
                 break
             blocks.append(block)
@@ -74,8 +74,12 @@ class PagedCache:
 
     def remember(self, token_ids: list[int], blocks: list[int]) -> None:
         """Let later requests find the full pages of `token_ids`."""
-        for i in range(len(token_ids) // self.block_size):
-            self.block_of_prefix.setdefault(prefix_digest(token_ids[: (i + 1) * self.block_size]), blocks[i])
+        for digest, block in zip(self._digests(token_ids), blocks, strict=False):
+            self.block_of_prefix.setdefault(digest, block)
+
+    def _digests(self, token_ids: list[int]) -> list[int]:
+        """Of each prefix that ends with a page."""
+        return prefix_digests(token_ids)[self.block_size - 1 :: self.block_size]
 
 
 class Batch(NamedTuple):
@@ -193,7 +197,7 @@ class ReferenceTestee:
         """
         recorder = self.layers.recorder = RowRecorder()
         inputs, successors = token_ids[:-1], token_ids[1:]
-        keys = [RowKey(0, p, prefix_digest(token_ids[: p + 1])) for p in range(len(token_ids))]
+        keys = [RowKey(0, p, digest) for p, digest in enumerate(prefix_digests(token_ids))]
         positions = torch.arange(len(inputs))
         self.layers.keys = keys[:-1]
         attend = attend_to_itself(self.ops, self.config)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.cases import CHUNK
+from dsv3_plugin.conformance.cases import CHUNK, SPARE
 from dsv3_plugin.conformance.layouts import ALONE, ParallelLayout, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, RowRecorder, TokenTracker, pick
@@ -43,6 +43,8 @@ class SglangTestee:
     """One engine at a time; a new one where the number of draft tokens changes, which SGLang fixes at start."""
 
     name = "sglang"
+    # On a CPU its Triton kernels are interpreted, attention too, whose results there are no numbers of the model's.
+    own_model_devices = ("cuda",)
     schedule_not_followed = None
 
     def __init__(self, job: Job, rank: RankOf = ALONE) -> None:
@@ -126,7 +128,13 @@ class SglangTestee:
         self.stop_engine()
         job = self.job
         arguments = server_arguments(
-            job.checkpoint, job.device, num_speculative_tokens, disable_cuda_graph=True, **ranks(self.rank.layout)
+            job.checkpoint,
+            job.device,
+            num_speculative_tokens,
+            longest=job.longest,
+            most_requests=job.most_requests,
+            disable_cuda_graph=True,
+            **ranks(self.rank.layout),
         )
         configure_logger(arguments)
         self.scheduler = build_scheduler(arguments, self.rank, next(self.ports, None))
@@ -166,8 +174,25 @@ def ranks(layout: ParallelLayout) -> dict[str, Any]:
     }
 
 
-def server_arguments(checkpoint: str, device: str, num_speculative_tokens: int, **others: Any) -> Any:
-    """How the suite starts SGLang; `others` are its arguments of CUDA graphs and of ranks."""
+def server_arguments(
+    checkpoint: str,
+    device: str,
+    num_speculative_tokens: int,
+    *,
+    longest: int = 0,
+    most_requests: int = 0,
+    **others: Any,
+) -> Any:
+    """How the suite starts SGLang.
+
+    Args:
+        checkpoint: a folder.
+        device: `cpu` or `cuda`.
+        num_speculative_tokens: drafts a step.
+        longest: tokens of the longest sequence to come; 512 are always taken.
+        most_requests: that are to run together; 8 always may.
+        others: its arguments of CUDA graphs and of ranks.
+    """
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.server_args import ServerArgs
 
@@ -190,9 +215,9 @@ def server_arguments(checkpoint: str, device: str, num_speculative_tokens: int, 
         # Honours seeds. With its own attention SGLang would cut chunks to multiples of 4096 tokens.
         enable_deterministic_inference=ours,
         skip_tokenizer_init=True,
-        context_length=min(512, config.max_position_embeddings),
-        max_total_tokens=4096,
-        max_running_requests=8,
+        context_length=min(max(512, longest + SPARE), config.max_position_embeddings),
+        max_total_tokens=max(4096, 3 * longest, 4 * CHUNK * most_requests),
+        max_running_requests=max(8, most_requests),
         chunked_prefill_size=MAX_BATCHED_TOKENS,
         enable_mixed_chunk=True,
         disable_overlap_schedule=True,
@@ -366,7 +391,7 @@ class Observer:
     def __init__(self, scheduler: Any, job: Job) -> None:
         self.outcome: program.Outcome | None = None
         self.target = Watched(scheduler.tp_worker.model_runner.model, 0)
-        if job.operations and self.target.layers is not None:
+        if job.operations and self.target.layers is not None and is_ours(self.target.model):
             model = self.target.model
             OperationRecorder(model.model, model.ops, self.target.layers.current, capture=job.capture)
         self.draft: Watched | None = None
@@ -411,7 +436,7 @@ class Watched:
         """Rows of the pass that continue what was accepted; None: all."""
         self.draft_step = 0
         self.layers: LayerRecorder | None = None
-        if shift == 0 and is_ours(model):
+        if shift == 0:
             self.layers = LayerRecorder(model.model, model.config.num_hidden_layers)
         processor = model.logits_processor
         model.forward = partial(self._forward, model.forward)

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.cases import TOP_LOGPROBS
+from dsv3_plugin.conformance.cases import SPARE, TOP_LOGPROBS
 from dsv3_plugin.conformance.layouts import ALONE, ONE_RANK, RankOf
 from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, Served, TopLogprobs
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, TokenTracker, pick
@@ -49,6 +49,7 @@ class VllmTestee:
     """One engine at a time; a new one where the number of draft tokens changes, which vLLM fixes at start."""
 
     name = "vllm"
+    own_model_devices = ("cpu", "cuda")
     schedule_not_followed = None
 
     def __init__(self, job: Job, rank: RankOf = ALONE) -> None:
@@ -154,11 +155,11 @@ class VllmTestee:
             dtype=model.torch_dtype,
             # In the warm-up, which vLLM leaves out in eager mode, a later stage gets a buffer for what is sent to it.
             enforce_eager=self.rank.layout.pp == 1,
-            max_model_len=min(512, model.max_position_embeddings),
-            max_num_seqs=8,
+            max_model_len=min(max(512, self.job.longest + SPARE), model.max_position_embeddings),
+            max_num_seqs=max(8, self.job.most_requests),
             max_num_batched_tokens=2048,
             block_size=self.job.block_size,
-            kv_cache_memory_bytes=64 << 20,
+            kv_cache_memory_bytes=max(64 << 20, self.job.longest << 14),
             # The share of a card that must be free at the start: other testees run beside this one.
             gpu_memory_utilization=0.3,
             enable_prefix_caching=True,
@@ -308,8 +309,7 @@ class Observer:
     def start_case(self, outcome: program.Outcome) -> None:
         """Record into `outcome` from now on."""
         self.outcome = outcome
-        if self.layers is not None:
-            self.layers.recorder = outcome.recorder
+        self.layers.recorder = outcome.recorder
 
     def start_request(self, index: int, request: Request) -> None:
         """Announce a request."""
@@ -328,7 +328,7 @@ class Observer:
 
     # The target model.
 
-    def _watch_target(self, model: Any) -> LayerRecorder | None:
+    def _watch_target(self, model: Any) -> LayerRecorder:
         prepare = self.runner._prepare_inputs
 
         def prepare_inputs(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any) -> Any:
@@ -337,11 +337,9 @@ class Observer:
             return prepared
 
         self.runner._prepare_inputs = prepare_inputs
-        layers = None
-        if is_ours(model):
-            layers = LayerRecorder(model.model, model.config.num_hidden_layers)
-            if self.job.operations:
-                OperationRecorder(model.model, model.ops, layers.current, capture=self.job.capture)
+        layers = LayerRecorder(model.model, model.config.num_hidden_layers)
+        if is_ours(model) and self.job.operations:
+            OperationRecorder(model.model, model.ops, layers.current, capture=self.job.capture)
         # Not by hooks: vLLM's own models have a `__call__` that passes them by.
         model.forward = partial(self._target_forward, model.forward)
         model.compute_logits = partial(self._target_logits, model.compute_logits)
@@ -356,11 +354,9 @@ class Observer:
         self.keys = None
         if self.outcome is not None and self.segments is not None and not _is_dummy():
             self.keys = _observe(self.seen, self.segments, kwargs["positions"], kwargs["input_ids"], 0)
-        if self.layers is not None:
-            self.layers.keys = self.keys
+        self.layers.keys = self.keys
         self.hidden = forward(**kwargs)
-        if self.layers is not None:
-            self.layers.keys = None
+        self.layers.keys = None
         return self.hidden
 
     def _target_logits(self, compute_logits: Any, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
+from dsv3_plugin.conformance.traps import FEATURES, TRAPS
 from dsv3_plugin.kernels.bench import scoreboard
 from dsv3_plugin.ops.operation import Operation, operations
 
@@ -137,9 +138,29 @@ def versions() -> Iterator[str]:
         yield f"| `{path.stem}` | {engine} | {' | '.join(others)} |"
 
 
+def traps() -> Iterator[str]:
+    """The suite's list of known mistakes."""
+    yield from (
+        "| mistake | why it is missed, or what it costs | seen in | shown by | needs |",
+        "|---|---|---|---|---|",
+    )
+    for trap in TRAPS:
+        issues = ", ".join(_issue(name) for name in trap.issues)
+        seen = f"{trap.seen}: {issues}" if issues else trap.seen
+        shown = ", ".join(f"`{case}`" for case in trap.cases) or f"no case: {trap.elsewhere}"
+        needs = ", ".join(FEATURES[feature] for feature in trap.needs)
+        yield f"| {trap.mistake} (`{trap.name}`) | {trap.why} | {seen} | {shown} | {needs} |"
+
+
+def _issue(name: str) -> str:
+    """A link to an issue or pull request, `owner/name#number`."""
+    repository, _, number = name.partition("#")
+    return f"[{name}](https://github.com/{repository}/issues/{number})"
+
+
 def cards() -> Iterator[str]:
     """What was shown of which engine, from docs/cards/."""
-    yield from ("| engine | on | profile | layouts | rows equal | date |", "|---|---|---|---|---|---|")
+    yield from ("| engine | on | profile | layouts | rows shown | date |", "|---|---|---|---|---|---|")
     for path in sorted((ROOT / "docs/cards").glob("*.yaml")):
         card = yaml.safe_load(path.read_text())
         name = f"[{path.stem.removesuffix('-' + card['device'])}](cards/{path.name})"
@@ -148,7 +169,8 @@ def cards() -> Iterator[str]:
             of_profile = list(lines)
             layouts = ", ".join("one rank" if line["layout"] == "one" else line["layout"] for line in of_profile)
             rows, date = sum(line["rows"] for line in of_profile), max(line["date"] for line in of_profile)
-            yield f"| {name} | {card['device']} | {profile} | {layouts} | {rows:,} | {date[:10]} |"
+            shown = "close" if of_profile[0]["promise"] == "closeness" else "equal"
+            yield f"| {name} | {card['device']} | {profile} | {layouts} | {rows:,} {shown} | {date[:10]} |"
 
 
 def _profile(line: dict[str, str]) -> str:
@@ -210,5 +232,6 @@ TABLES: dict[str, Callable[..., Iterator[str]]] = {
     "contracts": contracts,
     "numbers": numbers,
     "refusals": refusals,
+    "traps": traps,
     "versions": versions,
 }

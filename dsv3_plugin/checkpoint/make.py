@@ -28,6 +28,7 @@ import torch
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, TensorSpec, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.tokenizer import tokenizer_files
+from dsv3_plugin.checkpoint.traps import is_planted, plant
 from dsv3_plugin.checkpoint.writer import DEFAULT_SHARD_BYTES, Progress, new_folder, write_weights
 from dsv3_plugin.config import FP8_BLOCK, DeepseekV3Config
 from dsv3_plugin.ops.quantize import E4M3, quantize_weight
@@ -77,7 +78,7 @@ def make_checkpoint(
     Returns a reader of the result. Raises `ConfigError` or `CheckpointError`, for bad input before anything is written.
     """
     config = with_dtype(config, dtype)
-    maker = _Maker(DeepseekV3Config.from_dict(config), seed)
+    maker = _Maker(DeepseekV3Config.from_dict(config), seed, is_planted(config))
     texts = {"config.json": json.dumps(config, indent=2) + "\n", **tokenizer_files(maker.config.vocab_size)}
     with new_folder(directory, sum(map(maker.size, maker.weights))) as folder:
         specs = {spec.name: spec for spec in maker.weights}
@@ -117,6 +118,7 @@ class _Maker:
 
     config: DeepseekV3Config
     seed: int
+    traps: bool = False
 
     @property
     def weights(self) -> list[TensorSpec]:
@@ -138,6 +140,8 @@ class _Maker:
     def tensors(self, spec: TensorSpec) -> dict[str, torch.Tensor]:
         """A weight, and its scales if it is quantized, as the file holds them."""
         weight = self.draw(spec)
+        if self.traps:
+            plant(spec.name, weight)
         if self.dtype(spec) != E4M3:
             return {spec.name: weight.to(self.dtype(spec))}
         scale_format = profile_for(self.config).scale_format

@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 from dsv3_plugin.checkpoint.fingerprint import fingerprint_of_checkpoint
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.commands.cli import app
+from dsv3_plugin.conformance import runner
 
 ALL_BUT_SAMPLER = (
     *("prefill", "decode", "batch", "chunked_prefill", "prefix_cache", "prefix_cache_chunked", "sampled"),
@@ -39,7 +40,8 @@ ALL_BUT_SAMPLER = (
 @pytest.mark.parametrize(
     ("environment", "dtype", "cases"),
     [
-        ("vllm", "bf16", ()),
+        # All cases: in `test_sglang`, beside SGLang.
+        ("vllm", "bf16", ("sampler", "mtp_2", "mtp_prefix_cache", "mtp_4")),
         ("vllm", "fp32", ("batch", "chunked_prefill", "prefix_cache", "mtp_2")),
         ("vllm", "fp8", ("batch", "chunked_prefill", "prefix_cache", "mtp_2")),
         # There a seed beside top-p draws other tokens in other company; the numbers are right.
@@ -73,6 +75,21 @@ def test_vllm_s_own_model_is_caught_and_named(
     # MLA's real sizes are the only ones that vLLM's own CPU kernels take.
     served = own_model_served_when_switched_off("vllm", wide_checkpoint, tmp_path, monkeypatch)
     assert served.startswith("vllm.model_executor.models.")
+
+
+def test_vllm_s_own_model_is_close(wide_checkpoint: Path, tmp_path: Path) -> None:
+    """As the testee `vllm-own`, which is asked for and claims closeness; its modules are recorded as ours are."""
+    program = shipped_testee("vllm").command
+    own = runner.TesteeCommand("vllm-own", ("env", "DSV3_PLUGIN=off", *program, "--own-model"))
+    report = run([REFERENCE, own], wide_checkpoint, tmp_path, "decode")
+    assert report.passed, (report.problems, [v.problems for v in report.verdicts])
+    (close,) = report.closeness
+    print("\n".join(close.describe()))
+    assert close.distance.rows > 20 and close.distance.kl_mean > 0
+    assert report.results["vllm-own"].served.model_class.startswith("vllm.model_executor.models.")
+    drift = {part.stream: part.relative for part in close.drift}
+    assert list(drift) == [part.stream for part in close.spread_drift]
+    assert max(drift["layers.0.self_attn"], drift["layers.1.mlp"], drift["norm"]) < 0.5
 
 
 def vllm_serve(checkpoint: Path, log: Path, *arguments: str) -> AbstractContextManager[str]:

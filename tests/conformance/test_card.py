@@ -18,6 +18,7 @@ from dsv3_plugin.conformance.card import cards, read_report
 from dsv3_plugin.conformance.claims import Claims, shipped
 from dsv3_plugin.conformance.runner import ENGINES
 from dsv3_plugin.errors import ConformanceError
+from dsv3_plugin.version import __version__
 
 CLAIMS = """
 testee = "{}"
@@ -97,8 +98,13 @@ def test_command(report: Path, tmp_path: Path) -> None:
     file.write_text(claims("reference", '["bf16", "fp32"]'))
     done = card(report, "--output", tmp_path / "more", "--claims", file)
     assert done.returncode == 1 and "1 verified, 1 not tested" in done.stdout
-    done = card(report, "--output", tmp_path / "none")
-    assert done.returncode == 2 and "no claims are of reference, sabotaged: give a file with --claims" in done.stderr
+    # The reference's claims ship with the package; nobody's do of a testee of another name.
+    done = card(report, "--output", tmp_path / "shipped")
+    assert done.returncode == 1 and "1 verified, 2 not tested" in done.stdout
+    others = tmp_path / "others.json"
+    others.write_text(report.read_text().replace('"testee": "reference"', '"testee": "mine"'))
+    done = card(others, "--output", tmp_path / "none")
+    assert done.returncode == 2 and "no claims are of mine, sabotaged: give a file with --claims" in done.stderr
     done = card(file, "--output", tmp_path / "none")
     assert done.returncode == 2 and "not a report of dsv3 conformance run --json" in done.stderr
 
@@ -123,8 +129,11 @@ def test_a_claim_file_that_is_none(tmp_path: Path, text: str, message: str) -> N
 
 def test_every_engine_ships_its_claims() -> None:
     found = {each.testee: each for each in shipped()}
-    assert set(found) == {name for name, module in ENGINES.items() if module is not None}
-    for each in found.values():
-        newest = max(version for claim in each.claim for version in claim.versions.split("=")[1:] if version)
-        assert list(each.of(newest, "cpu")) and each.not_claimed
-        assert not list(each.of("99", "cpu"))
+    assert set(found) == {*ENGINES, "transformers"}
+    for name, each in found.items():
+        assert each.not_claimed and not list(each.of("99", "cpu"))
+        if ENGINES.get(name) is not None:
+            newest = max(version for claim in each.claim for version in claim.versions.split("=")[1:] if version)
+            assert list(each.of(newest, "cpu"))
+    assert [kind for _, kind in found["transformers"].of("5.23.0", "cpu")] == ["closeness", "closeness"]
+    assert list(found["core"].of(__version__, "cpu")) and list(found["reference"].of(__version__, "cuda"))

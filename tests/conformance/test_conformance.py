@@ -47,7 +47,7 @@ def test_every_schedule_of_the_reference_is_the_specification(
 ) -> None:
     report = run([REFERENCE], tiny_checkpoint(dtype), tmp_path, *cases)
     assert report.passed, [v for v in report.verdicts if not v.passed]
-    assert len(report.verdicts) == (len(cases) or 13)
+    assert len(report.verdicts) == (len(cases) or 18)
     # What every server is judged by; prompts are scored, and all that is generated.
     assert sum(logprobs.equal for verdict in report.verdicts for logprobs in verdict.logprobs) > (
         10_000 if cases else 40_000

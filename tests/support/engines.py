@@ -100,7 +100,8 @@ def own_model_served_when_switched_off(
     served = report.results[engine].served.model_class
     assert report.problems == [f"{engine} served {served}, which is not dsv3-plugin's model"]
     pair = next(c for c in report.verdicts[0].comparisons if (c.left, c.right) == ("reference", engine))
-    assert pair.different_rows > 0.9 * (pair.different_rows + pair.equal_rows)
+    # Its embeddings are equal: one module of nine.
+    assert pair.different_rows > 0.8 * (pair.different_rows + pair.equal_rows)
     assert "switched off by DSV3_PLUGIN" in (work_dir / "kept" / engine / "log.txt").read_text()
     return served
 

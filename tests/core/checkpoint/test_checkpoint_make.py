@@ -30,6 +30,7 @@ from dsv3_plugin.checkpoint.make import CheckpointDtype, _stride, make_checkpoin
 from dsv3_plugin.checkpoint.names import checkpoint_tensors
 from dsv3_plugin.checkpoint.presets import PRESETS, read_config
 from dsv3_plugin.checkpoint.reader import INDEX_FILE, SINGLE_FILE, CheckpointReader
+from dsv3_plugin.checkpoint.traps import KEY
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError, ConfigError
 from dsv3_plugin.layers.attend import Select, attend_to_pages, select_all
@@ -273,8 +274,10 @@ def test_the_table_of_the_released_model() -> None:
 
 
 def test_presets_are_valid_and_differ_by_size_alone() -> None:
-    tiny_fields, small_fields, sliceable_fields = (read_config(name) for name in PRESETS)
-    assert tiny_fields.keys() == small_fields.keys() == sliceable_fields.keys()
+    tiny_fields, small_fields, sliceable_fields, traps_fields = (read_config(name) for name in PRESETS)
+    assert tiny_fields.keys() == small_fields.keys() == sliceable_fields.keys() == traps_fields.keys() - {KEY}
+    different = {name for name, value in traps_fields.items() if value != tiny_fields.get(name)}
+    assert different == {"max_position_embeddings", "rope_scaling", KEY}
     different = {name for name, value in sliceable_fields.items() if value != tiny_fields[name]}
     assert different == {"num_attention_heads", "num_key_value_heads", "n_shared_experts"}
     config = DeepseekV3Config.from_dict(small_fields)
@@ -361,7 +364,7 @@ def test_other_free_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 1000))
     with pytest.raises(CheckpointError, match=r"a: needs 2\.04 MB, .* has 1 kB free"):
         make_checkpoint(MINI, tmp_path / "a", 1)
-    with pytest.raises(ConfigError, match=r"tny: neither a preset \(tiny, small, sliceable\) nor a file"):
+    with pytest.raises(ConfigError, match=r"tny: neither a preset \(tiny, small, sliceable, traps\) nor a file"):
         read_config("tny")
     assert list(tmp_path.iterdir()) == []
 
