@@ -174,3 +174,10 @@ def test_grouped_fp8_linear_is_one_fp8_linear_an_expert(scale_format: ScaleForma
     spans = [(0, slice(0, 3)), (2, slice(3, 73)), (3, slice(73, 74))]
     expected = torch.cat([fp8.fp8_linear(x[span], x_scale[span], weight[e], scale[e]) for e, span in spans])
     assert same_bits(fp8.grouped_fp8_linear(x, x_scale, counts, weight, scale), expected)
+
+
+def test_experts_without_rows_have_none() -> None:
+    counts = torch.zeros(2, dtype=torch.int64)
+    weight, weight_scale = quantize.quantize_weight(torch.zeros(2, 256, 128), "ue8m0")
+    out = fp8.grouped_fp8_linear(*quantize.quantize_fp8(torch.zeros(0, 128), "ue8m0"), counts, weight, weight_scale)
+    assert out.shape == (0, 256) and out.dtype == torch.bfloat16
