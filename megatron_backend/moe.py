@@ -23,6 +23,7 @@ from dsv3_plugin.megatron_backend.layers import Binding, make_trainable
 from dsv3_plugin.ops.combine import combine
 from dsv3_plugin.ops.permute import sort_by_expert
 from dsv3_plugin.ops.router import route, router_linear
+from dsv3_plugin.registry import Ops
 
 
 class Router(TopKRouter):  # type: ignore[misc]
@@ -154,12 +155,45 @@ class _BesideUnused(torch.autograd.Function):
         return gradient, torch.zeros_like(unused)
 
 
+class _Copies(torch.autograd.Function):
+    """Tokens' rows, a copy for each of a token's experts: its gradient is the sum of theirs as `combine` has it."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, ops: Ops, tokens: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """tokens [s, b, hidden], which were copied to rows [s b k, hidden] at slots [s b, k]; returns `rows`."""
+        ctx.save_for_backward(slots)
+        ctx.ops, ctx.shape = ops, tokens.shape
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        """Of the tokens."""
+        (slots,) = ctx.saved_tensors
+        nothing = gradient.new_zeros(len(slots), gradient.shape[1])
+        ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
+        return None, ctx.ops[combine](gradient.contiguous(), slots, ones, nothing).view(ctx.shape), None, None
+
+
 class MoE(MoELayer):  # type: ignore[misc]
     """Megatron's layer, combining as the contract says."""
 
     def __init__(self, binding: Binding, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.binding = binding
+
+    def preprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Megatron's, but for the gradient of hidden_states [s, b, hidden], which it copies once for each expert of a
+        token: a GPU would add the copies' gradients up in whatever order.
+        """
+        topk_ids = routing_map.nonzero()[:, 1].contiguous().view(len(routing_map), -1)
+        _, slots, _ = self.binding.ops[sort_by_expert](topk_ids, routing_map.shape[1])
+        rows, probs = super().preprocess(hidden_states.detach(), probs, routing_map)
+        self.token_dispatcher.slots = slots
+        return _Copies.apply(self.binding.ops, hidden_states, rows, slots), probs
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Megatron's. `probs` [s b k] are the weights of the rows that this rank sends, sorted by expert; they are kept
@@ -173,9 +207,7 @@ class MoE(MoELayer):  # type: ignore[misc]
     def postprocess(self, output: torch.Tensor, shared_expert_output: torch.Tensor | None) -> torch.Tensor:
         """output [s b k, hidden], this rank's rows as they came back from the experts; to [s, b, hidden]."""
         assert shared_expert_output is not None
-        shape, routing_map = shared_expert_output.shape, self.token_dispatcher.routing_map
-        topk_ids = routing_map.nonzero()[:, 1].contiguous().view(len(routing_map), -1)
-        _, slots, _ = self.binding.ops[sort_by_expert](topk_ids, routing_map.shape[1])
+        shape, slots = shared_expert_output.shape, self.token_dispatcher.slots
         weights = self.weights[slots]
         shared = shared_expert_output.reshape(-1, shape[-1])
         return self.binding.ops[combine](output, slots, weights, shared).view(shape)
