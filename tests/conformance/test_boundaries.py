@@ -132,7 +132,7 @@ def test_each_is_caught_where_it_shows_first(mini: Folders, tmp_path: Path, monk
             program.run_job(make, read_job(job_dir), result_dir)
 
     monkeypatch.setattr(runner, "run_programs", run_programs)
-    monkeypatch.setattr(runner, "cases_of", lambda reader: (CASE,))
+    monkeypatch.setattr(runner, "cases_of", lambda *_: (CASE,))
     testees = [runner.TesteeCommand(name, ()) for name in ("reference", "innocent", *SABOTEURS)]
     report = runner.run(testees, mini["bf16"], lambda *_: None, keep=tmp_path / "kept")
     assert not report.passed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 
 import pytest
@@ -14,7 +13,6 @@ from dsv3_plugin.kernels.sm90 import sm90_model
 from dsv3_plugin.ops.elementary import fma
 from dsv3_plugin.ops.quantize import to_e4m3
 
-os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")  # read when its recipe is made
 needs_te = pytest.mark.skipif(
     find_spec("transformer_engine") is None, reason="TransformerEngine is not installed in this environment"
 )

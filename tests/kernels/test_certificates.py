@@ -130,7 +130,9 @@ def test_the_shipped_certificates_are_of_todays_kernels(h200):
     if stale:
         pytest.skip(f"dsv3 kernels check --certify kernels/certificates.json is to be run on a Hopper card: {stale}")
     assert shipped.keys() == wanted.keys()
-    assert all(found.cases >= 300 and found.cases_on_cpu >= 63 for found in shipped.values())
+    # Of a thousand shapes, of which some kernels refuse most.
+    assert all(found.cases >= 150 and found.cases + found.refused_cases >= 1000 for found in shipped.values())
+    assert all(found.cases_on_cpu >= 63 for found in shipped.values())
 
 
 def test_provenance_names_what_runs_and_for_which_shapes(certified):
