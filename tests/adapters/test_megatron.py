@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import TinyCheckpoint
 from megatron_programs import PYTHON, fresh, needs_megatron, printed, warm
-from megatron_programs import testee as testee_of
+from megatron_programs import testee as of_megatron
 from paths import ROOT, SUPPORT
 
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
@@ -27,7 +27,7 @@ def reference() -> runner.TesteeCommand:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp8"])
 def test_the_training_forward_has_the_references_bits(dtype: str, tiny_checkpoint: TinyCheckpoint) -> None:
-    megatron = testee_of("dsv3_plugin.conformance.testees.megatron")
+    megatron = of_megatron("dsv3_plugin.conformance.testees.megatron")
     report = runner.run([reference(), megatron], tiny_checkpoint(dtype), lambda *_: None, only=CASES)
     assert report.passed, report.to_json()
     assert report.results["megatron"].schedule_not_followed
@@ -39,7 +39,7 @@ def test_experts_added_up_in_megatrons_order_are_caught(
     tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SABOTAGE", "experts")
-    sabotaged = testee_of(SABOTAGED)
+    sabotaged = of_megatron(SABOTAGED)
     report = runner.run([reference(), sabotaged], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
     assert not report.passed
     comparisons = {(c.left, c.right): c for c in report.verdicts[0].comparisons}
@@ -75,7 +75,7 @@ def test_two_ranks_have_the_bits_of_one(
     """Every row of every layer on every rank, in as many slices as tensor-parallel ranks."""
     monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
     checkpoint = sliceable_fp8_checkpoint if dtype == "fp8" else tiny_checkpoint(dtype)
-    megatron = testee_of("dsv3_plugin.conformance.testees.megatron")
+    megatron = of_megatron("dsv3_plugin.conformance.testees.megatron")
     commands = [megatron.on(ParallelLayout.parse(layout)) for layout in layouts]
     report = runner.run([reference(), *commands], checkpoint, lambda *_: None, only=("mtp_1",))
     assert report.passed, report.to_json()
@@ -89,7 +89,7 @@ def test_partial_sums_that_travel_in_bf16_are_caught(
 ) -> None:
     monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
     monkeypatch.setenv("SABOTAGE", "reduction")
-    sabotaged = testee_of(SABOTAGED).on(ParallelLayout.parse("tp=2"))
+    sabotaged = of_megatron(SABOTAGED).on(ParallelLayout.parse("tp=2"))
     report = runner.run([reference(), sabotaged], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
     assert not report.passed
     comparisons = {(c.left, c.right): c for c in report.verdicts[0].comparisons}
