@@ -28,7 +28,9 @@ is a new major version, which an old reader refuses by name.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import sys
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +51,13 @@ Device = Literal["cpu", "cuda"]
 Claim = Literal["equality", "closeness"]
 
 _T = TypeVar("_T", bound=BaseModel)
+
+
+def tell_progress(what: str) -> None:
+    """Print a line of progress."""
+    # One write with its end of line: ranks share the pipe, and `print` makes two.
+    sys.stdout.write(f"{PROGRESS_PREFIX}{json.dumps({'case': what})}\n")
+    sys.stdout.flush()
 
 
 class _Message(BaseModel):

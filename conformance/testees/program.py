@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -20,7 +19,6 @@ from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout, RankOf
 from dsv3_plugin.conformance.protocol import (
     OWN_MODEL,
     OWN_MODEL_OPTION,
-    PROGRESS_PREFIX,
     Case,
     CaseResult,
     Job,
@@ -30,6 +28,7 @@ from dsv3_plugin.conformance.protocol import (
     call_file,
     read_job,
     specification_file,
+    tell_progress,
     tensor_file,
     write_message,
 )
@@ -202,7 +201,5 @@ def kernels_of(ops: Ops) -> dict[str, str]:
 
 @contextmanager
 def _progress(what: str) -> Iterator[None]:
-    # One write with its end of line: ranks share the pipe, and `print` makes two.
-    sys.stdout.write(f"{PROGRESS_PREFIX}{json.dumps({'case': what})}\n")
-    sys.stdout.flush()
+    tell_progress(what)
     yield

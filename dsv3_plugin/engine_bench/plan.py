@@ -6,11 +6,11 @@ of them, and the fastest whose rows mean something is what ours is compared with
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from dsv3_plugin.contenders import Setting, chosen
 from dsv3_plugin.engine_bench.protocol import Measurement
 from dsv3_plugin.engines import KILL_SWITCH
 from dsv3_plugin.errors import EngineError
@@ -75,30 +75,16 @@ def contenders(names: Sequence[str], settings: Iterable[str] = ()) -> list[Conte
     any other an argument of the engine. Raises `EngineError`.
     """
     known = {contender.name: contender for contender in CONTENDERS}
-    for name in names:
-        if name not in known:
-            raise EngineError(f"--contender {name}: unknown; there are {', '.join(known)}")
-    chosen = {name: known[name] for name in known if not names or name in names}
-    for setting in settings:
-        who, colon, rest = setting.partition(":")
-        name, equals, value = rest.partition("=")
-        if not (colon and equals and name):
-            raise EngineError(f"--set {setting}: write WHO:NAME=VALUE, say vllm-stock:VLLM_USE_DEEP_GEMM=0")
-        if who not in known and who not in {contender.engine for contender in CONTENDERS}:
-            raise EngineError(f"--set {setting}: {who} is neither a contender nor an engine")
-        for contender in list(chosen.values()):
-            if who not in (contender.name, contender.engine):
-                continue
-            variables, arguments = dict(contender.variables), dict(contender.arguments)
-            if name.isupper():
-                variables[name] = value
-            else:
-                try:
-                    arguments[name] = json.loads(value)
-                except ValueError:
-                    arguments[name] = value
-            chosen[contender.name] = Contender(contender.engine, contender.way, contender.role, variables, arguments)
-    return list(chosen.values())
+    asked = chosen(known, names)
+    for text in settings:
+        setting = Setting.parse(text, "vllm-stock:VLLM_USE_DEEP_GEMM=0")
+        if setting.who not in known and setting.who not in {contender.engine for contender in CONTENDERS}:
+            raise EngineError(f"--set {text}: {setting.who} is neither a contender nor an engine")
+        for name, contender in asked.items():
+            if setting.who in (name, contender.engine):
+                variables, arguments = setting.added_to(contender.variables, contender.arguments)
+                asked[name] = replace(contender, variables=variables, arguments=arguments)
+    return list(asked.values())
 
 
 @dataclass(frozen=True)

@@ -11,25 +11,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
-from dsv3_plugin.conformance.protocol import PROGRESS_PREFIX, Device
-from dsv3_plugin.errors import EngineError
-
-__all__ = ["PROGRESS_PREFIX", "Device"]
+from dsv3_plugin.conformance.protocol import Device
+from dsv3_plugin.contenders import Message
 
 Kind = Literal["prefill", "decode"]
-
-
-class Message(BaseModel):
-    """One JSON object."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
-
-_T = TypeVar("_T", bound=Message)
 
 
 class Measurement(Message):
@@ -86,7 +75,7 @@ class Job(Message):
     seed: int
     eager: bool = False
     """Without compilers and CUDA graphs, for its logits alone."""
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
     """Of the engine, beside what the contender needs."""
 
     @property
@@ -179,17 +168,3 @@ def heard(folder: Path) -> Answers:
         except ValidationError:
             break
     return Answers(start=start, rows=tuple(rows))
-
-
-def write_job(job: Message, folder: Path) -> None:
-    """Write `job.json`."""
-    (folder / "job.json").write_text(job.model_dump_json(indent=1) + "\n")
-
-
-def read_job(kind: type[_T], folder: Path) -> _T:
-    """Read `job.json`. Raises `EngineError`."""
-    file = folder / "job.json"
-    try:
-        return kind.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise EngineError(f"{file}: is no job: {error}") from None

@@ -18,23 +18,20 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from dsv3_plugin.conformance.programs import Program, Progress, run_programs
-from dsv3_plugin.conformance.runner import TesteeCommand
+from dsv3_plugin.conformance.protocol import Device
+from dsv3_plugin.contenders import Message, attempts, command, new_attempt, read_job, write_job
 from dsv3_plugin.engine_bench.contenders.reference import Asked, ReferenceJob, distance, places_in
 from dsv3_plugin.engine_bench.judge import Board, Record
 from dsv3_plugin.engine_bench.limits import Model, read_model
 from dsv3_plugin.engine_bench.plan import CONTENDERS, Contender, impossible
 from dsv3_plugin.engine_bench.protocol import (
     Answers,
-    Device,
     Job,
     Measurement,
-    Message,
     Row,
     heard,
     logits_file,
-    read_job,
     say,
-    write_job,
 )
 from dsv3_plugin.errors import ConformanceError, EngineError
 
@@ -114,10 +111,10 @@ class Bench:
         """What is missing, in as many starts as it takes."""
         place = _place(self.folder, contender.name, drafts, eager)
         name = contender.name + (f" {drafts} drafts" if drafts else "") + (f" {_EAGER}" if eager else "")
-        command = _command(contender.engine, self.environments, contender.variables)
+        words = _command(contender.engine, self.environments, contender.variables)
         _remember_settings(self.folder / contender.name, contender)
         while missing := self._missing(place, drafts):
-            failure = self._attempt(name, command, place, self._job(contender, missing, eager))
+            failure = self._attempt(name, words, place, self._job(contender, missing, eager))
             if failure is None:
                 return
             answers = _last_attempt(place) / "answers"
@@ -145,17 +142,15 @@ class Bench:
             arguments=dict(contender.arguments),
         )
 
-    def _attempt(self, name: str, command: Sequence[str], place: Path, job: Message) -> str | None:
+    def _attempt(self, name: str, words: Sequence[str], place: Path, job: Message) -> str | None:
         """Run a program in a new folder of `place`; returns why it failed, which stands beside its answers, too."""
-        attempt = place / str(1 + len(_attempts(place)))
-        attempt.mkdir(parents=True)
-        write_job(job, attempt)
+        attempt = new_attempt(place, job)
 
         def progress(program: str, what: str) -> None:
             self.progress(program, what)
             self.changed(self.board())
 
-        limited = ("timeout", str(self.limit), *command)
+        limited = ("timeout", str(self.limit), *words)
         try:
             run_programs({name: Program(limited, attempt, attempt / "answers")}, progress)
         except ConformanceError as error:
@@ -170,7 +165,7 @@ class Bench:
     def _ask_reference(self) -> None:
         """For all kept logits that it has not answered yet."""
         place = self.folder / _REFERENCE
-        known = {asked.file for attempt in _attempts(place) for asked in _asked(attempt)}
+        known = {asked.file for attempt in attempts(place) for asked in _asked(attempt)}
         kept = [asked for c in CONTENDERS for asked in _kept(self.folder, c.name) if asked.file not in known]
         if not kept:
             return
@@ -248,10 +243,8 @@ def prepare(
 
 
 def _command(name: str, environments: Path, variables: Mapping[str, str]) -> tuple[str, ...]:
-    """A program of the package, in its engine's environment, with variables of its own."""
-    python = TesteeCommand.parse(name, environments).command[0]
-    words = [f"{name}={value}" for name, value in variables.items()]
-    return (*(("env", *words) if words else ()), python, "-m", f"{_PACKAGE}.{name}")
+    """A program of the package, in its engine's environment."""
+    return command(name, f"{_PACKAGE}.{name}", environments, variables)
 
 
 def _place(folder: Path, name: str, drafts: int, eager: bool) -> Path:
@@ -264,12 +257,8 @@ def _drafts(folder: Path, name: str) -> list[int]:
     return sorted(int(place.name) for place in places if place.name.isdigit())
 
 
-def _attempts(place: Path) -> list[Path]:
-    return sorted(place.glob("[0-9]*"), key=lambda attempt: int(attempt.name))
-
-
 def _last_attempt(place: Path) -> Path:
-    return _attempts(place)[-1]
+    return attempts(place)[-1]
 
 
 def _settings(folder: Path, contender: Contender) -> dict[str, str]:
@@ -292,7 +281,7 @@ def _remember_settings(folder: Path, contender: Contender) -> None:
 def _answers(place: Path) -> Answers:
     """Of all attempts."""
     start, rows, failure = None, dict[str, Row](), None
-    for attempt in _attempts(place):
+    for attempt in attempts(place):
         answers = heard(attempt / "answers")
         start = start or answers.start
         rows |= {str(row.measurement): row for row in answers.rows}
@@ -304,7 +293,7 @@ def _answers(place: Path) -> Answers:
 def _kept(folder: Path, name: str) -> Iterator[Asked]:
     """Files of logits of a contender, eager ones too."""
     for place in sorted((folder / name).glob("*")):
-        for attempt in _attempts(place):
+        for attempt in attempts(place):
             yield from _kept_in(attempt)
 
 
@@ -325,7 +314,7 @@ def _distances(folder: Path, places: Sequence[Path]) -> dict[str, float]:
     """Measurement to the distance of the kept logits, of those that the reference has answered."""
     cache = folder / _REFERENCE
     found: dict[str, float] = {}
-    for attempt in _attempts(cache):
+    for attempt in attempts(cache):
         of_attempt = attempt / "distances.json"
         if not of_attempt.exists() and _asked(attempt):
             of_attempt.write_text(json.dumps(_compare(attempt)))

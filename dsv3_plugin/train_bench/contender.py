@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from dsv3_plugin.errors import DSV3Error, EngineError
+from dsv3_plugin.conformance.protocol import tell_progress
+from dsv3_plugin.contenders import read_job, run_program
+from dsv3_plugin.errors import EngineError
 from dsv3_plugin.train_bench import text
-from dsv3_plugin.train_bench.protocol import PROGRESS_PREFIX, Job, read_job, say
+from dsv3_plugin.train_bench.protocol import Job, say
 
 
 def train(job: Job, folder: Path) -> None:
@@ -21,7 +21,7 @@ def train(job: Job, folder: Path) -> None:
         raise EngineError("the measurement is of a GPU, and torch finds none here")
     if job.layers == "theirs" and find_spec("transformer_engine") is None:
         raise EngineError(f"Megatron's own layers need TransformerEngine, which is not installed for {sys.executable}")
-    _progress("starting")
+    tell_progress("starting")
     from dsv3_plugin.train_bench import trainer  # Megatron takes seconds to import
 
     training = trainer.Trainer(job, trainer.start())
@@ -32,26 +32,13 @@ def train(job: Job, folder: Path) -> None:
         step = training.step(number, next(of_steps))
         say(folder, step)
         if number in (0, job.steps - 1) or (number + 1) % 20 == 0:
-            _progress(f"step {number + 1}: loss {step.loss:.4f}, {step.seconds:.2f} s")
+            tell_progress(f"step {number + 1}: loss {step.loss:.4f}, {step.seconds:.2f} s")
     say(folder, training.profile_steps(job.steps, of_steps))
 
 
-def _progress(what: str) -> None:
-    sys.stdout.write(f"{PROGRESS_PREFIX}{json.dumps({'case': what})}\n")
-    sys.stdout.flush()
-
-
 def main() -> None:
-    """Run as `python -m ... JOB_DIR RESULT_DIR`. Errors meant for the user end with status 2."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("job_dir", type=Path)
-    parser.add_argument("result_dir", type=Path)
-    options = parser.parse_args()
-    try:
-        train(read_job(Job, options.job_dir), options.result_dir)
-    except DSV3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """See `run_program`."""
+    run_program(lambda job_dir, result_dir: train(read_job(Job, job_dir), result_dir))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dsv3_plugin.checkpoint.make import CheckpointDtype, with_dtype
 from dsv3_plugin.checkpoint.names import SCALE_SUFFIX, checkpoint_tensors
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.contenders import Setting, chosen
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.registry import MODE_VARIABLE
 from dsv3_plugin.train_bench.protocol import Layers
@@ -66,30 +67,15 @@ def contenders(names: Sequence[str], settings: Iterable[str] = ()) -> list[Conte
     field of Megatron's `TransformerConfig`. Raises `EngineError`.
     """
     known = {contender.name: contender for contender in CONTENDERS}
-    for name in names:
-        if name not in known:
-            raise EngineError(f"--contender {name}: unknown; there are {', '.join(known)}")
-    chosen = {name: known[name] for name in known if not names or name in names}
-    for setting in settings:
-        who, colon, rest = setting.partition(":")
-        name, equals, value = rest.partition("=")
-        if not (colon and equals and name):
-            raise EngineError(f"--set {setting}: write WHO:NAME=VALUE, say te:moe_permute_fusion=false")
-        if who not in known:
-            raise EngineError(f"--set {setting}: {who} is no contender; there are {', '.join(known)}")
-        if who in chosen:
-            chosen[who] = _with_setting(chosen[who], name, value)
-    return list(chosen.values())
-
-
-def _with_setting(contender: Contender, name: str, value: str) -> Contender:
-    if name.isupper():
-        return replace(contender, variables={**contender.variables, name: value})
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = value
-    return replace(contender, settings={**contender.settings, name: parsed})
+    asked = chosen(known, names)
+    for text in settings:
+        setting = Setting.parse(text, "te:moe_permute_fusion=false")
+        if setting.who not in known:
+            raise EngineError(f"--set {text}: {setting.who} is no contender; there are {', '.join(known)}")
+        if contender := asked.get(setting.who):
+            variables, others = setting.added_to(contender.variables, contender.settings)
+            asked[setting.who] = replace(contender, variables=variables, settings=others)
+    return list(asked.values())
 
 
 def read_model(name: str, experts: int | None) -> dict[str, Any]:

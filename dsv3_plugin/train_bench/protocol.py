@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from dsv3_plugin.engine_bench.protocol import PROGRESS_PREFIX, Device, Message, read_job, write_job
-
-__all__ = ["PROGRESS_PREFIX", "Device", "Message", "read_job", "write_job"]
+from dsv3_plugin.conformance.protocol import Device
+from dsv3_plugin.contenders import Message
 
 Layers = Literal["ours", "theirs"]
 """This package's in Megatron's places, or Megatron's own of TransformerEngine."""

@@ -15,12 +15,13 @@ from typing import Any
 from dsv3_plugin.checkpoint.tokenizer import tokenizer_files
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.programs import Program, Progress, run_programs
-from dsv3_plugin.conformance.runner import TesteeCommand
+from dsv3_plugin.conformance.protocol import Device
+from dsv3_plugin.contenders import Message, attempts, command, new_attempt, read_job, write_job
 from dsv3_plugin.errors import ConformanceError, EngineError
 from dsv3_plugin.train_bench import plan, text
 from dsv3_plugin.train_bench.board import Board, Record
 from dsv3_plugin.train_bench.plan import CONTENDERS, Contender
-from dsv3_plugin.train_bench.protocol import Device, Job, Message, heard, read_job, write_job
+from dsv3_plugin.train_bench.protocol import Job, heard
 
 _PROGRAM = "dsv3_plugin.train_bench.contender"
 _TOKENS = "tokens.safetensors"
@@ -79,18 +80,16 @@ class Bench:
     def require_same_jobs(self) -> None:
         """Raise `EngineError` where the folder has answers to another job than a contender is given now."""
         for contender in self.contenders:
-            for attempt in _attempts(self.folder / contender.name):
+            for attempt in attempts(self.folder / contender.name):
                 if read_job(Job, attempt) != self._job(contender):
                     raise EngineError(f"{attempt}: was asked for with other settings; name a new --out")
 
     def _attempt(self, contender: Contender, place: Path) -> None:
-        attempt = place / str(1 + len(_attempts(place)))
-        attempt.mkdir(parents=True)
-        write_job(self._job(contender), attempt)
-        command = _command(self.environments, contender.variables)
+        attempt = new_attempt(place, self._job(contender))
+        words = _command(self.environments, contender.variables)
         try:
             run_programs(
-                {contender.name: Program(command, attempt, attempt / "answers")}, self.progress, float(self.limit)
+                {contender.name: Program(words, attempt, attempt / "answers")}, self.progress, float(self.limit)
             )
         except ConformanceError as error:
             (attempt / "failure.txt").write_text(f"{error}\n")
@@ -114,10 +113,10 @@ class Bench:
 
     def _record(self, contender: Contender) -> Record:
         """Of its last attempt."""
-        attempts = _attempts(self.folder / contender.name)
-        if not attempts:
+        made = attempts(self.folder / contender.name)
+        if not made:
             return Record(name=contender.name, job=self._job(contender))
-        last = attempts[-1]
+        last = made[-1]
         answers = heard(last / "answers")
         failed = last / "failure.txt"
         return Record(
@@ -196,11 +195,5 @@ def describe(name: str, config: dict[str, Any]) -> str:
 
 
 def _command(environments: Path, variables: Mapping[str, str]) -> tuple[str, ...]:
-    """The program in Megatron's environment, with variables of its own."""
-    python = TesteeCommand.parse("megatron", environments).command[0]
-    words = [f"{name}={value}" for name, value in variables.items()]
-    return (*(("env", *words) if words else ()), python, "-m", _PROGRAM)
-
-
-def _attempts(place: Path) -> list[Path]:
-    return sorted(place.glob("[0-9]*"), key=lambda attempt: int(attempt.name))
+    """The program, in Megatron's environment."""
+    return command("megatron", _PROGRAM, environments, variables)

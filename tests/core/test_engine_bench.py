@@ -367,7 +367,8 @@ FAKE = textwrap.dedent(
     """
     import os, sys, time
     from pathlib import Path
-    from dsv3_plugin.engine_bench.protocol import Job, Row, Start, read_job, say
+    from dsv3_plugin.contenders import read_job
+    from dsv3_plugin.engine_bench.protocol import Job, Row, Start, say
     job, out = read_job(Job, Path(sys.argv[1])), Path(sys.argv[2])
     if (how := os.environ.get("FAKE")) == "no start":
         sys.exit("RuntimeError: no such device")

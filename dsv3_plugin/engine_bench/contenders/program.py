@@ -7,8 +7,6 @@ token to token by the clock of the process, since a token that a caller has is a
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
 import platform
@@ -23,19 +21,19 @@ from typing import Protocol
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.conformance.protocol import tell_progress
+from dsv3_plugin.contenders import read_job, run_program
 from dsv3_plugin.engine_bench.contenders.watch import Watch, save_logits
 from dsv3_plugin.engine_bench.protocol import (
-    PROGRESS_PREFIX,
     Job,
     Measurement,
     Row,
     Start,
     logits_file,
-    read_job,
     say,
 )
 from dsv3_plugin.engine_bench.tokens import Circle
-from dsv3_plugin.errors import DSV3Error, EngineError
+from dsv3_plugin.errors import EngineError
 from dsv3_plugin.version import __version__
 
 MAX_BATCHED_TOKENS = 8192
@@ -223,26 +221,20 @@ def started(engine_versions: Mapping[str, str], **known: object) -> Start:
 
 
 def main(make_engine: Callable[[Job, Circle, int], Engine]) -> None:
-    """Run as `python -m ... JOB_DIR RESULT_DIR`; `make_engine` takes the job, the tokens, and how long a request gets.
-    Errors meant for the user end with status 2.
-    """
-    parser = argparse.ArgumentParser()
-    parser.add_argument("job_dir", type=Path)
-    parser.add_argument("result_dir", type=Path)
-    options = parser.parse_args()
-    try:
-        job = read_job(Job, options.job_dir)
+    """See `run_program`; `make_engine` takes the job, the tokens, and how long a request gets."""
+
+    def answer(job_dir: Path, result_dir: Path) -> None:
+        job = read_job(Job, job_dir)
         if job.device == "cuda" and not torch.cuda.is_available():
             raise EngineError("the measurement is of a GPU, and torch finds none here")
-        _progress("starting")
+        tell_progress("starting")
         engine = make_engine(job, *_needs(job))
-        say(options.result_dir, engine.start)
+        say(result_dir, engine.start)
         for number, measurement in enumerate(job.measurements):
-            _progress(str(measurement))
-            say(options.result_dir, measure(engine, measurement, job, logits_file(options.result_dir, number)))
-    except DSV3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+            tell_progress(str(measurement))
+            say(result_dir, measure(engine, measurement, job, logits_file(result_dir, number)))
+
+    run_program(answer)
     _leave()
 
 
@@ -255,12 +247,7 @@ def _needs(job: Job) -> tuple[Circle, int]:
 
 def _leave() -> None:
     """Without waiting for the threads that engines keep."""
-    _progress("measured")
+    tell_progress("measured")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def _progress(what: str) -> None:
-    sys.stdout.write(f"{PROGRESS_PREFIX}{json.dumps({'case': what})}\n")
-    sys.stdout.flush()

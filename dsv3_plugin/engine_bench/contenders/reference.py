@@ -6,9 +6,6 @@ needs no engine. One pass goes as far as the last position that anyone asks for.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,9 +15,10 @@ from safetensors.torch import save_file
 
 from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.engine_bench.protocol import PROGRESS_PREFIX, Device, Measurement, Message, read_job
+from dsv3_plugin.conformance.protocol import Device, tell_progress
+from dsv3_plugin.contenders import Message, read_job, run_program
+from dsv3_plugin.engine_bench.protocol import Measurement
 from dsv3_plugin.engine_bench.tokens import Circle
-from dsv3_plugin.errors import DSV3Error
 from dsv3_plugin.layers.attend import attend_to_itself
 from dsv3_plugin.layers.model import bind_ops
 
@@ -59,7 +57,7 @@ def answer(job: ReferenceJob, file: Path) -> None:
         by_prompts[asked.measurement.requests, asked.measurement.tokens].append((number, places))
     found: dict[str, torch.Tensor] = {}
     for (requests, length), of_files in by_prompts.items():
-        _progress(f"{requests} x {length}")
+        tell_progress(f"{requests} x {length}")
         prompts = circle.prompts(requests, length)
         logits: dict[Place, torch.Tensor] = {}
         wanted = sorted({place for _, places in of_files for place in places})
@@ -90,23 +88,14 @@ def distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
     return float(((logits - reference).norm(dim=1) / deviations).median())
 
 
-def _progress(what: str) -> None:
-    sys.stdout.write(f"{PROGRESS_PREFIX}{json.dumps({'case': what})}\n")
-    sys.stdout.flush()
-
-
 def main() -> None:
-    """Run as `python -m ... JOB_DIR RESULT_DIR`."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("job_dir", type=Path)
-    parser.add_argument("result_dir", type=Path)
-    options = parser.parse_args()
-    try:
+    """See `run_program`."""
+
+    def answer_job(job_dir: Path, result_dir: Path) -> None:
         with torch.inference_mode():
-            answer(read_job(ReferenceJob, options.job_dir), options.result_dir / "reference.safetensors")
-    except DSV3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+            answer(read_job(ReferenceJob, job_dir), result_dir / "reference.safetensors")
+
+    run_program(answer_job)
 
 
 if __name__ == "__main__":
