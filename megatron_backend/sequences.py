@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 
 from dsv3_plugin.errors import InputError
+from dsv3_plugin.layers.attend import FAST_PAGE_SIZE
 from dsv3_plugin.ops.paged_batch import PagedBatch
 
-PAGE_SIZES = 64, 32, 16, 1
-"""Tokens of a page, the fastest first: attention's kernels copy a page's keys at once, and no bit depends on it."""
+PAGE_SIZES = FAST_PAGE_SIZE, 32, 16, 1
+"""Tokens of a page, the fastest first."""
 
 
 class Sequences(NamedTuple):

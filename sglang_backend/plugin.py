@@ -19,8 +19,6 @@ logger = logging.getLogger("sglang.dsv3_plugin")
 
 MODELS = "dsv3_plugin.sglang_backend.models"
 ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV3ForCausalLMNextN")
-PAGE_SIZE = 64
-"""Slots that attention's kernels copy at once."""
 
 
 def register() -> None:
@@ -123,11 +121,12 @@ def _choose_page_size(default: Callable[[Any], dict[str, Any]], arguments: Any) 
     """Around SGLang's choice of `page_size`, which is 1 where the user names none: single slots are copied one by one,
     which makes a long prompt's attention four times as slow. SGLang's chunks must be whole pages.
     """
+    from dsv3_plugin.layers.attend import FAST_PAGE_SIZE
     from dsv3_plugin.sglang_backend import attention
 
     ours = arguments.attention_backend == attention.NAME and arguments.device == "cuda"
-    if ours and arguments.page_size is None and (arguments.chunked_prefill_size or 0) % PAGE_SIZE == 0:
-        return {"page_size": PAGE_SIZE}
+    if ours and arguments.page_size is None and (arguments.chunked_prefill_size or 0) % FAST_PAGE_SIZE == 0:
+        return {"page_size": FAST_PAGE_SIZE}
     return default(arguments)
 
 

@@ -23,13 +23,10 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.layers.attend import Select, attend_to_pages, select_all
+from dsv3_plugin.layers.attend import FAST_PAGE_SIZE, Select, attend_to_pages, select_all
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.vllm_backend import compat
-
-PREFERRED_BLOCK_SIZE = 64
-"""Keys that attention's kernels copy at once."""
 
 
 @dataclass
@@ -140,7 +137,7 @@ class LatentBackend(AttentionBackend):
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         """Where the user names none. Smaller blocks cost a GPU time, and change no bit."""
         default: int = super().get_preferred_block_size(default_block_size)
-        return max(default, PREFERRED_BLOCK_SIZE) if current_platform.is_cuda() else default
+        return max(default, FAST_PAGE_SIZE) if current_platform.is_cuda() else default
 
     @classmethod
     def is_mla(cls) -> bool:

@@ -20,6 +20,9 @@ from dsv3_plugin.ops.paged_batch import PagedBatch, whole_sequence
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
 
+FAST_PAGE_SIZE = 64
+"""Keys that attention's kernels copy at once. Smaller pages cost a GPU time, and change no bit."""
+
 Select = Callable[[torch.Tensor, PagedBatch], KeySelection]
 """Pages [num_blocks, block_size, cached_dim], with the step's tokens written, and the batch, to the keys of its
 `num_tokens` queries. An engine may have padded what the layer was given: rows behind `num_tokens` are none of it."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from mini_checkpoint import Folders
+from stale_page import read_stale
 
 from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.programs import Program, Progress
@@ -20,7 +20,6 @@ from dsv3_plugin.conformance.protocol import Case, Job, Request, read_job
 from dsv3_plugin.conformance.rows import RowRecorder
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.conformance.testees.reference import ReferenceTestee
-from dsv3_plugin.ops.mla_attention import mla_attention
 
 PROMPTS = [tuple(i * 7 % 300 for i in range(start, start + length)) for start, length in ((3, 11), (20, 24))]
 CASE = Case(
@@ -48,15 +47,7 @@ def a_position_late(testee: Sabotaged) -> None:
 
 def a_stale_row(testee: Sabotaged) -> None:
     """The newest row of the cache is its oldest."""
-    attention = testee.ops[mla_attention]
-
-    def stale(q: Any, cache: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        pages = cache.clone()
-        block, offset = divmod(int(batch.seq_lens[0]) - 1, batch.block_size)
-        pages[batch.block_table[0, block], offset] = cache[batch.block_table[0, 0], 0]
-        return attention(q, pages, batch, *args, **kwargs)
-
-    testee.ops.kernels[mla_attention] = stale  # type: ignore[index]
+    read_stale(testee.ops)
 
 
 def experts_swapped(testee: Sabotaged) -> None:

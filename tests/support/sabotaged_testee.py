@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 import torch
+from stale_page import read_stale
 from wrong_kernel import wrong_kernel
 
 from dsv3_plugin import registry
@@ -24,7 +25,6 @@ from dsv3_plugin.conformance.protocol import Case, Job, Served
 from dsv3_plugin.conformance.testees import program, reference
 from dsv3_plugin.conformance.testees.reference import ReferenceTestee
 from dsv3_plugin.ops import tile
-from dsv3_plugin.ops.mla_attention import mla_attention
 
 SABOTAGE, _, ARGUMENT = sys.argv.pop(1).partition(":")
 
@@ -67,15 +67,7 @@ class SabotagedTestee(ReferenceTestee):
         if SABOTAGE == "ulp":
             self.model.model.get_submodule(ARGUMENT).register_forward_hook(bump, prepend=True)
         if SABOTAGE == "page":
-            attention = self.ops[mla_attention]
-
-            def off_by_one(q: Any, cache: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-                pages = cache.clone()
-                block, offset = divmod(int(batch.seq_lens[0]) - 1, batch.block_size)
-                pages[batch.block_table[0, block], offset] = cache[batch.block_table[0, 0], 0]
-                return attention(q, pages, batch, *args, **kwargs)
-
-            self.ops.kernels[mla_attention] = off_by_one  # type: ignore[index]
+            read_stale(self.ops)
 
     def served(self) -> Served:
         served = super().served()
