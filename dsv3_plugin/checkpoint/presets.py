@@ -3,7 +3,8 @@
 `tiny` is for tests and CI. `small` has DeepSeek-V3's real attention sizes, so that kernels which are written for those
 sizes run, and a tenth of its vocabulary, whose products would take most of the time on a CPU. `sliceable` is `tiny`
 with sums that four ranks can share, in fp8 too. `traps` is `tiny` with weights on which known mistakes show
-(`traps.py`), and with DeepSeek-V3's 163,840 positions.
+(`traps.py`), and with DeepSeek-V3's 163,840 positions. `long` is two layers of `small` with both, for long cases where
+kernels serve that `traps` is too small for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from dsv3_plugin.config import read_json_object
 from dsv3_plugin.errors import ConfigError
 
-PRESETS = ("tiny", "small", "sliceable", "traps")
+PRESETS = ("tiny", "small", "sliceable", "traps", "long")
 
 
 def read_config(preset_or_path: str) -> dict[str, Any]:

@@ -274,8 +274,17 @@ def test_the_table_of_the_released_model() -> None:
 
 
 def test_presets_are_valid_and_differ_by_size_alone() -> None:
-    tiny_fields, small_fields, sliceable_fields, traps_fields = (read_config(name) for name in PRESETS)
+    tiny_fields, small_fields, sliceable_fields, traps_fields, long_fields = (read_config(name) for name in PRESETS)
     assert tiny_fields.keys() == small_fields.keys() == sliceable_fields.keys() == traps_fields.keys() - {KEY}
+    different = {name for name, value in long_fields.items() if value != small_fields.get(name)}
+    assert different == {
+        "hidden_size",
+        "max_position_embeddings",
+        "num_hidden_layers",
+        "rope_scaling",
+        "vocab_size",
+        KEY,
+    }
     different = {name for name, value in traps_fields.items() if value != tiny_fields.get(name)}
     assert different == {"max_position_embeddings", "rope_scaling", KEY}
     different = {name for name, value in sliceable_fields.items() if value != tiny_fields[name]}
@@ -364,7 +373,7 @@ def test_other_free_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 1000))
     with pytest.raises(CheckpointError, match=r"a: needs 2\.04 MB, .* has 1 kB free"):
         make_checkpoint(MINI, tmp_path / "a", 1)
-    with pytest.raises(ConfigError, match=r"tny: neither a preset \(tiny, small, sliceable, traps\) nor a file"):
+    with pytest.raises(ConfigError, match=r"tny: neither a preset \(tiny, small, sliceable, traps, long\) nor a file"):
         read_config("tny")
     assert list(tmp_path.iterdir()) == []
 
