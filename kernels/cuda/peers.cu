@@ -48,11 +48,24 @@ __device__ __forceinline__ Word* room(const Peers& peers, int owner, u32 epoch, 
     return (Word*)(peers.memory[owner] + ROOM_AT) + ((size_t)half * RANKS + from) * CHUNK;
 }
 
+// A thread's words of a chunk. They are read together, before the first of them is written: one wait for all of them.
 template <class Word>
-__device__ __forceinline__ void push(const Peers& peers, int owner, u32 epoch, const Word* __restrict__ x, int words) {
-    Word* to = room<Word>(peers, owner, epoch, peers.rank);
-    for (int i = threadIdx.x; i < words; i += blockDim.x) to[i] = x[i];
-}
+struct Words {
+    static constexpr int MOST = CHUNK / THREADS;
+    Word word[MOST];
+
+    __device__ __forceinline__ void load(const Word* from, int words) {
+#pragma unroll
+        for (int k = 0; k < MOST; k++)
+            if (k * THREADS + threadIdx.x < words) word[k] = from[k * THREADS + threadIdx.x];
+    }
+
+    __device__ __forceinline__ void store(Word* to, int words) const {
+#pragma unroll
+        for (int k = 0; k < MOST; k++)
+            if (k * THREADS + threadIdx.x < words) to[k * THREADS + threadIdx.x] = word[k];
+    }
+};
 
 // Neighbours first, then neighbouring pairs.
 __device__ __forceinline__ float4 tree_sum(float4 (&parts)[RANKS]) {
@@ -67,25 +80,39 @@ __device__ __forceinline__ float4 tree_sum(float4 (&parts)[RANKS]) {
     return parts[0];
 }
 
-// The sum of word i of all ranks, of which this rank's is at `own`.
-__device__ __forceinline__ float4 sum_of_ranks(const Peers& peers, u32 epoch, const float4* own, int i) {
-    float4 parts[RANKS];
+// This rank's words to the sums of all ranks' words. Eight are waited for at once.
+__device__ __forceinline__ void add_others(const Peers& peers, u32 epoch, Words<float4>& own, int words) {
+    constexpr int MOST = Words<float4>::MOST, TOGETHER = RANKS < 8 && MOST % (8 / RANKS) == 0 ? 8 / RANKS : 1;
 #pragma unroll
-    for (int r = 0; r < RANKS; r++)
-        parts[r] = r == peers.rank ? own[i] : room<float4>(peers, peers.rank, epoch, r)[i];
-    return tree_sum(parts);
+    for (int first = 0; first < MOST; first += TOGETHER) {
+        float4 parts[TOGETHER][RANKS];
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++)
+#pragma unroll
+            for (int r = 0; r < RANKS; r++) {
+                const int i = (first + k) * THREADS + threadIdx.x;
+                parts[k][r] = own.word[first + k];
+                if (r != peers.rank && i < words) parts[k][r] = room<float4>(peers, peers.rank, epoch, r)[i];
+            }
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++) own.word[first + k] = tree_sum(parts[k]);
+    }
 }
 
 // x fp32 of each rank to the sum of all: every rank gets all of x from every other, and adds by itself.
 extern "C" __global__ void __launch_bounds__(THREADS)
 fold_all(const __grid_constant__ Peers peers, const float4* x, float4* out, int words, int chunk) {
     u32 epoch = peers.epochs[blockIdx.x];
+    Words<float4> own;
     for (int first = blockIdx.x * chunk; first < words; first += gridDim.x * chunk) {
         epoch++;
         const int count = min(chunk, words - first);
-        for (int p = 1; p < RANKS; p++) push(peers, (peers.rank + p) % RANKS, epoch, x + first, count);
+        own.load(x + first, count);
+        for (int p = 1; p < RANKS; p++)
+            own.store(room<float4>(peers, (peers.rank + p) % RANKS, epoch, peers.rank), count);
         meet(peers, epoch);
-        for (int i = threadIdx.x; i < count; i += blockDim.x) out[first + i] = sum_of_ranks(peers, epoch, x + first, i);
+        add_others(peers, epoch, own, count);
+        own.store(out + first, count);
     }
     remember(peers, epoch);
 }
@@ -94,27 +121,28 @@ fold_all(const __grid_constant__ Peers peers, const float4* x, float4* out, int 
 extern "C" __global__ void __launch_bounds__(THREADS)
 fold_shares(const __grid_constant__ Peers peers, const float4* x, float4* out, int words, int chunk) {
     u32 epoch = peers.epochs[blockIdx.x];
+    Words<float4> share;
     for (int first = blockIdx.x * chunk; first < words; first += gridDim.x * chunk) {
         epoch++;
         const int count = min(chunk, words - first), most = (count + RANKS - 1) / RANKS;
+        const auto words_of = [=](int r) { return max(0, min(most, count - r * most)); };
         for (int p = 1; p < RANKS; p++) {
             const int r = (peers.rank + p) % RANKS;
-            push(peers, r, epoch, x + first + r * most, max(0, min(most, count - r * most)));
+            share.load(x + first + r * most, words_of(r));
+            share.store(room<float4>(peers, r, epoch, peers.rank), words_of(r));
         }
+        share.load(x + first + peers.rank * most, words_of(peers.rank));
         meet(peers, epoch);
-        const int own = first + peers.rank * most, own_count = max(0, min(most, count - peers.rank * most));
-        for (int i = threadIdx.x; i < own_count; i += blockDim.x) {
-            const float4 sum = sum_of_ranks(peers, epoch, x + own, i);
-            out[own + i] = sum;
-            for (int p = 1; p < RANKS; p++)
-                room<float4>(peers, (peers.rank + p) % RANKS, epoch + 1, peers.rank)[i] = sum;
-        }
+        add_others(peers, epoch, share, words_of(peers.rank));
+        share.store(out + first + peers.rank * most, words_of(peers.rank));
         epoch++;
+        for (int p = 1; p < RANKS; p++)
+            share.store(room<float4>(peers, (peers.rank + p) % RANKS, epoch, peers.rank), words_of(peers.rank));
         meet(peers, epoch);
         for (int p = 1; p < RANKS; p++) {
-            const int r = (peers.rank + p) % RANKS, begin = r * most;
-            const float4* sums = room<float4>(peers, peers.rank, epoch, r);
-            for (int i = threadIdx.x; i < most && begin + i < count; i += blockDim.x) out[first + begin + i] = sums[i];
+            const int r = (peers.rank + p) % RANKS;
+            share.load(room<float4>(peers, peers.rank, epoch, r), words_of(r));
+            share.store(out + first + r * most, words_of(r));
         }
     }
     remember(peers, epoch);
@@ -124,14 +152,19 @@ fold_shares(const __grid_constant__ Peers peers, const float4* x, float4* out, i
 extern "C" __global__ void __launch_bounds__(THREADS)
 gather(const __grid_constant__ Peers peers, const uint4* x, uint4* out, int words, int chunk) {
     u32 epoch = peers.epochs[blockIdx.x];
+    Words<uint4> chunk_of_rank;
     for (int first = blockIdx.x * chunk; first < words; first += gridDim.x * chunk) {
         epoch++;
         const int count = min(chunk, words - first);
-        for (int p = 1; p < RANKS; p++) push(peers, (peers.rank + p) % RANKS, epoch, x + first, count);
+        chunk_of_rank.load(x + first, count);
+        for (int p = 1; p < RANKS; p++)
+            chunk_of_rank.store(room<uint4>(peers, (peers.rank + p) % RANKS, epoch, peers.rank), count);
+        chunk_of_rank.store(out + (size_t)peers.rank * words + first, count);
         meet(peers, epoch);
-        for (int r = 0; r < RANKS; r++) {
-            const uint4* from = r == peers.rank ? x + first : room<uint4>(peers, peers.rank, epoch, r);
-            for (int i = threadIdx.x; i < count; i += blockDim.x) out[(size_t)r * words + first + i] = from[i];
+        for (int p = 1; p < RANKS; p++) {
+            const int r = (peers.rank + p) % RANKS;
+            chunk_of_rank.load(room<uint4>(peers, peers.rank, epoch, r), count);
+            chunk_of_rank.store(out + (size_t)r * words + first, count);
         }
     }
     remember(peers, epoch);

@@ -118,6 +118,7 @@ def test_peers_instructions(ranks):
     check_order(ptx)
     assert "st.release.sys.global.u32" in ptx and "ld.acquire.sys.global.u32" in ptx
     assert "st.global.v4" in ptx and ".shared .align" not in ptx.replace(".extern .shared .align", "")
-    # Two kernels add, each RANKS - 1 times four numbers.
-    assert len(re.findall(r"add\.rn\.f32", ptx)) == 8 * (ranks - 1) and "fma" not in ptx
+    # Two kernels add, in each a thread RANKS - 1 times the four numbers of its words of a chunk.
+    words = peers._CHUNK // peers._THREADS
+    assert len(re.findall(r"add\.rn\.f32", ptx)) == 8 * words * (ranks - 1) and "fma" not in ptx
     assert "multimem" not in ptx

@@ -96,9 +96,9 @@ def test_gathers_beside_sums(ranks: int, build: Build) -> None:
 
 SABOTAGED_SUMS = {
     "begins with its own": (
-        "parts[r] = r == peers.rank ? own[i] : room<float4>(peers, peers.rank, epoch, r)[i];",
-        "{ const int from = (peers.rank + r) % RANKS;"
-        " parts[r] = from == peers.rank ? own[i] : room<float4>(peers, peers.rank, epoch, from)[i]; }",
+        "if (r != peers.rank && i < words) parts[k][r] = room<float4>(peers, peers.rank, epoch, r)[i];",
+        "const int from = (peers.rank + r) % RANKS;"
+        " if (r != 0 && i < words) parts[k][r] = room<float4>(peers, peers.rank, epoch, from)[i];",
     ),
     "adds one after the other": (
         "    return parts[0];",
@@ -113,16 +113,17 @@ SABOTAGED_SUMS = {
         "for (int r = threadIdx.x; r < RANKS - 1; r += blockDim.x) {\n        const u64",
     ),
     "stores the flag before the words": (
-        "for (int p = 1; p < RANKS; p++) push(peers, (peers.rank + p) % RANKS, epoch, x + first, count);\n"
-        "        meet(peers, epoch);\n        for (int i = threadIdx.x; i < count; i += blockDim.x) out",
-        "meet(peers, epoch);\n"
-        "        for (int p = 1; p < RANKS; p++) push(peers, (peers.rank + p) % RANKS, epoch, x + first, count);\n"
-        "        for (int i = threadIdx.x; i < count; i += blockDim.x) out",
+        "            own.store(room<float4>(peers, (peers.rank + p) % RANKS, epoch, peers.rank), count);\n"
+        "        meet(peers, epoch);\n        add_others",
+        "            if (p == 1) meet(peers, epoch);\n"
+        "        for (int p = 1; p < RANKS; p++)\n"
+        "            own.store(room<float4>(peers, (peers.rank + p) % RANKS, epoch, peers.rank), count);\n"
+        "        add_others",
     ),
     "has one half": ("blockIdx.x * 2 + epoch % 2", "blockIdx.x * 2"),
     "a word too far": (
-        "room<Word>(peers, owner, epoch, peers.rank);",
-        "room<Word>(peers, owner, epoch, peers.rank) + 1;",
+        "epoch, peers.rank), count);\n        meet",
+        "epoch, peers.rank) + 1, count);\n        meet",
     ),
 }
 
@@ -131,7 +132,7 @@ SABOTAGED_SUMS = {
 def test_sabotaged_sums_are_caught(name: str, build: Build) -> None:
     replacements = [SABOTAGED_SUMS[name]]
     if name == "adds one after the other":
-        replacements.append(("return tree_sum(parts);", "return in_a_row(parts);"))
+        replacements.append(("tree_sum(parts[k]);", "in_a_row(parts[k]);"))
     build(4, *replacements, lag=1000)
     assert not all_sums_are_right(4)
 

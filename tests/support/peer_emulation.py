@@ -14,11 +14,11 @@ from emulation import compile_kernel
 
 from dsv3_plugin.kernels.cuda import compiler, peers
 
-_SMALL = {"_THREADS": 4, "_CHUNK": 8, "_CTAS": 3, "_PARTS": 2, "_FOLD_ALL_BYTES": 512, "_PATIENCE_SECONDS": 20}
+_SMALL = {"_THREADS": 1, "_CHUNK": 8, "_CTAS": 3, "_PARTS": 2, "_FOLD_ALL_BYTES": 512, "_PATIENCE_SECONDS": 20}
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few CTAs with small chunks, so that little data takes many."""
+    """Few CTAs, each one thread, with small chunks, so that little data takes many."""
     for name, value in _SMALL.items():
         monkeypatch.setattr(peers, name, value)
 
