@@ -237,7 +237,8 @@ def select(cases: tuple[Case, ...], only: Sequence[str]) -> tuple[Case, ...]:
 
 def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Progress) -> None:
     """Let the reference compute the sequences that testees answered, where its own run does not hold them; they are
-    their specification. Those of a testee that claims closeness it computes in another precision too.
+    their specification. Those of a testee that claims closeness it computes in another precision too, on a CPU: no
+    card's kernels serve fp32.
     """
     module = (sys.executable, "-m", f"{_PACKAGE}.reference", "--replays")
     programs = {}
@@ -247,12 +248,15 @@ def _replay(job: Job, results: dict[str, Result], work_dir: Path, progress: Prog
             continue
         folder = work_dir / _REPLAY / name
         folder.mkdir(parents=True)
-        write_message(job.model_copy(update={"cases": tuple(cases)}), folder)
+        replays = job.model_copy(update={"cases": tuple(cases)})
+        write_message(replays, folder)
         programs[f"{SPECIFICATION} of {name}"] = Program(module, folder, folder / SPECIFICATION)
         if result.claim == "closeness":
             precision = "bf16" if CheckpointReader(job.checkpoint).profile().dtype == torch.float32 else "fp32"
-            command = (*module, "--precision", precision)
-            programs[f"{precision} of {name}"] = Program(command, folder, folder / _SPREAD)
+            on_cpu = folder / f"{_SPREAD}.job"
+            on_cpu.mkdir()
+            write_message(replays.model_copy(update={"device": "cpu"}), on_cpu)
+            programs[f"{precision} of {name}"] = Program((*module, "--precision", precision), on_cpu, folder / _SPREAD)
     run_programs(programs, progress)
 
 
