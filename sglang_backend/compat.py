@@ -11,12 +11,13 @@ import importlib.util
 import json
 import logging
 import pkgutil
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import torch
 
-from dsv3_plugin.engines import untested_version_warning
+from dsv3_plugin.engines import is_ours, untested_version_warning
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.layout import WHOLE, Layout
 
@@ -131,6 +132,17 @@ def draft_model(draft_worker: Any) -> Any:
 def draft_runner(draft_worker: Any) -> Any:
     """What runs a speculative worker's model."""
     return draft_worker.draft_worker.draft_runner
+
+
+def cut_idle_draft(forward: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `ModelRunner.forward`: a rank without requests pads its draft passes to those of the others. Up to 0.5.20
+    SGLang cuts the padding from their logits, and from the positions only where a rank has requests. On a card 0.5.17
+    then refuses to make a second draft: as many positions as logits it needs there.
+    """
+    output = forward(runner, forward_batch, *args, **kwargs)
+    if runner.is_draft_worker and forward_batch.forward_mode.is_idle() and is_ours(runner.model):
+        forward_batch.positions = forward_batch.positions[:0]
+    return output
 
 
 def has(name: str) -> bool:

@@ -27,7 +27,6 @@ from engines import (
     refusal,
     run,
     serving,
-    shipped_testee,
     warm_testee,
 )
 from paths import SUPPORT
@@ -39,8 +38,13 @@ from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.commands.cli import app
 from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.layouts import ParallelLayout
+from dsv3_plugin.errors import ConformanceError
 
 PROMPT = list(range(300, 340))
+
+
+def drafts_as_on_a_card(environment: str, layout: str) -> runner.TesteeCommand:
+    return warm_testee(environment, str(SUPPORT / "drafts_in_sglang.py")).on(ParallelLayout.parse(layout))
 
 
 @pytest.mark.parametrize(
@@ -57,8 +61,19 @@ def test_a_layout_has_the_bits_of_one_rank(
     tiny_checkpoint, tmp_path: Path, monkeypatch, environment: str, layout: str, dtype: str, slices: str
 ) -> None:
     monkeypatch.setenv("DSV3_REDUCTION_SLICES", slices)
-    testee = shipped_testee(environment).on(ParallelLayout.parse(layout))
+    testee = drafts_as_on_a_card(environment, layout)
     ran_as_one_rank(testee, tiny_checkpoint(dtype), tmp_path, "no drafts for a model in stages")
+
+
+def test_padding_in_the_drafts_of_a_rank_without_requests_is_caught(
+    tiny_checkpoint, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("DRAFTS_IN_SGLANG", "padded")
+    testee = drafts_as_on_a_card("sglang-0.5.17", "dp=2,ep=2")
+    with pytest.raises(ConformanceError, match="failed with status 1"):
+        run([REFERENCE, testee], tiny_checkpoint("bf16"), tmp_path, "mtp_2")
+    log = (tmp_path / "kept" / testee.name / "log.txt").read_text()
+    assert "assert positions.shape[0] == next_token_logits.shape[0]" in log
 
 
 def moves_experts(layout: str) -> runner.TesteeCommand:
