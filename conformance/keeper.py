@@ -1,6 +1,7 @@
 """Clears up after the suite when it goes away, however that happens.
 
     python keeper.py run COMMAND...    runs a program; then ends it, with everything that it started
+    python keeper.py serve COMMAND...  runs a server, which may then shut down by itself before it is ended so
     python keeper.py delete FOLDER     deletes a folder then
 
 The suite holds the other end of this program's standard input. A killed process closes its files, so the input ends
@@ -22,8 +23,11 @@ from contextlib import suppress
 NO_LONGER_WANTED = b"k"
 """Written by the suite before it closes the input: the folder is to stay."""
 
+PATIENCE_S = 30.0
+"""For a server to shut down in."""
 
-def run(command: list[str]) -> None:
+
+def run(command: list[str], patience_s: float = 0.0) -> None:
     """Run a program in a session of its own, and exit as it does, death by a signal included."""
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -36,6 +40,9 @@ def run(command: list[str]) -> None:
 
     def wait_for_the_suite() -> None:
         os.read(0, 1)
+        if patience_s:
+            process.terminate()
+            time.sleep(patience_s)  # or until it has ended, which ends this program
         end_all()
 
     threading.Thread(target=wait_for_the_suite, daemon=True).start()
@@ -60,4 +67,10 @@ def delete(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[2:]) if sys.argv[1] == "run" else delete(sys.argv[2])
+    match sys.argv[1]:
+        case "run":
+            run(sys.argv[2:])
+        case "serve":
+            run(sys.argv[2:], PATIENCE_S)
+        case _:
+            delete(sys.argv[2])

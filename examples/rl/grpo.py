@@ -29,7 +29,6 @@ import argparse
 import random
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,7 +38,7 @@ from pathlib import Path
 
 import torch
 from judge import Judge
-from launch import ENVIRONMENTS, Launch, started
+from launch import ENVIRONMENTS, Launch, exit_on_sigterm, started
 from mismatch import Checks
 from progress import Progress, resume, save
 from recipes import GRPO
@@ -342,7 +341,7 @@ def main() -> None:
     """Errors that are meant for the user are one line."""
     arguments = parse_arguments()
     torch.set_num_threads(1)  # a CPU's sums depend on it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are ended
+    exit_on_sigterm()
     try:
         start(arguments)
     except DSV3Error as error:

@@ -10,12 +10,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from servers import SERVERS, Server
 
+from dsv3_plugin.conformance import keeper
 from dsv3_plugin.errors import EngineError
 
 ENVIRONMENTS = Path(__file__).parents[2] / ".envs"
@@ -102,24 +103,33 @@ def _has_scale_out(python: Path) -> bool:
 
 @contextmanager
 def started(name: str, launch: Launch, log: Path) -> Iterator[Server]:
-    """A server that this program starts, and ends with all its processes. Raises `EngineError` where it ends early."""
+    """A server that this program starts. However this program ends, the server ends with all its processes, by
+    `dsv3_plugin.conformance.keeper`. Raises `EngineError` where it ends early.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with log.open("w") as out:
-        process = subprocess.Popen(
-            launch.command(name, port), stdout=out, stderr=out, env=launch.environment(), start_new_session=True
+        kept = subprocess.Popen(
+            [sys.executable, keeper.__file__, "serve", *launch.command(name, port)],
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=out,
+            env=launch.environment(),
+            start_new_session=True,
         )
     try:
         server = SERVERS[name](f"http://127.0.0.1:{port}")
         deadline = time.monotonic() + START_S
         while not answers(server):
-            if process.poll() is not None or time.monotonic() > deadline:
+            if kept.poll() is not None or time.monotonic() > deadline:
                 raise EngineError(f"{name} did not start; the reason is in {log}")
             time.sleep(0.5)
         yield server
     finally:
-        end(process)
+        assert kept.stdin is not None
+        kept.stdin.close()
+        kept.wait()
 
 
 def answers(server: Server) -> bool:
@@ -131,11 +141,13 @@ def answers(server: Server) -> bool:
     return True
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a server, and what it left behind."""
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(30)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def exit_on_sigterm() -> None:
+    """Leave this program by its `with` statements, which end the servers; asked again meanwhile, it goes on with that.
+    `timeout` asks twice.
+    """
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, leave)

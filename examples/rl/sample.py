@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from launch import ENVIRONMENTS, Launch, started
+from launch import ENVIRONMENTS, Launch, exit_on_sigterm, started
 from record import console
 from servers import SERVERS, Request, Server
 from task import TASKS, Conversation, Problem, Words, problems
@@ -100,7 +99,7 @@ def start(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Errors that are meant for the user are one line."""
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are ended
+    exit_on_sigterm()
     try:
         start(arguments)
     except DSV3Error as error:

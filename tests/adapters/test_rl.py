@@ -23,6 +23,7 @@ from engines import predict_logprobs, python_of
 from megatron_programs import needs_megatron, printed, warm
 from mini_checkpoint import MINI
 from paths import ROOT, SUPPORT
+from processes import descendants, is_alive, until
 
 from dsv3_plugin.checkpoint.make import make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
@@ -61,7 +62,12 @@ def running(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Ite
         def start(name: str) -> rl.Server:
             return stack.enter_context(started(name, Launch(models[0], on_cpu=True, kv_tokens=4096), logs / name))
 
-        yield list(threads.map(start, rl.SERVERS))
+        before = descendants(os.getpid())
+        servers = list(threads.map(start, rl.SERVERS))
+        started_here = descendants(os.getpid()) - before
+        yield servers
+    assert len(started_here) > 2 * len(servers)  # keepers, servers, and what these started
+    until(lambda: not any(map(is_alive, started_here)), "the servers' end")
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import TinyCheckpoint
+from processes import is_alive, until
 
 from dsv3_plugin.checkpoint.make import make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
@@ -22,21 +23,6 @@ from dsv3_plugin.conformance.programs import reason, work_folder
 from dsv3_plugin.errors import CheckpointError, ConformanceError
 
 DSV3 = Path(sys.executable).with_name("dsv3")
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something that comes soon."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come"
-        time.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @contextmanager
