@@ -2,7 +2,7 @@
 
 Over it nothing waits for the host and no size depends on the data, so CUDA graphs hold passes of several ranks. The
 bits are those of the process group: sums are the same tree, and the rest moves rows. `connected` gives it to a layout's
-groups whose ranks are Hopper cards of one host that reach each other, once it has seen that the sums there are right;
+groups whose ranks are Hopper cards of one host that reach each other, once it has seen that what goes there is right;
 other groups keep the process group, and the log says why.
 """
 
@@ -221,14 +221,49 @@ class _Allocator:
 
 
 def _wrong(memory: PeerMemory, group: Group, device: torch.device) -> str | None:
-    """What is wrong with sums and gathers, small and large, some of them in a row; None if nothing."""
+    """What is wrong first with what goes over the memory; None if nothing. Whatever is found, all calls are made: the
+    other ranks wait in them.
+    """
+    return next(iter([*_wrong_sums(memory, group, device), *_wrong_rows(memory, group, device)]), None)
+
+
+def _wrong_sums(memory: PeerMemory, group: Group, device: torch.device) -> list[str]:
+    """Of sums and gathers, small and large, some of them in a row."""
+    found = []
     for call, words in enumerate((1, 700, 70_000, 3, 2_000_000, 700)):
-        drawn = [torch.Generator("cpu").manual_seed(8 * call + rank) for rank in range(group.size)]
-        # Whatever dtype and device an engine has set.
-        parts = [torch.randn(4 * words, generator=each, dtype=torch.float32, device="cpu").to(device) for each in drawn]
+        parts = [_drawn(call, rank, words).view(-1).to(device) for rank in range(group.size)]
         own = parts[group.rank]
         if not torch.equal(torch.stack(memory.gather(own)), torch.stack(parts)):
-            return f"{own.nbytes} bytes arrive wrong over peer memory"
+            found.append(f"{own.nbytes} bytes arrive wrong over peer memory")
         if group.size.bit_count() == 1 and not torch.equal(memory.tree_sum(own), tree_sum(parts)):
-            return f"a sum of {own.nbytes} bytes is wrong over peer memory"
-    return None
+            found.append(f"a sum of {own.nbytes} bytes is wrong over peer memory")
+    return found
+
+
+def _wrong_rows(memory: PeerMemory, group: Group, device: torch.device) -> list[str]:
+    """Of experts' rows, there and back: few, many, and of ranks that have none."""
+    held, most = 3, 96
+    slots = held * group.size
+    exchange = memory.exchange(slots, (kernels.WORD,), kernels.WORD, most)
+    found = []
+    for call in range(4):
+        counts = [(37 * call + 61 * rank) % most for rank in range(group.size)]
+        rows = [_drawn(call, rank, count).to(device) for rank, count in enumerate(counts)]
+        # The slots of a rank's rows, in order.
+        chosen = [torch.arange(count, device=device) * slots // max(count, 1) for count in counts]
+        own, first = rows[group.rank], held * group.rank
+        slot_counts = torch.bincount(chosen[group.rank], minlength=slots)
+        (came,), _ = exchange.send((own,), slot_counts, most * group.size)
+        expected = torch.cat([rows[r][chosen[r] == first + i] for i in range(held) for r in range(group.size)])
+        came = came[: len(expected)].view(torch.float32)
+        if not torch.equal(came, expected):
+            found.append("experts' rows arrive wrong over peer memory")
+        if not torch.equal(exchange.send_back(2 * expected, len(own)), 2 * own):
+            found.append("experts' rows come back wrong over peer memory")
+    return found
+
+
+def _drawn(call: int, rank: int, words: int) -> torch.Tensor:
+    """What a rank sends, fp32 [words, 4], on the CPU, whatever dtype and device an engine has set."""
+    generator = torch.Generator("cpu").manual_seed(8 * call + rank)
+    return torch.randn(words, kernels.WORD // 4, generator=generator, dtype=torch.float32, device="cpu")

@@ -24,7 +24,7 @@ from dsv3_plugin.kernels.cuda.peers import View
 from dsv3_plugin.layers.linear import Activation, Quantized
 from dsv3_plugin.layers.moe import Experts
 from dsv3_plugin.layout import WHOLE, Group, Layout
-from dsv3_plugin.peers import PeerMemory, connected
+from dsv3_plugin.peers import PeerMemory, _wrong_rows, connected
 
 ROOM = 1 << 21
 
@@ -127,6 +127,34 @@ def test_rows_that_come_back_elsewhere_are_caught(
 ) -> None:
     emulated(2, ("(size_t)(back ? before : above) * row_words;", "(size_t)(back ? before ^ 1 : above) * row_words;"))
     assert not all(spread(2, (37, 5), checkpoints("bf16")))
+
+
+ONE_ROW_TOO_FAR = "(size_t)(back ? before : above) * row_words;", "(size_t)(back ? before : above + 1) * row_words;"
+BACK_ELSEWHERE = "(size_t)(back ? before : above) * row_words;", "(size_t)(back ? before ^ 1 : above) * row_words;"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fault", "found"),
+    [
+        (2, (), set()),
+        (3, (), set()),
+        (2, (ONE_ROW_TOO_FAR,), {"experts' rows arrive wrong over peer memory"}),
+        (2, (BACK_ELSEWHERE,), {"experts' rows come back wrong over peer memory"}),
+    ],
+    ids=["of 2", "of 3", "there", "back"],
+)
+def test_experts_rows_are_looked_at_before_they_are_used(
+    ranks: int, fault: tuple[tuple[str, str], ...], found: set[str], emulated: Callable[..., None]
+) -> None:
+    emulated(ranks, *fault)
+    shared = memories(ranks)
+
+    def work(rank: int) -> list[str]:
+        everyone = with_memory(group(range(ranks)), shared, 64)
+        assert isinstance(everyone.peers, PeerMemory)
+        return _wrong_rows(everyone.peers, everyone, torch.device("cpu"))
+
+    assert {reason for reasons in on_ranks(ranks, work) for reason in reasons} == found
 
 
 def test_ranks_on_a_cpu_keep_their_process_group() -> None:
