@@ -9,14 +9,11 @@ import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import distributed as dist
-
-_ENGINES = {
-    "vLLM": "vllm.distributed.device_communicators.custom_all_reduce",
-    "SGLang": "sglang.srt.distributed.device_communicators.custom_all_reduce",
-}
 
 
 @dataclass(frozen=True)
@@ -30,18 +27,36 @@ class AllReduce:
 
 
 def all_reduces(process_group: dist.ProcessGroup, device: torch.device) -> tuple[dict[str, AllReduce], dict[str, str]]:
-    """Of each engine that is installed its own, and of others why not. All ranks of a group of one host, whose backend
-    is not NCCL, make this call.
+    """Of each engine that is installed its own, and of others why not. All ranks of the default group make this call,
+    each with a group of one host, whose backend is not NCCL.
     """
     found, missing = {}, {}
-    for engine, module in _ENGINES.items():
+    for engine, make in ("vLLM", _of_vllm), ("SGLang", _of_sglang):
         try:
-            made = importlib.import_module(module).CustomAllreduce(process_group, device)
+            made = make(process_group, device)
         except Exception as error:  # an engine's import, or its own look at the machine
             missing[engine] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             continue
         if made.disabled:
             missing[engine] = "it is switched off on this machine"
             continue
-        found[engine] = AllReduce(made.custom_all_reduce, made.capture)
+        found[engine] = AllReduce(partial(_run, made), made.capture)
     return found, missing
+
+
+def _of_vllm(process_group: dist.ProcessGroup, device: torch.device) -> Any:
+    module = importlib.import_module("vllm.distributed.device_communicators.custom_all_reduce")
+    return module.CustomAllreduce(process_group, device)
+
+
+def _of_sglang(process_group: dist.ProcessGroup, device: torch.device) -> Any:
+    """The one of several that SGLang takes on this machine. Its look at the cards needs SGLang's group of all ranks."""
+    state = importlib.import_module("sglang.srt.distributed.parallel_state")
+    state.init_distributed_environment(local_rank=device.index or 0, backend="gloo")
+    module = importlib.import_module("sglang.srt.distributed.device_communicators.custom_all_reduce")
+    return module.dispatch_custom_allreduce(process_group, device)(process_group, device)
+
+
+def _run(made: Any, x: torch.Tensor) -> torch.Tensor | None:
+    total: torch.Tensor | None = made.custom_all_reduce(x) if made.should_custom_ar(x) else None
+    return total

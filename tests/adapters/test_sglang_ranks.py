@@ -27,6 +27,7 @@ from engines import (
     refusal,
     run,
     serving,
+    warm,
     warm_testee,
 )
 from paths import SUPPORT
@@ -210,3 +211,11 @@ def test_what_prefill_computed_is_answered_from(tiny_checkpoint, tmp_path: Path)
             assert first["output_ids"] == whole["output_ids"][:1]
             assert predicted(checkpoint, prompt, whole)
     assert "Prefill batch" not in (tmp_path / "decode.log").read_text()
+
+
+@pytest.mark.parametrize("environment", ["sglang-0.5.17", "sglang", "sglang-0.5.23"])
+def test_sglang_s_all_reduce_is_built_outside_sglang(environment: str) -> None:
+    program = SUPPORT / "all_reduce_in_sglang.py"
+    assert warm(environment, program).stdout.splitlines()[-1] == "[[2.0, 2.0], None]"
+    said = warm(environment, program, "without").stdout
+    assert re.search(r"^\w+Error: .*world.group", said.splitlines()[-1])

@@ -37,6 +37,7 @@ def test_measures_sums_beside_others(mini: dict[str, Path], monkeypatch: pytest.
     status, printed = bench(mini["bf16"], "--layout", "tp=2", "--tokens", 3, "--repeats", 3)
     assert status == 0
     assert "tree, gloo, fp32" in printed and "gloo all-reduce, bf16" in printed
+    assert "tp=2: a sum of all ranks, [tokens, 7168], median us" in " ".join(printed.split())
 
 
 def test_other_bits_are_seen(mini: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
