@@ -102,7 +102,7 @@ def test_attentions_backward_by_heads_repeats_and_is_near_float64(seq_lens: Sequ
 
 
 def test_by_heads_it_takes_less_time_than_in_tiles() -> None:
-    """At DeepSeek-V3's widths, 4,096 tokens and 128 heads; fp32, which torch's flash attention has not, is left to tiles."""
+    """At DeepSeek-V3's widths, 4,096 tokens and 128 heads; fp32 has no flash attention and is left to tiles."""
     tokens, heads = 4096, 128
     by_heads = head_operands(tokens, heads)
     assert has_head_gradients(by_heads[1], 128) and not has_head_gradients(by_heads[1].float(), 128)
