@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.ops.head_attention_gradients import head_attention_gradients
 from dsv3_plugin.ops.paged_batch import PagedBatch
+from dsv3_plugin.ops.slices import Slices
 
 LENGTHS = 70, 70, 40, 2
 TOKENS = sum(LENGTHS)
@@ -87,6 +89,50 @@ def test_both_forms_have_one_gradient(
 
     monkeypatch.setattr(mla_gradient, "head_attention_gradients", without_yarn)
     assert distance(layer.run()[1], expected) > BOUND[dtype]
+
+
+@dataclass(frozen=True)
+class Watching(Slices):
+    """Keeps the gradient that tensor-parallel ranks add up."""
+
+    entered: list[torch.Tensor]
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        x.register_hook(self.entered.append)
+        return x
+
+
+def test_ranks_with_a_part_of_the_heads_add_up_to_the_whole(tiny_checkpoint: TinyCheckpoint) -> None:
+    """The latent vectors that all heads share enter once, keys and values and rotary numbers together."""
+    layer = Layer(tiny_checkpoint, "fp32")
+    config, norm = layer.config, layer.mla.kv_a_layernorm
+    count, width = config.num_attention_heads, config.v_head_dim
+    heads, latent = normal(TOKENS, count, config.qk_head_dim, seed=1), normal(TOKENS, config.latent_dim, seed=2)
+    w_uk, w_uv = (w.detach() for w in layer.mla.absorbed_weights())
+    grad = normal(TOKENS, count * width, seed=3)
+    cos, sin = layer.rotary
+
+    def run(own: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """What entered, and the gradient of the queries."""
+        ops = replace(layer.ops, slices=Watching(1, entered := []))
+        by_heads = partial(mla_gradient.heads_of, ops, eps=norm.eps, cos=cos, sin=sin)
+        operands = [
+            x.clone().requires_grad_() for x in (heads[:, own], latent, norm.weight.detach(), w_uk[own], w_uv[own])
+        ]
+        part = grad.unflatten(1, (count, width))[:, own].flatten(1)
+        out = mla_gradient.GradientByHeads.apply(lambda *_: part, by_heads, LENGTHS, 0.1, *operands)
+        found = torch.autograd.grad(out, operands, part)
+        (of_latent,) = entered
+        return of_latent, found[0]
+
+    whole, of_heads = run(slice(count))
+    ranks = [run(slice(0, count // 2)), run(slice(count // 2, count))]
+    assert whole.shape == latent.shape
+    assert distance([ranks[0][0] + ranks[1][0]], [whole]) < BOUND["fp32"]
+    assert distance([torch.cat([found for _, found in ranks], 1)], [of_heads]) < BOUND["fp32"]
+    # The twin: one rank's part, in each half of the latent vector.
+    for columns in slice(config.kv_lora_rank), slice(config.kv_lora_rank, None):
+        assert distance([ranks[0][0][:, columns]], [whole[:, columns]]) > 0.1
 
 
 def test_less_is_kept_for_it(tiny_checkpoint: TinyCheckpoint) -> None:
