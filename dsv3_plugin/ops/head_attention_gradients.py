@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dsv3_plugin.ops.checks import require
+
 
 def has_head_gradients(q: torch.Tensor, v_head_dim: int) -> bool:
     """Whether `head_attention_gradients` serves queries [T, H, D]: of a GPU's, not of fp32 nor of wide heads."""
@@ -32,8 +34,11 @@ def head_attention_gradients(
     """grad [T, H, V] of what the queries q [T, H, D] find in keys k [T, H, D] and values v [T, H, V], V at most D, all
     of one dtype: whole sequences of `seq_lens` tokens, one after the other; to (dq, dk, dv), of the operands' shapes.
 
-    Raises `RuntimeError` where torch has no flash attention for them.
+    Raises `InputError` where the lengths are not those of all tokens, and torch's `RuntimeError` where it has no flash
+    attention for the operands.
     """
+    told = f"sequences of {sum(seq_lens)} tokens together, q has {len(q)}"
+    require(sum(seq_lens) == len(q), "head_attention_gradients", told)
     padding = q.shape[2] - v.shape[2]
     operands = q.detach(), k.detach(), F.pad(v.detach(), (0, padding)), F.pad(grad, (0, padding))
     gradients = [torch.empty_like(x) for x in operands[:3]]

@@ -10,6 +10,7 @@ from bits import FLOATS, normal, same_bits
 from living_memory import LivingMemory
 from torch.nn.attention import SDPBackend
 
+from dsv3_plugin.errors import InputError
 from dsv3_plugin.ops import head_attention_gradients as by_heads
 from dsv3_plugin.ops.head_attention_gradients import has_head_gradients, head_attention_gradients
 
@@ -64,6 +65,8 @@ def test_lengths_of_a_sequence_without_tokens_and_of_none() -> None:
     found = head_attention_gradients(*operands, (0, 4, 0, 6), SCALE)
     assert all(same_bits(*each) for each in zip(found, head_attention_gradients(*operands, (4, 6), SCALE), strict=True))
     assert [len(x) for x in head_attention_gradients(*case(0), (), SCALE)] == [0, 0, 0]
+    with pytest.raises(InputError, match="sequences of 9 tokens together, q has 10"):
+        head_attention_gradients(*operands, (4, 5), SCALE)
 
 
 def test_torchs_modes_are_as_they_were() -> None:
