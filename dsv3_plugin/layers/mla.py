@@ -111,7 +111,7 @@ class MLA(nn.Module):
         if trains and isinstance(attend, WholeSequences) and has_head_gradients(heads, self.config.v_head_dim):
             by_heads = partial(heads_of, ops, eps=norm.eps, cos=cos, sin=sin)
             lengths, scale = attend.seq_lens(len(latent)), softmax_scale(self.config)
-            return GradientByHeads.apply(absorbed, by_heads, lengths, scale, *operands)
+            return GradientByHeads.apply(absorbed, by_heads, lengths, scale, ops.mode == "strict", *operands)
         return absorbed(*operands)
 
     def values(self, out: torch.Tensor, w_uv: torch.Tensor) -> Activation:

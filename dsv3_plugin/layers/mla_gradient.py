@@ -55,11 +55,12 @@ class GradientByHeads(torch.autograd.Function):
         by_heads: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
         seq_lens: Sequence[int],
         scale: float,
+        repeats: bool,
         *operands: torch.Tensor,
     ) -> torch.Tensor:
         """Operands to [T, H * V]; `by_heads` takes them to q, k and v of whole sequences of `seq_lens` tokens."""
         ctx.save_for_backward(*operands)
-        ctx.by_heads, ctx.seq_lens, ctx.scale = by_heads, seq_lens, scale
+        ctx.by_heads, ctx.attention = by_heads, (seq_lens, scale, repeats)
         return absorbed(*operands)
 
     @staticmethod
@@ -68,5 +69,5 @@ class GradientByHeads(torch.autograd.Function):
         operands = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
             q, k, v = ctx.by_heads(*operands)
-        of_heads = head_attention_gradients(grad.view_as(v), q, k, v, ctx.seq_lens, ctx.scale)
-        return None, None, None, None, *torch.autograd.grad((q, k, v), operands, of_heads)
+        of_heads = head_attention_gradients(grad.view_as(v), q, k, v, *ctx.attention)
+        return None, None, None, None, None, *torch.autograd.grad((q, k, v), operands, of_heads)

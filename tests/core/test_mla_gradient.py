@@ -85,7 +85,7 @@ def test_both_forms_have_one_gradient(
     scale = layer.config.qk_head_dim**-0.5
 
     def without_yarn(*args: object) -> object:
-        return head_attention_gradients(*args[:-1], scale)  # type: ignore[arg-type]
+        return head_attention_gradients(*args[:-2], scale)  # type: ignore[arg-type]
 
     monkeypatch.setattr(mla_gradient, "head_attention_gradients", without_yarn)
     assert distance(layer.run()[1], expected) > BOUND[dtype]
@@ -120,7 +120,7 @@ def test_ranks_with_a_part_of_the_heads_add_up_to_the_whole(tiny_checkpoint: Tin
             x.clone().requires_grad_() for x in (heads[:, own], latent, norm.weight.detach(), w_uk[own], w_uv[own])
         ]
         part = grad.unflatten(1, (count, width))[:, own].flatten(1)
-        out = mla_gradient.GradientByHeads.apply(lambda *_: part, by_heads, LENGTHS, 0.1, *operands)
+        out = mla_gradient.GradientByHeads.apply(lambda *_: part, by_heads, LENGTHS, 0.1, True, *operands)
         found = torch.autograd.grad(out, operands, part)
         (of_latent,) = entered
         return of_latent, found[0]

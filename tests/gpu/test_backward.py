@@ -89,13 +89,15 @@ def test_attentions_backward_by_heads_repeats_and_is_near_float64(seq_lens: Sequ
     for _ in range(5):
         again = head_attention_gradients(*operands, seq_lens, 0.07)
         assert all(same_bits(one, other) for one, other in zip(found, again, strict=True))
+    free = head_attention_gradients(*operands, seq_lens, 0.07, repeats=False)
     grad, *wide = (x.double().requires_grad_() for x in operands)
     outputs = []
     for end, length in zip(accumulate(seq_lens), seq_lens, strict=True):
         q, k, v = (x[end - length : end].transpose(0, 1) for x in wide)
         future = torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1)
         outputs.append(((q @ k.mT * 0.07).masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(0, 1))
-    for one, expected in zip(found, torch.autograd.grad(torch.cat(outputs), wide, grad), strict=True):
+    exact = torch.autograd.grad(torch.cat(outputs), wide, grad)
+    for one, expected in zip((*found, *free), (*exact, *exact), strict=True):
         distance = float((one.double() - expected).norm() / expected.norm())
         print(f"{len(seq_lens)} sequences: {distance:.1e}")
         assert distance < 2**-7
