@@ -23,7 +23,7 @@ from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import InputError
-from dsv3_plugin.layers.attend import Attend, Select, attend_to_pages, select_all
+from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.linear import Activation, ColumnLinear, linear_in_slices
 from dsv3_plugin.layers.mla import MLA
 from dsv3_plugin.layers.mlp import MLP
@@ -31,7 +31,6 @@ from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.megatron_backend.documents import packed_starts
 from dsv3_plugin.megatron_backend.sequences import SequencesOfPass
 from dsv3_plugin.megatron_backend.tensor_parallel import all_tokens, cut_weights, own_tokens
-from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.rms_norm import rms_norm
 from dsv3_plugin.registry import Ops
 
@@ -125,24 +124,19 @@ class Norm(MegatronModule):
 
 
 class RecomputedMLA(MLA):
-    """MLA that keeps neither queries nor latent vectors for its backward pass (`recompute_modules=mla_up_proj`)."""
+    """MLA that does not keep its heads' queries for its backward pass (`recompute_modules=mla_up_proj`)."""
 
-    def up_project(self, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def up_project(self, queries: Any) -> torch.Tensor:
         """See `MLA.up_project`."""
         self.checkpoint = CheckpointWithoutOutput(fp8=None)
-        return self.checkpoint.checkpoint(super().up_project, *operands)
+        heads: torch.Tensor = self.checkpoint.checkpoint(super().up_project, queries)
+        return heads
 
-    def forward(self, x: Activation, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """See `MLA.forward`."""
-
-        def attend_and_discard(
-            layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
-        ) -> torch.Tensor:
-            out = attend(layer_idx, q, cached, select)
-            self.checkpoint.discard_output_and_register_recompute(out)
-            return out
-
-        return super().forward(x, cos, sin, attend_and_discard)
+    def attention(self, *operands: Any) -> Activation:
+        """See `MLA.attention`."""
+        values = super().attention(*operands)
+        self.checkpoint.discard_output_and_register_recompute(values)
+        return values
 
 
 class Attention(CoreModule):
@@ -177,25 +171,9 @@ class Attention(CoreModule):
             raise InputError("attention takes the starts of documents (document_starts), not a mask")
         sequences = self.binding.sequences.of(starts, b, s, hidden_states.device)
         x = hidden_states.transpose(0, 1).reshape(b * s, -1)
-        attend = _WholeSequences(self.binding, sequences.batch)
+        attend = WholeSequences(self.binding.ops, self.binding.config, sequences.batch)
         out = self.core(x, *self.binding.rotary(sequences.positions), attend)
         return own_tokens(out.view(b, s, -1).transpose(0, 1).contiguous(), self.config), None
-
-
-class _WholeSequences:
-    """The core's `Attend`: nothing is kept, what a layer caches is the pages."""
-
-    def __init__(self, binding: Binding, batch: PagedBatch) -> None:
-        self.binding = binding
-        self.batch = batch
-
-    def __call__(
-        self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
-    ) -> torch.Tensor:
-        """See `dsv3_plugin.layers.attend.Attend`."""
-        ops = self.binding.ops
-        pages = ops.slices.enter(cached).unflatten(0, (-1, self.batch.block_size))
-        return attend_to_pages(ops, self.binding.config, q, pages, self.batch, select)
 
 
 class DenseMLP(CoreModule):

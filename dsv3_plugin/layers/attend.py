@@ -59,11 +59,27 @@ def attend_to_pages(
     )
 
 
+class WholeSequences:
+    """An `Attend` of whole sequences without a cache: all tokens are queries, and what a layer caches is the pages."""
+
+    def __init__(self, ops: Ops, config: DeepseekV3Config, batch: PagedBatch | None = None) -> None:
+        self.ops, self.config = ops, config
+        self.batch = batch
+        """The sequences, one after the other; or None for one of all tokens."""
+
+    def seq_lens(self, tokens: int) -> tuple[int, ...]:
+        """Of the sequences that `tokens` are."""
+        return (tokens,) if self.batch is None else self.batch.read_seq_lens()
+
+    def __call__(
+        self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
+    ) -> torch.Tensor:
+        """See `Attend`."""
+        batch = whole_sequence(len(cached), cached.device) if self.batch is None else self.batch
+        pages = self.ops.slices.enter(cached).unflatten(0, (-1, batch.block_size))
+        return attend_to_pages(self.ops, self.config, q, pages, batch, select)
+
+
 def attend_to_itself(ops: Ops, config: DeepseekV3Config) -> Attend:
-    """An `Attend` for one whole sequence, without a cache: what a layer caches is a page of its own."""
-
-    def attend(layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all) -> torch.Tensor:
-        batch = whole_sequence(len(cached), cached.device)
-        return attend_to_pages(ops, config, q, cached.unsqueeze(0), batch, select)
-
-    return attend
+    """An `Attend` for one whole sequence, without a cache."""
+    return WholeSequences(ops, config)

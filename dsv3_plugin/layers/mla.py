@@ -2,20 +2,26 @@
 
 `kv_b_proj` is never applied to a key or value. Its key half is folded into the query, its value half into the output,
 so that attention reads the cached latent vectors themselves and prefill, decode and training share one arithmetic.
+The gradient has a form of its own (`mla_gradient`).
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.layers.attend import Attend
+from dsv3_plugin.layers.attend import Attend, WholeSequences
 from dsv3_plugin.layers.beside import beside
 from dsv3_plugin.layers.linear import Activation, ColumnLinear, Linear, Quantized, RowLinear
+from dsv3_plugin.layers.mla_gradient import GradientByHeads, heads_of
 from dsv3_plugin.layers.norm import RMSNorm
 from dsv3_plugin.ops.absorb import absorb
+from dsv3_plugin.ops.head_attention_gradients import has_head_gradients
 from dsv3_plugin.ops.linear import head_linear, head_linear_fp8
+from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
 
 
@@ -77,21 +83,36 @@ class MLA(nn.Module):
         latent = beside(lambda: self.kv_a_proj_with_mqa(x), self.kv_a_proj_with_mqa.weight.device)
         return self.q_a_proj(x), latent()
 
-    def up_project(
-        self, queries: Activation, latent: torch.Tensor, w_uk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `compress` gave, and the key half of `absorbed_weights`, to what attention reads: q [T, H, latent_dim],
-        and the latent vectors [T, latent_dim] as they are cached.
-        """
-        config = self.config
-        if config.q_lora_rank is None:
+    def up_project(self, queries: Activation) -> torch.Tensor:
+        """The queries that `compress` gave, to those of each head [T, H, qk_head_dim], before they are rotated."""
+        if self.config.q_lora_rank is None:
             heads = self.q_proj(queries)
         else:
             assert isinstance(queries, torch.Tensor)
             heads = self.q_b_proj(self.q_a_layernorm.for_projection(queries))
-        heads = heads.view(-1, config.num_attention_heads, config.qk_head_dim)
-        norm = self.kv_a_layernorm
-        return self.ops[absorb](heads, w_uk, latent, norm.weight, norm.eps, cos, sin)
+        return heads.view(-1, self.config.num_attention_heads, self.config.qk_head_dim)
+
+    def attention(
+        self, heads: torch.Tensor, latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+    ) -> Activation:
+        """heads [T, H, qk_head_dim] and latent [T, latent_dim], before its norm, to [T, H * v_head_dim] as `o_proj`
+        reads it.
+        """
+        norm, ops = self.kv_a_layernorm, self.ops
+        operands = heads, latent, norm.weight, *self.absorbed_weights()
+
+        def absorbed(
+            heads: torch.Tensor, latent: torch.Tensor, weight: torch.Tensor, w_uk: torch.Tensor, w_uv: torch.Tensor
+        ) -> Activation:
+            q, cached = ops[absorb](heads, w_uk, latent, weight, norm.eps, cos, sin)
+            return self.values(attend(self.layer_idx, q, cached), w_uv)
+
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+        if trains and isinstance(attend, WholeSequences) and has_head_gradients(heads, self.config.v_head_dim):
+            by_heads = partial(heads_of, ops, eps=norm.eps, cos=cos, sin=sin)
+            lengths, scale = attend.seq_lens(len(latent)), softmax_scale(self.config)
+            return GradientByHeads.apply(absorbed, by_heads, lengths, scale, ops.mode == "strict", *operands)
+        return absorbed(*operands)
 
     def values(self, out: torch.Tensor, w_uv: torch.Tensor) -> Activation:
         """What attention found [T, H, kv_lora_rank], and the value half of `absorbed_weights`, to [T, H * v_head_dim]
@@ -103,7 +124,5 @@ class MLA(nn.Module):
 
     def forward(self, x: Activation, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         """x [T, hidden]; cos, sin fp32 [T, qk_rope_head_dim / 2] at the tokens' positions; to [T, hidden]."""
-        w_uk, w_uv = self.absorbed_weights()
-        q, latent = self.up_project(*self.compress(x), w_uk, cos, sin)
-        out = attend(self.layer_idx, q, latent)
-        return self.o_proj(self.values(out, w_uv))
+        queries, latent = self.compress(x)
+        return self.o_proj(self.attention(self.up_project(queries), latent, cos, sin, attend))

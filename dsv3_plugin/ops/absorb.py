@@ -79,6 +79,8 @@ def _differentiable(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if not torch.is_grad_enabled():
+        return ops[absorb](heads, w_uk, latent, norm_weight, eps, cos, sin)
     parts = head_linear.differentiable(ops), rms_norm.differentiable(ops), rope.differentiable(ops)
     return _of_parts(*parts, heads, w_uk, latent, norm_weight, eps, cos, sin)
 

@@ -15,6 +15,7 @@ import torch
 from dsv3_plugin.ops.checks import require
 from dsv3_plugin.ops.drawing import Case, Sizes, generator, numbers
 from dsv3_plugin.ops.operation import BoundKernels, operation
+from dsv3_plugin.ops.permute import permute
 
 
 @operation(version=1, summary="weighted experts in ascending order, shared expert last, one rounding")
@@ -32,7 +33,9 @@ def combine(
 
 
 class _Combine(torch.autograd.Function):
-    """In fp32."""
+    """In fp32, each gradient rounded once. Rows are moved as `permute` moves them, in their dtype: theirs is the
+    largest memory of a mixture of experts.
+    """
 
     @staticmethod
     def forward(
@@ -44,16 +47,21 @@ class _Combine(torch.autograd.Function):
         shared_out: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(expert_out, slots, topk_weights)
+        ctx.ops = ops
         return ops[combine](expert_out, slots, topk_weights, shared_out)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         expert_out, slots, topk_weights = ctx.saved_tensors
-        wide = grad.float().unsqueeze(1)
-        grad_expert = torch.zeros_like(expert_out)
-        # No two pairs of a token and an expert share a row.
-        grad_expert[slots] = (topk_weights.unsqueeze(2) * wide).to(expert_out.dtype)
-        grad_weights = (expert_out[slots].float() * wide).sum(2)
+        ops: BoundKernels = ctx.ops
+        # No two pairs of a token and an expert share a row; a row that belongs to none has the weight 0.
+        (tokens, k), rows = slots.shape, slots.flatten()
+        token = torch.arange(tokens, device=rows.device).repeat_interleave(k)
+        token_of_row = rows.new_zeros(len(expert_out)).scatter_(0, rows, token)
+        weight_of_row = topk_weights.new_zeros(len(expert_out)).scatter_(0, rows, topk_weights.flatten())
+        grad_expert = ops[permute](grad.contiguous(), token_of_row).mul_(weight_of_row.unsqueeze(1))
+        of_tokens = ops[permute](expert_out, rows).view(tokens, k, -1)
+        grad_weights = (of_tokens * grad.float().unsqueeze(1)).sum(2)
         return None, grad_expert, None, grad_weights, grad
 
 

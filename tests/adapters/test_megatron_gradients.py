@@ -149,9 +149,8 @@ print("exported", moved == fingerprint_of_checkpoint(CheckpointReader(sys.argv[2
 
 # The twin: the second time it computes something else.
 up_project = layers.MLA.up_project
-def drifting(self, queries, latent, *rest):
-    scale = 1 + 2.0**-7 * torch.is_grad_enabled()
-    return up_project(self, queries * scale, latent, *rest)
+def drifting(self, queries):
+    return up_project(self, queries * (1 + 2.0**-7 * torch.is_grad_enabled()))
 layers.MLA.up_project = drifting
 found = gradients(recompute_granularity="selective", recompute_modules=["mla_up_proj"])
 print("twin", "equal" if all(torch.equal(found[name], expected[name]) for name in expected) else "different")

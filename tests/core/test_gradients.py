@@ -1,11 +1,13 @@
 """Gradients of the whole model, every parameter, against autograd of the float64 oracle.
 
-The twins break one gradient each; the same bound must catch every one of them.
+Attention's has two forms: by heads, which serves whole sequences, and the absorbed one for any selection of keys. The
+twins break one gradient each; the same bound must catch every one of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from dsv3_plugin.autograd.bind import differentiable
 from dsv3_plugin.checkpoint.loader import load_model, load_mtp, load_weights
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.attend import Attend, attend_to_itself
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.ops.absorb import absorb
@@ -31,6 +33,7 @@ from dsv3_plugin.ops.operation import Operation
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.quantize import dequantize_weight
 from dsv3_plugin.ops.rms_norm import rms_norm
+from dsv3_plugin.ops.rope import rope
 from dsv3_plugin.ops.router import moe_router
 from dsv3_plugin.ops.silu_and_mul import silu_and_mul
 from dsv3_plugin.registry import Ops
@@ -43,6 +46,19 @@ BOUND = 2e-5
 Break = Callable[[Ops], Ops]
 
 
+def by_heads(attend: Attend) -> Attend:
+    """As the layer has it for whole sequences."""
+    return attend
+
+
+def absorbed(attend: Attend) -> Attend:
+    """An engine's own, of which the layer knows nothing."""
+    return partial(attend)
+
+
+FORMS = by_heads, absorbed
+
+
 def loss_of(logits: torch.Tensor, mtp_logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """tokens [T + 2]: the main logits [T] predict the next, the MTP logits [T] the one after."""
     return cross_entropy(logits, tokens[1:-1]) + MTP_WEIGHT * cross_entropy(mtp_logits, tokens[2:])
@@ -53,7 +69,9 @@ def tokens_of(checkpoint: Path) -> torch.Tensor:
     return torch.randint(vocab, (TOKENS + 2,), generator=torch.Generator().manual_seed(3))
 
 
-def our_gradients(checkpoint: Path, broken: Break = lambda ops: ops) -> dict[str, torch.Tensor]:
+def our_gradients(
+    checkpoint: Path, broken: Break = lambda ops: ops, form: Callable[[Attend], Attend] = by_heads
+) -> dict[str, torch.Tensor]:
     """By the checkpoint's names, through the core's layers and the explicit backward passes."""
     reader = CheckpointReader(checkpoint)
     config = reader.config
@@ -62,7 +80,7 @@ def our_gradients(checkpoint: Path, broken: Break = lambda ops: ops) -> dict[str
     parameters = {"main": dict(main.named_parameters()), "mtp": dict(mtp.named_parameters())}
     for parameter in (*main.parameters(), *mtp.parameters()):
         parameter.requires_grad_(True)
-    tokens, positions, attend = tokens_of(checkpoint), torch.arange(TOKENS), attend_to_itself(ops, config)
+    tokens, positions, attend = tokens_of(checkpoint), torch.arange(TOKENS), form(attend_to_itself(ops, config))
     hidden = main(tokens[:-2], positions, attend)
     drafted = mtp(tokens[1:-1], positions, hidden, attend)
     loss_of(main.lm_head(hidden), mtp.lm_head(drafted), tokens).backward()
@@ -96,8 +114,11 @@ def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     }
 
 
-def test_every_gradient_is_the_oracles(tiny_checkpoint: TinyCheckpoint, expected: dict[str, torch.Tensor]) -> None:
-    found = errors(our_gradients(tiny_checkpoint("fp32")), expected)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_gradient_is_the_oracles(
+    form: Callable[[Attend], Attend], tiny_checkpoint: TinyCheckpoint, expected: dict[str, torch.Tensor]
+) -> None:
+    found = errors(our_gradients(tiny_checkpoint("fp32"), form=form), expected)
     worst = max(found, key=lambda name: found[name])
     print(f"{len(found)} tensors, the worst gradient is {worst}'s: {found[worst]:.1e}")
     copies = {name for name in expected if name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))}
@@ -143,17 +164,20 @@ def _no_weight_gradient(ops: Ops) -> Ops:
 
 
 @pytest.mark.parametrize(
-    "broken",
+    ("form", "broken"),
     [
-        *(_spoil(op) for op in (absorb, head_linear, grouped_linear, rms_norm, silu_and_mul, moe_router)),
-        *(_spoil(op) for op in (combine, mla_attention)),
-        _no_weight_gradient,
+        *((by_heads, _spoil(op)) for op in (grouped_linear, rms_norm, rope, silu_and_mul, moe_router, combine)),
+        (by_heads, _no_weight_gradient),
+        *((absorbed, _spoil(op)) for op in (absorb, head_linear, mla_attention)),
     ],
 )
 def test_one_wrong_gradient_is_caught(
-    broken: Break, tiny_checkpoint: TinyCheckpoint, expected: dict[str, torch.Tensor]
+    form: Callable[[Attend], Attend],
+    broken: Break,
+    tiny_checkpoint: TinyCheckpoint,
+    expected: dict[str, torch.Tensor],
 ) -> None:
-    found = errors(our_gradients(tiny_checkpoint("fp32"), broken), expected)
+    found = errors(our_gradients(tiny_checkpoint("fp32"), broken, form), expected)
     assert max(found.values()) > BOUND
 
 

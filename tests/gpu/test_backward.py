@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dsv3_plugin.autograd.fp8 import MasterWeights
 from dsv3_plugin.hooks import Setting
 from dsv3_plugin.kernels.hopper import V3_LATENT
 from dsv3_plugin.ops.attention_gradients import attention_gradients
+from dsv3_plugin.ops.head_attention_gradients import has_head_gradients, head_attention_gradients
 from dsv3_plugin.profile import FP8_FLOAT32, FP8_UE8M0, Profile
 from dsv3_plugin.registry import Ops, bind, with_training
 
@@ -70,3 +72,59 @@ def test_attentions_backward_repeats_and_is_near_float64(tokens: int, heads: int
         distance = float((one.double() - expected).norm() / expected.norm())
         print(f"{tokens} tokens, {heads} heads: {distance:.1e}")
         assert distance < 2**-8
+
+
+def head_operands(tokens: int, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of the output, queries, keys and values, of DeepSeek-V3's widths."""
+    grad, q, k, v = (
+        normal(tokens, heads, width, seed=i).bfloat16().cuda() for i, width in enumerate((128, 192, 192, 128))
+    )
+    return grad, q, k, v
+
+
+@pytest.mark.parametrize("seq_lens", [(1000,), (256, 256, 1, 487)], ids=str)
+def test_attentions_backward_by_heads_repeats_and_is_near_float64(seq_lens: Sequence[int]) -> None:
+    operands = head_operands(1000, 16)
+    found = head_attention_gradients(*operands, seq_lens, 0.07)
+    for _ in range(5):
+        again = head_attention_gradients(*operands, seq_lens, 0.07)
+        assert all(same_bits(one, other) for one, other in zip(found, again, strict=True))
+    free = head_attention_gradients(*operands, seq_lens, 0.07, repeats=False)
+    grad, *wide = (x.double().requires_grad_() for x in operands)
+    outputs = []
+    for end, length in zip(accumulate(seq_lens), seq_lens, strict=True):
+        q, k, v = (x[end - length : end].transpose(0, 1) for x in wide)
+        future = torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1)
+        outputs.append(((q @ k.mT * 0.07).masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    exact = torch.autograd.grad(torch.cat(outputs), wide, grad)
+    for one, expected in zip((*found, *free), (*exact, *exact), strict=True):
+        distance = float((one.double() - expected).norm() / expected.norm())
+        print(f"{len(seq_lens)} sequences: {distance:.1e}")
+        assert distance < 2**-7
+
+
+def test_by_heads_it_takes_less_time_than_in_tiles() -> None:
+    """At DeepSeek-V3's widths, 4,096 tokens and 128 heads; fp32 has no flash attention and is left to tiles."""
+    tokens, heads = 4096, 128
+    by_heads = head_operands(tokens, heads)
+    assert has_head_gradients(by_heads[1], 128) and not has_head_gradients(by_heads[1].float(), 128)
+    tiles = [normal(*shape).bfloat16().cuda() for shape in ((tokens, heads, 512), (tokens, heads, 576), (tokens, 576))]
+
+    def measured(run: Callable[[], object]) -> tuple[float, float]:
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(3):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 3, (torch.cuda.max_memory_allocated() - before) / 2**30
+
+    of_heads = measured(lambda: head_attention_gradients(*by_heads, (tokens,), 0.07))
+    of_tiles = measured(lambda: attention_gradients(tiles[0], tiles[1], tiles[2], 512, 0.04))
+    for name, (milliseconds, memory) in (("by heads", of_heads), ("in tiles", of_tiles)):
+        print(f"{name}: {milliseconds:.1f} ms, {memory:.2f} GiB")
+    assert of_heads[0] < of_tiles[0]

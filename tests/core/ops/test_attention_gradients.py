@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 import pytest
 import torch
 from bits import normal, same_bits
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from living_memory import LivingMemory
 
 from dsv3_plugin.ops import attention_gradients as tiled
 
@@ -77,37 +73,6 @@ def test_in_bf16_it_is_as_far_from_float64_as_rounding_makes_it(monkeypatch: pyt
     assert all(same_bits(*each) for each in zip(found, again, strict=True))
     # The twin: a scale that is a hundredth off.
     assert min(distances(tiled.attention_gradients(*operands, RANK, SCALE * 1.01), exact(*operands))) > 2**-8
-
-
-class LivingMemory(TorchDispatchMode):
-    """The most bytes that tensors made inside held at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now, self.most = 0, 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What comes from outside, and views of it, is no memory of what is measured.
-        self.known |= {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 def most_memory(tokens: int) -> int:

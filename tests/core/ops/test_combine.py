@@ -7,6 +7,7 @@ import torch
 from bits import FLOATS, generator, normal, same_bits
 
 from dsv3_plugin.ops.combine import combine
+from dsv3_plugin.ops.permute import permute
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -26,3 +27,25 @@ def test_combine_adds_ascending_experts_then_the_shared_one(dtype: torch.dtype) 
     if dtype == torch.float32:
         descending = combine(expert_out, slots.flip(1), weights.flip(1), shared)
         assert not torch.equal(descending, found)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_its_gradient_is_rounded_once_and_zero_where_no_token_reads(dtype: torch.dtype) -> None:
+    """Rows behind the tokens' belong to none. The rows' gradient has the bits of one rounding of the exact product."""
+    tokens, k, width = 9, 4, 256
+    total = tokens * k + 5
+    slots = torch.randperm(total, generator=generator(2))[: tokens * k].view(tokens, k)
+    expert_out, shared, grad = (
+        normal(rows, width, seed=i, dtype=dtype) for i, rows in enumerate((total, tokens, tokens))
+    )
+    weights = torch.rand(tokens, k, generator=generator(3))
+    operands = [x.requires_grad_() for x in (expert_out, weights, shared)]
+    run = combine.differentiable({combine: combine, permute: permute})
+    of_rows, of_weights, of_shared = torch.autograd.grad(run(expert_out, slots, weights, shared), operands, grad)
+    expected = torch.zeros(total, width, dtype=dtype)
+    expected[slots] = (weights.detach().unsqueeze(2) * grad.float().unsqueeze(1)).to(dtype)
+    assert torch.equal(of_rows, expected) and same_bits(of_shared, grad)
+    exact = (expert_out.detach().double()[slots] * grad.double().unsqueeze(1)).sum(2)
+    assert (of_weights.double() - exact).abs().max() < 1e-4 * exact.abs().max()
+    # The twin: a token's row that another token reads.
+    assert not torch.equal(of_rows, expected.roll(1, 0))
