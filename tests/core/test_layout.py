@@ -24,7 +24,7 @@ from dsv3_plugin.layers.expert_parallel import ExpertParallelMoE
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.moe import Router
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
-from dsv3_plugin.layout import WHOLE, Group, GroupSlices, Layout, Placement
+from dsv3_plugin.layout import ALONE, WHOLE, Group, GroupSlices, Layout, Placement
 from dsv3_plugin.ops.combine import combine
 from dsv3_plugin.registry import Ops
 
@@ -92,6 +92,42 @@ def compute(
 def same(left: Computed, right: Computed) -> bool:
     assert left.logits is not None and left.draft is not None and right.logits is not None and right.draft is not None
     return same_bits(left.logits, right.logits) and same_bits(left.draft, right.draft)
+
+
+def test_what_travels_for_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many rows each rank adds a share and sends it on; few go to all at once, which is one exchange instead of two.
+    One rank moves nothing.
+    """
+    moved: list[tuple[str, object]] = []
+
+    def gather(group: Group, x: torch.Tensor) -> list[torch.Tensor]:
+        moved.append(("all have", len(x)))
+        return [x] * group.size
+
+    def exchange(group: Group, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        moved.append(("each gets", sent))
+        return x.new_zeros(sum(received), x.shape[1])
+
+    x = torch.ones(6, 2)
+    assert ALONE.gather_shares(x, 6) is x
+    monkeypatch.setattr(Group, "gather", gather)
+    monkeypatch.setattr(Group, "exchange", exchange)
+    slices = GroupSlices(1, Group(0, 4))
+    slices.fold(x)
+    assert moved == [("each gets", [2, 2, 2, 0]), ("all have", 2)]
+    moved.clear()
+    slices.fold(x[:3])
+    assert moved == [("all have", 3)]
+
+
+def test_a_graph_holds_a_pass_whose_ranks_need_no_host() -> None:
+    """One rank, or peers' memory, in both groups."""
+    memory: Any = object()
+    alone, by_process_group, by_memory = ALONE, Group(0, 2), Group(0, 2, peers=memory)
+    assert WHOLE.needs_no_host() and Layout(by_memory, by_memory).needs_no_host()
+    assert Layout(alone, by_memory).needs_no_host()
+    for left, right in (alone, by_process_group), (by_memory, by_process_group), (by_process_group, by_memory):
+        assert not Layout(left, right).needs_no_host()
 
 
 @pytest.mark.parametrize("tokens", [TOKENS, TOKENS[:1]], ids=len)

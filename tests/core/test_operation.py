@@ -49,6 +49,12 @@ def test_the_order_does_not_depend_on_what_is_imported_first() -> None:
     assert done.stdout.split() == list(operations())
 
 
+def test_a_contract_s_version_changes_here_too() -> None:
+    """A recording or a certificate of another version counts for nothing: none is changed by a slip."""
+    changed = {name: op.version for name, op in operations().items() if op.version != 1}
+    assert changed == {"mla_attention": 4, "rms_norm": 2, "route": 2, "silu_and_mul": 2}
+
+
 @pytest.mark.parametrize("name", operations())
 def test_a_declaration_is_complete(name: str) -> None:
     op = operations()[name]

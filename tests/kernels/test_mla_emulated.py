@@ -18,6 +18,7 @@ import emulation
 from dsv3_plugin.kernels.certify.compare import bits_differ
 from dsv3_plugin.kernels.cuda import compiler, mla_hopper
 from dsv3_plugin.kernels.sm90 import sm90_model
+from dsv3_plugin.layers.attend import FAST_PAGE_SIZE
 from dsv3_plugin.ops import mla_attention
 from dsv3_plugin.ops.drawing import numbers
 from dsv3_plugin.ops.paged_batch import PagedBatch
@@ -65,6 +66,10 @@ CASES = {
     "split-KV": ([2100, 900], [1, 1], 16, 64, 8),
     "a border inside a tile, split-KV": ([1025, 2047], [3, 1], 17, 64, 12),
 }
+
+
+def test_the_page_that_engines_are_given_is_one_copy() -> None:
+    assert FAST_PAGE_SIZE == mla_hopper._KEYS
 
 
 @pytest.mark.parametrize("name", CASES)

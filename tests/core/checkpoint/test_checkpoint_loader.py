@@ -61,6 +61,7 @@ def test_every_number_lands_in_its_place(tiny: Folders, dtype: str) -> None:
             else:
                 expected = torch.cat([stored[theirs.replace("gate_up", part)] for part in ("gate", "up")])
             assert same_bits(parameter, expected), name
+            assert not parameter.requires_grad, f"{name}: a server would record what it does with it"
             seen += parameter.numel()
     # All of the file, with MTP's copies of embedding and head once as copies and once as what they copy.
     assert seen == sum(tensor.numel() for tensor in stored.values())
@@ -80,7 +81,9 @@ def test_an_update_in_buckets_equals_a_first_load(tmp_path: Path, mini: Folders)
     ops = ops_for(old)
     updated, fresh = load_model(old, ops), load_model(new, ops)
 
+    @torch.inference_mode()
     def absorbed(model: DeepseekV3) -> torch.Tensor:
+        """Derived as engines do; the loader writes to it from outside."""
         attention = model.get_submodule("model.layers.0.self_attn")
         assert isinstance(attention, MLA)
         return attention.absorbed_weights()[0]

@@ -90,6 +90,15 @@ def test_memory_grows_with_tokens_and_not_with_their_square(monkeypatch: pytest.
     assert most_memory(1024) > 12 * most_memory(256)
 
 
+def test_a_tile_of_the_largest_model_has_128_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is what `MOST_SCORES` says. Other tiles are another order of a key's sum: no change of a bit unseen."""
+    queries: list[int] = []
+    monkeypatch.setattr(tiled, "_add_tile", lambda grad, *rest: queries.append(len(grad)))
+    shapes = (300, 128, 512), (300, 128, 576), (4096, 576)
+    tiled.attention_gradients(*(torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes), 512, 0.1)
+    assert queries == [128, 128, 44]
+
+
 @pytest.mark.parametrize(("tokens", "heads"), [(4096, 128), (16384, 16)])
 def test_at_full_width_it_holds_little_beside_its_results(
     tokens: int, heads: int, monkeypatch: pytest.MonkeyPatch

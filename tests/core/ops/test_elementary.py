@@ -128,6 +128,12 @@ def test_fold_sum_adds_in_its_order(size: int, lanes: int) -> None:
     assert fold_sum(x, lanes).flatten().tolist() == [float(value) for value in expected]
 
 
+def test_a_whole_number_of_lanes_gets_no_zeros() -> None:
+    """Which would make a positive zero of negative ones. The twin: one number more, and the last lanes are padded."""
+    assert same_bits(fold_sum(-torch.zeros(128), 64), -torch.zeros(1))
+    assert same_bits(fold_sum(-torch.zeros(129), 64), torch.zeros(1))
+
+
 def test_another_order_gives_another_sum() -> None:
     x = normal(64, 2048)
     assert not torch.equal(fold_sum(x, 512), fold_sum(x, 256))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 import torch
@@ -288,6 +290,12 @@ def test_every_key_selected_is_no_selection(dtype: torch.dtype, long: tuple[Tens
         q, keys, whole = long
         every = KeySelection(every_key(70, 3100).to(torch.int32))
         assert same_bits(attend([q[-70:]], [keys], chosen=every)[0], whole[-70:])
+
+
+def test_a_selection_is_not_written_to() -> None:
+    """All layers without a rule share one."""
+    with pytest.raises(FrozenInstanceError):
+        ALL_KEYS.positions = every_key(1, 1)  # type: ignore[misc]
 
 
 def test_a_selection_in_plain_fp32() -> None:

@@ -13,6 +13,12 @@ from dsv3_plugin.ops.sliced_linear import sliced_fp8_linear, sliced_linear
 from dsv3_plugin.profile import ScaleFormat
 
 
+def test_no_slice_is_left_over() -> None:
+    """A weight with half of the slices is no weight of a shorter sum."""
+    with pytest.raises(ValueError, match="shorter"):
+        sliced_linear(torch.ones(2, 4), torch.ones(3, 2), 4)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_the_tree_adds_the_products_of_slices(dtype: torch.dtype) -> None:
     x, weight = normal(5, 512, dtype=dtype), normal(24, 512, seed=1, dtype=dtype)

@@ -81,6 +81,10 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
         lambda: gradients.quantize_fp8_columns(X.half(), None, COUNTS, "ue8m0"),
     ),
     (
+        r"quantize_fp8_columns: K=200",
+        lambda: gradients.quantize_fp8_columns(Q8[:, :200].contiguous(), S8[:, :1], COUNTS, "ue8m0"),
+    ),
+    (
         r"quantize_fp8_columns: x_scale has shape \(2, 1\)",
         lambda: gradients.quantize_fp8_columns(Q8, S8[:, :1], COUNTS, "ue8m0"),
     ),
@@ -90,6 +94,7 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     ),
     (r"fp8_wgrad: grad is torch.float32", lambda: gradients.fp8_wgrad(X, S8, C8, CS8, COUNTS)),
     (r"fp8_wgrad: grad has 256 tokens, x has 128", lambda: gradients.fp8_wgrad(Q8, S8, C8, CS8, COUNTS)),
+    (r"fp8_wgrad: grad_scale has shape \(2, 1\)", lambda: gradients.fp8_wgrad(C8, CS8[:2], C8, CS8, COUNTS)),
     (r"fp8_wgrad: x_scale has shape \(2, 1\)", lambda: gradients.fp8_wgrad(C8, CS8, C8, CS8[:2], COUNTS)),
     (
         r"fp8_wgrad: expert_counts are of 2 blocks, grad has 1",
