@@ -64,10 +64,12 @@ check: lint
 	$(CORE)/python tests/support/affected.py $(WORK)/wheel
 
 SAMPLE ?= 300
+JOBS ?= $(shell nproc)
 
-# How many of a sample of small changes to the arithmetic the tests notice: docs/mutants.md. Hours.
+# How many of a sample of small changes to the arithmetic the tests notice: docs/mutants.md. Hours, over JOBS.
 mutants: lint .envs/mutants/.ready
-	.envs/mutants/bin/python tests/support/mutants.py $(WORK)/wheel --sample $(SAMPLE) --record $(WORK)/mutants.jsonl
+	.envs/mutants/bin/python tests/support/mutants.py $(WORK)/wheel --sample $(SAMPLE) --jobs $(JOBS) \
+		--record $(WORK)/mutants.jsonl
 
 lint: .envs/core/.ready
 	$(CORE)/ruff check .
