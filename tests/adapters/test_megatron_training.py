@@ -66,7 +66,6 @@ def alone(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFact
     "layout",
     [
         EXPERT_PARALLEL,
-        TENSOR_PARALLEL,
         (*TENSOR_PARALLEL, *EXPERT_PARALLEL, "--use-distributed-optimizer"),
         PIPELINE_PARALLEL,
     ],
