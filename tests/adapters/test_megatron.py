@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from conftest import TinyCheckpoint
+from engines import REFERENCE, in_fork
 from megatron_programs import PYTHON, fresh, needs_megatron, printed, warm
 from megatron_programs import testee as of_megatron
-from paths import ROOT, SUPPORT
+from paths import SUPPORT
 
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
@@ -21,14 +22,10 @@ SABOTAGED = str(SUPPORT / "sabotaged_megatron.py")
 CASES = ("batch", "mtp_1")
 
 
-def reference() -> runner.TesteeCommand:
-    return runner.TesteeCommand.parse("reference", ROOT / ".envs")
-
-
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp8"])
 def test_the_training_forward_has_the_references_bits(dtype: str, tiny_checkpoint: TinyCheckpoint) -> None:
     megatron = of_megatron("dsv3_plugin.conformance.testees.megatron")
-    report = runner.run([reference(), megatron], tiny_checkpoint(dtype), lambda *_: None, only=CASES)
+    report = runner.run([in_fork(REFERENCE), megatron], tiny_checkpoint(dtype), lambda *_: None, only=CASES)
     assert report.passed, report.to_json()
     assert report.results["megatron"].schedule_not_followed
     compared = [c for v in report.verdicts for c in v.comparisons if {"megatron", "reference"} == {c.left, c.right}]
@@ -40,7 +37,7 @@ def test_experts_added_up_in_megatrons_order_are_caught(
 ) -> None:
     monkeypatch.setenv("SABOTAGE", "experts")
     sabotaged = of_megatron(SABOTAGED)
-    report = runner.run([reference(), sabotaged], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
+    report = runner.run([in_fork(REFERENCE), sabotaged], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
     assert not report.passed
     comparisons = {(c.left, c.right): c for c in report.verdicts[0].comparisons}
     first = comparisons["reference", "megatron"].first_difference
@@ -77,7 +74,7 @@ def test_two_ranks_have_the_bits_of_one(
     checkpoint = sliceable_fp8_checkpoint if dtype == "fp8" else tiny_checkpoint(dtype)
     megatron = of_megatron("dsv3_plugin.conformance.testees.megatron")
     commands = [megatron.on(ParallelLayout.parse(layout)) for layout in layouts]
-    report = runner.run([reference(), *commands], checkpoint, lambda *_: None, only=("mtp_1",))
+    report = runner.run([in_fork(REFERENCE), *commands], checkpoint, lambda *_: None, only=("mtp_1",))
     assert report.passed, report.to_json()
     assert report.profile == f"{dtype} in 2 reduction slices"
     compared = [c for v in report.verdicts for c in v.comparisons if "reference" in (c.left, c.right)]
@@ -90,7 +87,7 @@ def test_partial_sums_that_travel_in_bf16_are_caught(
     monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
     monkeypatch.setenv("SABOTAGE", "reduction")
     sabotaged = of_megatron(SABOTAGED).on(ParallelLayout.parse("tp=2"))
-    report = runner.run([reference(), sabotaged], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
+    report = runner.run([in_fork(REFERENCE), sabotaged], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
     assert not report.passed
     comparisons = {(c.left, c.right): c for c in report.verdicts[0].comparisons}
     first = comparisons["reference", "megatron tp=2"].first_difference

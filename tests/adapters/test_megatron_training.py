@@ -66,7 +66,6 @@ def alone(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFact
     "layout",
     [
         EXPERT_PARALLEL,
-        TENSOR_PARALLEL,
         (*TENSOR_PARALLEL, *EXPERT_PARALLEL, "--use-distributed-optimizer"),
         PIPELINE_PARALLEL,
     ],
@@ -93,20 +92,12 @@ def test_two_processes_train(
     CheckpointReader(output).validate()
 
 
-@pytest.mark.parametrize(
-    ("processes", "layout"),
-    [
-        (1, ("--use-distributed-optimizer",)),
-        (2, PIPELINE_PARALLEL),
-    ],
-    ids=str,
-)
-def test_resuming_continues_with_equal_bits(
-    processes: int, layout: tuple[object, ...], tiny_checkpoint: TinyCheckpoint, tmp_path: Path
-) -> None:
+def test_resuming_continues_with_equal_bits(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """In stages. On one process: in `test_train`; with a distributed optimizer: in `test_pretrain`."""
+
     def go(*arguments: object) -> str:
-        common = "--finetune-from-weights", "--train-iters", 4, *layout
-        return train(tiny_checkpoint("bf16"), *common, *arguments, ranks=processes, slices=2)
+        common = "--finetune-from-weights", "--train-iters", 4, *PIPELINE_PARALLEL
+        return train(tiny_checkpoint("bf16"), *common, *arguments, ranks=2, slices=2)
 
     whole = go("--hf-output", tmp_path / "whole")
     first = go("--exit-interval", 2, "--save", tmp_path / "state")

@@ -40,7 +40,7 @@ GRPO, SFT, SAMPLE = (EXAMPLE / f"{name}.py" for name in ("grpo", "sft", "sample"
 TWINS, PREPARE = SUPPORT / "rl_twins.py", ROOT / "examples" / "prepare_data.py"
 MODULES = "dsv3_plugin.megatron_backend.model", "dsv3_plugin.megatron_backend.weights"
 SHORT = "--sft-steps", 2, "--sft-batch-size", 8, "--prompts", 4, "--samples", 2, "--eval-prompts", 0, "--hang-up", 1
-UPDATES = int(os.environ.get("DSV3_TEST_UPDATES", "20"))
+UPDATES = int(os.environ.get("DSV3_TEST_UPDATES", "8"))
 """While requests run; 100 take four minutes."""
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
@@ -155,7 +155,6 @@ def verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     [
         (BIAS, "router biases"),
         ("model.layers.3.eh_proj.weight", "of the MTP layer"),
-        ("model.layers.2.mlp.experts.5.down_proj.weight", "of routed experts"),
     ],
 )
 def test_a_stale_tensor_is_named_in_its_step(

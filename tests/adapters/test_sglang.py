@@ -57,6 +57,8 @@ def test_sglang_prints_the_bits_of_the_others(
 ) -> None:
     report = run([REFERENCE, *map(shipped_testee, engines)], tiny_checkpoint(dtype), tmp_path, *cases)
     assert report.passed, (report.problems, [(v.problems, v.comparisons) for v in report.verdicts if not v.passed])
+    # Every schedule of the reference is the specification, too.
+    assert len(report.verdicts) == (len(cases) or 18)
     served = report.results["sglang"].served
     assert served.model_class == f"{MODELS}.deepseek_v3.DeepseekV3ForCausalLM"
     assert served.draft_class == f"{MODELS}.deepseek_nextn.DeepseekV3ForCausalLMNextN"

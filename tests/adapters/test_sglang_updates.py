@@ -54,9 +54,9 @@ def is_answer_of(answer: dict[str, Any], prompt: int, checkpoints: list[Path], t
     ("environment", "dtype", "updates", "cases"),
     [
         ("sglang", "bf16", 20, ("mtp_2", "sampler_mtp_2")),
-        ("sglang", "fp8", 20, ("batch", "chunked_prefill", "prefix_cache_chunked", "mtp_2")),
-        ("sglang-0.5.17", "bf16", 8, ("batch", "chunked_prefill", "prefix_cache_chunked", "sampler", "sampler_mtp_2")),
-        ("sglang-0.5.23", "bf16", 8, ("batch", "chunked_prefill", "prefix_cache_chunked", "sampler", "sampler_mtp_2")),
+        ("sglang", "fp8", 7, ("batch", "prefix_cache_chunked", "mtp_2")),
+        ("sglang-0.5.17", "bf16", 7, ("prefix_cache_chunked", "sampler", "sampler_mtp_2")),
+        ("sglang-0.5.23", "bf16", 7, ("prefix_cache_chunked", "sampler", "sampler_mtp_2")),
     ],
 )
 def test_updates_under_running_requests(
@@ -68,6 +68,7 @@ def test_updates_under_running_requests(
     updates: int,
     cases: tuple[str, ...],
 ) -> None:
+    """Twenty in a row in bf16 on the newest version; seven bring weights by each call once."""
     right, other = tiny_checkpoint(dtype), tmp_path / "other"
     make_checkpoint(read_config("tiny"), other, 2, dtype=CheckpointDtype(dtype))
     for name, value in {

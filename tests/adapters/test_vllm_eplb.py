@@ -6,7 +6,6 @@ import json
 import subprocess
 from typing import Any
 
-import pytest
 from conftest import TinyCheckpoint
 from engines import python_of
 from paths import SUPPORT
@@ -22,9 +21,9 @@ def on_two_ranks(*arguments: object) -> list[dict[str, Any]]:
     return answers
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_experts_that_vllm_moves_change_no_bit(dtype: str, tiny_checkpoint: TinyCheckpoint) -> None:
-    for answer in on_two_ranks(tiny_checkpoint(dtype)):
+def test_experts_that_vllm_moves_change_no_bit(tiny_checkpoint: TinyCheckpoint) -> None:
+    """In fp8 scales move with their weights; the twin is in bf16."""
+    for answer in on_two_ranks(tiny_checkpoint("fp8")):
         assert answer["moved"] and all(answer["equal"])
         assert answer["fingerprint"] and answer["equal_after_update"]
         assert all(len(set(placement)) == 16 and len(placement) == 20 for placement in answer["placements"])

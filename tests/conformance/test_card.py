@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from engines import REFERENCE, in_fork, warm
 from paths import SUPPORT
 
 from dsv3_plugin.conformance import runner
@@ -43,9 +44,8 @@ def claims(testee: str, profiles: str = '["bf16"]', layouts: str = '["one"]') ->
 @pytest.fixture(scope="module")
 def report(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the reference, and of one that is wrong, as `--json` writes it."""
-    reference = (sys.executable, "-m", "dsv3_plugin.conformance.testees.reference")
     bad = (sys.executable, str(SUPPORT / "sabotaged_testee.py"), "ulp:norm")
-    testees = [runner.TesteeCommand("reference", reference), runner.TesteeCommand("bad", bad)]
+    testees = [in_fork(REFERENCE), in_fork(runner.TesteeCommand("bad", bad))]
     found = runner.run(testees, tiny_checkpoint("bf16"), lambda *_: None, only=("decode",))
     file = tmp_path_factory.mktemp("report") / "report.json"
     file.write_text(json.dumps(found.to_json()))
@@ -85,10 +85,9 @@ def test_one_that_failed_and_ones_that_were_not_tested(report: Path, tmp_path: P
 def test_command(report: Path, tmp_path: Path) -> None:
     file, output = tmp_path / "claims.toml", tmp_path / "cards"
     file.write_text(claims("reference"))
-    program = [sys.executable, "-c", "from dsv3_plugin.commands.cli import main; main()", "conformance", "card"]
 
     def card(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True)
+        return warm("core", Path(sys.executable).with_name("dsv3"), "conformance", "card", *arguments)
 
     done = card(report, "--output", output, "--claims", file)
     (written,) = output.iterdir()

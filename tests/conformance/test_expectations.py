@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from engines import REFERENCE, in_fork
 from paths import SUPPORT
 from rich.console import Console
 
@@ -18,7 +19,6 @@ from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.expectations import Expectations
 from dsv3_plugin.errors import ConformanceError
 
-REFERENCE = runner.TesteeCommand("reference", (sys.executable, "-m", "dsv3_plugin.conformance.testees.reference"))
 BAD = runner.TesteeCommand("bad", (sys.executable, str(SUPPORT / "sabotaged_testee.py"), "ulp:norm"))
 
 
@@ -34,7 +34,7 @@ def run(tiny_checkpoint: Callable[[str], Path]) -> Callable[[Expectations], runn
 
     def get(expected: Expectations) -> runner.Report:
         return runner.run(
-            [REFERENCE, BAD],
+            [in_fork(REFERENCE), in_fork(BAD)],
             tiny_checkpoint("bf16"),
             lambda *_: None,
             only=("decode", "batch"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TinyCheckpoint
+from engines import in_fork
 from paths import SUPPORT
 
 from dsv3_plugin.conformance import report as reports
@@ -41,7 +42,7 @@ def test_a_rank_knows_its_place() -> None:
 def run(
     checkpoint: Path, work_dir: Path, layout: str, *cases: str, testee: runner.TesteeCommand = SPREAD
 ) -> runner.Report:
-    testees = [testee.on(ParallelLayout.parse(layout))]
+    testees = [in_fork(testee.on(ParallelLayout.parse(layout)))]
     return runner.run(testees, checkpoint, lambda name, what: None, keep=work_dir / "kept", only=cases or ("batch",))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from engines import REFERENCE, in_fork, warm
 from safetensors.torch import load_file, save_file
 
 from dsv3_plugin.conformance import runner
@@ -29,11 +29,8 @@ Change = Callable[[Path], None]
 def kept(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A kept run of the reference."""
     folder = tmp_path_factory.mktemp("kept") / "run"
-    command = (sys.executable, "-m", "dsv3_plugin.conformance.testees.reference")
-    testee = runner.TesteeCommand("reference", command)
-    assert runner.run(
-        [testee], tiny_checkpoint("bf16"), lambda *_: None, keep=folder, only=("decode", "sampler")
-    ).passed
+    cases = ("decode", "sampler")
+    assert runner.run([in_fork(REFERENCE)], tiny_checkpoint("bf16"), lambda *_: None, keep=folder, only=cases).passed
     return folder
 
 
@@ -128,13 +125,13 @@ def test_the_protocol_is_that_of_its_version() -> None:
 
 
 def test_command(kept: Path, tmp_path: Path) -> None:
-    program = [sys.executable, "-c", "from dsv3_plugin.commands.cli import main; main()", "conformance"]
-    done = subprocess.run([*program, "validate", str(kept / "reference")], capture_output=True, text=True)
+    program = "core", Path(sys.executable).with_name("dsv3"), "conformance", "validate"
+    done = warm(*program, kept / "reference")
     assert (done.returncode, done.stdout.split(": ")[-1]) == (0, "no problems (protocol 1.0)\n")
     folder = shutil.copytree(kept / "reference", tmp_path / "reference")
     of_result(lambda r: request_of(r).update(logprobs=[]))(folder)
-    done = subprocess.run([*program, "validate", str(folder), "--job", str(kept)], capture_output=True, text=True)
+    done = warm(*program, folder, "--job", kept)
     assert done.returncode == 1 and "decode: request 0 has 0 logprobs" in done.stdout
     assert done.stdout.endswith("reference: 2 problems (protocol 1.0)\n")
-    done = subprocess.run([*program, "validate", str(tmp_path / "none")], capture_output=True, text=True)
+    done = warm(*program, tmp_path / "none")
     assert done.returncode == 2 and "job.json: missing" in done.stderr

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def python_of(environment: str) -> str:
 
 
 WARM = {
+    "core": ("dsv3_plugin.commands.cli", "dsv3_plugin.conformance.testees.reference"),
     "vllm": (
         *("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"),
         *("vllm.v1.core.sched.scheduler", "vllm.model_executor.layers.quantization.compressed_tensors.utils"),
@@ -49,7 +51,9 @@ WARM = {
 
 @functools.cache
 def _warm(environment: str) -> WarmPython:
-    return WarmPython(python_of(environment), WARM[environment.partition("-")[0]])
+    """`core` is this Python's own environment."""
+    python = sys.executable if environment == "core" else python_of(environment)
+    return WarmPython(python, WARM[environment.partition("-")[0]])
 
 
 def shipped_testee(environment: str) -> runner.TesteeCommand:
@@ -68,15 +72,29 @@ def warm(environment: str, *command: object, **variables: str) -> subprocess.Com
     return _warm(environment).run(command, [os.environ | {"OMP_NUM_THREADS": "1"} | variables])
 
 
+def in_fork(testee: runner.TesteeCommand) -> runner.TesteeCommand:
+    """A testee in this Python's environment, as `warm` runs programs; another as it is."""
+    python, *program = testee.command
+    return replace(testee, command=_warm("core").command(*program)) if python == sys.executable else testee
+
+
 def run(testees: Sequence[runner.TesteeCommand], checkpoint: Path, work_dir: Path, *cases: str) -> runner.Report:
-    return runner.run(testees, checkpoint, lambda name, what: None, keep=work_dir / "kept", only=cases)
+    """What the suite finds; the reference and its saboteurs run in forks."""
+    programs = [in_fork(testee) for testee in testees]
+    return runner.run(programs, checkpoint, lambda name, what: None, keep=work_dir / "kept", only=cases)
 
 
-def ran_as_one_rank(testee: runner.TesteeCommand, checkpoint: Path, work_dir: Path, no_drafts: str) -> None:
+def ran_as_one_rank(
+    testee: runner.TesteeCommand,
+    checkpoint: Path,
+    work_dir: Path,
+    no_drafts: str,
+    cases: Sequence[str] = ("prefix_cache_chunked", "mtp_2"),
+) -> None:
     """Prompts in chunks beside decodes, prefix hits, drafts, and a rank without requests in the last rounds: the bits
-    of one rank. Stages decline the case of drafts, and say `no_drafts`.
+    of one rank. Stages decline the case of drafts, which is the last, and say `no_drafts`.
     """
-    report = run([REFERENCE, testee], checkpoint, work_dir, "prefix_cache_chunked", "mtp_2")
+    report = run([REFERENCE, testee], checkpoint, work_dir, *cases)
     assert report.passed, (report.problems, [(v.problems, v.comparisons) for v in report.verdicts if not v.passed])
     in_stages = testee.layout.pp > 1
     drafts = report.results[testee.name].cases[-1]
