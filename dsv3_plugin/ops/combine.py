@@ -61,8 +61,14 @@ class _Combine(torch.autograd.Function):
         weight_of_row = topk_weights.new_zeros(len(expert_out)).scatter_(0, rows, topk_weights.flatten())
         grad_expert = ops[permute](grad.contiguous(), token_of_row).mul_(weight_of_row.unsqueeze(1))
         of_tokens = ops[permute](expert_out, rows).view(tokens, k, -1)
-        grad_weights = (of_tokens * grad.float().unsqueeze(1)).sum(2)
-        return None, grad_expert, None, grad_weights, grad
+        return None, grad_expert, None, _products(of_tokens, grad), grad
+
+
+def _products(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """rows [T, k, N] times x [T, N] of one dtype, summed over N: fp32 [T, k]."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.bmm(rows, x.unsqueeze(2), out_dtype=torch.float32).squeeze(2)
+    return (rows * x.float().unsqueeze(1)).sum(2)
 
 
 @combine.gradient
