@@ -155,6 +155,7 @@ def verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     [
         (BIAS, "router biases"),
         ("model.layers.3.eh_proj.weight", "of the MTP layer"),
+        ("model.layers.2.mlp.experts.5.down_proj.weight", "of routed experts"),
     ],
 )
 def test_a_stale_tensor_is_named_in_its_step(
