@@ -41,7 +41,7 @@ TWINS, PREPARE = SUPPORT / "rl_twins.py", ROOT / "examples" / "prepare_data.py"
 MODULES = "dsv3_plugin.megatron_backend.model", "dsv3_plugin.megatron_backend.weights"
 SHORT = "--sft-steps", 2, "--sft-batch-size", 8, "--prompts", 4, "--samples", 2, "--eval-prompts", 0, "--hang-up", 1
 UPDATES = int(os.environ.get("DSV3_TEST_UPDATES", "8"))
-"""While requests run; 100 take four minutes."""
+"""While requests run; 100 take two minutes."""
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 Steps = list[dict[str, Any]]
