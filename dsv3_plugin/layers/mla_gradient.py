@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dsv3_plugin.ops.absorb import of_parts
 from dsv3_plugin.ops.head_attention_gradients import head_attention_gradients
 from dsv3_plugin.ops.rms_norm import rms_norm
 from dsv3_plugin.ops.rope import rope
@@ -32,13 +33,10 @@ def heads_of(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `absorb` takes, with w_uv [H, V, R], to queries and keys [T, H, N + P] and values [T, H, V] of each head."""
     count, rank, nope = w_uk.shape
-    rotary = heads.shape[2] - nope
-    q_nope, q_pe = heads.split([nope, rotary], dim=-1)
-    q = torch.cat((q_nope, ops[rope](q_pe, cos, sin)), dim=-1)
-    compressed, k_pe = latent.split([rank, rotary], dim=-1)
-    compressed = ops[rms_norm](compressed.contiguous(), norm_weight, eps)
-    k_pe = ops[rope](k_pe.unsqueeze(1), cos, sin).squeeze(1)
-    compressed, k_pe = ops.slices.enter(torch.cat((compressed, k_pe), dim=-1)).split([rank, rotary], dim=-1)
+    q, cached = of_parts(
+        lambda q_nope, _: q_nope, ops[rms_norm], ops[rope], heads, w_uk, latent, norm_weight, eps, cos, sin
+    )
+    compressed, k_pe = ops.slices.enter(cached).split([rank, heads.shape[2] - nope], dim=-1)
     k_nope = (compressed @ w_uk.transpose(0, 1).flatten(1)).unflatten(1, (count, nope))
     k = torch.cat((k_nope, k_pe.unsqueeze(1).expand(-1, count, -1)), dim=-1)
     v = (compressed @ w_uv.flatten(0, 1).t()).unflatten(1, (count, -1))

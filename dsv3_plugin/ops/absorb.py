@@ -35,7 +35,7 @@ def absorb(
     sin fp32 [T, P / 2]; to what attention reads: q [T, H, R + P], and the latent vectors as they are cached [T, R + P].
     """
     require_sizes(heads, w_uk, latent)
-    return _of_parts(head_linear.on(products), rms_norm, rope, heads, w_uk, latent, norm_weight, eps, cos, sin)
+    return of_parts(head_linear.on(products), rms_norm, rope, heads, w_uk, latent, norm_weight, eps, cos, sin)
 
 
 def require_sizes(heads: torch.Tensor, w_uk: torch.Tensor, latent: torch.Tensor) -> None:
@@ -47,7 +47,7 @@ def require_sizes(heads: torch.Tensor, w_uk: torch.Tensor, latent: torch.Tensor)
     require(fits, "absorb", f"heads of shape {tuple(heads.shape)} do not fit w_uk of shape {told}")
 
 
-def _of_parts(
+def of_parts(
     head_linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor],
     rope: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
@@ -59,6 +59,7 @@ def _of_parts(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`absorb` of other operations' functions."""
     rank, nope = w_uk.shape[1:]
     rotary = heads.shape[2] - nope
     q_nope, q_pe = heads.split([nope, rotary], dim=-1)
@@ -82,7 +83,7 @@ def _differentiable(
     if not torch.is_grad_enabled():
         return ops[absorb](heads, w_uk, latent, norm_weight, eps, cos, sin)
     parts = head_linear.differentiable(ops), rms_norm.differentiable(ops), rope.differentiable(ops)
-    return _of_parts(*parts, heads, w_uk, latent, norm_weight, eps, cos, sin)
+    return of_parts(*parts, heads, w_uk, latent, norm_weight, eps, cos, sin)
 
 
 @absorb.cases
