@@ -118,6 +118,9 @@ def test_what_travels_for_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     moved.clear()
     slices.fold(x[:3])
     assert moved == [("all have", 3)]
+    moved.clear()
+    GroupSlices(1, Group(3, 4)).fold(x)
+    assert moved == [("each gets", [2, 2, 2, 0]), ("all have", 2)], "a rank without a share, too"
 
 
 def test_a_graph_holds_a_pass_whose_ranks_need_no_host() -> None:
@@ -243,8 +246,9 @@ def test_a_placement_says_where_each_expert_lies() -> None:
     assert slots.tolist() == [
         [12, -1], [13, 15], [11, -1], [6, -1], [5, 7], [0, 2], [1, -1], [3, -1], [4, -1], [9, -1], [8, 10], [14, -1],
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match="not each of 13"):
-        placement.require_possible(13, Group(0, 8))
+    for too_few_or_many in 11, 13:
+        with pytest.raises(ConfigError, match=f"not each of {too_few_or_many}"):
+            placement.require_possible(too_few_or_many, Group(0, 8))
     with pytest.raises(ConfigError, match=r"16 experts, replicas included .* no 3 equal parts"):
         placement.require_possible(12, Group(0, 3))
 

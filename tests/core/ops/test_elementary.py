@@ -147,6 +147,12 @@ def test_sum_row_adds_in_its_order(size: int) -> None:
     assert sum_row(x).flatten().tolist() == [float(value) for value in expected]
 
 
+def test_sum_row_of_whole_rows_adds_no_zero() -> None:
+    """A zero that is added makes 0 of -0."""
+    assert sum_row(torch.full((1, 4), -0.0)).signbit().all()
+    assert not sum_row(torch.full((1, 3), -0.0)).signbit().any()
+
+
 def test_another_order_of_a_row_gives_another_sum() -> None:
     x = normal(64, 2048)
     assert not torch.equal(sum_row(x), sum_row(x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)))

@@ -110,6 +110,7 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (r"rms_norm: weight has shape \(255,\)", lambda: rms_norm(X, torch.ones(255), 1e-6)),
     (r"silu_and_mul: gate_up has an odd width 255", lambda: silu_and_mul(torch.zeros(2, 255))),
     (r"rope: x of shape \(2, 1, 8\).*\(2, 3\)", lambda: rope(torch.zeros(2, 1, 8), X[:, :3], X[:, :3])),
+    (r"rope: x of shape \(2, 1, 8\).*\(2, 5\)", lambda: rope(torch.zeros(2, 1, 8), X[:, :5], X[:, :5])),
     (r"router_linear: x has K=256, weight has K=255", lambda: router_linear(X, torch.zeros(3, 255))),
     (r"router_linear: weight is torch.bfloat16", lambda: router_linear(X, X.bfloat16())),
     (r"add_rms_norm: x has shape \(2, 256\), addend \(1, 256\)", lambda: norms.add_rms_norm(X, X[:1], X[0], 1e-6)),
