@@ -48,6 +48,8 @@ results, and must serve dsv3-plugin's model.
 """
 _WITH_OWN_MODELS = ("vllm", "sglang")
 """Engines that have a DeepSeek-V3 of their own, which `vllm-own` serves; it claims closeness."""
+_WITH_KERNELS_OF = {"megatron-te": "megatron"}
+"""Programs of their own that serve an engine with other kernels: `megatron-te` with TransformerEngine's."""
 REFERENCE = "reference"
 _REPLAY = "replay"
 _SPREAD = "spread"
@@ -81,28 +83,28 @@ class TesteeCommand:
             if not words:
                 raise ConformanceError(f"--testee {text}: no command after '='")
             return cls(name, words)
-        shipped = [*ENGINES, *(engine + OWN_MODEL for engine in _WITH_OWN_MODELS)]
+        shipped = [*ENGINES, *_WITH_KERNELS_OF, *(engine + OWN_MODEL for engine in _WITH_OWN_MODELS)]
         if name not in shipped:
             raise ConformanceError(
                 f"--testee {name}: unknown; the suite has {', '.join(shipped)}, or give NAME=COMMAND for your own"
             )
         engine = name.removesuffix(OWN_MODEL)
-        program = cls._of_engine(engine, environments)
+        program = cls._of_engine(_WITH_KERNELS_OF.get(engine, engine), engine, environments)
         if name == engine:
             return cls(name, program)
         return cls(name, ("env", f"{KILL_SWITCH}=off", *program, OWN_MODEL_OPTION))
 
     @staticmethod
-    def _of_engine(name: str, environments: Path) -> tuple[str, ...]:
-        environment = environments / name / "bin" / "python"
+    def _of_engine(engine: str, name: str, environments: Path) -> tuple[str, ...]:
+        environment = environments / engine / "bin" / "python"
         python = str(environment) if environment.exists() else sys.executable
-        module = ENGINES[name]
+        module, program = ENGINES[engine], f"{_PACKAGE}.{name.replace('-', '_')}"
         if module is not None and subprocess.run([python, "-c", _IS_INSTALLED, module, _PACKAGE]).returncode:
             raise ConformanceError(
-                f"--testee {name}: {name} and dsv3-plugin are not both installed for {python};"
-                f" set up {environments}/{name} with both, or give {name}='PYTHON -m {_PACKAGE}.{name}'"
+                f"--testee {name}: {engine} and dsv3-plugin are not both installed for {python};"
+                f" set up {environments}/{engine} with both, or give {name}='PYTHON -m {program}'"
             )
-        return python, "-m", f"{_PACKAGE}.{name}"
+        return python, "-m", program
 
 
 _IS_INSTALLED = (

@@ -49,6 +49,8 @@ class MegatronTestee:
 
     name = "megatron"
     schedule_not_followed = "a trainer has no cache; it computed the same sequences whole, padded and packed"
+    preferred_kernels: str | None = None
+    """See `build_model`."""
 
     def __init__(self, job: Job, rank: RankOf = ALONE) -> None:
         _start(rank)
@@ -59,7 +61,12 @@ class MegatronTestee:
         settings = transformer_config(self.config, profile, perform_initialization=False, **sizes)
         self.stages = _Stages(rank)
         self.gpt = build_model(
-            self.config, settings, pre_process=self.stages.is_first, post_process=self.stages.is_last, profile=profile
+            self.config,
+            settings,
+            pre_process=self.stages.is_first,
+            post_process=self.stages.is_last,
+            profile=profile,
+            preferred_kernels=self.preferred_kernels,
         )
         self.model = Float16Module(settings, self.gpt) if settings.bf16 else self.gpt
         load_checkpoint(self.model, job.checkpoint)

@@ -15,6 +15,7 @@ from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.layouts import ParallelLayout
+from dsv3_plugin.errors import ConformanceError
 
 pytestmark = needs_megatron
 
@@ -30,6 +31,13 @@ def test_the_training_forward_has_the_references_bits(dtype: str, tiny_checkpoin
     assert report.results["megatron"].schedule_not_followed
     compared = [c for v in report.verdicts for c in v.comparisons if {"megatron", "reference"} == {c.left, c.right}]
     print(f"{sum(c.equal_rows for c in compared):,} rows equal")
+
+
+def test_other_kernels_than_transformer_engines_are_not_taken_for_its(tiny_checkpoint: TinyCheckpoint) -> None:
+    """Its own serve on a card; with the trainer's usual ones `megatron-te` would prove nothing of them."""
+    without = of_megatron("dsv3_plugin.conformance.testees.megatron_te")
+    with pytest.raises(ConformanceError, match=r"no kernel of transformer-engine serves .* on cpu"):
+        runner.run([without], tiny_checkpoint("fp8"), lambda *_: None, only=("batch",))
 
 
 def test_experts_added_up_in_megatrons_order_are_caught(

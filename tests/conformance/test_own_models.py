@@ -58,11 +58,12 @@ def test_where_it_does_not_run_it_is_refused() -> None:
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner.TesteeCommand, "_of_engine", staticmethod(lambda name, environments: ("python", name)))
+    monkeypatch.setattr(runner.TesteeCommand, "_of_engine", staticmethod(lambda *names: ("python", *names[:2])))
     found = runner.TesteeCommand.parse("vllm-own", tmp_path)
     assert found.name == "vllm-own"
-    assert found.command == ("env", "DSV3_PLUGIN=off", "python", "vllm", "--own-model")
-    assert runner.TesteeCommand.parse("vllm", tmp_path).command == ("python", "vllm")
+    assert found.command == ("env", "DSV3_PLUGIN=off", "python", "vllm", "vllm", "--own-model")
+    assert runner.TesteeCommand.parse("vllm", tmp_path).command == ("python", "vllm", "vllm")
+    assert runner.TesteeCommand.parse("megatron-te", tmp_path).command == ("python", "megatron", "megatron-te")
     with pytest.raises(ConformanceError, match=r"unknown; the suite has reference, core, vllm, .*sglang-own"):
         runner.TesteeCommand.parse("megatron-own", tmp_path)
 

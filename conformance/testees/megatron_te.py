@@ -1,0 +1,37 @@
+"""Megatron-Core with TransformerEngine's products, as a trainer has them that is given `--fp8-format e4m3`.
+
+Its rows are to be the others' all the same: a kernel of TransformerEngine's serves where a certificate says that it has
+the contract's bits.
+"""
+
+from __future__ import annotations
+
+from dsv3_plugin.conformance.layouts import RankOf
+from dsv3_plugin.conformance.protocol import Job
+from dsv3_plugin.conformance.testees import program
+from dsv3_plugin.conformance.testees.megatron import ALONE, MegatronTestee
+from dsv3_plugin.errors import ConformanceError
+from dsv3_plugin.megatron_backend.fp8 import TRANSFORMER_ENGINE
+
+
+class TransformerEngineTestee(MegatronTestee):
+    """Raises `ConformanceError` where no kernel of TransformerEngine's serves."""
+
+    preferred_kernels = TRANSFORMER_ENGINE
+
+    def __init__(self, job: Job, rank: RankOf = ALONE) -> None:
+        super().__init__(job, rank)
+        if not any(choice.provider == TRANSFORMER_ENGINE for choice in self.gpt.binding.ops.provenance):
+            raise ConformanceError(
+                f"no kernel of {TRANSFORMER_ENGINE} serves {job.checkpoint} on {job.device}:"
+                " `dsv3 kernels list --profile fp8` says why"
+            )
+
+
+def main() -> None:
+    """See the module."""
+    program.main(TransformerEngineTestee, TransformerEngineTestee)
+
+
+if __name__ == "__main__":
+    main()
