@@ -161,8 +161,10 @@ def _sum_of_chunk(grad, x, factors, sums, rows, width, ROW_CHUNK: tl.constexpr, 
 def _add_chunks(sums, out, chunks, width, COLUMNS: tl.constexpr):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
-    for chunk in range(chunks):
-        total += tl.load(sums + chunk.to(tl.int64) * width + column, mask=column < width, other=0)
+    place = sums + column
+    for _ in range(chunks):
+        total += tl.load(place, mask=column < width, other=0)
+        place += width
     tl.store(out + column, total.to(out.dtype.element_ty), mask=column < width)
 
 
