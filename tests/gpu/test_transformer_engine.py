@@ -86,8 +86,8 @@ def test_its_layer_with_fp32_scales() -> None:
     draw = torch.Generator().manual_seed(2)
     x, weight = (torch.randn(rows, 4096, generator=draw).bfloat16() for rows in (256, 512))
     layer = te.Linear(4096, 512, bias=False, params_dtype=torch.bfloat16, device="cuda")
-    fp32_scales = QParams(power_2_scale=False, amax_epsilon=0.0)
-    recipe = Float8BlockScaling(fp8_quant_fwd_inp=fp32_scales, fp8_quant_fwd_weight=fp32_scales)
+    recipe = Float8BlockScaling()  # whose fields the variable fills are no arguments
+    recipe.fp8_quant_fwd_inp = recipe.fp8_quant_fwd_weight = QParams(power_2_scale=False, amax_epsilon=0.0)
     with torch.no_grad(), te.autocast(enabled=True, recipe=recipe):
         layer.weight.copy_(weight)
         found = layer(x.to(CARD)).cpu()
