@@ -39,11 +39,16 @@ def take_format(args: argparse.Namespace, profile: Profile) -> None:
             f"fp8_recipe={args.fp8_recipe} with --fp8-format, and the checkpoint has a scale for each block: give"
             " --fp8-recipe blockwise"
         )
-    theirs = "float32" if os.environ.get(FP32_SCALES, "0") == "1" else "ue8m0"
-    if theirs != profile.scale_format:
+    if profile.scale_format == "float32":
         raise EngineError(
-            f"{FP32_SCALES}={os.environ.get(FP32_SCALES, '')} gives TransformerEngine {theirs} scales, and the"
-            f" checkpoint of --hf-config has {profile.scale_format} ones: {'un' if theirs == 'float32' else ''}set it,"
-            " or take another checkpoint"
+            "fp8=e4m3 (--fp8-format), and the checkpoint of --hf-config has fp32 scales: a weight that is read with"
+            " them and quantized again is not the same, by this package's formula nor by TransformerEngine's, which is"
+            " another. Take a checkpoint with power-of-two scales (scale_fmt ue8m0), or train in bf16 after dsv3"
+            " convert to-megatron --dequantize"
+        )
+    if os.environ.get(FP32_SCALES, "0") == "1":
+        raise EngineError(
+            f"{FP32_SCALES}=1 gives TransformerEngine fp32 scales, and the checkpoint of --hf-config has power-of-two"
+            " ones: unset it"
         )
     args.fp8, args.preferred_kernels = None, TRANSFORMER_ENGINE

@@ -67,7 +67,9 @@ def _quantized_rows(
     ops: BoundKernels, scale_format: ScaleFormat, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A gradient [M, N] in 1x128 tiles, N filled up to whole blocks: what dgrad multiplies."""
-    return ops[quantize_fp8](F.pad(grad, (0, -grad.shape[1] % FP8_BLOCK)).contiguous(), scale_format)
+    if missing := -grad.shape[1] % FP8_BLOCK:
+        grad = F.pad(grad, (0, missing))
+    return ops[quantize_fp8](grad.contiguous(), scale_format)
 
 
 def _weight_gradient(

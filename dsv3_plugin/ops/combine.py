@@ -1,8 +1,11 @@
-"""Putting a token's experts together.
+"""Putting a token's experts together, and the gradients of that.
 
 Contract: in fp32, starting from the lowest chosen expert, `acc = acc + weight * expert_out` in ascending order of
 expert, each product and each sum rounded; the shared expert is added last; one rounding to the profile's dtype. The
 order is by expert, not by arrival, so that no dispatch and no expert-parallel size can change it.
+
+Contract of `combine_gradient`: in fp32, a row's gradient is its weight times its token's, rounded to the profile's
+dtype; a weight's is `elementary.sum_row` of the products of its row and its token's gradient.
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ from typing import Any
 
 import torch
 
-from dsv3_plugin.ops.checks import require
+from dsv3_plugin.ops.checks import require, require_matrix
 from dsv3_plugin.ops.drawing import Case, Sizes, generator, numbers
+from dsv3_plugin.ops.elementary import sum_row
 from dsv3_plugin.ops.operation import BoundKernels, operation
-from dsv3_plugin.ops.permute import permute
 
 
 @operation(version=1, summary="weighted experts in ascending order, shared expert last, one rounding")
@@ -32,11 +35,42 @@ def combine(
     return (acc + shared_out.float()).to(shared_out.dtype)
 
 
-class _Combine(torch.autograd.Function):
-    """In fp32, each gradient rounded once. Rows are moved as `permute` moves them, in their dtype: theirs is the
-    largest memory of a mixture of experts.
+@operation(version=1, summary="the gradients of combine's rows and weights", training=True)
+def combine_gradient(
+    grad: torch.Tensor, expert_out: torch.Tensor, slots: torch.Tensor, topk_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad [M, N] of `combine`'s result and expert_out [S, N], slots int64 [M, k] and topk_weights fp32 [M, k] as it
+    took them, no two slots of one row, to the gradients of expert_out [S, N], zero in a row that is in no slot, and of
+    topk_weights [M, k].
     """
+    require_gradient(grad, expert_out, slots, topk_weights, (torch.float32, torch.bfloat16))
+    wide, of_rows, of_weights = grad.float(), torch.zeros_like(expert_out), torch.empty_like(topk_weights)
+    for k in range(slots.shape[1]):
+        of_rows[slots[:, k]] = (topk_weights[:, k, None] * wide).to(expert_out.dtype)
+        of_weights[:, k] = sum_row(expert_out[slots[:, k]].float() * wide)[:, 0]
+    return of_rows, of_weights
 
+
+def require_gradient(
+    grad: torch.Tensor,
+    expert_out: torch.Tensor,
+    slots: torch.Tensor,
+    topk_weights: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Require what `combine_gradient` takes, of one of these dtypes."""
+    op = "combine_gradient"
+    require_matrix(op, "expert_out", expert_out, dtypes)
+    require_matrix(op, "grad", grad, (expert_out.dtype,))
+    require_matrix(op, "slots", slots, (torch.int64,))
+    require_matrix(op, "topk_weights", topk_weights, (torch.float32,))
+    require(slots.shape == topk_weights.shape, op, f"slots {slots.shape}, topk_weights {topk_weights.shape}")
+    require(len(slots) == len(grad), op, f"{len(slots)} rows of slots, {len(grad)} of grad")
+    fits = grad.shape[1] == expert_out.shape[1]
+    require(fits, op, f"grad has N={grad.shape[1]}, expert_out has N={expert_out.shape[1]}")
+
+
+class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -52,23 +86,8 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        expert_out, slots, topk_weights = ctx.saved_tensors
-        ops: BoundKernels = ctx.ops
-        # No two pairs of a token and an expert share a row; a row that belongs to none has the weight 0.
-        (tokens, k), rows = slots.shape, slots.flatten()
-        token = torch.arange(tokens, device=rows.device).repeat_interleave(k)
-        token_of_row = rows.new_zeros(len(expert_out)).scatter_(0, rows, token)
-        weight_of_row = topk_weights.new_zeros(len(expert_out)).scatter_(0, rows, topk_weights.flatten())
-        grad_expert = ops[permute](grad.contiguous(), token_of_row).mul_(weight_of_row.unsqueeze(1))
-        of_tokens = ops[permute](expert_out, rows).view(tokens, k, -1)
-        return None, grad_expert, None, _products(of_tokens, grad), grad
-
-
-def _products(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """rows [T, k, N] times x [T, N] of one dtype, summed over N: fp32 [T, k]."""
-    if x.is_cuda and x.dtype != torch.float32:
-        return torch.bmm(rows, x.unsqueeze(2), out_dtype=torch.float32).squeeze(2)
-    return (rows * x.float().unsqueeze(1)).sum(2)
+        of_rows, of_weights = ctx.ops[combine_gradient](grad.contiguous(), *ctx.saved_tensors)
+        return None, of_rows, None, of_weights, grad
 
 
 @combine.gradient
@@ -90,3 +109,13 @@ def _case(rng: random.Random, at: Sizes) -> Case:
     slots = torch.randperm(rows * topk, generator=drawn).view(rows, topk)
     weights = torch.rand(rows, topk, generator=drawn)
     return combine.case(numbers(rng, rows * topk, width), slots, weights, numbers(rng, rows, width))
+
+
+@combine_gradient.cases
+def _gradient_case(rng: random.Random, at: Sizes) -> Case:
+    """In half of them some rows are in no slot; gradients of the sizes that losses have."""
+    (expert_out, slots, weights, shared_out), _ = combine.draw(rng, at)
+    grad = numbers(rng, *shared_out.shape) * 2.0 ** rng.choice((0, 0, -20))
+    if len(grad) > 1 and rng.random() < 0.5:
+        grad, slots, weights = grad[1:], slots[1:], weights[1:]
+    return combine_gradient.case(grad, expert_out, slots, weights)

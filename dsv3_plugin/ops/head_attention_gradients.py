@@ -48,17 +48,19 @@ def head_attention_gradients(
     told = f"sequences of {sum(seq_lens)} tokens together, q has {len(q)}"
     require(sum(seq_lens) == len(q), "head_attention_gradients", told)
     operands = q.detach(), k.detach(), v.detach(), grad
-    gradients = [torch.empty_like(x) for x in operands[:3]]
+    found: list[tuple[torch.Tensor, ...]] = []
     start = 0
     # Neighbours of one length are one batch.
     for length, alike in groupby(filter(None, seq_lens)):
         rows = slice(start, start + length * len(list(alike)))
         q, k, v, grad = (x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in operands)
         attention = _flash if repeats or not _has_cudnn(q, k, v) else _cudnn
-        for place, found in zip(gradients, attention(q, k, v, grad, scale), strict=True):
-            place[rows] = found.transpose(1, 2).flatten(0, 1)
+        found.append(tuple(x.transpose(1, 2).flatten(0, 1) for x in attention(q, k, v, grad, scale)))
         start = rows.stop
-    grad_q, grad_k, grad_v = gradients
+    if not found:
+        found.append(tuple(torch.empty_like(x) for x in operands[:3]))
+    # Of sequences that are all of one length nothing is copied.
+    grad_q, grad_k, grad_v = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
     return grad_q, grad_k, grad_v
 
 

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, and the same with what stands before and behind it in a layer.
+"""Root-mean-square normalisation, the same with what stands before and behind it in a layer, and its gradient.
 
 Contract of `rms_norm`: fp32 throughout. The squares are summed by `elementary.sum_row`; the factor is
 1 / sqrt(mean + eps), a square root and a division, both correctly rounded; x times factor, times weight, one rounding
@@ -6,6 +6,11 @@ to the input's dtype. (Hugging Face rounds x * factor to bf16 before the weight:
 
 The others are by definition operations one after the other, rounding to the profile's dtype between them included.
 A kernel saves launches and the way through memory, never a rounding.
+
+Contract of `rms_norm_gradient`: in fp32, each step rounded, with the factor r of `rms_norm`, n = x r and h = grad *
+weight: r (h - n m) for x, where m is the mean of h n by `elementary.sum_row`. For the weight the products grad * n are
+added up over rows, `ROW_CHUNK` of them from zero in ascending order, then those sums from zero in ascending order. One
+rounding to the inputs' dtype. So a step repeats bit for bit, and a card may sum chunks at the same time.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import random
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from dsv3_plugin.ops.checks import require, require_matrix
 from dsv3_plugin.ops.drawing import Case, Sizes, numbers
@@ -21,6 +27,8 @@ from dsv3_plugin.ops.elementary import divide, sum_row
 from dsv3_plugin.ops.operation import BoundKernels, operation
 from dsv3_plugin.ops.quantize import quantize_fp8
 from dsv3_plugin.profile import ScaleFormat
+
+ROW_CHUNK = 64
 
 
 @operation(version=2, summary="x / rms(x) * weight in fp32, one rounding")
@@ -30,10 +38,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     require(weight.dtype == x.dtype, "rms_norm", f"weight is {weight.dtype}, x is {x.dtype}")
     require(tuple(weight.shape) == (x.shape[1],), "rms_norm", f"weight has shape {tuple(weight.shape)}")
     wide = x.float()
-    mean = divide(sum_row(wide * wide), x.shape[1])
+    return (wide * _factor(wide, eps) * weight.float()).to(x.dtype)
+
+
+def _factor(wide: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / rms of each row of fp32 [M, K], to [M, 1]."""
+    mean = divide(sum_row(wide * wide), wide.shape[1])
     # In fp64: ATen's vectorised fp32 root is off by an ulp in 0.6 % of its results.
-    root = torch.sqrt((mean + eps).double()).float()
-    return (wide * (1.0 / root) * weight.float()).to(x.dtype)
+    return 1.0 / torch.sqrt((mean + eps).double()).float()
 
 
 @operation(version=1, summary="residual sum, then rms_norm")
@@ -67,23 +79,54 @@ def add_rms_norm_fp8(
     return total, normalised, *quantize_fp8(normalised, scale_format)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """In fp32: with r = 1 / rms(x) and h = dy * w, dx = r h - x r^3 mean(h x), and dw = sum of dy x r over the rows."""
+@operation(version=1, summary="the gradients of rms_norm in fp32, weights' over chunks of 64 rows", training=True)
+def rms_norm_gradient(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad [M, K] of `rms_norm`'s result, x [M, K] and weight [K] as it took them, of one dtype, to the gradients of x
+    [M, K] and weight [K], of that dtype.
+    """
+    require_gradient(grad, x, weight, (torch.float32, torch.bfloat16))
+    wide, of_out = x.float(), grad.float()
+    factor = _factor(wide, eps)
+    normalised, h = wide * factor, of_out * weight.float()
+    mean = divide(sum_row(h * normalised), x.shape[1])
+    of_x = factor * (h - normalised * mean)
+    products = F.pad(of_out * normalised, (0, 0, 0, -len(x) % ROW_CHUNK)).unflatten(0, (-1, ROW_CHUNK))
+    of_weight = _in_order(_in_order(products.transpose(0, 1)))
+    return of_x.to(x.dtype), of_weight.to(weight.dtype)
 
+
+def _in_order(terms: torch.Tensor) -> torch.Tensor:
+    """Their sum over the first dimension, from zero on."""
+    total = terms.new_zeros(terms.shape[1:])
+    for term in terms:
+        total = total + term
+    return total
+
+
+def require_gradient(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Require what `rms_norm_gradient` takes, of one of these dtypes."""
+    op = "rms_norm_gradient"
+    require_matrix(op, "x", x, dtypes)
+    require_matrix(op, "grad", grad, (x.dtype,))
+    require(grad.shape == x.shape, op, f"grad has shape {tuple(grad.shape)}, x {tuple(x.shape)}")
+    require(weight.dtype == x.dtype, op, f"weight is {weight.dtype}, x is {x.dtype}")
+    require(tuple(weight.shape) == (x.shape[1],), op, f"weight has shape {tuple(weight.shape)}")
+
+
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ops: BoundKernels, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.eps = eps
+        ctx.ops, ctx.eps = ops, eps
         return ops[rms_norm](x, weight, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        wide, grad = x.float(), grad.float()
-        factor = (wide.square().mean(1, keepdim=True) + ctx.eps).rsqrt()
-        normalised, h = wide * factor, grad * weight.float()
-        grad_x = factor * (h - normalised * (h * normalised).mean(1, keepdim=True))
-        return None, grad_x.to(x.dtype), (grad * normalised).sum(0).to(weight.dtype), None
+        return None, *ctx.ops[rms_norm_gradient](grad.contiguous(), *ctx.saved_tensors, ctx.eps), None
 
 
 @rms_norm.gradient
@@ -126,3 +169,10 @@ def _add_rms_norm_fp8_case(rng: random.Random, at: Sizes) -> Case:
     """The same behind a sum."""
     (x, weight, eps, scale_format), _ = rms_norm_fp8.draw(rng, at)
     return add_rms_norm_fp8.case(x, numbers(rng, *x.shape), weight, eps, scale_format)
+
+
+@rms_norm_gradient.cases
+def _gradient_case(rng: random.Random, at: Sizes) -> Case:
+    """Rows that fill no chunk; gradients of the sizes that losses have."""
+    (x, weight, eps), _ = rms_norm.draw(rng, at)
+    return rms_norm_gradient.case(numbers(rng, *x.shape) * 2.0 ** rng.choice((0, 0, -20)), x, weight, eps)

@@ -1,4 +1,7 @@
-"""Weighted sum of a token's experts in ascending order, the shared expert last."""
+"""Weighted sum of a token's experts in ascending order, the shared expert last; and its gradients.
+
+A CTA of the gradients takes a token, whose own gradient stays in registers while its experts' rows come by.
+"""
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
 
 from __future__ import annotations
@@ -7,12 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv3_plugin.kernels.triton.elementary import EXACT
+from dsv3_plugin.kernels.triton.elementary import EXACT, sum_row, widen
 from dsv3_plugin.ops import combine as contracts
 from dsv3_plugin.ops.checks import require, require_matrix
 from dsv3_plugin.ops.operation import implements
 
 _COLUMNS = 1024
+_GRADIENT_WARPS = 8
 
 
 @triton.jit
@@ -59,3 +63,49 @@ def combine(
             expert_out, slots, topk_weights, shared_out, out, width, slots.shape[1], _COLUMNS, num_warps=4, **EXACT
         )
     return out
+
+
+@triton.jit
+def _combine_gradient(
+    grad, expert_out, slots, weights, of_rows, of_weights, width, TOPK: tl.constexpr, SIZE: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, SIZE)
+    inside = column < width
+    wide = widen(tl.load(grad + token * width + column, mask=inside, other=0))
+    for k in range(TOPK):
+        pair = token * TOPK + k
+        slot = tl.load(slots + pair)
+        row = widen(tl.load(expert_out + slot * width + column, mask=inside, other=0))
+        of_row = tl.load(weights + pair) * wide
+        tl.store(of_rows + slot * width + column, of_row.to(of_rows.dtype.element_ty), mask=inside)
+        tl.store(of_weights + pair + tl.arange(0, 1), sum_row(row * wide, SIZE))
+
+
+@implements(contracts.combine_gradient)
+def combine_gradient(
+    grad: torch.Tensor, expert_out: torch.Tensor, slots: torch.Tensor, topk_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad bf16 [M, N], expert_out bf16 [S, N], slots int64 [M, k], no two of one row, topk_weights fp32 [M, k], to the
+    gradients of expert_out, bf16 [S, N], and of topk_weights, fp32 [M, k]. Raises `InputError`.
+    """
+    contracts.require_gradient(grad, expert_out, slots, topk_weights, (torch.bfloat16,))
+    # Where there are as many rows as slots, each is in one.
+    of_rows = (torch.empty_like if len(expert_out) == slots.numel() else torch.zeros_like)(expert_out)
+    of_weights = torch.empty_like(topk_weights)
+    rows, width = grad.shape
+    if slots.numel():
+        _combine_gradient[(rows,)](
+            grad,
+            expert_out,
+            slots,
+            topk_weights,
+            of_rows,
+            of_weights,
+            width,
+            slots.shape[1],
+            triton.next_power_of_2(width),
+            num_warps=_GRADIENT_WARPS,
+            **EXACT,
+        )
+    return of_rows, of_weights

@@ -1,6 +1,7 @@
 """RMSNorm: one CTA a row, which stays in registers; its squares are folded as the contract says.
 
-Fused with what stands before and behind it in a layer: the residual sum, and quantization to e4m3.
+Fused with what stands before and behind it in a layer: the residual sum, and quantization to e4m3. Of its gradient the
+rows are CTAs as well; then the weight's is summed down the columns, a CTA a chunk of rows, and chunk by chunk.
 """
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
 
@@ -24,6 +25,8 @@ _WARPS = 4
 # Up to so many rows the weight is loaded with the row, lest a CTA wait for it; with more rows when it is needed,
 # which leaves registers for more CTAs.
 _FEW_ROWS = 1024
+_GRADIENT_WARPS = 8
+_COLUMNS = 256
 
 
 @triton.jit
@@ -122,6 +125,70 @@ def add_rms_norm_fp8(
     values, scales = torch.empty_like(x, dtype=E4M3), empty_scales(x.shape[0], x.shape[1], x.device)
     _launch(x, addend, weight, total, out, values, scales, eps, scale_format)
     return total, out, values, scales
+
+
+@triton.jit
+def _rms_norm_gradient(grad, x, weight, out, factors, eps, K: tl.constexpr, BLOCKS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * K
+    column = tl.arange(0, BLOCKS)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = column < K
+    wide = widen(tl.load(x + row + column, mask=inside, other=0))
+    h = widen(tl.load(grad + row + column, mask=inside, other=0))
+    h *= widen(tl.load(weight + column, mask=inside, other=0))
+    factor = inverse_rms(wide, eps, K, BLOCKS)
+    normalised = wide * factor
+    total = sum_row(tl.reshape(h * normalised, (BLOCKS * 128,)), BLOCKS * 128)
+    mean = tl.reshape(divide(total, K * 1.0), (1, 1))
+    tl.store(out + row + column, (factor * (h - normalised * mean)).to(out.dtype.element_ty), mask=inside)
+    tl.store(factors + tl.program_id(0) + tl.arange(0, 1), tl.reshape(factor, (1,)))
+
+
+@triton.jit
+def _sum_of_chunk(grad, x, factors, sums, rows, width, ROW_CHUNK: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    chunk = tl.program_id(1)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for i in tl.range(ROW_CHUNK, loop_unroll_factor=8):
+        row = (chunk * ROW_CHUNK + i).to(tl.int64)
+        inside = (column < width) & (row < rows)
+        of_out = widen(tl.load(grad + row * width + column, mask=inside, other=0))
+        wide = widen(tl.load(x + row * width + column, mask=inside, other=0))
+        total += of_out * (wide * tl.load(factors + row, mask=row < rows, other=0))
+    tl.store(sums + chunk.to(tl.int64) * width + column, total, mask=column < width)
+
+
+@triton.jit
+def _add_chunks(sums, out, chunks, width, COLUMNS: tl.constexpr):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    place = sums + column
+    for _ in range(chunks):
+        total += tl.load(place, mask=column < width, other=0)
+        place += width
+    tl.store(out + column, total.to(out.dtype.element_ty), mask=column < width)
+
+
+@implements(contracts.rms_norm_gradient)
+def rms_norm_gradient(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad, x bf16 [M, K], weight bf16 [K], to the gradients of x and weight, bf16. Raises `InputError`."""
+    contracts.require_gradient(grad, x, weight, (torch.bfloat16,))
+    rows, width = x.shape
+    of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)
+    chunks = triton.cdiv(rows, contracts.ROW_CHUNK)
+    factors = torch.empty(rows, dtype=torch.float32, device=x.device)
+    sums = torch.empty(chunks, width, dtype=torch.float32, device=x.device)
+    blocks, tiles = triton.next_power_of_2(triton.cdiv(width, FP8_BLOCK)), triton.cdiv(width, _COLUMNS)
+    if rows:
+        _rms_norm_gradient[(rows,)](
+            grad, x, weight, of_x, factors, eps, width, blocks, num_warps=_GRADIENT_WARPS, **EXACT
+        )
+        _sum_of_chunk[(tiles, chunks)](
+            grad, x, factors, sums, rows, width, contracts.ROW_CHUNK, _COLUMNS, num_warps=1, **EXACT
+        )
+    _add_chunks[(tiles,)](sums, of_weight, chunks, width, _COLUMNS, num_warps=1, **EXACT)
+    return of_x, of_weight
 
 
 def _require(op: str, x: torch.Tensor, weight: torch.Tensor, multiple: int = 1, *, rows: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""SwiGLU's elementwise part, and the same with its result quantized to e4m3."""
+"""SwiGLU's elementwise part, the same with its result quantized to e4m3, and its gradient."""
 # ruff: noqa: N803 (compile-time parameters are written in capitals)
 
 from __future__ import annotations
@@ -69,6 +69,32 @@ def silu_and_mul_fp8(gate_up: torch.Tensor, scale_format: ScaleFormat) -> tuple[
             gate_up, values, scales, width, scales.stride(1), _COLUMNS_FP8, True, ue8m0, num_warps=_WARPS, **EXACT
         )
     return values, scales
+
+
+@triton.jit
+def _silu_and_mul_gradient(grad, gate_up, out, width, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    of_gate, of_up = row * 2 * width + column, row * 2 * width + width + column
+    gate = widen(tl.load(gate_up + of_gate, mask=inside, other=0))
+    up = widen(tl.load(gate_up + of_up, mask=inside, other=0))
+    wide = widen(tl.load(grad + row * width + column, mask=inside, other=0))
+    s = sigmoid(gate)
+    tl.store(out + of_gate, (wide * up * s * (1 + gate * (1 - s))).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + of_up, (wide * gate * s).to(out.dtype.element_ty), mask=inside)
+
+
+@implements(contracts.silu_and_mul_gradient)
+def silu_and_mul_gradient(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """grad bf16 [M, I] and gate_up bf16 [M, 2 I] to bf16 [M, 2 I]. Raises `InputError`."""
+    contracts.require_gradient(grad, gate_up, (torch.bfloat16,))
+    rows, width = grad.shape
+    out = torch.empty_like(gate_up)
+    if rows:
+        grid = (rows, triton.cdiv(width, _COLUMNS))
+        _silu_and_mul_gradient[grid](grad, gate_up, out, width, _COLUMNS, num_warps=_WARPS, **EXACT)
+    return out
 
 
 def _require(op: str, gate_up: torch.Tensor) -> tuple[int, int]:

@@ -38,8 +38,9 @@ def test_arguments_that_say_what_the_checkpoint_says_ask_for_transformer_engine(
     [
         (asked(), BF16, None, r"fp8=e4m3 .*is in bf16: convert it to fp8, or leave --fp8-format out"),
         (asked(recipe="delayed"), FP8_UE8M0, None, r"fp8_recipe=delayed .*give --fp8-recipe blockwise"),
-        (asked(), FP8_UE8M0, "1", rf"{FP32_SCALES}=1 gives .* float32 scales, .* has ue8m0 ones: unset it"),
-        (asked(), FP8_FLOAT32, "0", rf"{FP32_SCALES}=0 gives .* ue8m0 scales, .* has float32 ones: set it"),
+        (asked(), FP8_UE8M0, "1", rf"{FP32_SCALES}=1 gives .* fp32 scales, .* has power-of-two ones: unset it"),
+        (asked(), FP8_FLOAT32, "1", r"has fp32 scales: .* Take a checkpoint with power-of-two scales"),
+        (asked(), FP8_FLOAT32, None, r"has fp32 scales: .* or train in bf16 after dsv3 convert to-megatron"),
     ],
 )
 def test_what_does_not_agree_is_named(

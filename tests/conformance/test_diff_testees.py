@@ -75,6 +75,9 @@ NOT_NAMED = {
     "quantize_fp8_weight": "in backward passes",
     "quantize_fp8_columns": "in backward passes",
     "fp8_wgrad": "in backward passes",
+    "combine_gradient": "in backward passes",
+    "rms_norm_gradient": "in backward passes",
+    "silu_and_mul_gradient": "in backward passes",
 }
 """That no row of a testee shows; `test_saboteurs.py` and the tests of gradients catch what is wrong in them."""
 

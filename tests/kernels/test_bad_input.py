@@ -149,6 +149,21 @@ CASES = {
         "router_linear: x has K=16, weight has K=24",
     ),
     "silu, width": (silu_and_mul.silu_and_mul, (bf16(2, 63),), "silu_and_mul: gate_up has an odd width 63"),
+    "silu gradient, dtype": (
+        silu_and_mul.silu_and_mul_gradient,
+        (fp32(2, 64), fp32(2, 128)),
+        "silu_and_mul_gradient: gate_up is torch.float32",
+    ),
+    "norm gradient, shape": (
+        rms_norm.rms_norm_gradient,
+        (bf16(3, 64), bf16(2, 64), bf16(64), 1e-6),
+        r"rms_norm_gradient: grad has shape \(3, 64\), x \(2, 64\)",
+    ),
+    "combine gradient, slots": (
+        combine.combine_gradient,
+        (bf16(2, 64), bf16(4, 64), torch.zeros(2, 2), fp32(2, 2)),
+        "combine_gradient: slots is torch.float32",
+    ),
     "combine, slots": (
         combine.combine,
         (bf16(4, 64), torch.zeros(2, 2), fp32(2, 2), bf16(2, 64)),

@@ -203,7 +203,7 @@ def test_a_server_needs_no_certificate_of_the_backward_pass_and_a_trainer_does(c
     with_training(strict(), kernels)
     certified.unlink()
     certificates.write(certified, served)
-    with pytest.raises(KernelError, match=r": quantize_fp8_weight, quantize_fp8_columns \(.*nowhere\); fp8_wgrad \("):
+    with pytest.raises(KernelError, match=r": combine_gradient, .*_gradient \(.*nowhere\); fp8_wgrad \("):
         with_training(strict(), kernels)
 
 

@@ -33,6 +33,7 @@ from dsv3_plugin.kernels.triton import (
     silu_and_mul,
     sliced_linear,
 )
+from dsv3_plugin.ops.rms_norm import ROW_CHUNK
 from dsv3_plugin.ops.router import K_CHUNK
 
 _EXACT = {"enable_fp_fusion": False}
@@ -173,6 +174,24 @@ SOURCES: dict[str, Source] = {
         {"COLUMNS": 1024, "FP8": True, "UE8M0": False},
         _EXACT,
     ),
+    "silu_and_mul, gradient": Source(
+        silu_and_mul._silu_and_mul_gradient, "*bf16 *bf16 *bf16 i32", {"COLUMNS": 1024}, _EXACT
+    ),
+    "rms_norm, gradient": Source(
+        rms_norm._rms_norm_gradient,
+        "*bf16 *bf16 *bf16 *bf16 *fp32 fp32",
+        {"K": 7168, "BLOCKS": 64},
+        _EXACT | {"num_warps": 8},
+    ),
+    "rms_norm, gradient of a chunk": Source(
+        rms_norm._sum_of_chunk,
+        "*bf16 *bf16 *fp32 *fp32 i32 i32",
+        {"ROW_CHUNK": ROW_CHUNK, "COLUMNS": 256},
+        _EXACT | {"num_warps": 1},
+    ),
+    "rms_norm, gradient of the weight": Source(
+        rms_norm._add_chunks, "*fp32 *bf16 i32 i32", {"COLUMNS": 256}, _EXACT | {"num_warps": 1}
+    ),
     "sort_by_expert": Source(
         permute._sort_by_expert, "*i64 *i64 *i64 *i64 i32", {"TOPK": 8, "PAIRS": 4096}, {"num_warps": 8}
     ),
@@ -188,6 +207,12 @@ SOURCES: dict[str, Source] = {
     ),
     "rope": Source(rope._rope, "*bf16 *fp32 *fp32 *bf16 i32 i32 i32", {"PAIRS": 32, "WIDTH": 32, "HEADS": 16}, _EXACT),
     "combine": Source(combine._combine, "*bf16 *i64 *fp32 *bf16 *bf16 i32", {"TOPK": 8, "COLUMNS": 1024}, _EXACT),
+    "combine, gradient": Source(
+        combine._combine_gradient,
+        "*bf16 *bf16 *i64 *fp32 *bf16 *fp32 i32",
+        {"TOPK": 8, "SIZE": 8192},
+        _EXACT | {"num_warps": 8},
+    ),
     "route": Source(router._route, "*fp32 *fp32 *i64 *fp32 fp32 i32", _ROUTE, _EXACT | {"num_warps": 1}),
     "router's chunks, split-K": _sums_of_chunks(1, router.choose_tile(128)),
     "router's chunks in order": _sums_of_chunks(14, router.choose_tile(4096)),

@@ -16,9 +16,10 @@ from wrong_kernel import wrong_kernel
 
 from dsv3_plugin.ops import mla_attention as attention
 from dsv3_plugin.ops import quantize, router
+from dsv3_plugin.ops import silu_and_mul as swiglu
 from dsv3_plugin.ops import sliced_linear as sliced
 from dsv3_plugin.ops.absorb import absorb
-from dsv3_plugin.ops.combine import combine
+from dsv3_plugin.ops.combine import combine, combine_gradient
 from dsv3_plugin.ops.elementary import sigmoid
 from dsv3_plugin.ops.fp8_linear import fp8_linear, grouped_fp8_linear
 from dsv3_plugin.ops.fp8_weight import quantize_fp8_weight
@@ -29,10 +30,10 @@ from dsv3_plugin.ops.operation import Operation, operations
 from dsv3_plugin.ops.permute import permute, permute_fp8, sort_by_expert
 from dsv3_plugin.ops.products import CPU, Products
 from dsv3_plugin.ops.quantize import quantize_fp8
-from dsv3_plugin.ops.rms_norm import add_rms_norm, add_rms_norm_fp8, rms_norm, rms_norm_fp8
+from dsv3_plugin.ops.rms_norm import add_rms_norm, add_rms_norm_fp8, rms_norm, rms_norm_fp8, rms_norm_gradient
 from dsv3_plugin.ops.rope import rope
 from dsv3_plugin.ops.router import moe_router, route, router_linear
-from dsv3_plugin.ops.silu_and_mul import silu_and_mul, silu_and_mul_fp8
+from dsv3_plugin.ops.silu_and_mul import silu_and_mul, silu_and_mul_fp8, silu_and_mul_gradient
 from dsv3_plugin.ops.sliced_linear import sliced_fp8_linear, sliced_linear
 
 Tensor = torch.Tensor
@@ -195,6 +196,18 @@ def summed_in_bf16(expert_out: Tensor, slots: Tensor, weights: Tensor, shared: T
     return total.to(shared.dtype)
 
 
+def uncleared(grad: Tensor, expert_out: Tensor, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """What lay in memory stays where no slot is."""
+    of_rows, of_weights = combine_gradient(grad, expert_out, slots, weights)
+    held = torch.zeros(len(of_rows), dtype=torch.bool, device=slots.device).index_fill(0, slots.flatten(), True)
+    return torch.where(held[:, None], of_rows, expert_out), of_weights
+
+
+def with_constant_factor(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The factor is taken for a constant."""
+    return rms_norm(grad, weight, eps), rms_norm_gradient(grad, x, weight, eps)[1]
+
+
 def in_a_row(op: Fault) -> dict[str, Fault]:
     """Slices are added one after the other instead of by a tree."""
     return {"slices in a row": patched(sliced, op, tree_sum=lambda sums: sum(sums[1:], sums[0]))}
@@ -220,6 +233,14 @@ _TABLE: dict[Operation[..., Any], dict[str, Fault]] = {
         ),
         "the neighbour's row": lambda out, slots, weights, shared: combine(out.roll(1, 0), slots, weights, shared),
         "a sum in bf16": summed_in_bf16,
+    },
+    combine_gradient: {
+        "the neighbour's row": lambda grad, out, slots, weights: combine_gradient(grad, out.roll(1, 0), slots, weights),
+        "rows that were not cleared": uncleared,
+        "a sum in another order": lambda grad, out, slots, weights: (
+            combine_gradient(grad, out, slots, weights)[0],
+            combine_gradient(grad.flip(1), out.flip(1), slots, weights)[1],
+        ),
     },
     fp8_linear: products(
         fp8_linear, **{"the scales of another block": lambda x, s, *more, **kw: fp8_linear(x, s.flip(1), *more, **kw)}
@@ -257,6 +278,14 @@ _TABLE: dict[Operation[..., Any], dict[str, Fault]] = {
         "a rounding more": norm_in_two_steps,
         "another eps": lambda x, weight, eps: rms_norm(x, weight, eps * 1.01),
     },
+    rms_norm_gradient: {
+        "the last row left out": lambda grad, x, *more: (
+            rms_norm_gradient(grad, x, *more)[0],
+            rms_norm_gradient(grad[:-1], x[:-1], *more)[1],
+        ),
+        "a constant factor": with_constant_factor,
+        "another eps": lambda grad, x, weight, eps: rms_norm_gradient(grad, x, weight, eps * 1.01),
+    },
     add_rms_norm: {
         "a residual that is not rounded": residual_in_fp32,
         "the sum of before": lambda x, addend, *more: (x, add_rms_norm(x, addend, *more)[1]),
@@ -286,6 +315,10 @@ _TABLE: dict[Operation[..., Any], dict[str, Fault]] = {
     silu_and_mul: {
         "a rounding more": silu_rounded,
         "gate and up swapped": lambda x: silu_and_mul(x.roll(x.shape[1] // 2, 1)),
+    },
+    silu_and_mul_gradient: {
+        "a rounding more": patched(swiglu, silu_and_mul_gradient, sigmoid=lambda x: sigmoid(x).bfloat16().float()),
+        "gate and up swapped": lambda grad, x: silu_and_mul_gradient(grad, x.roll(x.shape[1] // 2, 1)),
     },
     silu_and_mul_fp8: quantized(silu_and_mul_fp8, **{"a rounding more": then_quantized(silu_rounded)}),
     sliced_linear: products(sliced_linear, **in_a_row(sliced_linear)),

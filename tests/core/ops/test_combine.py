@@ -6,8 +6,7 @@ import pytest
 import torch
 from bits import FLOATS, generator, normal, same_bits
 
-from dsv3_plugin.ops.combine import combine
-from dsv3_plugin.ops.permute import permute
+from dsv3_plugin.ops.combine import combine, combine_gradient
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -40,7 +39,7 @@ def test_its_gradient_is_rounded_once_and_zero_where_no_token_reads(dtype: torch
     )
     weights = torch.rand(tokens, k, generator=generator(3))
     operands = [x.requires_grad_() for x in (expert_out, weights, shared)]
-    run = combine.differentiable({combine: combine, permute: permute})
+    run = combine.differentiable({combine: combine, combine_gradient: combine_gradient})
     of_rows, of_weights, of_shared = torch.autograd.grad(run(expert_out, slots, weights, shared), operands, grad)
     expected = torch.zeros(total, width, dtype=dtype)
     expected[slots] = (weights.detach().unsqueeze(2) * grad.float().unsqueeze(1)).to(dtype)

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from bits import normal, same_bits
 
 from dsv3_plugin.ops.elementary import fma
-from dsv3_plugin.ops.quantize import quantize_weight, scale_for, to_e4m3
+from dsv3_plugin.ops.quantize import dequantize_weight, quantize_weight, scale_for, to_e4m3
 from dsv3_plugin.profile import ScaleFormat
 
 Tensor = torch.Tensor
@@ -89,6 +92,32 @@ def test_their_fp32_scales_have_other_bits_than_the_contracts_and_than_what_torc
     assert 0.2 < share["contract"] < min(share["448 / amax in torch"], share["amax / 448 in torch on a GPU"]) < 0.7
     # The order of the two scales is not what one sees in bf16.
     assert (outputs(x, weight, "theirs", folded=True) != theirs).double().mean() < 0.01
+
+
+def moved(quantize: Callable[[Tensor], tuple[Tensor, Tensor]], master: torch.dtype) -> float:
+    """Share of a quantized weight's numbers that are others once it was read into a master and quantized again."""
+    numbers = dequantize_weight(*quantize(normal(1024, 2048, seed=2) * torch.linspace(1, 2, 2048)))
+    again = dequantize_weight(*quantize(numbers.to(master).float()))
+    return float((again != numbers).double().mean())
+
+
+def their_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    values, scale = _by_rule("theirs", weight.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)), (1, 3))
+    return values.flatten(2).flatten(0, 1), scale[:, 0, :, 0]
+
+
+def test_fp32_scales_do_not_survive_a_master_weight_in_bf16_by_either_rule_nor_by_theirs_in_fp32() -> None:
+    """So a trainer that quantizes in each pass does not hold a checkpoint with such scales."""
+    ours = {name: partial(quantize_weight, scale_format=name) for name in ("ue8m0", "float32")}
+    share = {
+        (rule, str(master)): moved(quantize, master)
+        for rule, quantize in (ours | {"theirs": their_weight}).items()
+        for master in (torch.bfloat16, torch.float32)
+    }
+    print({of: f"{each:.1%}" for of, each in share.items()})
+    assert share["ue8m0", "torch.bfloat16"] == share["float32", "torch.float32"] == 0
+    assert min(share["float32", "torch.bfloat16"], share["theirs", "torch.bfloat16"]) > 0.9
+    assert share["theirs", "torch.float32"] > 0.05
 
 
 @pytest.mark.parametrize("scale_format", ["ue8m0", "float32"])

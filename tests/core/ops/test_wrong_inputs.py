@@ -14,7 +14,7 @@ from dsv3_plugin.ops import fp8_wgrad as gradients
 from dsv3_plugin.ops import mla_attention, quantize
 from dsv3_plugin.ops import rms_norm as norms
 from dsv3_plugin.ops.absorb import absorb
-from dsv3_plugin.ops.combine import combine
+from dsv3_plugin.ops.combine import combine, combine_gradient
 from dsv3_plugin.ops.fp8_weight import quantize_fp8_weight
 from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
 from dsv3_plugin.ops.linear import grouped_linear, head_linear, linear
@@ -23,7 +23,7 @@ from dsv3_plugin.ops.permute import sort_by_expert
 from dsv3_plugin.ops.rms_norm import rms_norm
 from dsv3_plugin.ops.rope import rope
 from dsv3_plugin.ops.router import route, router_linear
-from dsv3_plugin.ops.silu_and_mul import silu_and_mul
+from dsv3_plugin.ops.silu_and_mul import silu_and_mul, silu_and_mul_gradient
 from dsv3_plugin.ops.sliced_linear import sliced_fp8_linear, sliced_linear
 
 Tensor = torch.Tensor
@@ -109,6 +109,14 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (r"rms_norm: weight is torch.bfloat16", lambda: rms_norm(X, torch.ones(256).bfloat16(), 1e-6)),
     (r"rms_norm: weight has shape \(255,\)", lambda: rms_norm(X, torch.ones(255), 1e-6)),
     (r"silu_and_mul: gate_up has an odd width 255", lambda: silu_and_mul(torch.zeros(2, 255))),
+    (
+        r"silu_and_mul_gradient: grad has shape \(2, 256\), gate_up \(2, 256\)",
+        lambda: silu_and_mul_gradient(X, X),
+    ),
+    (r"silu_and_mul_gradient: grad is torch.bfloat16", lambda: silu_and_mul_gradient(X.bfloat16(), X)),
+    (r"rms_norm_gradient: grad is torch.bfloat16", lambda: norms.rms_norm_gradient(X.bfloat16(), X, X[0], 1e-6)),
+    (r"rms_norm_gradient: grad has shape \(1, 256\)", lambda: norms.rms_norm_gradient(X[:1], X, X[0], 1e-6)),
+    (r"rms_norm_gradient: weight has shape \(2,\)", lambda: norms.rms_norm_gradient(X, X, X[:, 0], 1e-6)),
     (r"rope: x of shape \(2, 1, 8\).*\(2, 3\)", lambda: rope(torch.zeros(2, 1, 8), X[:, :3], X[:, :3])),
     (r"rope: x of shape \(2, 1, 8\).*\(2, 5\)", lambda: rope(torch.zeros(2, 1, 8), X[:, :5], X[:, :5])),
     (r"router_linear: x has K=256, weight has K=255", lambda: router_linear(X, torch.zeros(3, 255))),
@@ -125,6 +133,18 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (r"sort_by_expert: topk_ids is torch.float32", lambda: sort_by_expert(X, 4)),
     (r"combine: slots .*\[2, 2\].*\[2, 3\]", lambda: combine(X, torch.zeros(2, 2).long(), torch.zeros(2, 3), X)),
     (r"combine: topk_weights is torch.bfloat16", lambda: combine(X, torch.zeros(2, 2).long(), X[:, :2].bfloat16(), X)),
+    (
+        r"combine_gradient: 2 rows of slots, 1 of grad",
+        lambda: combine_gradient(X[:1], X, torch.zeros(2, 2).long(), torch.zeros(2, 2)),
+    ),
+    (
+        r"combine_gradient: slots is torch.int32",
+        lambda: combine_gradient(X, X, torch.zeros(2, 2).int(), torch.zeros(2, 2)),
+    ),
+    (
+        r"combine_gradient: grad has N=256, expert_out has N=255",
+        lambda: combine_gradient(X, torch.zeros(4, 255), torch.zeros(2, 2).long(), torch.zeros(2, 2)),
+    ),
     (r"mla_attention: q has shape \(3, 40\)", lambda: attention_of(q=QUERIES[:, 0])),
     (r"mla_attention: latent_cache has shape \(4, 16, 39\)", lambda: attention_of(cache=CACHE[..., :39])),
     (r"mla_attention: latent_cache has shape \(3, 16, 40\), .* 4 blocks of 16", lambda: attention_of(cache=CACHE[:3])),
