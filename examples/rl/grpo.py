@@ -12,15 +12,15 @@ of its own answers to get them right. A step:
    that the importance ratio begins at exactly 1 and nothing is corrected. Else the run ends and says what differs.
 3. One or more optimizer steps of the clipped objective (GRPO: arXiv:2402.03300, section 4.1), with advantages
    normalised within each prompt's answers and the mean over all tokens (DAPO: arXiv:2503.14476).
-4. The servers take the new weights in place. Their fingerprints are the trainer's, else the run ends and names the
-   tensors that are not.
+4. The servers take the new weights in place, out of the trainer's memory where they share its card, else from files.
+   Their fingerprints are the trainer's, else the run ends and names the tensors that are not.
 
 With `--one-step-off` the servers sample the next step's answers while the trainer learns. Each answer says which
 weights made it, and its log-probabilities are compared under those.
 
-Megatron is in trainer.py, the engines in servers.py and launch.py, what a step asks them in rollout.py, what must be
-equal in mismatch.py, prompts and rewards in task.py and judge.py, papers' settings in recipes.py. One trainer process,
-whose folders the servers can read; verl is the framework for scale.
+Megatron is in trainer.py, the engines in servers.py and launch.py, their new weights in hand_over.py, what a step asks
+them in rollout.py, what must be equal in mismatch.py, prompts and rewards in task.py and judge.py, papers' settings in
+recipes.py. One trainer process, whose folders or memory the servers can read; verl is the framework for scale.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from judge import Judge
@@ -66,6 +67,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--kv-tokens", type=int, default=2048, help="room in the cache of a server that is started here"
+    )
+    parser.add_argument(
+        "--hand-over",
+        choices=("files", "ipc"),
+        help="how servers get weights: by default from the trainer's memory where all are started here on a card",
     )
     parser.add_argument("--stock", action="store_true", help="servers without this plugin: differences are recorded")
     parser.add_argument("--no-drafts", dest="drafts", action="store_false", help="servers do not draft")
@@ -115,7 +121,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def hand_over(checks: Checks, version: int, ask: Callable[[Server], list[Sample]], clock: Clock, kept: int) -> str:
+def hand_over(
+    checks: Checks, version: int, ask: Callable[[Server], list[Sample]], clock: Clock, kept: int | None
+) -> str:
     """Bring the trainer's weights to all servers; returns their fingerprint. Of the folders, those of the versions
     `version` and `kept` stay.
 
@@ -123,10 +131,16 @@ def hand_over(checks: Checks, version: int, ask: Callable[[Server], list[Sample]
     """
     folder = checks.run / "weights" / str(version)
     shutil.rmtree(folder, ignore_errors=True)  # of a step that was not finished
-    checks.trainer.export(folder)
-    clock.lap("export")
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda server: server.update(folder, str(version)), checks.servers))
+    if version == kept or not checks.launch.from_memory:
+        checks.trainer.export(folder)
+        clock.lap("export")
+    if checks.launch.from_memory:
+        weights = checks.trainer.in_memory(drafts=checks.launch.drafts)
+        for server in checks.servers:
+            server.update_from_memory(weights, str(version))
+    else:
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda server: server.update(folder, str(version)), checks.servers))
     clock.lap("update")
     digest = checks.weights(version, ask)
     clock.lap("verify")
@@ -248,7 +262,7 @@ def train(
         def ask(server: Server) -> list[Sample]:
             return roll_out([server], words, step, step, arguments)
 
-        return hand_over(checks, step, ask, clock, progress.reference)
+        return hand_over(checks, step, ask, clock, progress.reference if arguments.kl_coefficient else None)
 
     digest = handed_over(progress.step, Clock())
     reference = trainer.weights_of(run / "weights" / str(progress.reference)) if arguments.kl_coefficient else None
@@ -288,8 +302,28 @@ def train(
             record.add(of_step | {"seconds": clock.laps})
             if arguments.save_interval and ((step + 1) % arguments.save_interval == 0 or step + 1 == last):
                 save(trainer, progress, run)
+    if not (folder := run / "weights" / str(last)).exists():
+        trainer.export(folder)
     if last == steps:
         say_greedy_reward(servers, words, arguments)
+
+
+def from_memory(asked: str | None, servers: list[tuple[str, str]]) -> bool:
+    """Whether servers take weights out of the trainer's memory; of each its name and its address, if it has one.
+
+    Raises `InputError` where that is asked for and cannot be.
+    """
+    on_card = torch.cuda.is_available()
+    if asked is None:
+        return on_card and not any(address for _, address in servers)
+    if asked == "files":
+        return False
+    for name, address in servers:
+        if address and urlsplit(address).hostname not in ("localhost", "127.0.0.1", "::1"):
+            raise InputError(f"--hand-over ipc: {name} at {address} is not on this host; --hand-over files")
+        if name == "vllm" and not on_card:
+            raise InputError("--hand-over ipc: vLLM takes weights out of a card's memory only; --hand-over files")
+    return True
 
 
 def start(arguments: argparse.Namespace) -> None:
@@ -308,6 +342,7 @@ def start(arguments: argparse.Namespace) -> None:
         kv_tokens=arguments.kv_tokens,
         stock=arguments.stock,
         drafts=arguments.drafts,
+        from_memory=from_memory(arguments.hand_over, [(name, address) for name, _, address in named]),
         environments=arguments.environments,
         options={name: getattr(arguments, f"{name}_options") for name in SERVERS},
     )

@@ -35,6 +35,8 @@ class Launch:
     stock: bool = False
     """The engines' own DeepSeek-V3, without this plugin."""
     drafts: bool = True
+    from_memory: bool = False
+    """They are to take weights out of the trainer's memory."""
     environments: Path = ENVIRONMENTS
     """A folder with an environment for each engine; where it has none, this Python's."""
     options: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -57,6 +59,8 @@ class Launch:
         line += ["--logprobs-mode", "processed_logprobs", "--max-num-seqs", "64", "--max-model-len", str(MODEL_LEN)]
         if self.drafts:
             line += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
+        if self.from_memory:
+            line += ["--weight-transfer-config", '{"backend": "ipc"}']
         if _has_scale_out(python):
             line += ["--enable-scale-out"]
         # The prompts are short, and only whole blocks are shared.
@@ -83,6 +87,8 @@ class Launch:
         """Of its process."""
         # Weights by HTTP: on a trusted network only.
         variables = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
+        if self.from_memory:
+            variables |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # handles are pickled
         if self.stock:
             variables |= {"DSV3_PLUGIN": "off"}
         if self.on_cpu:
