@@ -20,7 +20,7 @@ import torch
 from torch import multiprocessing
 from torch.multiprocessing.reductions import reduce_tensor
 
-ALIGNMENT = 256  # bytes; of any dtype
+ALIGNMENT = 16  # bytes: of any dtype
 DEVICE = 6  # where the arguments of torch's `rebuild_cuda_tensor` have the device
 
 
@@ -72,7 +72,7 @@ class Weights:
     """What servers are to hold."""
 
     tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]
-    """All of them, under Hugging Face's names; each is right until the next comes."""
+    """All of them, under Hugging Face's names."""
     of_draft: Callable[[str], bool] | None
     """Whether a tensor is one of the draft's alone; None where servers do not draft."""
     bucket_bytes: int = 1 << 30
@@ -85,23 +85,35 @@ class Weights:
 
 
 def buckets(tensors: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[Bucket]:
-    """Tensors in blocks of `size` bytes, a larger tensor in one of its own size.
+    """Tensors in blocks of at most `size` bytes, a larger tensor in one of its own.
 
     A block is not written again: a process that still reads it keeps it.
     """
-    bucket, end = Bucket(torch.empty(0, dtype=torch.uint8), []), 0
+    some: list[tuple[str, torch.Tensor]] = []
+    filled = 0
     for name, tensor in tensors:
-        start = -(-end // ALIGNMENT) * ALIGNMENT
-        if start + tensor.nbytes > len(bucket.block):
-            if bucket.tensors:
-                yield bucket
-            block = torch.empty(max(size, tensor.nbytes), dtype=torch.uint8, device=tensor.device)
-            bucket, start = Bucket(block, []), 0
-        end = start + tensor.nbytes
-        place = bucket.block[start:end].view(tensor.dtype).view(tensor.shape)
+        if some and filled + room(tensor) > size:
+            yield bucket_of(some, filled)
+            some, filled = [], 0
+        some.append((name, tensor))
+        filled += room(tensor)
+    if some:
+        yield bucket_of(some, filled)
+
+
+def room(tensor: torch.Tensor) -> int:
+    """Bytes that it takes in a block."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def bucket_of(tensors: list[tuple[str, torch.Tensor]], size: int) -> Bucket:
+    """Copies of tensors in a new block of `size` bytes."""
+    bucket, start = Bucket(torch.empty(size, dtype=torch.uint8, device=tensors[0][1].device), []), 0
+    for name, tensor in tensors:
+        place = bucket.block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         bucket.tensors.append((name, place.copy_(tensor.detach())))
-    if bucket.tensors:
-        yield bucket
+        start += room(tensor)
+    return bucket
 
 
 class Shared:
