@@ -17,6 +17,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from torch import distributed as dist
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint
@@ -131,6 +133,14 @@ class Trainer:
         finalize_model_grads([self.model])  # moves the router's bias, too
         _, norm, _ = self.optimizer.step()
         said["gradient_norm"] = float(norm)
+
+    @staticmethod
+    def weigh(share: float) -> None:
+        """The next backward pass is of answers with a share of the tokens that an optimizer step learns from: by it
+        count the losses that a model adds itself, of its MTP layer and of its experts' balance.
+        """
+        for loss in MTPLossAutoScaler, MoEAuxLossAutoScaler:
+            loss.set_loss_scale(torch.tensor(share, device=torch.cuda.current_device()))
 
     def weights(self) -> list[torch.Tensor]:
         """A copy of all that the forward pass reads."""

@@ -139,11 +139,17 @@ def test_a_cut_run_goes_on(models: list[Path], running: list[rl.Server], address
     arguments = *addresses, "--steps", 2, "--one-step-off"
     train(models[0], tmp_path / "cut", *arguments, "--exit-interval", 1)
     held = {server.fingerprint().digest for server in running}
-    shutil.copytree(tmp_path / "cut", tmp_path / "again")
-    for run in "cut", "again":
-        train(models[0], tmp_path / run, *arguments, "--resume")
+    for run, more in ("again", ()), ("parts", ("--micro-batch-size", 3)), ("cut", ()):
+        if run != "cut":
+            shutil.copytree(tmp_path / "cut", tmp_path / run)
+        train(models[0], tmp_path / run, *arguments, "--resume", *more)
     steps = steps_of(tmp_path / "cut")
     assert [step["step"] for step in steps] == [0, 1] and steps == steps_of(tmp_path / "again")
+    # Micro-batches add up to the same: all but the last bits of what is summed in parts.
+    in_parts = steps_of(tmp_path / "parts")[1]
+    assert in_parts == steps[1] | {
+        name: pytest.approx(steps[1][name], rel=1e-3) for name in ("gradient_norm", "entropy")
+    }
     # The twin: the weights of the first step are others.
     assert {steps[1]["weights"]} == held != {steps[0]["weights"]}
 
