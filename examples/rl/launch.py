@@ -60,8 +60,10 @@ class Launch:
         if self.drafts:
             line += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
         if self.from_memory:
+            if _of_vllm(python, _LACKS_RAY):
+                raise EngineError("this vLLM's ipc imports ray: pip install ray beside it, or --hand-over files")
             line += ["--weight-transfer-config", '{"backend": "ipc"}']
-        if _has_scale_out(python):
+        if _of_vllm(python, _HAS_SCALE_OUT):
             line += ["--enable-scale-out"]
         # The prompts are short, and only whole blocks are shared.
         block_size = 2 if self.on_cpu and not self.stock else 64
@@ -96,14 +98,19 @@ class Launch:
         return variables
 
 
-def _has_scale_out(python: Path) -> bool:
-    """Whether this vLLM has its route for token ids behind an option; before, it was always there."""
-    look = (
-        "import importlib.util as u, pathlib as p; vllm = p.Path(u.find_spec('vllm').origin).parent;"
-        " print('enable_scale_out' in (vllm / 'entrypoints/scale_out/factories.py').read_text())"
-    )
-    done = subprocess.run([python, "-c", look], capture_output=True, text=True)
+def _of_vllm(python: Path, question: str) -> bool:
+    """What an expression says over a Python's `vllm`, the folder, and `importlib.util`; False where it has none."""
+    look = "import importlib.util, pathlib; vllm = pathlib.Path(importlib.util.find_spec('vllm').origin).parent"
+    done = subprocess.run([python, "-c", f"{look}; print({question})"], capture_output=True, text=True)
     return done.stdout.strip().endswith("True")
+
+
+# Its route for token ids is behind an option; before, it was always there.
+_HAS_SCALE_OUT = "'enable_scale_out' in (vllm / 'entrypoints/scale_out/factories.py').read_text()"
+_LACKS_RAY = (
+    "'\\nimport ray\\n' in (vllm / 'distributed/weight_transfer/ipc_engine.py').read_text()"
+    " and importlib.util.find_spec('ray') is None"
+)
 
 
 @contextmanager
