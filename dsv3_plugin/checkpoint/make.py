@@ -16,6 +16,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
@@ -80,18 +84,29 @@ def make_checkpoint(
     config = with_dtype(config, dtype)
     maker = _Maker(DeepseekV3Config.from_dict(config), seed, is_planted(config))
     texts = {"config.json": json.dumps(config, indent=2) + "\n", **tokenizer_files(maker.config.vocab_size)}
-    with new_folder(directory, sum(map(maker.size, maker.weights))) as folder:
+    with new_folder(directory, sum(map(maker.size, maker.weights))) as folder, _one_thread_a_core() as threads:
         specs = {spec.name: spec for spec in maker.weights}
-        write_weights(
-            folder,
-            {name: maker.size(spec) for name, spec in specs.items()},
-            lambda names: chain.from_iterable(maker.tensors(specs[name]).items() for name in names),
-            max_shard_bytes,
-            progress,
-        )
+
+        def tensors(names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+            made = threads.map(maker.tensors, [specs[name] for name in names])
+            return chain.from_iterable(each.items() for each in made)
+
+        sizes = {name: maker.size(spec) for name, spec in specs.items()}
+        write_weights(folder, sizes, tensors, max_shard_bytes, progress)
         for name, text in texts.items():
             (folder / name).write_text(text, "utf-8")
     return CheckpointReader(directory)
+
+
+@contextmanager
+def _one_thread_a_core() -> Iterator[ThreadPoolExecutor]:
+    """For tensors at the same time: torch draws one on one thread."""
+    own = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(own)
 
 
 def with_dtype(config: dict[str, Any], dtype: CheckpointDtype | None) -> dict[str, Any]:

@@ -12,20 +12,21 @@ of its own answers to get them right. A step:
    that the importance ratio begins at exactly 1 and nothing is corrected. Else the run ends and says what differs.
 3. One or more optimizer steps of the clipped objective (GRPO: arXiv:2402.03300, section 4.1), with advantages
    normalised within each prompt's answers and the mean over all tokens (DAPO: arXiv:2503.14476).
-4. The servers take the new weights in place. Their fingerprints are the trainer's, else the run ends and names the
-   tensors that are not.
+4. The servers take the new weights in place, out of the trainer's memory where they share its card, else from files.
+   Their fingerprints are the trainer's, else the run ends and names the tensors that are not.
 
 With `--one-step-off` the servers sample the next step's answers while the trainer learns. Each answer says which
 weights made it, and its log-probabilities are compared under those.
 
-Megatron is in trainer.py, the engines in servers.py and launch.py, what a step asks them in rollout.py, what must be
-equal in mismatch.py, prompts and rewards in task.py and judge.py, papers' settings in recipes.py. One trainer process,
-whose folders the servers can read; verl is the framework for scale.
+Megatron is in trainer.py, the engines in servers.py and launch.py, their new weights in hand_over.py, what a step asks
+them in rollout.py, what must be equal in mismatch.py, prompts and rewards in task.py and judge.py, papers' settings in
+recipes.py. One trainer process, whose folders or memory the servers can read; verl is the framework for scale.
 """
 
 from __future__ import annotations
 
 import argparse
+import operator
 import random
 import shlex
 import shutil
@@ -34,7 +35,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from judge import Judge
@@ -46,7 +49,7 @@ from record import Clock, Record, console, draw
 from rollout import Sample, measure, packed_of, per_token, roll_out, say_greedy_reward
 from servers import SERVERS, Server, counted
 from task import TASKS, Words, problems
-from trainer import Trainer, pack
+from trainer import Packed, Trainer, pack
 
 from dsv3_plugin.errors import DSV3Error, InputError
 
@@ -66,6 +69,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--kv-tokens", type=int, default=2048, help="room in the cache of a server that is started here"
+    )
+    parser.add_argument(
+        "--hand-over",
+        choices=("files", "ipc"),
+        help="how servers get weights: by default from the trainer's memory where all are started here on a card",
     )
     parser.add_argument("--stock", action="store_true", help="servers without this plugin: differences are recorded")
     parser.add_argument("--no-drafts", dest="drafts", action="store_false", help="servers do not draft")
@@ -92,6 +100,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--one-step-off", action="store_true", help="sample the next step's answers while training")
     parser.add_argument("--inner-updates", type=int, default=1, help="how often the answers of a step are learned from")
     parser.add_argument("--mini-batches", type=int, default=1, help="optimizer steps that share the answers of a step")
+    parser.add_argument("--micro-batch-size", type=int, help="answers of a pass of the trainer; by default all of them")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--lr-warmup-steps", type=int, default=3)
     parser.add_argument("--clip-grad", type=float, default=1.0)
@@ -115,7 +124,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def hand_over(checks: Checks, version: int, ask: Callable[[Server], list[Sample]], clock: Clock, kept: int) -> str:
+def hand_over(
+    checks: Checks, version: int, ask: Callable[[Server], list[Sample]], clock: Clock, kept: int | None
+) -> str:
     """Bring the trainer's weights to all servers; returns their fingerprint. Of the folders, those of the versions
     `version` and `kept` stay.
 
@@ -123,10 +134,16 @@ def hand_over(checks: Checks, version: int, ask: Callable[[Server], list[Sample]
     """
     folder = checks.run / "weights" / str(version)
     shutil.rmtree(folder, ignore_errors=True)  # of a step that was not finished
-    checks.trainer.export(folder)
-    clock.lap("export")
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda server: server.update(folder, str(version)), checks.servers))
+    if version == kept or not checks.launch.from_memory:
+        checks.trainer.export(folder)
+        clock.lap("export")
+    if checks.launch.from_memory:
+        weights = checks.trainer.in_memory(drafts=checks.launch.drafts)
+        for server in checks.servers:
+            server.update_from_memory(weights, str(version))
+    else:
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda server: server.update(folder, str(version)), checks.servers))
     clock.lap("update")
     digest = checks.weights(version, ask)
     clock.lap("verify")
@@ -169,15 +186,12 @@ def learn(
     arguments: argparse.Namespace,
 ) -> dict[str, float]:
     """The optimizer steps on a step's answers; returns what to log. Raises `MismatchError` (`Checks.log_probs`)."""
-    trainer = checks.trainer
+    trainer, size = checks.trainer, arguments.micro_batch_size
     is_on_policy = all(sample.version == step for sample in samples)
     differences: dict[str, float] = {}
     if is_on_policy and (arguments.mini_batches > 1 or checks.launch.stock):
         # Of all answers, before the first optimizer step.
-        packed = packed_of(samples)
-        with torch.no_grad():
-            found = trainer.log_probs(packed)
-            differences = checks.log_probs(step, samples, packed, found)
+        found, differences = compared(checks, step, samples, size)
         if checks.launch.stock:
             # As trainers do whose servers say something else: the ratio is to the trainer's own numbers.
             parts = found.split([len(sample.tokens) for sample in samples])
@@ -190,27 +204,88 @@ def learn(
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     for batch in batches:
-        packed = packed_of(batch)
-        of_reference = None
+        micro_batches = parts_of(batch, size)
+        of_reference: list[torch.Tensor | None] = [None] * len(micro_batches)
         if reference is not None:
             with trainer.holding(reference):
-                of_reference = trainer.log_probs(packed)
+                of_reference = [trainer.log_probs(packed_of(part)) for part in micro_batches]
+        compares = is_on_policy and not differences
+        told: list[dict[str, float]] = []
         with trainer.gradients(warmed_up(arguments.lr, step, arguments)) as said:
-            new = trainer.log_probs(packed)
-            if is_on_policy and not differences:
-                differences = checks.log_probs(step, batch, packed, new.detach())
-            loss, of_batch = clipped_loss(batch, new, of_reference, arguments)
-            loss.backward()
-        last = said | of_batch
+            for part, of_part in zip(micro_batches, of_reference, strict=True):
+                share = tokens(part) / tokens(batch)
+                packed = packed_of(part)
+                trainer.weigh(share)
+                new = trainer.log_probs(packed)
+                if compares:
+                    differences = joined(differences, compared_part(checks, step, part, packed, new.detach(), share))
+                loss, logged = clipped_loss(part, new, of_part, arguments, tokens(batch), learned_tokens(batch))
+                loss.backward()
+                told.append(logged)
+        last = said | reduce(joined, told)
         first = first or last
     return differences | last | {name: first[name] for name in ("ratio_min", "ratio_max", "entropy")}
 
 
-def clipped_loss(
-    samples: list[Sample], new: torch.Tensor, of_reference: torch.Tensor | None, arguments: argparse.Namespace
+def compared(
+    checks: Checks, step: int, samples: list[Sample], micro_batch_size: int | None
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The mean over all tokens of GRPO's clipped objective, negative, and what to log. `new` and `of_reference`, fp32
-    [N], are the trainer's log-probabilities, with the weights as they are and with those of the reference.
+    """The trainer's log-probabilities of answers, fp32 [N], and how far the servers' are (`Checks.log_probs`)."""
+    found: list[torch.Tensor] = []
+    differences: dict[str, float] = {}
+    with torch.no_grad():
+        for part in parts_of(samples, micro_batch_size):
+            packed = packed_of(part)
+            found.append(checks.trainer.log_probs(packed))
+            share = tokens(part) / tokens(samples)
+            differences = joined(differences, compared_part(checks, step, part, packed, found[-1], share))
+    return torch.cat(found), differences
+
+
+def compared_part(
+    checks: Checks, step: int, samples: list[Sample], packed: Packed, found: torch.Tensor, share: float
+) -> dict[str, float]:
+    """The same of answers that have a share of the tokens."""
+    differences = checks.log_probs(step, samples, packed, found)
+    return differences | {"mean_difference": share * differences["mean_difference"]}
+
+
+def parts_of(samples: list[Sample], size: int | None) -> list[list[Sample]]:
+    """Micro-batches of `size` answers, or one."""
+    size = size or len(samples)
+    return [samples[first : first + size] for first in range(0, len(samples), size)]
+
+
+def tokens(samples: list[Sample]) -> int:
+    """Of all answers."""
+    return sum(len(sample.tokens) for sample in samples)
+
+
+def learned_tokens(samples: list[Sample]) -> int:
+    """Without those of aborted answers."""
+    return tokens([sample for sample in samples if sample.advantage is not None])
+
+
+def joined(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    """What is logged of two parts of a batch: the lower minimum, the higher maximum, the sum of shares of a mean."""
+    if not one:
+        return other
+    by = {"ratio_min": min, "ratio_max": max, "max_difference": max}
+    return {name: by.get(name, operator.add)(one[name], other[name]) for name in one}
+
+
+def clipped_loss(
+    samples: list[Sample],
+    new: torch.Tensor,
+    of_reference: torch.Tensor | None,
+    arguments: argparse.Namespace,
+    tokens: int,
+    learned_tokens: int,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Answers' share of the mean over a batch's tokens of GRPO's clipped objective, negative, and what to log.
+
+    `new` and `of_reference`, fp32 [N], are the trainer's log-probabilities, with the weights as they are and with those
+    of the reference. The batch has `tokens`, and learns from `learned_tokens` of them.
     """
     old = per_token(samples, lambda sample: sample.logprobs, new)
     advantages = per_token(samples, lambda sample: [sample.advantage or 0.0] * len(sample.tokens), new)
@@ -219,13 +294,13 @@ def clipped_loss(
     clipped = ratios.clamp(1 - arguments.clip_ratio, 1 + arguments.clip_ratio)
     losses = -torch.minimum(ratios * advantages, clipped * advantages)
     logged = {"ratio_min": float(ratios.min()), "ratio_max": float(ratios.max())}
-    logged |= {"entropy": float(-new.detach().mean())}
-    logged |= {"clipped": float(((clipped != ratios).float() * learned).sum() / learned.sum())}
+    logged |= {"entropy": float(-new.detach().sum() / tokens)}
+    logged |= {"clipped": float(((clipped != ratios).float() * learned).sum() / learned_tokens)}
     if of_reference is not None:
         k3 = (of_reference - new).exp() - (of_reference - new) - 1
         losses = losses + arguments.kl_coefficient * k3
-        logged["kl_to_reference"] = float((k3.detach() * learned).sum() / learned.sum())
-    return (losses * learned).sum() / learned.sum(), logged
+        logged["kl_to_reference"] = float((k3.detach() * learned).sum() / learned_tokens)
+    return (losses * learned).sum() / learned_tokens, logged
 
 
 # The run
@@ -248,7 +323,7 @@ def train(
         def ask(server: Server) -> list[Sample]:
             return roll_out([server], words, step, step, arguments)
 
-        return hand_over(checks, step, ask, clock, progress.reference)
+        return hand_over(checks, step, ask, clock, progress.reference if arguments.kl_coefficient else None)
 
     digest = handed_over(progress.step, Clock())
     reference = trainer.weights_of(run / "weights" / str(progress.reference)) if arguments.kl_coefficient else None
@@ -278,18 +353,36 @@ def train(
             if ahead is not None:
                 progress.waiting = ahead.result()
                 clock.lap("wait")
-                packed = packed_of(progress.waiting)
                 with trainer.holding(sampler):
-                    found = trainer.log_probs(packed)
-                    progress.differences = checks.log_probs(step + 1, progress.waiting, packed, found)
+                    _, progress.differences = compared(checks, step + 1, progress.waiting, arguments.micro_batch_size)
                 clock.lap("compare")
             of_step |= {name: number - before[name] for name, number in counted(servers).items()}
             digest = handed_over(step + 1, clock)
             record.add(of_step | {"seconds": clock.laps})
             if arguments.save_interval and ((step + 1) % arguments.save_interval == 0 or step + 1 == last):
                 save(trainer, progress, run)
+    if not (folder := run / "weights" / str(last)).exists():
+        trainer.export(folder)
     if last == steps:
         say_greedy_reward(servers, words, arguments)
+
+
+def from_memory(asked: str | None, servers: list[tuple[str, str]]) -> bool:
+    """Whether servers take weights out of the trainer's memory; of each its name and its address, if it has one.
+
+    Raises `InputError` where that is asked for and cannot be.
+    """
+    on_card = torch.cuda.is_available()
+    if asked is None:
+        return on_card and not any(address for _, address in servers)
+    if asked == "files":
+        return False
+    for name, address in servers:
+        if address and urlsplit(address).hostname not in ("localhost", "127.0.0.1", "::1"):
+            raise InputError(f"--hand-over ipc: {name} at {address} is not on this host; --hand-over files")
+        if name == "vllm" and not on_card:
+            raise InputError("--hand-over ipc: vLLM takes weights out of a card's memory only; --hand-over files")
+    return True
 
 
 def start(arguments: argparse.Namespace) -> None:
@@ -308,6 +401,7 @@ def start(arguments: argparse.Namespace) -> None:
         kv_tokens=arguments.kv_tokens,
         stock=arguments.stock,
         drafts=arguments.drafts,
+        from_memory=from_memory(arguments.hand_over, [(name, address) for name, _, address in named]),
         environments=arguments.environments,
         options={name: getattr(arguments, f"{name}_options") for name in SERVERS},
     )

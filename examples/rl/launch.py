@@ -20,7 +20,7 @@ from dsv3_plugin.conformance import keeper
 from dsv3_plugin.errors import EngineError
 
 ENVIRONMENTS = Path(__file__).parents[2] / ".envs"
-START_S = 300.0
+START_S = 600.0
 MODEL_LEN = 256
 
 
@@ -35,6 +35,8 @@ class Launch:
     stock: bool = False
     """The engines' own DeepSeek-V3, without this plugin."""
     drafts: bool = True
+    from_memory: bool = False
+    """They are to take weights out of the trainer's memory."""
     environments: Path = ENVIRONMENTS
     """A folder with an environment for each engine; where it has none, this Python's."""
     options: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -57,7 +59,11 @@ class Launch:
         line += ["--logprobs-mode", "processed_logprobs", "--max-num-seqs", "64", "--max-model-len", str(MODEL_LEN)]
         if self.drafts:
             line += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
-        if _has_scale_out(python):
+        if self.from_memory:
+            if _of_vllm(python, _LACKS_RAY):
+                raise EngineError("this vLLM's ipc imports ray: pip install ray beside it, or --hand-over files")
+            line += ["--weight-transfer-config", '{"backend": "ipc"}']
+        if _of_vllm(python, _HAS_SCALE_OUT):
             line += ["--enable-scale-out"]
         # The prompts are short, and only whole blocks are shared.
         block_size = 2 if self.on_cpu and not self.stock else 64
@@ -74,15 +80,16 @@ class Launch:
         line += ["--max-running-requests", "64", "--max-total-tokens", str(self.kv_tokens)]
         if not self.stock:
             line += ["--attention-backend", "dsv3", "--enable-deterministic-inference"]
-        return [
-            *line,
-            *(["--device", "cpu", "--disable-cuda-graph"] if self.on_cpu else ["--mem-fraction-static", "0.5"]),
-        ]
+        # On a card that others use: the cache has its size, and this is how full they all may make it.
+        more = ["--device", "cpu", "--disable-cuda-graph"] if self.on_cpu else ["--mem-fraction-static", "0.95"]
+        return [*line, *more]
 
     def environment(self) -> dict[str, str]:
         """Of its process."""
         # Weights by HTTP: on a trusted network only.
         variables = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
+        if self.from_memory:
+            variables |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # handles are pickled
         if self.stock:
             variables |= {"DSV3_PLUGIN": "off"}
         if self.on_cpu:
@@ -91,14 +98,19 @@ class Launch:
         return variables
 
 
-def _has_scale_out(python: Path) -> bool:
-    """Whether this vLLM has its route for token ids behind an option; before, it was always there."""
-    look = (
-        "import importlib.util as u, pathlib as p; vllm = p.Path(u.find_spec('vllm').origin).parent;"
-        " print('enable_scale_out' in (vllm / 'entrypoints/scale_out/factories.py').read_text())"
-    )
-    done = subprocess.run([python, "-c", look], capture_output=True, text=True)
+def _of_vllm(python: Path, question: str) -> bool:
+    """What an expression says over a Python's `vllm`, the folder, and `importlib.util`; False where it has none."""
+    look = "import importlib.util, pathlib; vllm = pathlib.Path(importlib.util.find_spec('vllm').origin).parent"
+    done = subprocess.run([python, "-c", f"{look}; print({question})"], capture_output=True, text=True)
     return done.stdout.strip().endswith("True")
+
+
+# Its route for token ids is behind an option; before, it was always there.
+_HAS_SCALE_OUT = "'enable_scale_out' in (vllm / 'entrypoints/scale_out/factories.py').read_text()"
+_LACKS_RAY = (
+    "'\\nimport ray\\n' in (vllm / 'distributed/weight_transfer/ipc_engine.py').read_text()"
+    " and importlib.util.find_spec('ray') is None"
+)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from servers import Server
 from trainer import Packed, Trainer, formulas
 
-from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint_of_checkpoint
-from dsv3_plugin.checkpoint.reader import CheckpointReader, some_names
+from dsv3_plugin.checkpoint.fingerprint import Fingerprint
+from dsv3_plugin.checkpoint.reader import some_names
 from dsv3_plugin.diff import samples as dump
 
 MOST_LOGITS = 1024
@@ -42,6 +42,8 @@ class Checks:
     run: Path
     launch: Launch
     """How the servers of this run are started; stock engines have no fingerprints, and may differ."""
+    held: dict[int, Fingerprint] = field(default_factory=dict)
+    """Of the versions that all held, the trainer's."""
 
     def weights(self, step: int, ask: Callable[[Server], list[Sample]]) -> str:
         """The fingerprint of the weights that all hold now. `ask` gets answers of a server that holds others."""
@@ -61,6 +63,7 @@ class Checks:
                     found,
                     logits,
                 )
+        self.held[step] = held
         return held.digest
 
     def log_probs(self, step: int, samples: Sequence[Sample], packed: Packed, found: torch.Tensor) -> dict[str, float]:
@@ -112,11 +115,10 @@ class Checks:
         # First what differs: `dsv3 diff` computes only so many.
         order = sorted(range(len(samples)), key=lambda i: ours[i].equal(ours[i].new_tensor(samples[i].logprobs)))
         of_version = samples[0].version
-        older = {
-            int(path.name): fingerprint_of_checkpoint(CheckpointReader(path))
-            for path in (self.run / "weights").iterdir()
-            if int(path.name) < of_version
-        }
+        older = {each: held for each, held in self.held.items() if each < of_version}
+        checkpoint = self.run / "weights" / str(of_version)
+        if not checkpoint.exists():
+            self.trainer.export(checkpoint)
         kernels = self.trainer.gpt.binding.ops.record(), server.kernels()
         write(
             sides[0],
@@ -132,7 +134,7 @@ class Checks:
             {of_version: server.fingerprint()},
             about(server.name, {server.name: server.engine_version()}, kernels[1]),
         )
-        command = self._command(sides, self.run / "weights" / str(of_version), [each["mode"] for each in kernels])
+        command = self._command(sides, checkpoint, [each["mode"] for each in kernels])
         return MismatchError(f"{says}\nto see why: {command}")
 
     def _command(self, sides: tuple[Path, Path], checkpoint: Path, modes: list[str]) -> str:

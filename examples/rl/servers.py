@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -15,8 +16,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from hand_over import Weights
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint
 from dsv3_plugin.checkpoint.fingerprint_cli import fingerprint_of_server
@@ -76,6 +80,10 @@ class Server:
         """Take the weights of a checkpoint in place. Requests that come in the meantime wait for them, and none has
         tokens of both.
         """
+        raise NotImplementedError
+
+    def update_from_memory(self, weights: Weights, version: str) -> None:
+        """The same with weights of a process on the server's host, and no file."""
         raise NotImplementedError
 
     def counters(self) -> Counter[str]:
@@ -174,10 +182,29 @@ class Vllm(Server):
         )
 
     def update(self, folder: Path, version: str) -> None:
+        """By vLLM's reload."""
+        with self.updating(version):
+            self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+
+    def update_from_memory(self, weights: Weights, version: str) -> None:
+        """By vLLM's weight transfer, which takes the target's weights and then the draft's."""
+        with self.updating(version):
+            self.post("/init_weight_transfer_engine", {"init_info": {}})
+            for start in ("/start_weight_update", "/start_draft_weight_update"):
+                is_draft = start == "/start_draft_weight_update"
+                if is_draft and weights.of_draft is None:
+                    continue
+                self.post(start)
+                for bucket in weights.buckets(draft=is_draft):
+                    self.post("/update_weights", bucket.for_vllm())
+                self.post("/finish_weight_update")
+
+    @contextmanager
+    def updating(self, version: str) -> Iterator[None]:
         """Between a pause, which waits for the requests that run, and its end."""
         self.post("/pause?mode=wait")
         try:
-            self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+            yield
             if self.tells_versions():
                 self.post("/update_weight_version", {"new_version": version})
             self.held = version
@@ -223,23 +250,29 @@ class Sglang(Server):
     def __init__(self, address: str) -> None:
         super().__init__(address)
         self.seen: Counter[str] = Counter()
+        self.turn = threading.Condition()
+        self.asking = 0
+        """Requests under way."""
+        self.is_updating = False
 
     def answers(self, request: Request) -> list[Answer]:
         """As many prompts as answers: SGLang's `n` gives all of them one seed."""
         count = range(request.n)
         settings = [self._settings(request) | {"sampling_seed": request.seed + i} for i in count]
         body = {"input_ids": [request.token_ids for _ in count], "sampling_params": settings, "return_logprob": True}
-        return [self._answer(answer) for answer in self.post("/generate", body)]
+        with self.between_updates():
+            return [self._answer(answer) for answer in self.post("/generate", body)]
 
     def hang_up(self, request: Request, tokens: int) -> Answer:
         """An event of a stream has all that came so far."""
         settings = self._settings(request) | {"sampling_seed": request.seed}
         body = {"input_ids": request.token_ids, "sampling_params": settings, "return_logprob": True, "stream": True}
         event: Any = None
-        for event in self.events("/generate", body):
-            if len(event["output_ids"]) >= tokens:
-                break
-        return self._answer(event, "abort")
+        with self.between_updates():
+            for event in self.events("/generate", body):
+                if len(event["output_ids"]) >= tokens:
+                    break
+            return self._answer(event, "abort")
 
     def _settings(self, request: Request) -> dict[str, Any]:
         names = {"temperature": "temperature", "max_tokens": "max_new_tokens", "ignore_eos": "ignore_eos"}
@@ -264,6 +297,53 @@ class Sglang(Server):
     def update(self, folder: Path, version: str) -> None:
         """SGLang itself waits for the requests that run, and lets others wait."""
         self.post("/update_weights_from_disk", {"model_path": str(folder), "weight_version": version})
+
+    def update_from_memory(self, weights: Weights, version: str) -> None:
+        """SGLang's pauses wait for nobody, and without one it answers between two buckets: so this waits here for the
+        requests under way. Those of other clients are aborted.
+        """
+        with self.updating():
+            self.post("/pause_generation", {"mode": "abort"})
+            try:
+                if self.has_sessions:
+                    self.post("/begin_weight_update", {})
+                for bucket in weights.buckets():
+                    self.post("/update_weights_from_tensor", bucket.for_sglang(version))
+                if self.has_sessions:
+                    self.post("/end_weight_update", {})
+            finally:
+                self.post("/continue_generation", {})
+
+    @cached_property
+    def has_sessions(self) -> bool:
+        """Whether an update has a begin and an end: from SGLang 0.5.23 on."""
+        return "/begin_weight_update" in self.get("/openapi.json")["paths"]
+
+    @contextmanager
+    def between_updates(self) -> Iterator[None]:
+        """A request of this client."""
+        with self.turn:
+            self.turn.wait_for(lambda: not self.is_updating)
+            self.asking += 1
+        try:
+            yield
+        finally:
+            with self.turn:
+                self.asking -= 1
+                self.turn.notify_all()
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """No request of this client is under way, and those that come wait."""
+        with self.turn:
+            self.is_updating = True
+            self.turn.wait_for(lambda: not self.asking)
+        try:
+            yield
+        finally:
+            with self.turn:
+                self.is_updating = False
+                self.turn.notify_all()
 
     def kernels(self) -> dict[str, Any]:
         """Of its first scheduler."""

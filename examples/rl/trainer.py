@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from hand_over import Weights
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -16,12 +17,16 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from torch import distributed as dist
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint
+from dsv3_plugin.checkpoint.names import checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.megatron_backend.config import transformer_config
+from dsv3_plugin.megatron_backend.export import hf_tensors
 from dsv3_plugin.megatron_backend.log_probs import log_probs
 from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.weights import fingerprint, load_checkpoint, save_checkpoint
@@ -129,6 +134,14 @@ class Trainer:
         _, norm, _ = self.optimizer.step()
         said["gradient_norm"] = float(norm)
 
+    @staticmethod
+    def weigh(share: float) -> None:
+        """The next backward pass is of answers with a share of the tokens that an optimizer step learns from: by it
+        count the losses that a model adds itself, of its MTP layer and of its experts' balance.
+        """
+        for loss in MTPLossAutoScaler, MoEAuxLossAutoScaler:
+            loss.set_loss_scale(torch.tensor(share, device=torch.cuda.current_device()))
+
     def weights(self) -> list[torch.Tensor]:
         """A copy of all that the forward pass reads."""
         return [tensor.detach().clone() for tensor in self._state()]
@@ -166,6 +179,14 @@ class Trainer:
     def export(self, folder: Path) -> None:
         """Write a Hugging Face checkpoint, for the servers."""
         save_checkpoint(self.gpt, self.checkpoint, folder)
+
+    def in_memory(self, *, drafts: bool) -> Weights:
+        """The same tensors without a file, for servers on this host; they draft or not."""
+        specs = checkpoint_tensors(self.hf_config)
+        return Weights(
+            lambda: hf_tensors(self.gpt, self.hf_config),
+            (lambda name: "main" not in specs[name].targets) if drafts else None,
+        )
 
     def save(self, folder: Path) -> None:
         """Write Megatron's distributed checkpoint into an empty folder."""

@@ -20,19 +20,21 @@ from typing import Any
 import pytest
 from command import run_cli
 from engines import predict_logprobs, python_of
-from megatron_programs import needs_megatron, printed, warm
+from megatron_programs import fresh, needs_megatron, printed, warm
 from mini_checkpoint import MINI
 from paths import ROOT, SUPPORT
 from processes import descendants, is_alive, until
 
 from dsv3_plugin.checkpoint.make import make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
+from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.tokenizer import DEEPSEEK_VOCAB
 
 EXAMPLE = ROOT / "examples" / "rl"
 sys.path.insert(0, str(EXAMPLE))
 
 import servers as rl  # noqa: E402
+from hand_over import Weights  # noqa: E402
 from launch import Launch, started  # noqa: E402
 from task import Conversation, problems  # noqa: E402
 
@@ -100,6 +102,36 @@ def test_every_step_agrees(models: list[Path], addresses: list[str], tmp_path: P
 
 
 @needs_megatron
+def test_weights_out_of_memory(models: list[Path], addresses: list[str], tmp_path: Path) -> None:
+    """What vLLM takes out of a card's only, SGLang takes out of a CPU's too. The twin: one tensor of it is stale."""
+    arguments = "--server", addresses[-1], "--hand-over", "ipc"
+    train(models[0], tmp_path / "run", *arguments, "--steps", 2)
+    steps = steps_of(tmp_path / "run")
+    assert [step["max_difference"] for step in steps] == [0.0, 0.0] and len({step["weights"] for step in steps}) == 2
+    # One folder, for whoever wants the policy.
+    assert [path.name for path in (tmp_path / "run" / "weights").iterdir()] == ["2"]
+    error, _ = mismatch(BIAS, 1, models[0], tmp_path / "twin", *arguments)
+    assert error.endswith(f": sglang does not hold the trainer's weights in 1 of 133 tensors: {BIAS}")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-0.27.1"])
+def test_vllm_reads_what_it_is_sent_out_of_memory(engine: str, models: list[Path]) -> None:
+    """All that needs no card: the calls, their order, and that vLLM's own `ipc` engine finds each tensor as it is."""
+    done = fresh(python_of(engine), SUPPORT / "vllm_ipc.py", models[0])
+    assert done.returncode == 0, printed(done)[-3000:]
+    calls = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    paths = [path for path, *names in calls if path != "/update_weights"]
+    starts = "/start_weight_update", "/start_draft_weight_update"
+    around = [each for start in starts for each in (start, "/finish_weight_update")]
+    assert paths == ["/pause?mode=wait", "/init_weight_transfer_engine", *around, "/resume"]
+    target, draft = (calls.index([start]) for start in starts)
+    came = [[name for _, *names in part for name in names] for part in (calls[target:draft], calls[draft:])]
+    every = [name for name, _ in CheckpointReader(models[0]).tensors()]
+    assert came == [every, [name for name in every if name.startswith("model.layers.3.")]]
+    assert sum(len(names) > 1 for _, *names in calls) > 3  # several buckets
+
+
+@needs_megatron
 def test_a_cut_run_goes_on(models: list[Path], running: list[rl.Server], addresses: list[str], tmp_path: Path) -> None:
     """From the weights that the servers held and the answers that waited, with equal bits each time. Which tokens
     servers draw beside drafts depends on how they batched them, so no other run has the same answers.
@@ -107,11 +139,17 @@ def test_a_cut_run_goes_on(models: list[Path], running: list[rl.Server], address
     arguments = *addresses, "--steps", 2, "--one-step-off"
     train(models[0], tmp_path / "cut", *arguments, "--exit-interval", 1)
     held = {server.fingerprint().digest for server in running}
-    shutil.copytree(tmp_path / "cut", tmp_path / "again")
-    for run in "cut", "again":
-        train(models[0], tmp_path / run, *arguments, "--resume")
+    for run, more in ("again", ()), ("parts", ("--micro-batch-size", 3)), ("cut", ()):
+        if run != "cut":
+            shutil.copytree(tmp_path / "cut", tmp_path / run)
+        train(models[0], tmp_path / run, *arguments, "--resume", *more)
     steps = steps_of(tmp_path / "cut")
     assert [step["step"] for step in steps] == [0, 1] and steps == steps_of(tmp_path / "again")
+    # Micro-batches add up to the same: all but the last bits of what is summed in parts.
+    in_parts = steps_of(tmp_path / "parts")[1]
+    assert in_parts == steps[1] | {
+        name: pytest.approx(steps[1][name], rel=1e-3) for name in ("gradient_norm", "entropy")
+    }
     # The twin: the weights of the first step are others.
     assert {steps[1]["weights"]} == held != {steps[0]["weights"]}
 
@@ -273,6 +311,11 @@ def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> Non
         ((tmp_path / "a", "--server", "trt"), "--server trt: not one of vllm, sglang"),
         ((tmp_path / "b", "--resume"), "holds no checkpoint to resume from"),
         ((tmp_path / "c", "--reward", "model"), "--reward model and --reward-model FOLDER go together"),
+        ((tmp_path / "d", "--hand-over", "ipc"), "--hand-over ipc: vLLM takes weights out of a card's memory only"),
+        (
+            (tmp_path / "e", "--hand-over", "ipc", "--server", "sglang=http://10.0.0.2:30000"),
+            "--hand-over ipc: sglang at http://10.0.0.2:30000 is not on this host",
+        ),
     ):
         done = warm(GRPO, models[0], *arguments, modules=MODULES)
         assert done.returncode == 1
@@ -287,7 +330,11 @@ def test_servers_start_with_what_they_are_told(tmp_path: Path) -> None:
         line = launch.command("sglang", 8000)
         assert line[-2:] == ["--more", "1"] and "--device" not in line
         assert ("dsv3" in line) is (launch.environment().get("DSV3_PLUGIN") != "off") is not stock
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in launch.environment() and "--weight-transfer-config" not in line
+    launch = replace(launch, from_memory=True)
     line = launch.command("vllm", 8000)
+    assert line[line.index("--weight-transfer-config") + 1] == '{"backend": "ipc"}'
+    assert launch.environment()["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
     assert line[line.index("--block-size") + 1 :][:3] == ["64", "--num-gpu-blocks-override", "10"]
 
 
@@ -302,11 +349,22 @@ def made(answer: rl.Answer, prompt: list[int], model: Path) -> bool:
     return answer.logprobs == [row[token].item() for row, token in zip(rows, answer.token_ids, strict=True)]
 
 
-@pytest.mark.parametrize("name", rl.SERVERS)
-def test_updates_under_requests_lose_and_mix_none(name: str, running: list[rl.Server], models: list[Path]) -> None:
+@pytest.mark.parametrize(("name", "way"), [("vllm", "files"), ("sglang", "files"), ("sglang", "memory")])
+def test_updates_under_requests_lose_and_mix_none(
+    name: str, way: str, running: list[rl.Server], models: list[Path]
+) -> None:
     (server,) = (server for server in running if server.name == name)
     prompts = [[0, *range(20 + i, 26 + i)] for i in range(4)]
     ended = threading.Event()
+
+    def update(version: int) -> None:
+        model = models[version % 2]
+        if way == "files":
+            server.update(model, str(version))
+        else:
+            server.update_from_memory(
+                Weights(CheckpointReader(model).tensors, None, bucket_bytes=1 << 20), str(version)
+            )
 
     def ask(i: int) -> list[rl.Answer]:
         answers: list[rl.Answer] = []
@@ -315,12 +373,12 @@ def test_updates_under_requests_lose_and_mix_none(name: str, running: list[rl.Se
             answers += server.answers(request)
         return answers
 
-    server.update(models[0], "0")
+    update(0)
     with ThreadPoolExecutor() as threads:
         asking = [threads.submit(ask, i) for i in range(len(prompts))]
         try:
             for version in range(1, UPDATES + 1):
-                server.update(models[version % 2], str(version))
+                update(version)
         finally:
             ended.set()
         answered = [future.result() for future in asking]

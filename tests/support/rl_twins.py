@@ -9,28 +9,40 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "rl"))
 
 import grpo
+from hand_over import Weights
 from trainer import Packed, Trainer
 
 
 def keep_stale(name: str, version: int) -> None:
-    export = Trainer.export
+    """In each step's folder, or in what is handed over from memory."""
+    export, in_memory = Trainer.export, Trainer.in_memory
+    handed_over: list[dict[str, torch.Tensor]] = []
+
+    def in_memory_all_but_one(trainer: Trainer, *, drafts: bool) -> Weights:
+        weights = in_memory(trainer, drafts=drafts)
+        handed_over.append({each: tensor.clone() for each, tensor in weights.tensors()})
+        if len(handed_over) == version + 1:
+            handed_over[-1][name] = handed_over[-2][name]
+        return replace(weights, tensors=handed_over[-1].items)
 
     def export_all_but_one(trainer: Trainer, folder: Path) -> None:
         export(trainer, folder)
-        if folder.name == str(version):
+        if folder.name == str(version) and not handed_over:
             file = folder / "model.safetensors"
             tensors, before = load_file(file), load_file(folder.with_name(str(version - 1)) / file.name)
             save_file(tensors | {name: before[name]}, file, {"format": "pt"})
 
-    Trainer.export = export_all_but_one
+    Trainer.export, Trainer.in_memory = export_all_but_one, in_memory_all_but_one
 
 
 def forget_temperature(step: int) -> None:
