@@ -191,8 +191,10 @@ def longest(measurement: Measurement, steps: int, max_batched_tokens: int, repli
         return 1
     chunk = min(measurement.chunk or max_batched_tokens, max_batched_tokens)
     requests = most(measurement.requests, replicas)
-    prompts = math.ceil(requests * measurement.tokens / chunk) + requests + (TURNS if replicas > 1 else 0)
-    return (prompts + steps + UNTIMED) * (measurement.drafts + 1)
+    # Of those that a pass takes from beginning to end, beside a token or more of each request that prints.
+    whole = (chunk - requests * (measurement.drafts + 1)) // measurement.tokens
+    prompts = math.ceil(requests / whole) if whole > 0 else math.ceil(requests * measurement.tokens / chunk) + requests
+    return (prompts + (TURNS if replicas > 1 else 0) + steps + UNTIMED) * (measurement.drafts + 1)
 
 
 def measure(engine: Engine, measurement: Measurement, job: Job, file: Path) -> Row:
