@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dsv3_plugin.conformance.layouts import RankOf
 from dsv3_plugin.conformance.runner import TesteeCommand
 from dsv3_plugin.errors import DSV3Error, EngineError
 
@@ -66,12 +67,21 @@ def command(environment: str, module: str, environments: Path, variables: Mappin
 
 def run_program(answer: Callable[[Path, Path], None]) -> None:
     """Call `answer` with the folders of job and results. Errors meant for the user end with status 2."""
+    run_rank(lambda job_dir, result_dir, place: answer(job_dir, result_dir))
+
+
+def run_rank(answer: Callable[[Path, Path, RankOf | None], None]) -> None:
+    """The same of a program that `conformance.testees.ranks.start_ranks` may start, with its place if it was."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--layout", help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--ports", help=argparse.SUPPRESS)
     parser.add_argument("job_dir", type=Path)
     parser.add_argument("result_dir", type=Path)
     options = parser.parse_args()
     try:
-        answer(options.job_dir, options.result_dir)
+        place = RankOf.parse(options.layout, options.rank, options.ports) if options.layout else None
+        answer(options.job_dir, options.result_dir, place)
     except DSV3Error as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -113,7 +113,7 @@ def main(make_testee: MakeTestee, make_rank: Callable[[Job, RankOf], Testee] | N
         elif make_rank is None:
             raise ConformanceError(f"--layout {layout}: this testee runs on one rank only")
         elif options.rank is None:
-            ranks.run_ranks(_this_program(), layout, job, options.job_dir, options.result_dir)
+            ranks.run_ranks(ranks.this_program(), layout, job, options.job_dir, options.result_dir)
         else:
             rank = RankOf.parse(options.layout, options.rank, options.ports)
             run_job(lambda job: make_rank(job, rank), job, options.result_dir)
@@ -130,11 +130,6 @@ def _with_own_model(make_testee: MakeTestee, job: Job) -> Testee:
     testee.name += OWN_MODEL
     testee.claim = "closeness"  # type: ignore[attr-defined]
     return testee
-
-
-def _this_program() -> list[str]:
-    """How this program was started, without its arguments."""
-    return [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]]
 
 
 def run_job(make_testee: MakeTestee, job: Job, result_dir: Path) -> None:

@@ -48,6 +48,11 @@ def run_ranks(command: Sequence[str], layout: ParallelLayout, job: Job, job_dir:
     write_message(merge(job, folders, layout, result_dir), result_dir)
 
 
+def this_program() -> list[str]:
+    """How this program was started, without its arguments."""
+    return [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]]
+
+
 def start_ranks(
     command: Sequence[str], layout: ParallelLayout, arguments: Sequence[Sequence[str]]
 ) -> list[subprocess.Popen[bytes]]:

@@ -39,6 +39,7 @@ from dsv3_plugin.conformance.protocol import Case, Job, Request, RequestResult, 
 from dsv3_plugin.conformance.rows import LayerRecorder, RowKey, TokenTracker, pick
 from dsv3_plugin.conformance.taps import OperationRecorder
 from dsv3_plugin.conformance.testees import program
+from dsv3_plugin.conformance.testees.vllm_ranks import join
 from dsv3_plugin.errors import ConformanceError, DSV3Error
 from dsv3_plugin.vllm_backend import compat
 
@@ -169,7 +170,7 @@ class VllmTestee:
             max_logprobs=TOP_LOGPROBS,
             seed=0,
             speculative_config=speculative if num_speculative_tokens else None,
-            **(join(self.rank, next(self.ports)) if self.rank.layout != ONE_RANK else {}),
+            **self.joined(),
         )
         self.num_speculative_tokens = num_speculative_tokens
         core = self.llm.llm_engine.engine_core.engine_core
@@ -183,6 +184,13 @@ class VllmTestee:
         self.observer = Observer(runner, self.job)
         self._served.append(self.observer.served())
 
+    def joined(self) -> dict[str, Any]:
+        """The engine's arguments of ranks, of which it becomes one."""
+        if self.rank.layout == ONE_RANK:
+            return {}
+        # Without its scheduler's look ahead a step is a pass, which ranks of data parallelism make together.
+        return {**join(self.rank, next(self.ports)), "async_scheduling": self.rank.layout.dp == 1}
+
     def stop_engine(self) -> None:
         """Free the engine's memory."""
         if self.llm is None:
@@ -193,27 +201,6 @@ class VllmTestee:
         self.llm = self.observer = None
         cleanup_dist_env_and_memory()
         gc.collect()
-
-
-def join(rank: RankOf, port: int) -> dict[str, Any]:
-    """Make this process's next engine one of several ranks that meet at a port; returns what else `LLM` is told."""
-    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
-
-    # vLLM takes the data-parallel rank from there.
-    os.environ["RANK"] = str(rank.rank)
-    # Not torchrun's variables: by them the shared memory of all engines of a CPU has one name.
-    place = f"tcp://127.0.0.1:{port}", rank.rank, rank.rank
-    ExecutorWithExternalLauncher._distributed_args = lambda executor: place
-    layout = rank.layout
-    return {
-        "distributed_executor_backend": "external_launcher",
-        "tensor_parallel_size": layout.tp,
-        "data_parallel_size": layout.dp,
-        "pipeline_parallel_size": layout.pp,
-        "enable_expert_parallel": layout.ep > 1,
-        # A step is then a pass, which ranks of data parallelism make together.
-        "async_scheduling": layout.dp == 1,
-    }
 
 
 def send_prompt_logprobs(runner: Any) -> None:

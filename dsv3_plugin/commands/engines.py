@@ -1,4 +1,4 @@
-"""`dsv3 bench engines`: engines with their own model and with ours, side by side on one card."""
+"""`dsv3 bench engines`: engines with their own model and with ours, side by side on one card or over several."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import typer
 from rich.console import Console
 
+from dsv3_plugin.conformance.layouts import ParallelLayout
 from dsv3_plugin.conformance.protocol import Device
 from dsv3_plugin.engine_bench import judge, plan, plot, report, runner
 from dsv3_plugin.engine_bench.judge import Board
@@ -27,6 +28,9 @@ def bench_engines(
         list[str] | None,
         typer.Option(help=f"Who is measured: {', '.join(c.name for c in plan.CONTENDERS)}. Repeat it; all by default."),
     ] = None,
+    layout: Annotated[
+        str, typer.Option(help="tp=2, dp=2,ep=2, tp=8,ep=8: over ranks of this machine. A run has one.")
+    ] = "one",
     only: Annotated[
         list[str] | None, typer.Option(help=f"What is measured: {', '.join(plan.GROUPS)}. Repeat it; all by default.")
     ] = None,
@@ -55,8 +59,8 @@ def bench_engines(
 ) -> None:
     """Start-up, prefill, decode, drafts and memory of vLLM and SGLang: their own model, their invariant mode, and ours.
 
-    Each contender is a process of its own, and all print the same forced tokens. The report stands in the folder
-    (engines.json, .md, .svg) after every row; exit status 1 where a row is an error of the measurement.
+    Each contender has processes of its own, one a rank, and all print the same forced tokens. The report stands in the
+    folder (engines.json, .md, .svg) after every row; exit status 1 where a row is an error of the measurement.
     """
     choice = Choice(
         only=only or plan.GROUPS,
@@ -79,6 +83,7 @@ def bench_engines(
         out,
         checkpoint,
         device=device,
+        layout=ParallelLayout.parse(layout),
         steps=steps,
         passes=passes,
         seed=seed,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from dsv3_plugin.conformance.layouts import ParallelLayout
 from dsv3_plugin.engine_bench.limits import Model, card_of, least_seconds
 from dsv3_plugin.engine_bench.plan import OURS, Role
 from dsv3_plugin.engine_bench.protocol import Measurement, Row, Start
@@ -62,6 +63,8 @@ class Board(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     device: str
+    layout: str = "one"
+    """Ranks of each contender, in the words of `conformance.layouts`."""
     date: str
     model: Model
     measurements: tuple[Measurement, ...]
@@ -76,6 +79,11 @@ class Board(BaseModel):
     def rehearsal(self) -> bool:
         """Whether it ran on a machine without GPU, where times mean nothing."""
         return self.device == "cpu"
+
+    @property
+    def spread(self) -> ParallelLayout:
+        """The layout."""
+        return ParallelLayout.parse(self.layout)
 
 
 def seconds(row: Row) -> float | None:
@@ -105,7 +113,8 @@ def flags(board: Board, record: Record, row: Row) -> list[str]:
     if row.measurement.forced and row.experts is not None and _experts(row) < FEWER_EXPERTS * most:
         found.append(f"visits {_experts(row):.0f} experts a layer, others {most:.0f}")
     if (least := _least(board, row)) is not None and (spent := _spent(row)) is not None and spent < least:
-        found.append(f"beats the card: {spent * 1e3:.3g} ms, which allows {least * 1e3:.3g} ms at the least")
+        cards = "card" if board.spread.ranks == 1 else f"{board.spread.ranks} cards"
+        found.append(f"beats the {cards}: {spent * 1e3:.3g} ms, where {least * 1e3:.3g} ms is the least")
     return found
 
 
@@ -125,7 +134,7 @@ def _experts(row: Row | None) -> float:
 
 def _least(board: Board, row: Row) -> float | None:
     card = card_of(board.device)
-    return None if card is None else least_seconds(board.model, row, card)
+    return None if card is None else least_seconds(board.model, row, card, board.spread)
 
 
 def _spent(row: Row) -> float | None:

@@ -2,7 +2,8 @@
 
 Bytes are those of the checkpoint: every weight that a step multiplies by is read once, of the routed experts those that
 the step visited, and each request's cached tokens. Of the MTP layer's experts, which nobody counts, none: what is
-computed here is a bound, which a true time never beats. What the L2 cache may still hold is taken off.
+computed here is a bound, which a true time never beats. What the L2 cache may still hold is taken off. Several ranks
+are as many cards, each of which may take an equal part of all that.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from dsv3_plugin.checkpoint.names import TensorSpec, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout
 from dsv3_plugin.engine_bench.protocol import Measurement, Row
 
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.")
@@ -131,12 +133,13 @@ def _token_operations(config: DeepseekV3Config, specs: Mapping[str, TensorSpec])
     return total
 
 
-def step_bytes(model: Model, row: Row) -> float | None:
-    """That a decode step has to read; None where its experts were not counted."""
+def step_bytes(model: Model, row: Row, layout: ParallelLayout = ONE_RANK) -> float | None:
+    """That a decode step has to read, all ranks together; None where its experts were not counted."""
     if row.experts is None or row.cached_tokens is None:
         return None
     measurement = row.measurement
-    read = model.step_bytes + measurement.drafts * model.mtp_bytes + sum(row.experts) * model.expert_bytes
+    replicas = min(layout.dp, measurement.requests)
+    read = replicas * (model.step_bytes + measurement.drafts * model.mtp_bytes) + sum(row.experts) * model.expert_bytes
     layers = model.layers + (model.mtp_layers if measurement.drafts else 0)
     return read + measurement.requests * row.cached_tokens * model.cached_bytes * layers
 
@@ -147,11 +150,11 @@ def prefill_operations(model: Model, measurement: Measurement) -> tuple[float, f
     return measurement.requests * measurement.tokens * model.token_operations, pairs * model.pair_operations
 
 
-def least_seconds(model: Model, row: Row, card: Card) -> float | None:
-    """Below which no decode step, or no prefill, can be on a card; None where that is not known."""
+def least_seconds(model: Model, row: Row, card: Card, layout: ParallelLayout = ONE_RANK) -> float | None:
+    """Below which no decode step, or no prefill, can be on a card for each rank; None where that is not known."""
     if row.measurement.kind == "prefill":
         products, attention = prefill_operations(model, row.measurement)
         dtype = "fp8" if "fp8" in model.profile else "bf16"
-        return products / card.operations[dtype] + attention / card.operations["bf16"]
-    read = step_bytes(model, row)
-    return None if read is None else max(0.0, read - card.cache) / card.bandwidth
+        return (products / card.operations[dtype] + attention / card.operations["bf16"]) / layout.ranks
+    read = step_bytes(model, row, layout)
+    return None if read is None else max(0.0, read / layout.ranks - card.cache) / card.bandwidth

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dsv3_plugin.contenders import Setting, chosen
-from dsv3_plugin.engine_bench.protocol import Measurement
+from dsv3_plugin.engine_bench.limits import Model
+from dsv3_plugin.engine_bench.protocol import UNTIMED, Measurement
 from dsv3_plugin.engines import KILL_SWITCH
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.registry import MODE_VARIABLE
@@ -133,15 +134,15 @@ def _prefill(text: str) -> Measurement:
         raise EngineError(f"--prefill {text}: write REQUESTSxTOKENS or REQUESTSxTOKENS/CHUNK") from None
 
 
-def impossible(
-    measurement: Measurement, steps: int, most_tokens: int, max_positions: int, mtp_layers: int
-) -> str | None:
+def impossible(measurement: Measurement, steps: int, most_tokens: int, model: Model) -> str | None:
     """Why a measurement is not made by anyone; None where it is."""
     tokens, last = measurement.requests * measurement.tokens, measurement.tokens + steps * (measurement.drafts + 1)
     if tokens > most_tokens:
         return f"{tokens:,} tokens of prompts, more than --tokens {most_tokens:,}"
-    if last >= max_positions:
-        return f"ends at position {last:,}, the checkpoint knows {max_positions:,}"
-    if measurement.drafts and not mtp_layers:
+    if last >= model.max_positions:
+        return f"ends at position {last:,}, the checkpoint knows {model.max_positions:,}"
+    if model.vocab_size // measurement.requests <= (steps + UNTIMED) * (measurement.drafts + 1):
+        return f"the vocabulary's {model.vocab_size:,} tokens are too few to tell so many requests apart"
+    if measurement.drafts and not model.mtp_layers:
         return "the checkpoint has no MTP layer"
     return None

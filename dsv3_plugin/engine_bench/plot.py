@@ -60,7 +60,7 @@ def draw(board: Board, path: Path) -> None:
     axes.set_ylim(-len(drawn) + 0.5, 0.7)
     axes.grid(True, axis="x", linewidth=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    title = f"Engines on one {board.device}"
+    title = f"Engines on one {board.device}" if board.layout == "one" else f"Engines, {board.layout}, {board.device}"
     figure.suptitle(f"{title}: a rehearsal, times mean nothing" if board.rehearsal else title, fontsize=10)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)

@@ -20,6 +20,11 @@ from dsv3_plugin.contenders import Message
 
 Kind = Literal["prefill", "decode"]
 
+LOOKED_AT = 4
+"""Decode steps before the timed ones, in which experts are counted and logits kept."""
+UNTIMED = LOOKED_AT + 8
+"""Decode steps of a pass, beside the timed ones, that an engine may be ahead."""
+
 
 class Measurement(Message):
     """One line of the report: requests that arrive together at an engine whose cache is empty."""
@@ -73,6 +78,8 @@ class Job(Message):
     passes: int
     """How often each measurement is made; the first shows what is compiled while serving."""
     seed: int
+    layout: str = "one"
+    """Ranks of this machine, in the words of `conformance.layouts`."""
     eager: bool = False
     """Without compilers and CUDA graphs, for its logits alone."""
     arguments: dict[str, Any] = Field(default_factory=dict)
@@ -88,7 +95,7 @@ class Start(Message):
     """A contender is up."""
 
     device: str
-    """Name and, of a card, its identity."""
+    """Name and, of a card, its identity; of several ranks all of them."""
     versions: dict[str, str]
     served: str
     """The model's class."""
@@ -96,11 +103,11 @@ class Start(Message):
     up_seconds: float
     """From the imported engine until it would take a request."""
     memory_bytes: int | None = None
-    """What is taken of the card."""
+    """What is taken of the card, here and below of the rank that has the most."""
     weight_bytes: int | None = None
     cache_bytes_per_token: float | None = None
     cache_tokens: int | None = None
-    """Tokens that the cache has room for."""
+    """Tokens that the cache has room for, of the rank with the least room."""
 
 
 class Row(Message):
@@ -114,13 +121,15 @@ class Row(Message):
     first_token_seconds: tuple[float, ...] = ()
     """Of the best pass: the mean over requests, and the last."""
     step_ms: tuple[float, ...] = ()
-    """Of the best pass's decode steps: median, 10th and 90th percentile."""
+    """Of the best pass's decode steps: median, 10th and 90th percentile. Of several ranks the slowest one's, here and
+    above.
+    """
     tokens_per_step: float | None = None
     """Of each request; more than one where drafts are accepted."""
     cached_tokens: float | None = None
     """Of each request, on average over the timed steps."""
     experts: tuple[float, ...] | None = None
-    """Different experts that a decode step visited in each layer that has them."""
+    """Different experts that a decode step visited in each layer that has them, counted over all ranks."""
     finite: bool | None = None
     """Whether all logits were, of the passes that were looked at."""
     as_forced: bool | None = None

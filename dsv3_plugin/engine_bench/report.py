@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from dsv3_plugin.conformance.layouts import ONE_RANK
 from dsv3_plugin.engine_bench import judge, limits
 from dsv3_plugin.engine_bench.judge import STALL, Board, Record
 from dsv3_plugin.engine_bench.plan import OURS, Role
@@ -13,11 +14,12 @@ _REHEARSAL = (
     "**A rehearsal on a machine without GPU: the numbers show that the measurement runs, and nothing about speed.**"
 )
 _LEGEND = (
-    "* Every contender is a process of its own and prints the same forced tokens. A time is that of the best pass.",
+    "* Every contender has a process of its own for each rank, and prints the same forced tokens. A time is that of",
+    "  the best pass, by the slowest rank.",
     "* x stock: beside the fastest contender of the engine's own model whose row means something; above 1 is faster.",
     "  x invariant: beside the engine's own batch-invariant mode.",
     "* experts: different experts that a step visited, a layer on average. needs: bytes that such a step has to read",
-    "  at the least. of the card: the least time that the card allows, over the time taken.",
+    "  at the least, both of all ranks. of the card: the least time that the card allows, over the time taken.",
     "* first/best: the first pass over the best one, after which nothing is left to be compiled.",
     "* **error**: the row means nothing, for the reason that is given below, and no ratio is made of it.",
 )
@@ -29,11 +31,12 @@ def markdown(board: Board) -> str:
     if board.rehearsal:
         lines += [_REHEARSAL, ""]
     model, card = board.model, limits.card_of(board.device)
+    ranks = "" if board.spread == ONE_RANK else f", layout {board.layout} of {board.spread.ranks} ranks"
     lines += [
-        f"{board.date}, {board.device}, {model.name}: {model.layers} layers, {model.expert_layers} of them with"
+        f"{board.date}, {board.device}{ranks}, {model.name}: {model.layers} layers, {model.expert_layers} of them with"
         f" {model.experts} experts of {_bytes(model.expert_bytes)}; {model.profile}. {board.passes} passes of"
         f" {board.steps} decode steps.",
-        f"The card reads {card.bandwidth / 1e12:.2f} TB/s by its maker's figure."
+        f"A card reads {card.bandwidth / 1e12:.2f} TB/s by its maker's figure."
         if card
         else "What this device can do at the most is not known here, and not checked.",
         "",
@@ -118,7 +121,7 @@ def _prefill_row(board: Board, record: Record, row: Row) -> _Cells:
 
 def _decode_row(board: Board, record: Record, row: Row) -> _Cells:
     median, low, high = row.step_ms
-    read = limits.step_bytes(board.model, row)
+    read = limits.step_bytes(board.model, row, board.spread)
     experts = "-" if row.experts is None else f"{sum(row.experts) / max(1, len(row.experts)):.1f}"
     cells = {
         "ms a step": f"{median:.3g} ({low:.3g}-{high:.3g})",

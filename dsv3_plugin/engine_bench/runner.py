@@ -17,6 +17,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.conformance.layouts import ParallelLayout
 from dsv3_plugin.conformance.programs import Program, Progress, run_programs
 from dsv3_plugin.conformance.protocol import Device
 from dsv3_plugin.contenders import Message, attempts, command, new_attempt, read_job, write_job
@@ -50,6 +52,7 @@ class Settings(Message):
     steps: int
     passes: int
     seed: int
+    layout: str = "one"
     date: str
 
 
@@ -99,6 +102,7 @@ class Bench:
             device=devices[0] if devices else self.settings.device,
             date=self.settings.date,
             model=self.model,
+            layout=self.settings.layout,
             measurements=tuple(sorted({*self.measurements, *measured}, key=Measurement.order)),
             impossible=self.impossible,
             records=records,
@@ -138,6 +142,7 @@ class Bench:
             steps=2 if eager else settings.steps,
             passes=1 if eager else settings.passes,
             seed=settings.seed,
+            layout=settings.layout,
             eager=eager,
             arguments=dict(contender.arguments),
         )
@@ -199,6 +204,7 @@ def prepare(
     checkpoint: Path,
     *,
     device: Device,
+    layout: ParallelLayout,
     steps: int,
     passes: int,
     seed: int,
@@ -211,7 +217,7 @@ def prepare(
     changed: Callable[[Board], None],
 ) -> Bench:
     """A run in a folder, new or begun before. Raises `EngineError` where that was of something else, and
-    `ConformanceError` where an engine is not installed.
+    `ConformanceError` where an engine is not installed, or a layout is none of the checkpoint's.
     """
     settings = Settings(
         checkpoint=str(checkpoint.resolve()),
@@ -219,26 +225,29 @@ def prepare(
         steps=steps,
         passes=passes,
         seed=seed,
+        layout=str(layout),
         date=time.strftime("%Y-%m-%d"),
     )
     for engine in dict.fromkeys(contender.engine for contender in contenders):
         _command(engine, environments, {})
+    if layout.pp > 1:
+        raise EngineError(f"--layout {layout}: stages are not timed; name tp, dp and ep")
+    if any(contender.is_ours for contender in contenders):
+        layout.require_slices(CheckpointReader(checkpoint).profile())
     model = read_model(checkpoint)
     if (folder / "job.json").exists():
         before = read_job(Settings, folder)
-        if before.model_copy(update={"date": settings.date}) != settings:
-            raise EngineError(f"{folder}: holds a run of another kind, {before.model_dump()}; name a new folder")
+        now = settings.model_dump(exclude={"date"})
+        if other := {name: value for name, value in before.model_dump(exclude={"date"}).items() if value != now[name]}:
+            differences = ", ".join(f"{name} {value}, not {now[name]}" for name, value in other.items())
+            raise EngineError(f"{folder}: holds a run of another kind: {differences}; name a new folder")
         settings = before
     else:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise EngineError(f"{folder}: holds other files; name a new folder")
         write_job(settings, folder)
-    reasons = {
-        str(m): reason
-        for m in measurements
-        if (reason := impossible(m, steps, most_tokens, model.max_positions, model.mtp_layers))
-    }
+    reasons = {str(m): reason for m in measurements if (reason := impossible(m, steps, most_tokens, model))}
     return Bench(folder, settings, model, contenders, measurements, reasons, environments, limit, progress, changed)
 
 

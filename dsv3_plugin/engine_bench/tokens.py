@@ -2,14 +2,15 @@
 
 All tokens of the vocabulary stand in one random circle, and each is followed by the next one of it. So a forced token
 depends on the token before it alone: an engine is forced without knowing which request a row belongs to, in any
-schedule. Prompts end at places of the circle that lie far apart, so that requests never print the same token, and a
-token says which request printed it, and how many it had printed before.
+schedule. Prompts end at places of the circle that lie far apart. So requests that run together never print the same
+token at a time, and a token says which request printed it last, and how many it had printed before.
 
 Drafts are forced by the same token: a table says for each token which drafts follow, and a given part of them is right.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -58,10 +59,17 @@ class Circle:
         first = request * self._apart(requests) + 1
         return self.tokens[torch.arange(first, first + count) % self.vocab_size].tolist()
 
-    def place(self, token: int, requests: int) -> Place | None:
-        """Where a token stands among `requests`; None where none of them gets to it."""
-        request, generated = divmod(int(self.place_of[token]), self._apart(requests))
-        return Place(request, generated) if request < requests else None
+    def place(self, token: int, requests: int, printed: Mapping[int, int]) -> Place | None:
+        """Where a token stands among `requests`, some of which have `printed` so many: of the one that read it last.
+        None where none of those did.
+        """
+        at, apart = int(self.place_of[token]), self._apart(requests)
+        read = [
+            Place(request, generated)
+            for request, count in printed.items()
+            if (generated := (at - request * apart) % self.vocab_size) < count
+        ]
+        return min(read, key=lambda place: printed[place.request] - place.generated, default=None)
 
     def drafts(self, count: int, acceptance: float) -> torch.Tensor:
         """int64 [vocab_size, count]: the drafts after each token, each right with a probability of `acceptance`."""

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 from dsv3_plugin.commands.bench import app
 from dsv3_plugin.commands.engines import JSON, MARKDOWN
 from dsv3_plugin.engine_bench.judge import Board
+from dsv3_plugin.profile import SLICES_VARIABLE
 
 
-def bench(checkpoint: Path, out: Path, *arguments: object) -> tuple[int, Board]:
-    options = "--environments", ENVIRONMENTS, "--device", "cpu", "--out", out, "--context", 24, "--batch", 3
+def bench(checkpoint: Path, out: Path, *arguments: object, batch: int = 3) -> tuple[int, Board]:
+    options = "--environments", ENVIRONMENTS, "--device", "cpu", "--out", out, "--context", 24, "--batch", batch
     sizes = "--steps", 4, "--passes", 2
     command = ["engines", checkpoint, *options, *sizes, *arguments]
     done = CliRunner().invoke(app, [*map(str, command)], catch_exceptions=False)
@@ -53,6 +54,24 @@ def test_ours_is_measured(engine: str, tiny_checkpoint: TinyCheckpoint, tmp_path
         "of the start without drafts"
     )
     assert board.rehearsal
+
+
+@pytest.mark.parametrize(("engine", "layout"), [("vllm", "dp=2,ep=2"), ("sglang", "dp=2,ep=2"), ("sglang", "tp=2")])
+def test_ranks_are_measured(
+    engine: str, layout: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With data parallelism one of the two has no request, and goes along."""
+    python_of(engine)
+    monkeypatch.setenv(SLICES_VARIABLE, "2")
+    arguments = "--contender", f"{engine}-strict", "--only", "decode", "--layout", layout
+    status, board = bench(tiny_checkpoint("bf16"), tmp_path / "run", *arguments, batch=1)
+    [ours] = board.records
+    assert status == 0, (ours.failure, (tmp_path / "run" / MARKDOWN).read_text())
+    [row] = ours.rows
+    assert row.absent is None and row.as_forced and row.finite and row.tokens_per_step == 1
+    assert row.experts == (board.model.experts_per_token,) * board.model.expert_layers
+    assert list(ours.distances.values()) == [0.0]
+    assert board.layout == layout and f"layout {layout} of 2 ranks" in (tmp_path / "run" / MARKDOWN).read_text()
 
 
 def test_the_plot_names_what_is_compared(tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +17,15 @@ from boards import DECODE, DRAFTS, MODEL, NAME, OURS, PREFILL, STOCK, VOCAB, boa
 from engines import predict_logits
 from safetensors.torch import load_file, save_file
 
+from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout, RankOf
 from dsv3_plugin.engine_bench import judge, limits, plan, plot, report, runner
 from dsv3_plugin.engine_bench.contenders import program, reference
+from dsv3_plugin.engine_bench.contenders.ranks import Ranks, Visited, devices
 from dsv3_plugin.engine_bench.contenders.watch import Routers, Watch, kept_rows
 from dsv3_plugin.engine_bench.judge import Board
 from dsv3_plugin.engine_bench.protocol import Job, Measurement, Row, Start, heard, logits_file
 from dsv3_plugin.engine_bench.tokens import Circle, Place
-from dsv3_plugin.errors import EngineError
+from dsv3_plugin.errors import ConformanceError, EngineError
 
 # Tokens.
 
@@ -28,16 +33,28 @@ from dsv3_plugin.errors import EngineError
 def test_each_token_says_whose_it_is_and_what_follows():
     circle = Circle(VOCAB, 3)
     assert sorted(circle.tokens.tolist()) == list(range(VOCAB))
-    prompts = circle.prompts(5, 40)
+    prompts, printed = circle.prompts(5, 40), dict.fromkeys(range(5), 60)
     for request, prompt in enumerate(prompts):
         token = prompt[-1]
-        assert len(prompt) == 40 and circle.place(token, 5) == Place(request, 0)
+        assert len(prompt) == 40 and circle.place(token, 5, printed) == Place(request, 0)
         for generated, follows in enumerate(circle.continuation(request, 5, 60), 1):
             token = int(circle.successor[token])
-            assert token == follows and circle.place(token, 5) == Place(request, generated)
+            read = Place(request, generated) if generated < 60 else None
+            assert token == follows and circle.place(token, 5, printed) == read
     ends = {prompt[-1] for prompt in prompts}
     assert len(ends) == 5 and not any(ends & set(prompt[:-1]) for prompt in prompts)
     assert circle.prompts(5, 40) == Circle(VOCAB, 3).prompts(5, 40) != Circle(VOCAB, 4).prompts(5, 40)
+
+
+def test_of_several_requests_that_print_a_token_the_last_one_is_told():
+    """Those that begin first print more tokens than lie between two requests, the last ones beyond the circle's end."""
+    circle, requests = Circle(VOCAB, 1), 64  # 16 tokens apart
+    printed = {request: 50 - request // 2 for request in range(requests)}
+    for request, count in printed.items():
+        for generated in range(count - 10, count):
+            token = int(circle.tokens[(request * 16 + generated) % VOCAB])
+            assert circle.place(token, requests, printed) == Place(request, generated)
+    assert circle.place(int(circle.tokens[16]), requests, {3: 9, 5: 4}) is None, "another rank's"
 
 
 def test_drafts_are_right_as_often_as_asked():
@@ -90,20 +107,35 @@ def test_experts_are_counted_of_the_latest_pass():
     routers, layer = Routers(), Layer()
     routers.watch(Layer, "choose", lambda ids: ids)
     layer.choose([[0, 1], [2, 1], [7, 6]])
-    assert routers.visited(id(layer), 2, 8) == 3, "padding counts not"
+    assert routers.visited(id(layer), [2], 0, 8) == {0, 1, 2}, "padding counts not"
     layer.choose([[3, 8], [3, 8]])
-    assert routers.visited(id(layer), 2, 8) == 1, "a fused shared expert counts not"
-    assert routers.visited_by_each([id(layer), 1], 2, 8) is None
+    assert routers.visited(id(layer), [2], 0, 8) == {3}, "a fused shared expert counts not"
+    assert routers.visited_by_each([id(layer)], [2], 0, 8) == ({3},)
+    assert routers.visited_by_each([id(layer), 1], [2], 0, 8) is None
     routers.begin_pass()
-    assert routers.visited(id(layer), 2, 8) is None
+    assert routers.visited(id(layer), [2], 0, 8) is None
     for_decodes, for_prompts = torch.tensor([[0, 1], [2, 3], [4, 4], [5, 5]]), torch.zeros(4, 2)
     routers.captured[id(layer)] = {4: [for_decodes], 8: [torch.zeros(8, 2)]}
-    assert routers.visited(id(layer), 3, 8) == 5, "of the smallest graph that fits"
+    assert routers.visited(id(layer), [3], 0, 8) == {0, 1, 2, 3, 4}, "of the smallest graph that fits"
     routers.captured[id(layer)][4].append(for_prompts)
-    assert routers.visited(id(layer), 3, 8) == 1, "of the one that was written"
-    assert routers.visited(id(layer), 3, 8) is None
+    assert routers.visited(id(layer), [3], 0, 8) == {0}, "of the one that was written"
+    assert routers.visited(id(layer), [3], 0, 8) is None
     for_decodes[:] = 7
-    assert routers.visited(id(layer), 3, 8) == 1
+    assert routers.visited(id(layer), [3], 0, 8) == {7}
+
+
+def test_experts_of_replicas_are_counted_of_their_own_rows():
+    """Of a router that sees all replicas' tokens, or this one's alone."""
+    ids = torch.tensor([[0], [1], [6], [2], [3], [7]])
+    gathered, own = Routers(2), Routers(2)
+    gathered.gathered = True
+    for routers in (gathered, own):
+        routers.captured = {1: {2: [torch.full((2, 1), 5)], 4: [torch.full((4, 1), 5)], 6: [ids]}}
+    assert gathered.visited(1, [2, 3], 0, 8) == {0, 1, 2, 3, 7}, "each behind the other's padding"
+    assert gathered.visited(1, [3, 3], 0, 8) == {0, 1, 2, 3, 6, 7}
+    assert own.visited(1, [2, 5], 0, 8) == {0, 1}, "padded to the other's number"
+    gathered.last = {1: ids}
+    assert gathered.visited(1, [5, 1], 1, 8) == {0, 1, 2, 3, 6, 7}, "without padding"
 
 
 # Limits.
@@ -114,6 +146,8 @@ def test_bytes_of_a_step():
     assert limits.step_bytes(MODEL, row(DECODE)) == read + 4 * 100 * 1000 * 3
     assert limits.step_bytes(MODEL, row(DRAFTS)) == read + 3e8 + 4 * 100 * 1000 * 4
     assert limits.step_bytes(MODEL, row(DECODE, experts=None)) is None
+    replicas = ParallelLayout(dp=8, ep=8)
+    assert limits.step_bytes(MODEL, row(DRAFTS), replicas) == 4 * 1.3e9 + 14 * 1e8 + 4 * 100 * 1000 * 4, "of 4 requests"
 
 
 def test_least_time_of_a_card():
@@ -123,7 +157,11 @@ def test_least_time_of_a_card():
     assert least == pytest.approx((2.4012e9 - (50 << 20)) / 4.8e12)
     products, attention = limits.prefill_operations(MODEL, PREFILL)
     assert (products, attention) == (128 * 1e10, 2 * 64 * 65 / 2 * 1e6)
-    assert limits.least_seconds(MODEL, row(PREFILL), card) == products / 1979e12 + attention / 989.5e12
+    alone = products / 1979e12 + attention / 989.5e12
+    assert limits.least_seconds(MODEL, row(PREFILL), card) == alone
+    tensor = ParallelLayout(tp=2)
+    assert limits.least_seconds(MODEL, row(DECODE), card, tensor) == pytest.approx((1.2006e9 - (50 << 20)) / 4.8e12)
+    assert limits.least_seconds(MODEL, row(PREFILL), card, tensor) == alone / 2
 
 
 def test_sizes_of_a_checkpoint(mini: dict[str, Path]):
@@ -173,6 +211,16 @@ def test_a_row_that_means_nothing_is_flagged_and_makes_no_ratio(wrong, known, fl
     assert plot.lines(flagged) == []
 
 
+def test_several_cards_may_take_less_time():
+    fast = STOCK.model_copy(update={"rows": (row(DECODE, step_ms=(0.3, 0.3, 0.3)),)})
+    assert judge.errors(board(fast, layout="tp=2")) == {}
+    assert "beats the 2 cards: 0.3 ms" in judge.errors(board(fast, layout="dp=2,ep=2"))["vllm-stock"][0], (
+        "each reads the weights that are not shared"
+    )
+    page = report.markdown(board(fast, OURS, layout="tp=2"))
+    assert "layout tp=2 of 2 ranks" in page and "| 0.19 |" in page
+
+
 def test_ours_is_to_be_the_reference():
     far = OURS.model_copy(update={"distances": {NAME: 0.05}})
     assert "0.05 from the reference" in judge.errors(board(STOCK, far))["vllm-strict"][0]
@@ -218,11 +266,12 @@ class Fake:
 
     max_batched_tokens = 128
 
-    def __init__(self, *, wrong: bool = False, ends_early: bool = False) -> None:
+    def __init__(self, *, wrong: bool = False, ends_early: bool = False, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
         self.watch = Watch(Circle(VOCAB, 0), torch.device("cpu"))
         self.start = Start(device="cpu", versions={}, served="Fake", import_seconds=0, up_seconds=0, cache_tokens=5000)
         self.wrong, self.ends_early = wrong, ends_early
-        self.ended = 0
+        self.ended = self.passes = 0
 
     def run(
         self, prompts: Sequence[list[int]], max_tokens: int, chunk: int, turn: Callable[[program.New], bool]
@@ -231,10 +280,13 @@ class Fake:
         begun = 0
         printed = dict.fromkeys(last, 0)
         for step in range(10_000):
-            begun = min(len(prompts), begun + max(1, chunk // len(prompts[0])))
+            self.passes += 1
+            begun = min(len(prompts), begun + max(1, chunk // len(prompts[0]) if prompts else 1))
             running = [r for r in range(begun) if printed[r] < (2 if self.ends_early else max_tokens)]
             if not running:
-                return
+                if self.ranks.replicas == 1 or not turn({}):
+                    return
+                continue
             tokens = torch.tensor([last[request] for request in running])
             logits = torch.randn(len(running), VOCAB)
             self.watch.force(logits, tokens)
@@ -248,8 +300,8 @@ class Fake:
                 self.ended += 1
                 return
 
-    def experts(self, rows: int) -> tuple[int, ...]:
-        return 3, 5
+    def experts(self, rows: Sequence[int]) -> Visited:
+        return frozenset(range(3)), frozenset(range(5))
 
 
 def job(*measurements: Measurement, steps: int = 6) -> Job:
@@ -285,6 +337,99 @@ def test_what_was_not_measured_says_why(tmp_path):
     assert early.absent == "the first requests were done before the last ones had begun"
     many = Measurement(kind="decode", requests=32, tokens=1024)
     assert "the cache has 5,000" in str(program.measure(Fake(), many, job(many), tmp_path / "1.safetensors").absent)
+
+
+# Ranks.
+
+
+class Table:
+    """Where threads that are ranks say something and hear the others."""
+
+    def __init__(self, ranks: int) -> None:
+        self.said: list[object] = [None] * ranks
+        self.barrier = threading.Barrier(ranks, timeout=20)
+
+
+class Seated(Ranks):
+    """A rank that is a thread."""
+
+    def __init__(self, place: RankOf, table: Table) -> None:
+        super().__init__(place)
+        self.table = table
+
+    def told(self, value: Any) -> list[Any]:
+        self.table.said[self.place.rank] = value
+        self.table.barrier.wait()
+        said = list(self.table.said)
+        self.table.barrier.wait()
+        return said
+
+    def all(self, flag: bool) -> bool:
+        return all(self.told(flag))
+
+
+def measured_by(layout: ParallelLayout, measurement: Measurement, folder: Path, **fault: bool) -> list[tuple[Row, int]]:
+    """What the ranks of a fake engine return, the last of which may have a fault, and how many passes each made."""
+    table = Table(layout.ranks)
+
+    def measure(rank: int) -> tuple[Row, int]:
+        wrong = fault if rank == layout.ranks - 1 else {}
+        engine = Fake(ranks=Seated(RankOf(layout, rank, ()), table), **wrong)
+        row = program.measure(engine, measurement, job(measurement), folder / "0.safetensors")
+        return row, engine.passes
+
+    with ThreadPoolExecutor(layout.ranks) as threads:
+        return list(threads.map(measure, range(layout.ranks)))
+
+
+DATA, TENSOR = ParallelLayout(dp=2, ep=2), ParallelLayout(tp=2)
+
+
+@pytest.mark.parametrize("requests", [1, 4, 5])
+@pytest.mark.parametrize("layout", [DATA, TENSOR, ParallelLayout(tp=2, dp=2, ep=4)], ids=str)
+def test_ranks_measure_together(layout: ParallelLayout, requests: int, tmp_path: Path):
+    decode = Measurement(kind="decode", requests=requests, tokens=64)
+    (first, passes), *others = measured_by(layout, decode, tmp_path)
+    assert first.absent is None and first.as_forced and first.finite and first.tokens_per_step == 1
+    assert len(first.step_ms) == 3 and first.experts == (3, 5)
+    # All have waited for the one that began last, and a rank without requests has gone along.
+    assert {count for _, count in others} == {passes}
+    assert len({row.model_copy(update={"finite": None}) for row, _ in [(first, passes), *others]}) == 1
+    kept = set(load_file(tmp_path / "0.safetensors")["request"].tolist())
+    assert {0, requests - 1} <= kept <= set(range(requests)), "of all replicas"
+    prefill = measured_by(layout, Measurement(kind="prefill", requests=requests, tokens=64), tmp_path)
+    assert all(row.absent is None and len(row.pass_seconds) == 2 for row, _ in prefill)
+
+
+@pytest.mark.parametrize("layout", [DATA, TENSOR], ids=str)
+def test_what_is_wrong_with_one_rank_is_wrong_with_all(layout: ParallelLayout, tmp_path: Path):
+    assert [row.as_forced for row, _ in measured_by(layout, DECODE, tmp_path, wrong=True)] == [False, False]
+
+
+def test_the_slowest_rank_counts():
+    def of_rank(requests: int, ms: float, printed: tuple[int, int]) -> program.Pass:
+        first = tuple(ms / 1e3 for _ in range(requests))
+        return program.Pass(requests, ms / 100, first, (ms,) * 6, printed, ((frozenset({1}),),), True, None)
+
+    # Of the passes the first is better, though one of its ranks is slower than in the second.
+    made = [[of_rank(3, 2, (30, 48)), of_rank(1, 5, (10, 16))], [of_rank(3, 6, (30, 48)), of_rank(1, 4, (10, 16))]]
+    of_all = program._row(DECODE, made, None)
+    assert of_all.step_ms == (5, 5, 5) and of_all.pass_seconds == (0.05, 0.06)
+    assert of_all.tokens_per_step == 1 and of_all.cached_tokens == 64 + 13
+    assert of_all.first_token_seconds == pytest.approx(((3 * 2 + 5) / 4e3, 5e-3)) and of_all.experts == (1,)
+
+
+def test_experts_of_ranks_are_united():
+    ranks = Ranks()
+    ranks.told = lambda visited: [visited, (), (frozenset({2}), frozenset({3}))]  # type: ignore[assignment, return-value]
+    assert ranks.united((frozenset({1, 2}), frozenset())) == ({1, 2}, {3})
+    assert ranks.united(None) is None
+
+
+def test_devices_of_ranks():
+    assert devices(["cpu", "cpu"]) == "cpu"
+    assert devices(["NVIDIA H200 1a", "NVIDIA H200 2b"]) == "2 x NVIDIA H200 1a, 2b"
+    assert devices(["NVIDIA H200 1a", "NVIDIA H100 2b"]) == "NVIDIA H200 1a, NVIDIA H100 2b"
 
 
 # The reference.
@@ -355,10 +500,14 @@ def test_measurements_are_chosen():
 
 
 def test_what_nobody_can_measure():
-    assert plan.impossible(DECODE, 8, 1000, 4096, 1) is None
-    assert "more than --tokens 100" in str(plan.impossible(DECODE, 8, 100, 4096, 1))
-    assert "the checkpoint knows 64" in str(plan.impossible(DECODE, 8, 1000, 64, 1))
-    assert "no MTP layer" in str(plan.impossible(DRAFTS, 8, 1000, 4096, 0))
+    assert plan.impossible(DECODE, 8, 1000, MODEL) is None
+    assert "more than --tokens 100" in str(plan.impossible(DECODE, 8, 100, MODEL))
+    short, plain = (MODEL.model_copy(update=known) for known in ({"max_positions": 64}, {"mtp_layers": 0}))
+    assert "the checkpoint knows 64" in str(plan.impossible(DECODE, 8, 1000, short))
+    assert "no MTP layer" in str(plan.impossible(DRAFTS, 8, 1000, plain))
+    many = Measurement(kind="decode", requests=1024, tokens=64)
+    assert "too few to tell so many requests apart" in str(plan.impossible(many, 64, 1 << 20, MODEL))
+    assert plan.impossible(many, 64, 1 << 20, MODEL.model_copy(update={"vocab_size": 129280})) is None
 
 
 # A run.
@@ -391,13 +540,21 @@ def run(mini: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     fake.write_text(FAKE)
     monkeypatch.setattr(runner, "_command", lambda *args: (sys.executable, str(fake)))
 
-    def run(how: str, prefills: Sequence[str] = ("1x8", "2x8", "4x8"), *, seed: int = 0, setting: str = "") -> Board:
+    def run(
+        how: str,
+        prefills: Sequence[str] = ("1x8", "2x8", "4x8"),
+        *,
+        seed: int = 0,
+        setting: str = "",
+        layout: ParallelLayout = ONE_RANK,
+    ) -> Board:
         monkeypatch.setenv("FAKE", how)
         boards: list[Board] = []
         made = runner.prepare(
             tmp_path / "run",
             mini["bf16"],
             device="cpu",
+            layout=layout,
             steps=4,
             passes=1,
             seed=seed,
@@ -445,6 +602,12 @@ def test_a_run_is_made_in_parts_of_one_kind(run):
     assert [str(m) for m in made.measurements] == ["prefill 1 x 8", "prefill 4 x 8"]
     with pytest.raises(EngineError, match="holds a run of another kind"):
         run("works", seed=1)
+    with pytest.raises(EngineError, match=r"another kind: layout one, not dp=2,ep=2; name a new folder"):
+        run("works", layout=ParallelLayout(dp=2, ep=2))
+    with pytest.raises(EngineError, match="stages are not timed"):
+        run("works", layout=ParallelLayout(pp=2))
+    with pytest.raises(ConformanceError, match="DSV3_REDUCTION_SLICES"):
+        run("works", layout=ParallelLayout(tp=2))
     with pytest.raises(EngineError, match="holds rows of other settings"):
         run("works", setting="vllm:A=1")
 

@@ -3,6 +3,8 @@
 The loop is the one that the engine would choose, overlapped where it overlaps. Each turn begins by asking for new
 requests; that call is ours, and tells what was printed. The model runner's `forward` yields the logits that are sampled
 from or verified, also where a graph is replayed. Tokenizer and detokenizer, processes of a server, are left out.
+
+On several ranks each is such a scheduler. A server's first rank would send the others the requests; here each has them.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.conformance.layouts import ParallelLayout
 from dsv3_plugin.conformance.testees.sglang import Idle, build_scheduler
+from dsv3_plugin.conformance.testees.sglang import ranks as spread
 from dsv3_plugin.engine_bench.contenders import program
+from dsv3_plugin.engine_bench.contenders.ranks import Ranks, Visited, most
 from dsv3_plugin.engine_bench.contenders.watch import Routers, Watch
 from dsv3_plugin.engine_bench.protocol import Job
 from dsv3_plugin.engine_bench.tokens import Circle
-from dsv3_plugin.engines import class_name
+from dsv3_plugin.engines import class_name, is_ours
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.layers.moe import Router
 from dsv3_plugin.sglang_backend import compat
@@ -29,9 +34,7 @@ from dsv3_plugin.sglang_backend import compat
 class SglangContender:
     """An engine that is up."""
 
-    max_batched_tokens = program.MAX_BATCHED_TOKENS
-
-    def __init__(self, job: Job, circle: Circle, max_model_len: int) -> None:
+    def __init__(self, job: Job, circle: Circle, max_model_len: int, ranks: Ranks) -> None:
         begun = time.perf_counter()
         try:
             from sglang.srt.layers.moe.topk import TopK
@@ -41,17 +44,23 @@ class SglangContender:
             raise EngineError(f"SGLang cannot be imported by this Python: {error}") from None
         load_plugins()
         imported = time.perf_counter()
-        self.routers = Routers()
+        self.ranks = ranks
+        place = ranks.place
+        self.routers = Routers(ranks.replicas)
         self.routers.watch(Router, "forward", lambda chosen: chosen[0])
         self.routers.watch(TopK, "forward", lambda chosen: getattr(chosen, "topk_ids", None))
         self.model = DeepseekV3Config.from_pretrained(job.checkpoint)
-        server_arguments = arguments(job, self.model, max_model_len)
+        server_arguments = arguments(job, self.model, max_model_len, place.layout)
         configure_logger(server_arguments)
         # As SGLang does; threads that load weights do not inherit the mode.
         with torch.inference_mode(False), torch.no_grad():
-            self.scheduler = build_scheduler(server_arguments)
+            self.scheduler = build_scheduler(server_arguments, place, next(iter(place.ports), None))
         up = time.perf_counter()
+        # With data parallelism the replicas share it.
+        self.max_batched_tokens = int(self.scheduler.chunked_prefill_size)
         self.runner = self.scheduler.tp_worker.model_runner
+        exchanges = getattr(server_arguments, "moe_a2a_backend", "none") != "none"
+        self.routers.gathered = ranks.replicas > 1 and not is_ours(self.runner.model) and not exchanges
         self.watch = Watch(circle, torch.device(job.device))
         self.router_ids = [id(m) for m in self.runner.model.modules() if isinstance(m, (Router, TopK))]
         self._watch_runner()
@@ -84,7 +93,7 @@ class SglangContender:
         live = {int(req.rid.rpartition(".")[2]): req for req in scheduler.waiting_queue}
         if len(live) != len(prompts):
             raise EngineError(f"SGLang took {len(live)} of {len(prompts)} requests")
-        scheduler.request_receiver = _Turns(scheduler, live, turn)
+        scheduler.request_receiver = _Turns(scheduler, live, turn, self.ranks)
         try:
             scheduler.run_event_loop()
         except Idle:
@@ -92,9 +101,10 @@ class SglangContender:
         finally:
             scheduler.request_receiver = receiver
 
-    def experts(self, rows: int) -> tuple[int, ...] | None:
+    def experts(self, rows: Sequence[int]) -> Visited | None:
         """See `program.Engine`."""
-        return self.routers.visited_by_each(self.router_ids, rows, self.model.n_routed_experts)
+        own = self.ranks.place.dp_rank
+        return self.routers.visited_by_each(self.router_ids, rows, own, self.model.n_routed_experts)
 
     def _request(self, name: str, prompt: list[int], max_tokens: int) -> Any:
         """As SGLang's tokenizer hands it to the scheduler."""
@@ -125,7 +135,7 @@ class SglangContender:
             self.routers.begin_pass()
             output = forward(forward_batch, *args, **kwargs)
             logits = output.logits_output.next_token_logits
-            if logits is not None:
+            if logits is not None and not forward_batch.forward_mode.is_idle():
                 self.watch.force(logits, last_tokens(forward_batch, len(logits)))
             return output
 
@@ -147,10 +157,11 @@ class SglangContender:
 class _Turns:
     """In the place of what receives a scheduler's requests, by which each turn of its loop begins."""
 
-    def __init__(self, scheduler: Any, live: dict[int, Any], turn: Callable[[program.New], bool]) -> None:
+    def __init__(self, scheduler: Any, live: dict[int, Any], turn: Callable[[program.New], bool], ranks: Ranks) -> None:
         self.scheduler = scheduler
         self.live = live
         self.turn = turn
+        self.ranks = ranks
         self.told = dict.fromkeys(live, 0)
         self.goes_on = True
         self.idle = 0
@@ -160,10 +171,11 @@ class _Turns:
         from sglang.srt.managers.io_struct import AbortReq
 
         scheduler = self.scheduler
-        if not self.goes_on or all(req.finished() for req in self.live.values()):
+        alone = self.ranks.replicas == 1
+        if not self.goes_on or (alone and all(req.finished() for req in self.live.values())):
             busy = scheduler.last_batch is not None or scheduler.waiting_queue or not scheduler.running_batch.is_empty()
             self.idle = 0 if busy else self.idle + 1
-            if self.idle > 1:
+            if self.idle > 1 if alone else self.ranks.all(self.idle > 1):
                 raise Idle
         if self.goes_on and not self.turn(self._new()):
             self.goes_on = False
@@ -180,21 +192,21 @@ class _Turns:
         return new
 
 
-def arguments(job: Job, model: DeepseekV3Config, max_model_len: int) -> Any:
-    """What the engine is started with."""
+def arguments(job: Job, model: DeepseekV3Config, max_model_len: int, layout: ParallelLayout) -> Any:
+    """What the engine is started with, alike on all ranks."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.server_args import ServerArgs
 
     from dsv3_plugin.sglang_backend import attention
 
-    most = max(measurement.requests for measurement in job.measurements)
+    batch = max(most(measurement.requests, layout.dp) for measurement in job.measurements)
     known: dict[str, Any] = {
         "model_path": job.checkpoint,
         "dtype": model.torch_dtype,
         "device": job.device,
         "skip_tokenizer_init": True,
         "context_length": max_model_len,
-        "max_running_requests": most,
+        "max_running_requests": batch * layout.dp,
         "chunked_prefill_size": program.MAX_BATCHED_TOKENS,
         "disable_radix_cache": True,
         "random_seed": 0,
@@ -206,7 +218,7 @@ def arguments(job: Job, model: DeepseekV3Config, max_model_len: int) -> Any:
     if job.eager or job.device == "cpu":
         known["disable_cuda_graph"] = True
     else:
-        known["cuda_graph_max_bs_decode"] = most
+        known["cuda_graph_max_bs_decode"] = batch
     if job.device == "cpu":
         known["max_total_tokens"] = 1 << 15
     if job.drafts:
@@ -216,7 +228,7 @@ def arguments(job: Job, model: DeepseekV3Config, max_model_len: int) -> Any:
             "speculative_eagle_topk": 1,
             "speculative_num_draft_tokens": job.drafts + 1,
         }
-    return ServerArgs(**known | job.arguments)
+    return ServerArgs(**known | spread(layout) | job.arguments)
 
 
 def last_tokens(forward_batch: Any, rows: int) -> torch.Tensor:

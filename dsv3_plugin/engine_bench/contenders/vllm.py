@@ -1,5 +1,8 @@
 """vLLM as a contender, with its own model or ours: its engine in this process, stepped as `LLM.generate` steps it.
 
+On several ranks each is such an engine, as vLLM's external launcher starts them. Replicas without requests make dummy
+passes, as a server's do; those of a server ask each other only now and then, so here `Ranks` asks, and not `LLMEngine`.
+
 Three calls of its model runner tell what is needed: `_prepare_inputs` which rows are sampled from, `_model_forward`
 which tokens the rows have, also where a graph is replayed, and `compute_logits` what is sampled from.
 """
@@ -9,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 
-from dsv3_plugin.engines import class_name, switched_off
+from dsv3_plugin.engines import class_name, is_ours, switched_off
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else the model is another process's
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -21,7 +24,10 @@ from typing import Any
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.conformance.layouts import ONE_RANK, RankOf
+from dsv3_plugin.conformance.testees.vllm_ranks import join
 from dsv3_plugin.engine_bench.contenders import program
+from dsv3_plugin.engine_bench.contenders.ranks import Ranks, Visited, most
 from dsv3_plugin.engine_bench.contenders.watch import Routers, Watch
 from dsv3_plugin.engine_bench.protocol import Job
 from dsv3_plugin.engine_bench.tokens import Circle
@@ -35,7 +41,7 @@ class VllmContender:
 
     max_batched_tokens = program.MAX_BATCHED_TOKENS
 
-    def __init__(self, job: Job, circle: Circle, max_model_len: int) -> None:
+    def __init__(self, job: Job, circle: Circle, max_model_len: int, ranks: Ranks) -> None:
         begun = time.perf_counter()
         try:
             from vllm import LLM
@@ -46,19 +52,22 @@ class VllmContender:
         if current_platform.device_type != job.device:
             raise EngineError(f"this vLLM is built for {current_platform.device_type}, the job is for {job.device}")
         imported = time.perf_counter()
-        self.routers = Routers()
+        self.ranks = ranks
+        self.routers = Routers(ranks.replicas)
         self.routers.watch(Router, "forward", lambda chosen: chosen[0])
         self.routers.watch(BaseRouter, "_select_experts", lambda chosen: chosen[1])
         self.model = DeepseekV3Config.from_pretrained(job.checkpoint)
-        self.llm = LLM(**arguments(job, self.model, max_model_len))
+        self.llm = LLM(**arguments(job, self.model, max_model_len, ranks.place))
         up = time.perf_counter()
         core = self.llm.llm_engine.engine_core.engine_core
+        self.core = core
         self.scheduler = core.scheduler
         self.scheduled_tokens = core.scheduler.max_num_scheduled_tokens
         self.runner = core.model_executor.driver_worker.worker.model_runner
         self.watch = Watch(circle, self.runner.device)
         model = self.runner.get_model()
         self.router_ids = routers_of(model, Router, BaseRouter)
+        self.routers.gathered = ranks.replicas > 1 and any(dispatches(module) for module in model.modules())
         self._watch_runner()
         if job.drafts:
             self._watch_drafter()
@@ -97,15 +106,25 @@ class VllmContender:
         for name, index in number.items():
             engine.add_request(name, {"prompt_token_ids": prompts[index]}, params)
         goes_on = True
-        while engine.has_unfinished_requests():
-            new = {number[output.request_id]: output.outputs[0].token_ids for output in engine.step()}
-            if goes_on and not turn({index: list(tokens) for index, tokens in new.items() if tokens}):
-                goes_on = False
-                engine.abort_request(list(number))
+        while goes_on:
+            outputs = []
+            # Not the engine's own question, which asks all replicas.
+            if engine.output_processor.has_unfinished_requests():
+                outputs = engine.step()
+            elif self.ranks.replicas > 1:
+                self.core.execute_dummy_batch()
+            else:
+                return
+            new = {number[output.request_id]: output.outputs[0].token_ids for output in outputs}
+            goes_on = turn({index: list(tokens) for index, tokens in new.items() if tokens})
+        engine.abort_request(list(number))
 
-    def experts(self, rows: int) -> tuple[int, ...] | None:
+    def experts(self, rows: Sequence[int]) -> Visited | None:
         """See `program.Engine`."""
-        return self.routers.visited_by_each(self.router_ids, rows, self.model.n_routed_experts)
+        place = self.ranks.place
+        if place.layout.tp > 1 and place.layout.dp > 1 and not is_ours(self.runner.get_model()):
+            return None  # vLLM then shares the rows of a replica among its ranks
+        return self.routers.visited_by_each(self.router_ids, rows, place.dp_rank, self.model.n_routed_experts)
 
     def _watch_runner(self) -> None:
         runner, watch = self.runner, self.watch
@@ -146,21 +165,23 @@ class VllmContender:
         self.runner.drafter.propose = watched
 
 
-def arguments(job: Job, model: DeepseekV3Config, max_model_len: int) -> dict[str, Any]:
-    """What the engine is started with."""
-    most = max(measurement.requests for measurement in job.measurements)
+def arguments(job: Job, model: DeepseekV3Config, max_model_len: int, place: RankOf) -> dict[str, Any]:
+    """What the engine of a rank is started with."""
+    layout = place.layout
     known: dict[str, Any] = {
         "model": job.checkpoint,
         "dtype": model.torch_dtype,
         "skip_tokenizer_init": True,
         "max_model_len": max_model_len,
-        "max_num_seqs": most,
+        "max_num_seqs": max(most(measurement.requests, layout.dp) for measurement in job.measurements),
         "max_num_batched_tokens": program.MAX_BATCHED_TOKENS,
         "enable_prefix_caching": False,
         "enable_chunked_prefill": True,
         "enforce_eager": job.eager or job.device == "cpu",
         "seed": 0,
     }
+    if layout != ONE_RANK:
+        known |= join(place, place.ports[0])
     if job.drafts:
         known["speculative_config"] = {"method": "mtp", "num_speculative_tokens": job.drafts}
     if job.device == "cpu":
@@ -169,6 +190,12 @@ def arguments(job: Job, model: DeepseekV3Config, max_model_len: int) -> dict[str
             # Without AMX vLLM switches chunked prefill off for its own CPU MLA kernels, which are not used.
             os.environ.setdefault("VLLM_MLA_DISABLE", "1")
     return known | job.arguments
+
+
+def dispatches(module: torch.nn.Module) -> bool:
+    """Whether tokens of all replicas are gathered before experts are chosen for them."""
+    parts = (module, *vars(module).values())
+    return any(getattr(part, "do_naive_dispatch_combine", False) is True for part in parts)
 
 
 def routers_of(model: torch.nn.Module, ours: type, theirs: type) -> list[int]:

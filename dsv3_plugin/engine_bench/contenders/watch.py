@@ -11,16 +11,16 @@ kernel is added. So routers are watched before an engine is built.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
-from dsv3_plugin.engine_bench.protocol import Measurement
+from dsv3_plugin.engine_bench.contenders.ranks import Visited
 from dsv3_plugin.engine_bench.tokens import Circle, Place
 
 _LARGE = 1e30
@@ -29,9 +29,18 @@ LOGIT_ROWS = 4
 
 
 class Routers:
-    """What the routers chose, each known by the object that it is."""
+    """What the routers chose, each known by the object that it is.
 
-    def __init__(self) -> None:
+    Args:
+        replicas: data-parallel ranks. An engine's own routers may choose for the tokens of all.
+    """
+
+    def __init__(self, replicas: int = 1) -> None:
+        self.replicas = replicas
+        self.gathered = False
+        """Whether the routers see the tokens of all replicas: one replica's behind the other's, equally many rows for
+        each where a graph pads.
+        """
         self.captured: dict[int, dict[int, list[torch.Tensor]]] = {}
         """By router and rows: where graphs write. Some engines have two of a size, for prompts and for decodes."""
         self.before: dict[int, torch.Tensor] = {}
@@ -65,28 +74,35 @@ class Routers:
         """What is noted from now on is of a new pass."""
         self.last.clear()
 
-    def visited_by_each(self, routers: list[int], rows: int, experts: int) -> tuple[int, ...] | None:
+    def visited_by_each(self, routers: list[int], rows: Sequence[int], own: int, experts: int) -> Visited | None:
         """`visited` of each layer's router; None where one of them was not seen."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # an engine may be a pass ahead, on another stream
-        counts = [self.visited(router, rows, experts) for router in routers]
-        seen = tuple(count for count in counts if count is not None)
-        return seen if seen and len(seen) == len(counts) else None
+        sets = [self.visited(router, rows, own, experts) for router in routers]
+        seen = tuple(visited for visited in sets if visited is not None)
+        return seen if seen and len(seen) == len(sets) else None
 
-    def visited(self, router: int, rows: int, experts: int) -> int | None:
-        """Different experts that a router chose for the first `rows` tokens of the latest pass; None where nobody saw.
+    def visited(self, router: int, rows: Sequence[int], own: int, experts: int) -> frozenset[int] | None:
+        """Experts that a router chose in the latest pass, in which the replicas had `rows` tokens and this is the
+        `own`-th; None where nobody saw.
 
         A fused shared expert counts not: its number is not below `experts`.
         """
         ids = self.last.get(router)
         if ids is None:
+            # Replicas pad to the one that has the most.
+            least = max(rows) * (self.replicas if self.gathered else 1)
             graphs = self.captured.get(router, {})
-            fitting = [size for size in graphs if size >= rows]
+            fitting = [size for size in graphs if size >= least]
             ids = self._written(graphs[min(fitting)]) if fitting else None
         if ids is None:
             return None
-        found = ids[:rows].unique()
-        return int(((found >= 0) & (found < experts)).sum())
+        if not self.gathered:
+            ids = ids[: rows[own]]
+        elif len(ids) > sum(rows):
+            blocks = ids.tensor_split(self.replicas)
+            ids = torch.cat([block[:count] for block, count in zip(blocks, rows, strict=True)])
+        return frozenset(expert for expert in ids.unique().tolist() if 0 <= expert < experts)
 
     def _written(self, places: list[torch.Tensor]) -> torch.Tensor | None:
         """That of several graphs' places which was written since the last look; None where that is not one."""
@@ -160,29 +176,44 @@ def kept_rows(rows: int, per_request: int, device: torch.device) -> torch.Tensor
     return chosen * per_request
 
 
-def save_logits(seen: list[Seen], circle: Circle, measurement: Measurement, longest: int, file: Path) -> bool | None:
-    """Write the rows that belong to requests, which print at most `longest` tokens; returns whether all logits were
-    finite, and None where none were kept.
+class Kept(NamedTuple):
+    """Rows of requests."""
+
+    finite: bool
+    """Whether all logits were, also those that are not kept."""
+    logits: list[torch.Tensor]
+    places: list[Place]
+
+
+def kept_logits(seen: list[Seen], circle: Circle, requests: int, printed: Mapping[int, int]) -> Kept | None:
+    """The rows that belong to requests, of which those that are here have `printed` so many tokens; None where none
+    were kept.
     """
     if not seen:
         return None
-    rows, places = [], []
+    kept = Kept(all(bool(one.finite) for one in seen), [], [])
     for one in seen:
         for index, logits in zip(one.rows.tolist(), one.logits, strict=True):
-            place = circle.place(int(one.tokens[index]), measurement.requests)
-            if place is not None and place.generated < longest:
-                rows.append(logits.cpu())
-                places.append(place)
-    if rows:
+            if (place := circle.place(int(one.tokens[index]), requests, printed)) is not None:
+                kept.logits.append(logits.cpu())
+                kept.places.append(place)
+    return kept
+
+
+def save_logits(of_ranks: Sequence[Kept | None], tokens: int, file: Path) -> bool | None:
+    """Write rows behind prompts of so many tokens; returns whether all were finite, None where there are none."""
+    kept = [of_rank for of_rank in of_ranks if of_rank is not None]
+    places = [place for of_rank in kept for place in of_rank.places]
+    if places:
         save_file(
             {
-                "logits": torch.stack(rows),
+                "logits": torch.stack([logits for of_rank in kept for logits in of_rank.logits]),
                 "request": torch.tensor([place.request for place in places]),
-                "position": torch.tensor([position(place, measurement.tokens) for place in places]),
+                "position": torch.tensor([position(place, tokens) for place in places]),
             },
             file,
         )
-    return all(bool(one.finite) for one in seen)
+    return all(of_rank.finite for of_rank in kept) if kept else None
 
 
 def position(place: Place, tokens: int) -> int:
