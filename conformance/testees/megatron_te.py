@@ -6,10 +6,10 @@ the contract's bits.
 
 from __future__ import annotations
 
-from dsv3_plugin.conformance.layouts import RankOf
+from dsv3_plugin.conformance.layouts import ALONE, RankOf
 from dsv3_plugin.conformance.protocol import Job
 from dsv3_plugin.conformance.testees import program
-from dsv3_plugin.conformance.testees.megatron import ALONE, MegatronTestee
+from dsv3_plugin.conformance.testees.megatron import MegatronTestee
 from dsv3_plugin.errors import ConformanceError
 from dsv3_plugin.megatron_backend.fp8 import TRANSFORMER_ENGINE
 
