@@ -274,7 +274,7 @@ def test_the_table_of_the_released_model() -> None:
 
 
 def test_presets_are_valid_and_differ_by_size_alone() -> None:
-    tiny_fields, small_fields, sliceable_fields, traps_fields, long_fields = (read_config(name) for name in PRESETS)
+    tiny_fields, small_fields, sliceable_fields, traps_fields, long_fields, v3 = (read_config(n) for n in PRESETS)
     assert tiny_fields.keys() == small_fields.keys() == sliceable_fields.keys() == traps_fields.keys() - {KEY}
     different = {name for name, value in long_fields.items() if value != small_fields.get(name)}
     assert different == {
@@ -297,6 +297,9 @@ def test_presets_are_valid_and_differ_by_size_alone() -> None:
         128,
     )
     assert config.rope_scaling is not None and config.rope_scaling.factor == 4
+    specs = checkpoint_tensors(DeepseekV3Config.from_dict(v3))
+    sizes = [torch.Size(s.shape).numel() * s.dtypes[0].itemsize for s in specs.values()]
+    assert round(sum(sizes) / 1e9) == 54
 
 
 # The tokenizers
@@ -373,7 +376,7 @@ def test_other_free_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 1000))
     with pytest.raises(CheckpointError, match=r"a: needs 2\.04 MB, .* has 1 kB free"):
         make_checkpoint(MINI, tmp_path / "a", 1)
-    with pytest.raises(ConfigError, match=r"tny: neither a preset \(tiny, small, sliceable, traps, long\) nor a file"):
+    with pytest.raises(ConfigError, match=r"tny: neither a preset \(tiny, small, sliceable, traps, long, four-layers\) nor a file"):
         read_config("tny")
     assert list(tmp_path.iterdir()) == []
 
