@@ -18,6 +18,7 @@ from dsv3_plugin.hooks import Arithmetic
 from dsv3_plugin.layers import linear as layers
 from dsv3_plugin.layers.mlp import MLP
 from dsv3_plugin.layers.model import bind_ops
+from dsv3_plugin.ops.linear import linear
 from dsv3_plugin.ops.quantize import E4M3, quantize_weight
 from dsv3_plugin.ops.sliced_linear import sliced_linear
 from dsv3_plugin.ops.slices import Slices, tree_sum
@@ -196,3 +197,19 @@ def test_a_model_without_slices_has_no_kernel_of_them() -> None:
         ops_for(BF16, 1)[sliced_linear](torch.zeros(1, 2), torch.zeros(1, 2), 2)
     bound = {choice.op for choice in ops_for(BF16, 2).provenance}
     assert "sliced_linear" in bound and "sliced_fp8_linear" not in bound
+
+
+@pytest.mark.parametrize(("slices", "products"), [(1, [8]), (2, [4, 4]), (4, [2, 2, 2, 2])])
+def test_columns_that_ranks_share_are_products_of_their_own(slices: int, products: list[int]) -> None:
+    """On a CPU, whose library may give an output other bits beside more outputs; a rank has no more than its own."""
+    ops, made = ops_for(BF16, slices), []
+    run = ops.kernels[linear]
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, **options: Any) -> Any:
+        made.append(len(weight))
+        return run(x, weight, **options)
+
+    ops.kernels[linear] = watched
+    x, weight = (torch.randn(rows, 16).bfloat16() for rows in (3, 8))
+    assert layers.linear_in_slices(ops, x, weight, slices).shape == (3, 8)
+    assert made == products
