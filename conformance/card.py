@@ -1,15 +1,17 @@
 """Verification cards: what an engine's version was shown to do on a kind of device, beside what is claimed of it.
 
 A card is made of reports (`--json`) of any number of runs, and of a claim file. Every claim has its line: verified,
-with the rows, the date and the command; or failed; or not tested, which refuses the card.
+with the rows, the date and the command; or failed; or not tested, which refuses the card. Reports of another day
+complete it: of two lines of a claim the better evidence stays.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from dsv3_plugin.conformance.claims import Claims
@@ -38,6 +40,16 @@ class Line:
     date: str = ""
     command: str = ""
 
+    @property
+    def claim(self) -> tuple[str, str, str]:
+        """Which claim it is of."""
+        return self.profile, self.layout, self.promise
+
+    @property
+    def weight(self) -> tuple[bool, int]:
+        """As evidence: a failure before a pass, a pass with many rows before one with few."""
+        return self.status == "failed", self.rows
+
 
 @dataclass(frozen=True)
 class Card:
@@ -62,12 +74,27 @@ class Card:
         """Of its file."""
         return f"{self.testee}-{self.version}-{self.device}.yaml"
 
-    def to_yaml(self) -> str:
-        """The card's text. Raises `ConformanceError` where PyYAML is not installed, which nothing else here needs."""
+    def completing(self, file: Path) -> Card:
+        """This card, with an earlier one's lines where they are better evidence, or the only one.
+
+        Raises `ConformanceError` where the file holds no card, or one of other versions.
+        """
+        yaml = _yaml()
         try:
-            import yaml
-        except ImportError:
-            raise ConformanceError("cards need PyYAML: pip install 'dsv3-plugin[conformance]'") from None
+            earlier = yaml.safe_load(file.read_text())
+            versions = earlier["versions"]
+            lines = [Line(**claim | {"cases": tuple(claim.get("cases", ()))}) for claim in earlier["claims"]]
+        except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+            raise ConformanceError(f"{file}: is no card: {error}") from None
+        if versions != self.others:
+            raise ConformanceError(f"{file}: was made with {versions}, the reports with {self.others}: begin another")
+        known = {line.claim: line for line in lines}
+        own = (max(line, known.get(line.claim, line), key=lambda evidence: evidence.weight) for line in self.lines)
+        return replace(self, lines=tuple(own))
+
+    def to_yaml(self) -> str:
+        """The card's text. Raises `ConformanceError` where PyYAML is not installed."""
+        yaml = _yaml()
         lines = [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(x).items() if v} for x in self.lines]
         card = {
             "card": FORMAT,
@@ -80,6 +107,15 @@ class Card:
             "not_claimed": [{"what": what, "reason": reason} for what, reason in self.not_claimed],
         }
         return str(yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=120))
+
+
+def _yaml() -> ModuleType:
+    try:
+        import yaml
+    except ImportError:  # nothing else here needs it
+        raise ConformanceError("cards need PyYAML: pip install 'dsv3-plugin[conformance]'") from None
+    module: ModuleType = yaml
+    return module
 
 
 def read_report(file: Path) -> dict[str, Any]:
@@ -142,7 +178,7 @@ def _line(
     layout: str,
     promise: str,
 ) -> Line:
-    """The best evidence of a claim: a failure before a pass, a pass with many rows before one with few."""
+    """The best evidence of a claim."""
     lines = [
         _evidence(report, name, profile, layout, promise)
         for report in reports
@@ -151,7 +187,7 @@ def _line(
         if (result["versions"].get(claims.package), result["layout"], result["claim"]) == (version, layout, promise)
     ]
     nothing = Line(profile, layout, promise, "not tested")
-    return max(lines, key=lambda line: (line.status == "failed", line.rows), default=nothing)
+    return max(lines, key=lambda line: line.weight, default=nothing)
 
 
 def _evidence(report: dict[str, Any], name: str, profile: str, layout: str, promise: str) -> Line:

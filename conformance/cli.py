@@ -112,6 +112,9 @@ def card(
     claims: Annotated[
         list[Path] | None, typer.Option(help="Claim files; by default those of this package's backends.")
     ] = None,
+    update: Annotated[
+        bool, typer.Option(help="Complete cards that are there: of two lines of a claim the better evidence stays.")
+    ] = False,
 ) -> None:
     """Write verification cards, and exit with status 1 if a claim failed or was not tested."""
     reports = [read_report(file) for file in report]
@@ -120,9 +123,10 @@ def card(
     made = [each for of in all_claims for each in cards(of, reports)]
     if not made:
         raise ConformanceError(f"no claims are of {', '.join(sorted(tried))}: give a file with --claims")
-    for each in made:
-        if (output / each.name).exists():
-            raise ConformanceError(f"{output / each.name}: exists already and is not overwritten")
+    there = {each.name for each in made if (output / each.name).exists()}
+    if there and not update:
+        raise ConformanceError(f"{output / min(there)}: exists already and is not overwritten; --update completes it")
+    made = [each.completing(output / each.name) if each.name in there else each for each in made]
     output.mkdir(parents=True, exist_ok=True)
     for each in made:
         (output / each.name).write_text(each.to_yaml())

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,31 @@ def test_one_that_failed_and_ones_that_were_not_tested(report: Path, tmp_path: P
     assert status.pop(("bf16", "one")) == "verified" and set(status.values()) == {"not tested"} and len(status) == 3
 
 
+def test_reports_of_another_day_complete_a_card(report: Path, tmp_path: Path) -> None:
+    file, earlier = tmp_path / "claims.toml", tmp_path / "card.yaml"
+    file.write_text(claims("reference", '["bf16", "fp8"]'))
+    today = read_report(report)
+    (of_fp8,) = cards(Claims.read(file), [today | {"profile": "fp8", "date": "yesterday"}])
+    (of_bf16,) = cards(Claims.read(file), [today])
+    assert not of_fp8.complete and not of_bf16.complete
+    earlier.write_text(of_fp8.to_yaml())
+    whole = of_bf16.completing(earlier)
+    assert whole.complete and [line.date == "yesterday" for line in whole.lines] == [False, True]
+    assert whole.lines[1] == of_fp8.lines[1]
+    many = of_fp8.lines[1]
+    few, failed = replace(many, rows=many.rows - 1), replace(many, rows=0, status="failed")
+    for there, reported, better in (many, few, many), (few, many, many), (many, failed, failed), (failed, many, failed):
+        earlier.write_text(replace(of_fp8, lines=(there,)).to_yaml())
+        assert replace(of_fp8, lines=(reported,)).completing(earlier).lines == (better,)
+    earlier.write_text(of_fp8.to_yaml().replace(f"dsv3-plugin: {__version__}", "dsv3-plugin: 0.0.9"))
+    with pytest.raises(ConformanceError, match=r"card.yaml: was made with .*0\.0\.9.*: begin another"):
+        of_bf16.completing(earlier)
+    for text in "claims: []", "- 1", "{", of_fp8.to_yaml().replace("rows:", "row:"):
+        earlier.write_text(text)
+        with pytest.raises(ConformanceError, match=r"card.yaml: is no card"):
+            of_bf16.completing(earlier)
+
+
 def test_command(report: Path, tmp_path: Path) -> None:
     file, output = tmp_path / "claims.toml", tmp_path / "cards"
     file.write_text(claims("reference"))
@@ -93,7 +119,9 @@ def test_command(report: Path, tmp_path: Path) -> None:
     (written,) = output.iterdir()
     assert (done.returncode, done.stdout) == (0, f"{written}: 1 verified\n")
     done = card(report, "--output", output, "--claims", file)
-    assert done.returncode == 2 and "exists already and is not overwritten" in done.stderr
+    assert done.returncode == 2 and "exists already and is not overwritten; --update completes it" in done.stderr
+    done = card(report, "--output", output, "--claims", file, "--update")
+    assert (done.returncode, done.stdout) == (0, f"{written}: 1 verified\n")
     file.write_text(claims("reference", '["bf16", "fp32"]'))
     done = card(report, "--output", tmp_path / "more", "--claims", file)
     assert done.returncode == 1 and "1 verified, 1 not tested" in done.stdout

@@ -376,7 +376,7 @@ def test_other_free_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 1000))
     with pytest.raises(CheckpointError, match=r"a: needs 2\.04 MB, .* has 1 kB free"):
         make_checkpoint(MINI, tmp_path / "a", 1)
-    with pytest.raises(ConfigError, match=r"tny: neither a preset \(tiny, small, sliceable, traps, long, four-layers\) nor a file"):
+    with pytest.raises(ConfigError, match=r"tny: neither a preset \(tiny, small, .*four-layers\) nor a file"):
         read_config("tny")
     assert list(tmp_path.iterdir()) == []
 
