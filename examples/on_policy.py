@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.model import bind_ops
 
 TRAIN = Path(__file__).with_name("train_megatron.py")
@@ -181,7 +181,7 @@ def sample(checkpoint: Path, prompts: list[list[int]]) -> Samples:
     ops = bind_ops(reader.config, reader.profile(), torch.device("cpu"))
     model = load_model(reader, ops)
     generator = torch.Generator().manual_seed(1)
-    attend = attend_to_itself(ops, reader.config)
+    attend = WholeSequences(ops, reader.config)
 
     samples: Samples = []
     for prompt in prompts:

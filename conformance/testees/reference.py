@@ -27,7 +27,7 @@ from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.taps import OperationRecorder
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.engines import class_name
-from dsv3_plugin.layers.attend import Select, attend_to_itself, attend_to_pages, select_all
+from dsv3_plugin.layers.attend import Select, WholeSequences, attend_to_pages, select_all
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.layout import WHOLE, Layout
@@ -200,7 +200,7 @@ class ReferenceTestee:
         keys = [RowKey(0, p, digest) for p, digest in enumerate(prefix_digests(token_ids))]
         positions = torch.arange(len(inputs))
         self.layers.keys = keys[:-1]
-        attend = attend_to_itself(self.ops, self.config)
+        attend = WholeSequences(self.ops, self.config)
         hidden = self.model(torch.tensor(inputs), positions, attend)
         self.layers.keys = None
         recorder.add("logits", keys[:-1], self.model.lm_head(hidden))

@@ -30,7 +30,7 @@ from dsv3_plugin.conformance.layouts import ParallelLayout, RankOf
 from dsv3_plugin.conformance.process_groups import join
 from dsv3_plugin.conformance.testees.ranks import start_ranks, wait_for_ranks
 from dsv3_plugin.errors import ConformanceError
-from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layout import WHOLE, Layout
 
@@ -154,7 +154,7 @@ class _Rank:
         token_ids = torch.randint(self.reader.config.vocab_size, (count,), generator=drawn).to(self.device)
         positions = torch.arange(count, device=self.device)
         self.layout.begin_pass(count)
-        attend = attend_to_itself(model.ops, self.reader.config)
+        attend = WholeSequences(model.ops, self.reader.config)
         logits = model.lm_head(model(token_ids, positions, attend))
         return self._times(lambda: model.lm_head(model(token_ids, positions, attend)), repeats), logits
 

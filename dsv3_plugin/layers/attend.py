@@ -78,8 +78,3 @@ class WholeSequences:
         batch = whole_sequence(len(cached), cached.device) if self.batch is None else self.batch
         pages = self.ops.slices.enter(cached).unflatten(0, (-1, batch.block_size))
         return attend_to_pages(self.ops, self.config, q, pages, batch, select)
-
-
-def attend_to_itself(ops: Ops, config: DeepseekV3Config) -> Attend:
-    """An `Attend` for one whole sequence, without a cache."""
-    return WholeSequences(ops, config)

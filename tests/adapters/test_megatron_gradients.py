@@ -22,7 +22,7 @@ from dsv3_plugin.autograd.bind import differentiable
 from dsv3_plugin.checkpoint.loader import load_model, load_mtp
 from dsv3_plugin.checkpoint.names import checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.megatron_backend.config import transformer_config
 from dsv3_plugin.megatron_backend.model import build_model
@@ -49,7 +49,7 @@ parts = {"main": load_model(reader, ops), "mtp": load_mtp(reader, ops)}
 for part in parts.values():
     part.requires_grad_(True)
 
-attend = attend_to_itself(ops, config)
+attend = WholeSequences(ops, config)
 hidden = parts["main"](ids, positions, attend)
 drafted = parts["mtp"](labels[:-1], positions[:-1], hidden[:-1], attend)
 loss = cross_entropy(parts["main"].lm_head(hidden), labels)

@@ -11,7 +11,7 @@ from conftest import TinyCheckpoint
 
 from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.linear import head_linear_fp8
 from dsv3_plugin.ops.operation import Operation
@@ -44,7 +44,7 @@ def logits(
     ops = replace(ops, kernels={**ops.kernels, **{op: counted(op) for op in (quantize_fp8, *FUSED_FP8)}})
     model = load_model(reader, ops)
     tokens = torch.randint(reader.config.vocab_size, (70,), generator=torch.Generator().manual_seed(0))
-    out: torch.Tensor = model.lm_head(model(tokens, torch.arange(70), attend_to_itself(ops, reader.config)))
+    out: torch.Tensor = model.lm_head(model(tokens, torch.arange(70), WholeSequences(ops, reader.config)))
     return out
 
 

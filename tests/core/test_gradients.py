@@ -21,7 +21,7 @@ from dsv3_plugin.autograd.bind import differentiable
 from dsv3_plugin.checkpoint.loader import load_model, load_mtp, load_weights
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.layers.attend import Attend, attend_to_itself
+from dsv3_plugin.layers.attend import Attend, WholeSequences
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.ops.absorb import absorb
@@ -80,7 +80,7 @@ def our_gradients(
     parameters = {"main": dict(main.named_parameters()), "mtp": dict(mtp.named_parameters())}
     for parameter in (*main.parameters(), *mtp.parameters()):
         parameter.requires_grad_(True)
-    tokens, positions, attend = tokens_of(checkpoint), torch.arange(TOKENS), form(attend_to_itself(ops, config))
+    tokens, positions, attend = tokens_of(checkpoint), torch.arange(TOKENS), form(WholeSequences(ops, config))
     hidden = main(tokens[:-2], positions, attend)
     drafted = mtp(tokens[1:-1], positions, hidden, attend)
     loss_of(main.lm_head(hidden), mtp.lm_head(drafted), tokens).backward()
@@ -209,7 +209,7 @@ def test_the_forward_keeps_its_bits(dtype: str, tiny_checkpoint: TinyCheckpoint)
         models = masters(reader, kernels) if kernels.master_weights else (load_model(reader, kernels),)
         main = models[0]
         mtp = models[1] if len(models) > 1 else load_mtp(reader, kernels)
-        attend = attend_to_itself(kernels, reader.config)
+        attend = WholeSequences(kernels, reader.config)
         hidden = main(tokens[:-2], positions, attend)
         outputs.append((main.lm_head(hidden), mtp.lm_head(mtp(tokens[1:-1], positions, hidden, attend))))
     assert torch.equal(outputs[0][0], outputs[1][0])

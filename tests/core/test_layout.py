@@ -19,7 +19,7 @@ from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import CheckpointError, ConfigError
-from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.expert_parallel import ExpertParallelMoE
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.moe import Router
@@ -79,7 +79,7 @@ def compute(
         loader = WeightLoader(module, config, part, layout=layout)
         loader.load(reader.tensors())
         loader.finish()
-    positions, attend = torch.arange(len(tokens)), attend_to_itself(ops, config)
+    positions, attend = torch.arange(len(tokens)), WholeSequences(ops, config)
     with torch.inference_mode():
         embedded = model.model.embed_tokens(tokens) if hidden is None else hidden
         hidden = model.model(embedded, positions, attend)
@@ -221,7 +221,7 @@ def test_experts_that_move_change_no_bit(forgets: str, checkpoints: Callable[[st
         model = DeepseekV3(ops_of(reader, 1, before), config, before)
         loader = WeightLoader(model, config, "main", layout=before)
         loader.load(reader.tensors())
-        forward = partial(model, TOKENS, torch.arange(len(TOKENS)), attend_to_itself(model.ops, config))
+        forward = partial(model, TOKENS, torch.arange(len(TOKENS)), WholeSequences(model.ops, config))
         with torch.inference_mode():
             first = forward()
             loader.follow(after)

@@ -25,7 +25,7 @@ from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.layers.moe import Router
 
@@ -122,7 +122,7 @@ class Runs:
         ops = bind_ops(reader.config, reader.profile(), torch.device("cpu"))
         model, mtp = load_model(reader, ops), load_mtp(reader, ops)
         token_ids, positions = tokens(reader.config), torch.arange(TOKENS)
-        attend = attend_to_itself(ops, reader.config)
+        attend = WholeSequences(ops, reader.config)
         choices: list[Tensor] = []
         for module in (*model.modules(), *mtp.modules()):
             if isinstance(module, Router):

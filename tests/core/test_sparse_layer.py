@@ -10,7 +10,7 @@ from conftest import TinyCheckpoint
 from sparse_layer import LENGTHS, STEPS, Toy, joined, spans, toy
 
 from dsv3_plugin.conformance.testees.reference import Batch, PagedCache
-from dsv3_plugin.layers.attend import Attend, Select, attend_to_itself, select_all
+from dsv3_plugin.layers.attend import Attend, Select, WholeSequences, select_all
 from dsv3_plugin.ops.paged_batch import PagedBatch
 
 PAGE, WIDTH = 16, 6
@@ -47,7 +47,7 @@ def dense(attend: Attend) -> Attend:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_pages_and_chunks_change_no_bit_of_a_sparse_layer(dtype: str, tiny_checkpoint: TinyCheckpoint) -> None:
     own = toy(tiny_checkpoint(dtype))
-    itself = attend_to_itself(own.ops, own.config)
+    itself = WholeSequences(own.ops, own.config)
 
     def alone(i: int, attend: Attend) -> torch.Tensor:
         x = own.x[i]

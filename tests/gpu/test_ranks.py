@@ -16,7 +16,7 @@ from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.layout import WHOLE, GroupSlices, Layout
 from dsv3_plugin.ops.slices import tree_sum
@@ -32,7 +32,7 @@ def compute(path: Path, slices: int, layout: Layout, first: int = 0) -> torch.Te
     config, profile = reader.config, replace(reader.profile(), reduction_slices=slices)
     ops = bind_ops(config, profile, CARD, layout=layout)
     model = load_model(reader, ops, layout)
-    attend = attend_to_itself(ops, config)
+    attend = WholeSequences(ops, config)
     logits = []
     for length in LENGTHS:
         # No two ranks have equally many.

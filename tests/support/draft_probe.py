@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 
 
@@ -18,5 +18,5 @@ def draft_digest(model: DeepseekV3MTP, config: DeepseekV3Config) -> str:
     token_ids = torch.arange(50, 50 + count)
     hidden = torch.randn(count, config.hidden_size, generator=torch.Generator().manual_seed(0))
     states = hidden.to(model.ops.setting.profile.dtype)
-    logits = model.lm_head(model(token_ids, torch.arange(count), states, attend_to_itself(model.ops, config)))
+    logits = model.lm_head(model(token_ids, torch.arange(count), states, WholeSequences(model.ops, config)))
     return hashlib.sha256(logits.numpy().tobytes()).hexdigest()

@@ -25,7 +25,7 @@ from warm import WarmPython
 from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance import runner
-from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.model import bind_ops
 
 ENVIRONMENTS = ROOT / ".envs"
@@ -137,7 +137,7 @@ def predict_logits(checkpoint: Path, token_ids: list[int]) -> torch.Tensor:
     reader = CheckpointReader(checkpoint)
     ops = bind_ops(reader.config, reader.profile(), torch.device("cpu"))
     model = load_model(reader, ops)
-    hidden = model(torch.tensor(token_ids), torch.arange(len(token_ids)), attend_to_itself(ops, reader.config))
+    hidden = model(torch.tensor(token_ids), torch.arange(len(token_ids)), WholeSequences(ops, reader.config))
     return model.lm_head(hidden)
 
 

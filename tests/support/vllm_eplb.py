@@ -24,7 +24,7 @@ from vllm.model_executor.models.interfaces import is_mixture_of_experts
 from dsv3_plugin.checkpoint.fingerprint import fingerprint, fingerprint_of_checkpoint
 from dsv3_plugin.checkpoint.loader import WeightLoader, load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layout import Group, Layout
 from dsv3_plugin.vllm_backend.eplb import MovableExperts, placement_of, with_replicas
@@ -61,7 +61,7 @@ class Served(torch.nn.Module, MovableExperts):
         self.weight_loader.read(reader)
 
     def logits(self) -> torch.Tensor:
-        positions, attend = torch.arange(len(TOKENS)), attend_to_itself(self.ops, self.config)
+        positions, attend = torch.arange(len(TOKENS)), WholeSequences(self.ops, self.config)
         return self.lm_head(self.model(self.model.embed_tokens(TOKENS), positions, attend))
 
 
@@ -83,7 +83,7 @@ def rank_of(rank: int, checkpoint: str, store: str, broken: str) -> dict[str, An
         served = Served(reader, with_replicas(Layout(experts=experts), reader.config, parallel))
         assert is_mixture_of_experts(served)
         one = load_model(reader, bind_ops(reader.config, reader.profile(), torch.device("cpu")))
-        attend = attend_to_itself(one.ops, reader.config)
+        attend = WholeSequences(one.ops, reader.config)
         alone = one.lm_head(one(TOKENS, torch.arange(len(TOKENS)), attend))
         state = EplbState(parallel, torch.device("cpu"))
         state.add_model(served, SimpleNamespace(model=checkpoint, compute_hash=lambda: "served"))

@@ -19,7 +19,7 @@ from dsv3_plugin.conformance.protocol import Device, tell_progress
 from dsv3_plugin.contenders import Message, read_job, run_program
 from dsv3_plugin.engine_bench.protocol import Measurement
 from dsv3_plugin.engine_bench.tokens import Circle
-from dsv3_plugin.layers.attend import attend_to_itself
+from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.model import bind_ops
 
 
@@ -50,7 +50,7 @@ def answer(job: ReferenceJob, file: Path) -> None:
     ops = bind_ops(reader.config, reader.profile(), device)
     model = load_model(reader, ops)
     circle = Circle(reader.config.vocab_size, job.seed)
-    attend = attend_to_itself(ops, reader.config)
+    attend = WholeSequences(ops, reader.config)
     by_prompts: dict[tuple[int, int], list[tuple[int, list[Place]]]] = defaultdict(list)
     for number, asked in enumerate(job.asked):
         places = places_in(Path(asked.file))
