@@ -216,8 +216,8 @@ def prepare(
     progress: Progress,
     changed: Callable[[Board], None],
 ) -> Bench:
-    """A run in a folder, new or begun before. Raises `EngineError` where that was of something else, and
-    `ConformanceError` where an engine is not installed, or a layout is none of the checkpoint's.
+    """A run in a folder, new or begun before. Raises `EngineError` where that was of something else, or where
+    the checkpoint cannot be spread so, and `ConformanceError` where an engine is not installed.
     """
     settings = Settings(
         checkpoint=str(checkpoint.resolve()),
@@ -232,8 +232,11 @@ def prepare(
         _command(engine, environments, {})
     if layout.pp > 1:
         raise EngineError(f"--layout {layout}: stages are not timed; name tp, dp and ep")
+    reader = CheckpointReader(checkpoint)
     if any(contender.is_ours for contender in contenders):
-        layout.require_slices(CheckpointReader(checkpoint).profile())
+        layout.require_slices(reader.profile())
+    if (heads := reader.config.num_attention_heads) % layout.tp:
+        raise EngineError(f"--layout {layout}: {checkpoint} has {heads} heads, which {layout.tp} ranks cannot share")
     model = read_model(checkpoint)
     if (folder / "job.json").exists():
         before = read_job(Settings, folder)

@@ -583,14 +583,14 @@ def test_a_contender_that_dies_keeps_what_it_has_and_starts_again(run, how, why)
     made = run(how)
     found = rows(made)
     assert why in str(found.pop("prefill 2 x 8"))
-    assert found == {"prefill 1 x 8": None, "prefill 4 x 8": None}
+    assert found == {"prefill 1 x 8": None, "prefill 4 x 8": None} and judge.measured(made)
     assert why in report.markdown(made) and made.rehearsal
 
 
 def test_a_contender_that_does_not_start_is_not_tried_again_and_again(run, tmp_path):
     made = run("no start")
     assert rows(made) == {} and "RuntimeError: no such device" in str(made.records[0].failure)
-    assert "no such device" in report.markdown(made)
+    assert "no such device" in report.markdown(made) and not judge.measured(made)
     assert len(rows(run("works"))) == 3, "but by the next command"
     assert [path.name for path in sorted((tmp_path / "run/vllm-strict/0").iterdir())] == ["1", "2"]
 
@@ -608,6 +608,8 @@ def test_a_run_is_made_in_parts_of_one_kind(run):
         run("works", layout=ParallelLayout(pp=2))
     with pytest.raises(ConformanceError, match="DSV3_REDUCTION_SLICES"):
         run("works", layout=ParallelLayout(tp=2))
+    with pytest.raises(ConformanceError, match="whose number is a power of two"):
+        run("works", layout=ParallelLayout(tp=3))
     with pytest.raises(EngineError, match="holds rows of other settings"):
         run("works", setting="vllm:A=1")
 
