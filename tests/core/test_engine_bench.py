@@ -26,6 +26,7 @@ from dsv3_plugin.engine_bench.judge import Board
 from dsv3_plugin.engine_bench.protocol import Job, Measurement, Row, Start, heard, logits_file
 from dsv3_plugin.engine_bench.tokens import Circle, Place
 from dsv3_plugin.errors import ConformanceError, EngineError
+from dsv3_plugin.profile import BF16, SLICES_VARIABLE
 
 # Tokens.
 
@@ -596,7 +597,7 @@ def test_a_contender_that_does_not_start_is_not_tried_again_and_again(run, tmp_p
     assert [path.name for path in sorted((tmp_path / "run/vllm-strict/0").iterdir())] == ["1", "2"]
 
 
-def test_a_run_is_made_in_parts_of_one_kind(run):
+def test_a_run_is_made_in_parts_of_one_kind(run, monkeypatch):
     run("works", ("1x8",))
     made = run("works", ("4x8", "1x8"))
     assert rows(made) == {"prefill 1 x 8": None, "prefill 4 x 8": None}
@@ -605,12 +606,17 @@ def test_a_run_is_made_in_parts_of_one_kind(run):
         run("works", seed=1)
     with pytest.raises(EngineError, match=r"another kind: layout one, not dp=2,ep=2; name a new folder"):
         run("works", layout=ParallelLayout(dp=2, ep=2))
+    with monkeypatch.context() as slices, pytest.raises(EngineError, match="reduction_slices 1, not 2"):
+        slices.setenv(SLICES_VARIABLE, "2")
+        run("works")
     with pytest.raises(EngineError, match="stages are not timed"):
         run("works", layout=ParallelLayout(pp=2))
     with pytest.raises(ConformanceError, match="DSV3_REDUCTION_SLICES"):
         run("works", layout=ParallelLayout(tp=2))
+    with pytest.raises(EngineError, match="has 2 heads, which 4 ranks cannot share"):
+        run("works", layout=ParallelLayout(tp=4))
     with pytest.raises(ConformanceError, match="whose number is a power of two"):
-        run("works", layout=ParallelLayout(tp=3))
+        ParallelLayout(tp=3).require_slices(BF16)
     with pytest.raises(EngineError, match="holds rows of other settings"):
         run("works", setting="vllm:A=1")
 
