@@ -355,7 +355,9 @@ def train(
                 sampler = trainer.weights()
                 ahead = background.submit(roll_out, servers, words, step + 1, step, arguments)
             if judge is not None:
-                samples = judge.graded(samples, with_rule="rule" in arguments.reward)
+                samples = judge.graded(
+                    samples, with_rule="rule" in arguments.reward, micro_batch_size=arguments.micro_batch_size
+                )
                 clock.lap("judge")
             of_step = {"step": step, "weights": digest} | (progress.differences or {})
             of_step |= measure(samples) | learn(checks, samples, step, reference, arguments)
