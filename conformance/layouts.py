@@ -54,6 +54,10 @@ class ParallelLayout:
 
     def require_slices(self, profile: Profile) -> None:
         """Raise `ConformanceError` where tensor-parallel ranks cannot share a profile's sums."""
+        if self.tp & (self.tp - 1):
+            raise ConformanceError(
+                f"--layout {self}: ranks share slices of sums, whose number is a power of two; so is tp"
+            )
         if profile.reduction_slices % self.tp:
             raise ConformanceError(
                 f"--layout {self}: set {SLICES_VARIABLE} to a power of two that {self.tp} divides, which all sides then"

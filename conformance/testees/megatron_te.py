@@ -6,6 +6,9 @@ the contract's bits.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.layouts import ALONE, RankOf
 from dsv3_plugin.conformance.protocol import Job
 from dsv3_plugin.conformance.testees import program
@@ -15,16 +18,21 @@ from dsv3_plugin.megatron_backend.fp8 import TRANSFORMER_ENGINE
 
 
 class TransformerEngineTestee(MegatronTestee):
-    """Raises `ConformanceError` where no kernel of TransformerEngine's serves."""
+    """Raises `ConformanceError` for a checkpoint not in fp8, and where no kernel of TransformerEngine's serves."""
 
     preferred_kernels = TRANSFORMER_ENGINE
 
     def __init__(self, job: Job, rank: RankOf = ALONE) -> None:
+        profile = CheckpointReader(Path(job.checkpoint)).profile()
+        if not profile.is_fp8:
+            raise ConformanceError(
+                f"{job.checkpoint} is in {profile}: TransformerEngine's products are looked at in fp8"
+            )
         super().__init__(job, rank)
         if not any(choice.provider == TRANSFORMER_ENGINE for choice in self.gpt.binding.ops.provenance):
             raise ConformanceError(
                 f"no kernel of {TRANSFORMER_ENGINE} serves {job.checkpoint} on {job.device}:"
-                " `dsv3 kernels list --profile fp8` says why"
+                f" `dsv3 kernels list --profile {'fp8' if profile.scale_format == 'ue8m0' else 'fp8-float32'}` says why"
             )
 
 

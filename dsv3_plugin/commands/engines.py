@@ -60,7 +60,8 @@ def bench_engines(
     """Start-up, prefill, decode, drafts and memory of vLLM and SGLang: their own model, their invariant mode, and ours.
 
     Each contender has processes of its own, one a rank, and all print the same forced tokens. The report stands in the
-    folder (engines.json, .md, .svg) after every row; exit status 1 where a row is an error of the measurement.
+    folder (engines.json, .md, .svg) after every row; exit status 1 where a row is an error of the measurement, and
+    where there is none.
     """
     choice = Choice(
         only=only or plan.GROUPS,
@@ -101,4 +102,4 @@ def bench_engines(
         plot.draw(board, out / PLOT)
     except EngineError as error:
         console.print(f"no plot: {error}", highlight=False, markup=False)
-    raise typer.Exit(1 if judge.errors(board) else 0)
+    raise typer.Exit(1 if judge.errors(board) or not judge.measured(board) else 0)

@@ -205,3 +205,8 @@ def errors(board: Board) -> Mapping[str, list[str]]:
         for record in board.records
         if (found := [f"{row.measurement}: {flag}" for row in record.rows for flag in flags(board, record, row)])
     }
+
+
+def measured(board: Board) -> bool:
+    """Whether anything was."""
+    return any(row.absent is None for record in board.records for row in record.rows)

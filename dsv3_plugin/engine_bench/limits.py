@@ -3,7 +3,8 @@
 Bytes are those of the checkpoint: every weight that a step multiplies by is read once, of the routed experts those that
 the step visited, and each request's cached tokens. Of the MTP layer's experts, which nobody counts, none: what is
 computed here is a bound, which a true time never beats. What the L2 cache may still hold is taken off. Several ranks
-are as many cards, each of which may take an equal part of all that.
+are as many cards, each of which may take an equal part of all that. Replicas read attention's weights each for
+themselves; all others they may share, as SGLang's do the head.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class Model(BaseModel):
     mtp_layers: int
     step_bytes: int
     """Of the weights that every step reads."""
+    attention_bytes: int
+    """Attention's part of that."""
     mtp_bytes: int
     """Of those that each draft reads besides: the MTP layer's and the head's."""
     expert_bytes: int
@@ -93,9 +96,11 @@ def read_model(checkpoint: Path) -> Model:
         layer = _LAYER.match(name)
         if layer and int(layer[1]) >= config.num_hidden_layers:
             return "unread" if _EXPERT.match(name) else "mtp"
-        return "expert" if _EXPERT.match(name) else "step"
+        if _EXPERT.match(name):
+            return "expert"
+        return "attention" if ".self_attn." in name else "step"
 
-    sizes = {"unread": 0, "mtp": 0, "expert": 0, "step": 0}
+    sizes = {"unread": 0, "mtp": 0, "expert": 0, "attention": 0, "step": 0}
     for name in size.keys() & specs.keys():
         sizes[part(name)] += size[name]
     expert_layers = config.num_hidden_layers - config.first_k_dense_replace
@@ -110,7 +115,8 @@ def read_model(checkpoint: Path) -> Model:
         max_positions=config.max_position_embeddings,
         vocab_size=config.vocab_size,
         mtp_layers=config.num_nextn_predict_layers,
-        step_bytes=sizes["step"],
+        step_bytes=sizes["attention"] + sizes["step"],
+        attention_bytes=sizes["attention"],
         mtp_bytes=sizes["mtp"] + head if config.num_nextn_predict_layers else 0,
         expert_bytes=sizes["expert"] // max(1, expert_layers * config.n_routed_experts),
         cached_bytes=config.cached_dim * reader.profile().dtype.itemsize,
@@ -139,9 +145,10 @@ def step_bytes(model: Model, row: Row, layout: ParallelLayout = ONE_RANK) -> flo
         return None
     measurement = row.measurement
     replicas = min(layout.dp, measurement.requests)
-    read = replicas * (model.step_bytes + measurement.drafts * model.mtp_bytes) + sum(row.experts) * model.expert_bytes
+    weights = model.step_bytes + (replicas - 1) * model.attention_bytes + measurement.drafts * model.mtp_bytes
+    experts = sum(row.experts) * model.expert_bytes
     layers = model.layers + (model.mtp_layers if measurement.drafts else 0)
-    return read + measurement.requests * row.cached_tokens * model.cached_bytes * layers
+    return weights + experts + measurement.requests * row.cached_tokens * model.cached_bytes * layers
 
 
 def prefill_operations(model: Model, measurement: Measurement) -> tuple[float, float]:

@@ -36,6 +36,7 @@ from dsv3_plugin.engine_bench.protocol import (
     say,
 )
 from dsv3_plugin.errors import ConformanceError, EngineError
+from dsv3_plugin.profile import reduction_slices_from_environment
 
 _PACKAGE = "dsv3_plugin.engine_bench.contenders"
 _EAGER = "eager"
@@ -53,6 +54,7 @@ class Settings(Message):
     passes: int
     seed: int
     layout: str = "one"
+    reduction_slices: int = 1
     date: str
 
 
@@ -216,8 +218,8 @@ def prepare(
     progress: Progress,
     changed: Callable[[Board], None],
 ) -> Bench:
-    """A run in a folder, new or begun before. Raises `EngineError` where that was of something else, and
-    `ConformanceError` where an engine is not installed, or a layout is none of the checkpoint's.
+    """A run in a folder, new or begun before. Raises `EngineError` where that was of something else, or where
+    the checkpoint cannot be spread so, and `ConformanceError` where an engine is not installed.
     """
     settings = Settings(
         checkpoint=str(checkpoint.resolve()),
@@ -226,14 +228,18 @@ def prepare(
         passes=passes,
         seed=seed,
         layout=str(layout),
+        reduction_slices=reduction_slices_from_environment(),
         date=time.strftime("%Y-%m-%d"),
     )
     for engine in dict.fromkeys(contender.engine for contender in contenders):
         _command(engine, environments, {})
     if layout.pp > 1:
         raise EngineError(f"--layout {layout}: stages are not timed; name tp, dp and ep")
+    reader = CheckpointReader(checkpoint)
+    if (heads := reader.config.num_attention_heads) % layout.tp:
+        raise EngineError(f"--layout {layout}: {checkpoint} has {heads} heads, which {layout.tp} ranks cannot share")
     if any(contender.is_ours for contender in contenders):
-        layout.require_slices(CheckpointReader(checkpoint).profile())
+        layout.require_slices(reader.profile())
     model = read_model(checkpoint)
     if (folder / "job.json").exists():
         before = read_job(Settings, folder)

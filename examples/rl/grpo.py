@@ -41,7 +41,7 @@ from urllib.parse import urlsplit
 
 import torch
 from judge import Judge
-from launch import ENVIRONMENTS, Launch, exit_on_sigterm, started
+from launch import ENVIRONMENTS, Launch, answers, exit_on_sigterm, started
 from mismatch import Checks
 from progress import Progress, resume, save
 from recipes import GRPO
@@ -51,7 +51,15 @@ from servers import SERVERS, Server, counted
 from task import TASKS, Words, problems
 from trainer import Packed, Trainer, pack
 
-from dsv3_plugin.errors import DSV3Error, InputError
+from dsv3_plugin.errors import DSV3Error, EngineError, InputError
+
+
+def positive(text: str) -> int:
+    """An argument's number."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: at least 1")
+    return number
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,17 +98,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sft-batch-size", type=int, default=64)
     parser.add_argument("--sft-lr", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=32, help="of a step, dealt to the servers in turn")
-    parser.add_argument("--samples", type=int, default=8, help="answers to a prompt")
+    parser.add_argument("--prompts", type=positive, default=32, help="of a step, dealt to the servers in turn")
+    parser.add_argument("--samples", type=positive, default=8, help="answers to a prompt")
     parser.add_argument("--max-tokens", type=int, default=5, help="of an answer; a longer one is cut, and wrong")
     parser.add_argument(
         "--temperature", type=float, nargs="+", default=[1.0, 0.7], help="of a server's prompts in turn"
     )
     parser.add_argument("--hang-up", type=int, default=2, help="requests of a server and step that are aborted")
     parser.add_argument("--one-step-off", action="store_true", help="sample the next step's answers while training")
-    parser.add_argument("--inner-updates", type=int, default=1, help="how often the answers of a step are learned from")
-    parser.add_argument("--mini-batches", type=int, default=1, help="optimizer steps that share the answers of a step")
-    parser.add_argument("--micro-batch-size", type=int, help="answers of a pass of the trainer; by default all of them")
+    parser.add_argument(
+        "--inner-updates", type=positive, default=1, help="how often the answers of a step are learned from"
+    )
+    parser.add_argument(
+        "--mini-batches", type=positive, default=1, help="optimizer steps that share the answers of a step"
+    )
+    parser.add_argument(
+        "--micro-batch-size", type=positive, help="answers of a pass of the trainer; by default all of them"
+    )
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--lr-warmup-steps", type=int, default=3)
     parser.add_argument("--clip-grad", type=float, default=1.0)
@@ -341,7 +355,9 @@ def train(
                 sampler = trainer.weights()
                 ahead = background.submit(roll_out, servers, words, step + 1, step, arguments)
             if judge is not None:
-                samples = judge.graded(samples, with_rule="rule" in arguments.reward)
+                samples = judge.graded(
+                    samples, with_rule="rule" in arguments.reward, micro_batch_size=arguments.micro_batch_size
+                )
                 clock.lap("judge")
             of_step = {"step": step, "weights": digest} | (progress.differences or {})
             of_step |= measure(samples) | learn(checks, samples, step, reference, arguments)
@@ -395,6 +411,8 @@ def start(arguments: argparse.Namespace) -> None:
         raise InputError(f"--server {unknown[0]}: not one of {', '.join(SERVERS)}")
     if ("model" in arguments.reward) != (arguments.reward_model is not None):
         raise InputError("--reward model and --reward-model FOLDER go together")
+    if (answered := arguments.prompts * arguments.samples) < arguments.mini_batches:
+        raise InputError(f"--mini-batches {arguments.mini_batches}: a step has {answered} answers")
     launch = Launch(
         arguments.checkpoint,
         on_cpu=not torch.cuda.is_available(),
@@ -405,6 +423,12 @@ def start(arguments: argparse.Namespace) -> None:
         environments=arguments.environments,
         options={name: getattr(arguments, f"{name}_options") for name in SERVERS},
     )
+    # What only servers know is asked before the model learns anything.
+    for name, _, address in named:
+        if not address:
+            launch.require(name)
+        elif urlsplit(address).scheme not in ("http", "https") or not answers(SERVERS[name](address)):
+            raise EngineError(f"--server {name}={address}: none answers there; write {name}=http://HOST:PORT")
     trainer = Trainer(
         arguments.checkpoint,
         seed=arguments.seed,

@@ -25,11 +25,17 @@ class Judge:
         self.end = words.end
         self.mark = words.ids(RIGHT)
 
-    def graded(self, samples: Sequence[Sample], *, with_rule: bool) -> list[Sample]:
-        """With its rewards, added to those of the rule or in their place. An answer that does not end gets none."""
+    def graded(self, samples: Sequence[Sample], *, with_rule: bool, micro_batch_size: int | None) -> list[Sample]:
+        """With its rewards, added to those of the rule or in their place. An answer that does not end gets none.
+
+        A pass has `micro_batch_size` answers, or all of them.
+        """
         ended = [i for i, sample in enumerate(samples) if sample.group is not None and sample.tokens[-1:] == [self.end]]
-        packed = pack([([*samples[i].prompt, *samples[i].tokens[:-1]], self.mark, 1.0) for i in ended])
+        size = micro_batch_size or max(1, len(ended))
+        found: dict[int, float] = {}
         with self.trainer.holding(self.weights):
-            found = dict(zip(ended, self.trainer.log_probs(packed).exp().tolist(), strict=True)) if ended else {}
+            for part in (ended[first : first + size] for first in range(0, len(ended), size)):
+                packed = pack([([*samples[i].prompt, *samples[i].tokens[:-1]], self.mark, 1.0) for i in part])
+                found |= zip(part, self.trainer.log_probs(packed).exp().tolist(), strict=True)
         rewards = [with_rule * sample.reward + found.get(i, 0.0) for i, sample in enumerate(samples)]
         return with_advantages([replace(s, reward=reward) for s, reward in zip(samples, rewards, strict=True)])

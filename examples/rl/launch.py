@@ -47,6 +47,11 @@ class Launch:
         python = self.environments / name / "bin" / "python"
         return python if python.exists() else Path(sys.executable)
 
+    def require(self, name: str) -> None:
+        """Raise `EngineError` where an engine lacks what it is to do."""
+        if name == "vllm" and self.from_memory and _of_vllm(self.python(name), _LACKS_RAY):
+            raise EngineError("this vLLM's ipc imports ray: pip install ray beside it, or --hand-over files")
+
     def command(self, name: str, port: int) -> list[str]:
         """What a user types."""
         where = ["--host", "127.0.0.1", "--port", str(port)]
@@ -60,8 +65,6 @@ class Launch:
         if self.drafts:
             line += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
         if self.from_memory:
-            if _of_vllm(python, _LACKS_RAY):
-                raise EngineError("this vLLM's ipc imports ray: pip install ray beside it, or --hand-over files")
             line += ["--weight-transfer-config", '{"backend": "ipc"}']
         if _of_vllm(python, _HAS_SCALE_OUT):
             line += ["--enable-scale-out"]

@@ -28,6 +28,8 @@ from dsv3_plugin.checkpoint.fingerprint import Fingerprint
 from dsv3_plugin.checkpoint.reader import some_names
 from dsv3_plugin.diff import samples as dump
 
+MOST_VERSIONS = 16
+"""Among which a stale tensor is looked for."""
 MOST_LOGITS = 1024
 """Tokens whose logits are written: a row of DeepSeek-V3's takes half a megabyte."""
 TESTEE = "dsv3_plugin.conformance.testees"
@@ -43,7 +45,7 @@ class Checks:
     launch: Launch
     """How the servers of this run are started; stock engines have no fingerprints, and may differ."""
     held: dict[int, Fingerprint] = field(default_factory=dict)
-    """Of the versions that all held, the trainer's."""
+    """Of the latest versions that all held, the trainer's."""
 
     def weights(self, step: int, ask: Callable[[Server], list[Sample]]) -> str:
         """The fingerprint of the weights that all hold now. `ask` gets answers of a server that holds others."""
@@ -64,6 +66,7 @@ class Checks:
                     logits,
                 )
         self.held[step] = held
+        self.held.pop(step - MOST_VERSIONS, None)
         return held.digest
 
     def log_probs(self, step: int, samples: Sequence[Sample], packed: Packed, found: torch.Tensor) -> dict[str, float]:

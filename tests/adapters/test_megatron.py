@@ -38,6 +38,8 @@ def test_other_kernels_than_transformer_engines_are_not_taken_for_its(tiny_check
     without = of_megatron("dsv3_plugin.conformance.testees.megatron_te")
     with pytest.raises(ConformanceError, match=r"no kernel of transformer-engine serves .* on cpu"):
         runner.run([without], tiny_checkpoint("fp8"), lambda *_: None, only=("batch",))
+    with pytest.raises(ConformanceError, match="is in bf16: TransformerEngine's products are looked at in fp8"):
+        runner.run([without], tiny_checkpoint("bf16"), lambda *_: None, only=("batch",))
 
 
 def test_experts_added_up_in_megatrons_order_are_caught(

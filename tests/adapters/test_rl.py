@@ -29,6 +29,7 @@ from dsv3_plugin.checkpoint.make import make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.tokenizer import DEEPSEEK_VOCAB
+from dsv3_plugin.errors import EngineError
 
 EXAMPLE = ROOT / "examples" / "rl"
 sys.path.insert(0, str(EXAMPLE))
@@ -316,11 +317,17 @@ def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> Non
             (tmp_path / "e", "--hand-over", "ipc", "--server", "sglang=http://10.0.0.2:30000"),
             "--hand-over ipc: sglang at http://10.0.0.2:30000 is not on this host",
         ),
+        ((tmp_path / "f", "--server", "vllm=127.0.0.1:9"), "none answers there; write vllm=http://HOST:PORT"),
+        ((tmp_path / "g", "--server", "vllm=http://127.0.0.1:9"), "vllm=http://127.0.0.1:9: none answers there"),
+        ((tmp_path / "h", "--mini-batches", 9, "--prompts", 2, "--samples", 4), "-batches 9: a step has 8 answers"),
     ):
         done = warm(GRPO, models[0], *arguments, modules=MODULES)
         assert done.returncode == 1
         line = printed(done).splitlines()[-1]
         assert line.startswith("error: ") and expected in line, printed(done)[-3000:]
+    for name in "micro-batch-size", "mini-batches", "inner-updates":
+        done = warm(GRPO, models[0], tmp_path / "i", f"--{name}", 0, modules=MODULES)
+        assert done.returncode == 2 and printed(done).endswith(f"argument --{name}: 0: at least 1\n")
 
 
 def test_servers_start_with_what_they_are_told(tmp_path: Path) -> None:
@@ -335,6 +342,14 @@ def test_servers_start_with_what_they_are_told(tmp_path: Path) -> None:
     line = launch.command("vllm", 8000)
     assert line[line.index("--weight-transfer-config") + 1] == '{"backend": "ipc"}'
     assert launch.environment()["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
+    launch.require("sglang")
+    python = tmp_path / "vllm" / "bin" / "python"  # of a vLLM that lacks what it is asked for
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho True\n")
+    python.chmod(0o755)
+    replace(launch, from_memory=False).require("vllm")
+    with pytest.raises(EngineError, match="pip install ray"):
+        launch.require("vllm")
     assert line[line.index("--block-size") + 1 :][:3] == ["64", "--num-gpu-blocks-override", "10"]
 
 

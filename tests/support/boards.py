@@ -21,6 +21,7 @@ MODEL = limits.Model(
     vocab_size=VOCAB,
     mtp_layers=1,
     step_bytes=1_000_000_000,
+    attention_bytes=400_000_000,
     mtp_bytes=300_000_000,
     expert_bytes=100_000_000,
     cached_bytes=1000,

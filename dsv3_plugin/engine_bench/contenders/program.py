@@ -30,8 +30,7 @@ from dsv3_plugin.conformance.layouts import ALONE, ONE_RANK, ParallelLayout, Ran
 from dsv3_plugin.conformance.protocol import tell_progress
 from dsv3_plugin.conformance.testees.ranks import start_ranks, this_program, wait_for_ranks
 from dsv3_plugin.contenders import read_job, run_rank
-from dsv3_plugin.engine_bench.contenders.ranks import TURNS, Ranks, Visited, most
-from dsv3_plugin.engine_bench.contenders.ranks import started as started_together
+from dsv3_plugin.engine_bench.contenders.ranks import TURNS, Ranks, Visited, most, start_of_all
 from dsv3_plugin.engine_bench.contenders.watch import Watch, kept_logits, save_logits
 from dsv3_plugin.engine_bench.protocol import (
     LOOKED_AT,
@@ -304,7 +303,7 @@ def _answer(
     tell("starting")
     engine = make_engine(job, *_needs(job, ranks.replicas), ranks)
     ranks.meet()
-    engine.start = started_together(ranks.told(engine.start))
+    engine.start = start_of_all(ranks.told(engine.start))
     if ranks.is_first:
         say(result_dir, engine.start)
     for number, measurement in enumerate(job.measurements):

@@ -89,7 +89,7 @@ def most(requests: int, replicas: int) -> int:
     return math.ceil(requests / replicas)
 
 
-def started(of_ranks: Sequence[Start]) -> Start:
+def start_of_all(of_ranks: Sequence[Start]) -> Start:
     """What all ranks are: a card's memory is that of the fullest, its room that of the tightest."""
     first = of_ranks[0]
     memory = [start.memory_bytes for start in of_ranks if start.memory_bytes is not None]
