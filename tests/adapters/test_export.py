@@ -44,7 +44,8 @@ assert len(set(names)) == len(names) and set(names) == held.keys() - set(copies)
 assert names.index("lm_head.weight") == len(names) - 1
 differ = [name for name, tensor in sent if tensor.dtype != held[name].dtype or not torch.equal(tensor, held[name])]
 if differ or dist.get_rank() == 0:
-    print(dist.get_rank(), len(sent), "tensors,", "differ:", differ, flush=True)
+    # A line in one piece: both ranks write to one output.
+    sys.stdout.write(f"{dist.get_rank()} {len(sent)} tensors, differ: {differ}\\n")
 """
 
 

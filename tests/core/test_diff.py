@@ -226,7 +226,9 @@ def test_a_formula_is_named(formula: str, whose: str, tmp_path: Path) -> None:
     found = diff(one, two)
     step, text = cause(found)
     logits = "its own logits" if whose == "both" else "the logits of server"
-    assert (step, text) == ("formula", f"trainer answers {formula}, of {logits}: 128 tokens, every bit")
+    answered, _, rest = text.removeprefix("trainer answers ").partition(f", of {logits}: ")
+    # On some CPUs two formulas are one number for all of these tokens.
+    assert step == "formula" and formula in answered.split(" or ") and rest == "128 tokens, every bit", text
     assert found.steps[2].says[1].startswith(f"server answers {formulas.DEFINITION}, of its own logits")
 
 

@@ -12,10 +12,12 @@ from dsv3_plugin.ops.linear import grouped_linear, head_linear, linear
 
 
 def test_another_tile_gives_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tile is part of the arithmetic: a row of a bf16 product of 64 rows is not one of 16."""
-    x, weight = normal(130, 1024, dtype=torch.bfloat16), normal(512, 1024, seed=1, dtype=torch.bfloat16)
+    """The tile is part of the arithmetic: a row of an fp32 product of 64 rows is not one of itself. (In bf16 that
+    depends on the CPU.)
+    """
+    x, weight = normal(130, 1024), normal(512, 1024, seed=1)
     whole = linear(x, weight)
-    monkeypatch.setattr(tile, "ROWS", 16)
+    monkeypatch.setattr(tile, "ROWS", 1)
     assert int((linear(x, weight) != whole).sum()) > 0
 
 
