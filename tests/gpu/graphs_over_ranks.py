@@ -33,20 +33,30 @@ WITHOUT_GRAPHS = "without CUDA graphs"
 
 def vllm(checkpoint: str, tp: int, dp: int, prompts: list[list[int]], eager: bool) -> Answers:
     """Of one data-parallel rank, which is this process."""
-    from vllm import LLM, SamplingParams
+    return vllm_answers(vllm_engine(checkpoint, tp, enforce_eager=eager, enable_expert_parallel=dp > 1), prompts)
 
-    llm = LLM(
+
+def vllm_engine(checkpoint: str, tp: int, **options: Any) -> Any:
+    """An `LLM`, which tells of log-probabilities as a trainer computes them."""
+    from vllm import LLM
+
+    return LLM(
         checkpoint,
         tensor_parallel_size=tp,
-        enable_expert_parallel=dp > 1,
         max_model_len=CONTEXT,
         max_num_seqs=8,
         gpu_memory_utilization=0.5,
         kv_cache_memory_bytes=64 << 20,
         enable_prefix_caching=False,
-        enforce_eager=eager,
         logprobs_mode="processed_logprobs",
+        **options,
     )
+
+
+def vllm_answers(llm: Any, prompts: list[list[int]]) -> Answers:
+    """Of this process's prompts."""
+    from vllm import SamplingParams
+
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False, logprobs=LIKELIEST)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     return [
@@ -85,7 +95,9 @@ def answer(engine: str, checkpoint: str, layout: str, log: Path) -> tuple[Answer
     tp, dp = int(sizes.get("tp", 1)), int(sizes.get("dp", 1))
     processes = dp if engine == "vllm" else 1
     command = [sys.executable, __file__, engine, checkpoint, "--child", str(tp), str(dp)]
-    environments = [os.environ | _place(rank, dp) if processes > 1 else dict(os.environ) for rank in range(processes)]
+    environments = [
+        os.environ | vllm_place(rank, dp) if processes > 1 else dict(os.environ) for rank in range(processes)
+    ]
     with log.open("wb") as file:
         children = [
             subprocess.Popen(
@@ -104,7 +116,7 @@ def answer(engine: str, checkpoint: str, layout: str, log: Path) -> tuple[Answer
     return [of_ranks[i % processes][i // processes] for i in range(len(PROMPTS))], logged
 
 
-def _place(rank: int, dp: int) -> dict[str, str]:
+def vllm_place(rank: int, dp: int) -> dict[str, str]:
     """What vLLM's data-parallel ranks read, a process each."""
     own = {"RANK": rank, "RANK_LOCAL": rank, "SIZE": dp, "MASTER_IP": "127.0.0.1", "MASTER_PORT": 29571}
     return {f"VLLM_DP_{name}": str(value) for name, value in own.items()}
