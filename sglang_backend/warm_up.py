@@ -26,6 +26,7 @@ def _compile(runner: Any) -> None:
     seconds = warm_up(
         model.model,
         getattr(model, "lm_head", None),
+        model.layout,
         block_size=runner.token_to_kv_pool.page_size,
         most_tokens=chunk if chunk > 0 else values["max_prefill_tokens"],
         most_logits=runner.max_running_requests * (values["speculative_num_draft_tokens"] or 1),

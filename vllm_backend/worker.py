@@ -125,6 +125,7 @@ def _compile(vllm_config: Any, model: Any) -> None:
     seconds = warm_up(
         model.model,
         getattr(model, "lm_head", None),
+        model.layout,
         block_size=vllm_config.cache_config.block_size,
         most_tokens=scheduler.max_num_batched_tokens,
         most_logits=most_logits,

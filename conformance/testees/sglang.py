@@ -301,7 +301,7 @@ def run_stages(scheduler: Any) -> None:
     """The loop of pipeline stages, which would go on for ever."""
     scheduler.request_receiver = UntilIdle(scheduler)
     try:
-        scheduler.event_loop_pp()
+        scheduler.run_event_loop()
     except Idle:
         # What was sent last is on its way, and the next loop would forget it.
         for work in (scheduler.send_req_work, scheduler.send_proxy_work, scheduler.send_output_work):

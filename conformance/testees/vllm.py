@@ -162,7 +162,7 @@ class VllmTestee:
             block_size=self.job.block_size,
             kv_cache_memory_bytes=max(64 << 20, self.job.longest << 14),
             # The share of a card that must be free at the start: other testees run beside this one.
-            gpu_memory_utilization=0.3,
+            gpu_memory_utilization=0.05,
             enable_prefix_caching=True,
             enable_chunked_prefill=True,
             disable_log_stats=False,

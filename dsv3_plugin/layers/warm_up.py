@@ -20,6 +20,7 @@ from dsv3_plugin.layers.embedding import Head
 from dsv3_plugin.layers.expert_parallel import ExpertParallelMoE
 from dsv3_plugin.layers.model import DeepseekV3Model
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
+from dsv3_plugin.layout import Layout
 from dsv3_plugin.ops.mla_attention import SPLIT_KEYS
 from dsv3_plugin.ops.paged_batch import PagedBatch
 
@@ -39,17 +40,24 @@ def token_counts(most: int) -> list[int]:
 
 @torch.inference_mode()
 def warm_up(
-    model: DeepseekV3Model | DeepseekV3MTP, head: Head | None, block_size: int, most_tokens: int, most_logits: int
+    model: DeepseekV3Model | DeepseekV3MTP,
+    head: Head | None,
+    layout: Layout,
+    *,
+    block_size: int,
+    most_tokens: int,
+    most_logits: int,
 ) -> float:
     """Run one layer of each kind, and the head, at all `token_counts`; their results are dropped. Returns the seconds.
 
-    block_size: keys of a page. most_tokens: of a pass. most_logits: rows of them that get logits. Nothing that the
-    model holds changes. Ranks that share the model make this call together.
+    layout: which part of the model this is. block_size: keys of a page. most_tokens: of a pass. most_logits: rows of
+    them that get logits. Nothing that the model holds changes. Ranks that share the model make this call together.
     """
     began = time.perf_counter()
     attend = _attend_to_nothing(model, block_size)
     with _uncounted(model):
         for tokens in token_counts(max(most_tokens, most_logits)):
+            layout.begin_pass(tokens)
             hidden = _pass(model, tokens, attend)
             if head is not None and tokens <= most_logits:
                 head(hidden)

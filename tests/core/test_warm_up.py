@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from dsv3_plugin.layers.mla import MLA
 from dsv3_plugin.layers.model import DeepseekV3, DeepseekV3Model, bind_ops, expert_parallel_layers
 from dsv3_plugin.layers.moe import Router
 from dsv3_plugin.layers.warm_up import one_of_each_kind, token_counts, warm_up
-from dsv3_plugin.layout import Layout
+from dsv3_plugin.layout import WHOLE, Group, Layout
 
 CPU = torch.device("cpu")
 
@@ -49,7 +51,7 @@ def test_every_kind_of_layer_runs(tiny_checkpoint: Callable[[str], Path], part: 
         if type(module) in met:
             module.register_forward_pre_hook(count)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    assert warm_up(network, model.lm_head, block_size=16, most_tokens=9, most_logits=4) > 0
+    assert warm_up(network, model.lm_head, WHOLE, block_size=16, most_tokens=9, most_logits=4) > 0
     each = list(range(1, 10))
     assert met[MLA] == [n for n in each for _ in range(kinds)]
     assert met[Router] == each
@@ -66,7 +68,31 @@ def test_ranks_warm_up_together_and_count_no_load(tiny_checkpoint: Callable[[str
         layers = expert_parallel_layers(model.model).values()
         for layer in layers:
             layer.expert_load = torch.zeros(layer.num_slots, dtype=torch.int64)
-        warm_up(model.model, model.lm_head, block_size=1, most_tokens=3, most_logits=3)
+        warm_up(model.model, model.lm_head, layout, block_size=1, most_tokens=3, most_logits=3)
         return sum(int(layer.expert_load.sum()) for layer in layers if layer.expert_load is not None)
 
     assert on_ranks(2, of_rank) == [0, 0]
+
+
+@dataclass
+class Peers:
+    """Memory of other ranks, which takes nothing: it is told what each pass has."""
+
+    told: list[int | None] = field(default_factory=list)
+
+    def __setattr__(self, name: str, value: int | None) -> None:
+        if name == "most_tokens":
+            self.told.append(value)
+        else:
+            super().__setattr__(name, value)
+
+
+def test_experts_on_other_ranks_are_told_of_each_pass(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """They have room for the tokens of the pass before, which an engine may have made to measure its graphs."""
+    reader = CheckpointReader(tiny_checkpoint("bf16"))
+    model = load_model(reader, bind_ops(reader.config, reader.profile(), CPU))
+    peers = Peers()
+    layout = Layout(experts=Group(0, 2, peers=cast(Any, peers)))
+    layout.begin_pass(1)
+    warm_up(model.model, None, layout, block_size=16, most_tokens=4, most_logits=1)
+    assert peers.told == [1, 1, 2, 3, 4]

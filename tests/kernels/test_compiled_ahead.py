@@ -24,6 +24,7 @@ from dsv3_plugin.layers.embedding import Head  # noqa: E402
 from dsv3_plugin.layers.model import DeepseekV3Model  # noqa: E402
 from dsv3_plugin.layers.mtp import DeepseekV3MTP  # noqa: E402
 from dsv3_plugin.layers.warm_up import warm_up  # noqa: E402
+from dsv3_plugin.layout import WHOLE  # noqa: E402
 from dsv3_plugin.profile import BF16, FP8_FLOAT32, Profile  # noqa: E402
 from dsv3_plugin.registry import Ops, bind  # noqa: E402
 
@@ -117,5 +118,5 @@ def test_requests_meet_nothing_new(
 def of_counts(compiled: set[Any], counts: list[int], monkeypatch: pytest.MonkeyPatch, *model: Any) -> set[Any]:
     compiled.clear()
     monkeypatch.setattr(module, "token_counts", lambda most: counts)
-    warm_up(*model, block_size=64, most_tokens=MOST_TOKENS, most_logits=MOST_LOGITS)
+    warm_up(*model, WHOLE, block_size=64, most_tokens=MOST_TOKENS, most_logits=MOST_LOGITS)
     return set(compiled)
