@@ -156,6 +156,8 @@ class VllmTestee:
             dtype=model.torch_dtype,
             # In the warm-up, which vLLM leaves out in eager mode, a later stage gets a buffer for what is sent to it.
             enforce_eager=self.rank.layout.pp == 1,
+            # Its layers are watched as they run, and a graph that is replayed runs none.
+            compilation_config={"cudagraph_mode": "NONE"},
             max_model_len=min(max(512, self.job.longest + SPARE), model.max_position_embeddings),
             max_num_seqs=max(8, self.job.most_requests),
             max_num_batched_tokens=2048,
@@ -288,7 +290,7 @@ class Observer:
         self.sampled_rows: list[int] = []
         self.hidden: torch.Tensor | None = None
         self.segments: list[tuple[int, int]] | None = None
-        self.layers = self._watch_target(runner.model)
+        self.layers = self._watch_target(runner.get_model())
         self.drafter = getattr(runner, "drafter", None)
         if self.drafter is not None:
             self._watch_draft(self.drafter)
@@ -305,9 +307,9 @@ class Observer:
 
     def served(self) -> Served:
         """What the runner built."""
-        ops = getattr(self.runner.model, "ops", None)
+        ops = getattr(self.runner.get_model(), "ops", None)
         return Served(
-            model_class=class_name(self.runner.model),
+            model_class=class_name(self.runner.get_model()),
             draft_class=class_name(self.drafter.model) if self.drafter is not None else None,
             profile=str(ops.setting.profile) if ops is not None else "unknown",
             kernels=program.kernels_of(ops) if ops is not None else {},

@@ -301,7 +301,8 @@ def subjects() -> dict[tuple[str, str], str]:
     return {(c.subject.operation, c.subject.implementation): c.subject.digest for c in all_certificates()}
 
 
-PACKAGES = {"dsv3_plugin": Path(dsv3_plugin.__file__).parent, "dsv3_plugin.kernels": Path(provider.__file__).parent}
+# The inner one first, which an installed package has inside of the other.
+PACKAGES = {"dsv3_plugin.kernels": Path(provider.__file__).parent, "dsv3_plugin": Path(dsv3_plugin.__file__).parent}
 
 
 @pytest.fixture(scope="module")
