@@ -4,9 +4,9 @@
     python keeper.py serve COMMAND...  runs a server, which may then shut down by itself before it is ended so
     python keeper.py delete FOLDER     deletes a folder then
 
-The suite holds the other end of this program's standard input. A killed process closes its files, so the input ends
-after SIGKILL, too, when nobody else is left. The file is run by its path and imports nothing of the package: it starts
-at once.
+Whoever starts it (`start`) holds the other end of this program's standard input. A killed process closes its files, so
+the input ends after SIGKILL, too, when nobody else is left. The file is run by its path and imports nothing of the
+package: it starts at once.
 """
 
 from __future__ import annotations
@@ -19,12 +19,29 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
 NO_LONGER_WANTED = b"k"
 """Written by the suite before it closes the input: the folder is to stay."""
 
 PATIENCE_S = 30.0
 """For a server to shut down in."""
+
+
+def start(*words: str, **options: Any) -> subprocess.Popen[Any]:
+    """This program in a session of its own: a terminal's Ctrl-C reaches who starts it, who then ends it.
+
+    words: of the command line above. options: of `subprocess.Popen`.
+    """
+    words = (sys.executable, __file__, *words)
+    return subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True, **options)
+
+
+def end(keeper: subprocess.Popen[Any]) -> None:
+    """End what it keeps; returns when that is gone."""
+    assert keeper.stdin is not None
+    keeper.stdin.close()
+    keeper.wait()
 
 
 def run(command: list[str], patience_s: float = 0.0) -> None:

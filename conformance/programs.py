@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -39,7 +38,7 @@ def work_folder(keep: Path | None) -> Iterator[Path]:
     if keep is not None:
         keep.mkdir(parents=True)
     folder = keep or Path(tempfile.mkdtemp(prefix="dsv3-conformance-"))
-    clearing = _start_keeper("delete", str(folder)) if keep is None else None
+    clearing = keeper.start("delete", str(folder), stdout=subprocess.DEVNULL) if keep is None else None
     stays = keep is not None
     try:
         yield folder
@@ -56,8 +55,8 @@ def work_folder(keep: Path | None) -> Iterator[Path]:
         if clearing is not None:
             assert clearing.stdin is not None
             if stays:
-                clearing.stdin.write(keeper.NO_LONGER_WANTED.decode())
-            _end(clearing)
+                clearing.stdin.write(keeper.NO_LONGER_WANTED)
+            keeper.end(clearing)
 
 
 class Program(NamedTuple):
@@ -66,6 +65,8 @@ class Program(NamedTuple):
     command: Sequence[str]
     job_dir: Path
     result_dir: Path
+    niceness: int = 0
+    """How far it stands back, by nice(1), where processors are short."""
 
 
 def run_programs(programs: Mapping[str, Program], progress: Progress, timeout: float | None = None) -> None:
@@ -78,14 +79,22 @@ def run_programs(programs: Mapping[str, Program], progress: Progress, timeout: f
     failures: list[str] = []
     processes: dict[str, subprocess.Popen[str]] = {}
     try:
-        for name, (command, job_dir, result_dir) in programs.items():
+        for name, (command, job_dir, result_dir, niceness) in programs.items():
             if shutil.which(command[0]) is None:
                 raise ConformanceError(
                     f"testee {name} cannot be started: {command[0]}: No such file, or not executable"
                 )
             result_dir.mkdir()
-            words = (*command, str(job_dir), str(result_dir))
-            processes[name] = _start_keeper("run", *words, output=subprocess.PIPE)
+            words = ("nice", "-n", str(niceness), *command, str(job_dir), str(result_dir))
+            processes[name] = keeper.start(
+                "run",
+                *words,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+            )
         threads = [
             threading.Thread(
                 target=_follow, args=(name, process, programs[name].result_dir, progress, failures), daemon=True
@@ -106,30 +115,9 @@ def run_programs(programs: Mapping[str, Program], progress: Progress, timeout: f
             )
     finally:
         for process in processes.values():
-            _end(process)
+            keeper.end(process)
     if failures:
         raise ConformanceError("; ".join(failures))
-
-
-def _start_keeper(*words: str, output: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
-    """In a session of its own: a terminal's Ctrl-C reaches this process, which ends the others."""
-    return subprocess.Popen(
-        [sys.executable, keeper.__file__, *words],
-        stdin=subprocess.PIPE,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End what a keeper keeps; returns when it is gone."""
-    assert process.stdin is not None
-    process.stdin.close()
-    process.wait()
 
 
 def _follow(
@@ -148,7 +136,7 @@ def _follow(
                     lines.write(line)
                     said.append(line)
     except OSError as error:
-        _end(process)
+        keeper.end(process)
         failures.append(f"testee {name} was ended: {log} cannot be written: {error.strerror}")
         return
     code = process.wait()

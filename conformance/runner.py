@@ -204,7 +204,9 @@ class _Asked:
             job_dir.mkdir()
             cases = tuple(case for case in job.cases if case.name not in skipped)
             write_message(job.model_copy(update={"cases": cases}), job_dir)
-        return cls(testee, job, Program(testee.command, job_dir, result_dir), skipped)
+        # The reference has a sequence at a time, and takes longest: all would wait for it.
+        niceness = 0 if testee.name == REFERENCE else 5
+        return cls(testee, job, Program(testee.command, job_dir, result_dir, niceness), skipped)
 
     def result(self) -> Result:
         """The answer, with what was skipped as unsupported. Raises `ConformanceError` where it is not whole."""

@@ -7,7 +7,7 @@ Nothing but names, dtypes and tensors is sent, and no more than one tensor is he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,9 @@ class Owner(NamedTuple):
 
 
 @torch.no_grad()
-def hf_tensors(model: Chunks, config: DeepseekV3Config) -> Iterator[tuple[str, torch.Tensor]]:
+def hf_tensors(
+    model: Chunks, config: DeepseekV3Config, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the checkpoint that these weights are, in the order of its files, on every rank's device.
 
     The bits are those that `save_checkpoint` writes: the router's biases in fp32, fp8 weights quantized, each followed
@@ -44,11 +46,12 @@ def hf_tensors(model: Chunks, config: DeepseekV3Config) -> Iterator[tuple[str, t
     Args:
         model: this rank's part of the model.
         config: the configuration of the checkpoint that the weights are for.
+        wanted: says of a weight's name whether it is to come, all by default, and alike on every rank.
     """
     own = local_tensors(model, config)
     owners = _owners(own)
     for name, spec in checkpoint_tensors(config.model_copy(update={"quantization_config": None})).items():
-        if name in owners:
+        if name in owners and wanted(name):
             yield from as_written(name, _shared(own.get(name), spec, owners[name]), config)
 
 

@@ -36,7 +36,7 @@ def bench_train(
     tokens: Annotated[int, typer.Option(min=8, help="Of a step: one sequence.")] = 4096,
     steps: Annotated[int, typer.Option(min=2, help="Whose times and losses are compared.")] = 200,
     profiled: Annotated[int, typer.Option(min=1, help="Further steps, whose parts are timed.")] = 5,
-    learning_rate: Annotated[float, typer.Option("--lr", help="Reached after a tenth of the steps.")] = 2.2e-4,
+    learning_rate: Annotated[float, typer.Option("--lr", help="Reached after a tenth of the steps.")] = 2e-5,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Seconds that a contender may take.")] = 900,
     setting: Annotated[

@@ -137,10 +137,13 @@ def _losses(board: Board, records: Iterable[Record]) -> Table:
         for other in others:
             is_whole = len(record.steps) == board.steps and record is not other
             relative = relative_losses(record.losses, other.losses) if is_whole else []
-            furthest = max(relative, key=abs, default=None)
-            cells.append("-" if furthest is None else f"{relative[-1]:+.2%} ({furthest:+.2%})")
+            if not relative:
+                cells.append("-")
+                continue
+            of_all = statistics.fmean(record.losses) / statistics.fmean(other.losses) - 1
+            cells.append(f"{of_all:+.2%}, {relative[-1]:+.2%} ({max(relative, key=abs):+.2%})")
         rows.append(cells)
-    compared = [f"over {other.name}: last (furthest)" for other in others]
+    compared = [f"over {other.name}: all, last part (furthest)" for other in others]
     return Table(
         "Loss, nats a token", ("", "first gradient norm", "first", "last part", "MTP, last part", *compared), rows
     )

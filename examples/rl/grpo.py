@@ -151,13 +151,16 @@ def hand_over(
     if version == kept or not checks.launch.from_memory:
         checks.trainer.export(folder)
         clock.lap("export")
-    if checks.launch.from_memory:
-        weights = checks.trainer.in_memory(drafts=checks.launch.drafts)
-        for server in checks.servers:
+    weights = checks.trainer.in_memory(drafts=checks.launch.drafts) if checks.launch.from_memory else None
+
+    def update(server: Server) -> None:
+        if weights is None:
+            server.update(folder, str(version))
+        else:
             server.update_from_memory(weights, str(version))
-    else:
-        with ThreadPoolExecutor() as threads:
-            list(threads.map(lambda server: server.update(folder, str(version)), checks.servers))
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(update, checks.servers))
     clock.lap("update")
     digest = checks.weights(version, ask)
     clock.lap("verify")

@@ -71,17 +71,17 @@ class Bucket:
 class Weights:
     """What servers are to hold."""
 
-    tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]
-    """All of them, under Hugging Face's names."""
+    tensors: Callable[[Callable[[str], bool]], Iterator[tuple[str, torch.Tensor]]]
+    """The weights of wanted names, Hugging Face's, each with its scale."""
     of_draft: Callable[[str], bool] | None
-    """Whether a tensor is one of the draft's alone; None where servers do not draft."""
+    """Whether a weight is one of the draft's alone; None where servers do not draft."""
     bucket_bytes: int = 1 << 30
 
     def buckets(self, *, draft: bool = False) -> Iterator[Bucket]:
         """All of them, or the draft's alone."""
-        of_draft = self.of_draft
-        wanted = ((name, tensor) for name, tensor in self.tensors() if not draft or (of_draft and of_draft(name)))
-        return buckets(wanted, self.bucket_bytes)
+        if not draft:
+            return buckets(self.tensors(lambda name: True), self.bucket_bytes)
+        return buckets(self.tensors(self.of_draft or (lambda name: False)), self.bucket_bytes)
 
 
 def buckets(tensors: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[Bucket]:

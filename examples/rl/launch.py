@@ -125,14 +125,8 @@ def started(name: str, launch: Launch, log: Path) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with log.open("w") as out:
-        kept = subprocess.Popen(
-            [sys.executable, keeper.__file__, "serve", *launch.command(name, port)],
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=out,
-            env=launch.environment(),
-            start_new_session=True,
-        )
+        command = launch.command(name, port)
+        kept = keeper.start("serve", *command, stdout=out, stderr=out, env=launch.environment())
     try:
         server = SERVERS[name](f"http://127.0.0.1:{port}")
         deadline = time.monotonic() + START_S
@@ -142,9 +136,7 @@ def started(name: str, launch: Launch, log: Path) -> Iterator[Server]:
             time.sleep(0.5)
         yield server
     finally:
-        assert kept.stdin is not None
-        kept.stdin.close()
-        kept.wait()
+        keeper.end(kept)
 
 
 def answers(server: Server) -> bool:

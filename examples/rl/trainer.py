@@ -184,7 +184,7 @@ class Trainer:
         """The same tensors without a file, for servers on this host; they draft or not."""
         specs = checkpoint_tensors(self.hf_config)
         return Weights(
-            lambda: hf_tensors(self.gpt, self.hf_config),
+            lambda wanted: hf_tensors(self.gpt, self.hf_config, wanted),
             (lambda name: "main" not in specs[name].targets) if drafts else None,
         )
 

@@ -42,6 +42,8 @@ copies = [name for name in held if name.endswith(("layers.4.embed_tokens.weight"
 names = [name for name, _ in sent]
 assert len(set(names)) == len(names) and set(names) == held.keys() - set(copies), set(names) ^ held.keys()
 assert names.index("lm_head.weight") == len(names) - 1
+of_mtp = lambda name: name.startswith("model.layers.4.")
+assert [name for name, _ in hf_tensors([model], reader.config, of_mtp)] == list(filter(of_mtp, names))
 differ = [name for name, tensor in sent if tensor.dtype != held[name].dtype or not torch.equal(tensor, held[name])]
 if differ or dist.get_rank() == 0:
     # A line in one piece: both ranks write to one output.

@@ -232,7 +232,7 @@ def test_the_report_says_how_ours_compares():
     assert "| strict | 200.0 (200.0-200.0) | 40 | 0.50 | 3.0 s | - | 2.0 GiB |" in page
     assert "| te | 100.0 (100.0-100.0) | 80 | 1.00 |" in page
     assert "| head, forward | 150.0 (75%) | 150.0 (75%) |" in page and "| all | 200.0 |" in page
-    assert "| strict | 1.0000 | 7.0000 | 5.1500 | 6.0000 | -0.10% (-0.10%) | +0.00% (+0.00%) |" in page
+    assert "| strict | 1.0000 | 7.0000 | 5.1500 | 6.0000 | -0.10%, -0.10% (-0.10%) | +0.00%, +0.00% (+0.00%) |" in page
     assert "* strict and fast: 20 of 20 losses are one number" in page and "A rehearsal" in page
 
 

@@ -99,9 +99,7 @@ class Running:
 
     def end(self) -> None:
         """Kill whatever is left of it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        keeper.end(self.process)
 
 
 def read_jobs(file: Path, only: Sequence[str], cards: int, processors: int) -> list[Job]:
@@ -134,15 +132,7 @@ def start(job: Job, place: Place, out: Path) -> Running:
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, place.cards)), "OUT": str(out)}
     command = ["taskset", "--cpu-list", ",".join(map(str, place.processors)), "bash", "-c", job.run]
     with (out / f"{job.name}.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, keeper.__file__, "run", *command],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            cwd=ROOT,
-            env=os.environ | visible,
-            start_new_session=True,
-        )
+        process = keeper.start("run", *command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | visible)
     return Running(job, place, process)
 
 

@@ -68,9 +68,9 @@ if __name__ == "__main__":
     hand_over.reduce_tensor, hand_over.card_of = reduce_tensor, lambda _: "GPU-0"
     ipc_engine.rebuild_cuda_tensor = rebuild_cuda_tensor
     torch.cuda.get_device_properties = lambda _: SimpleNamespace(uuid="GPU-0")
-    tensors = dict(CheckpointReader(sys.argv[1]).tensors())
+    reader = CheckpointReader(sys.argv[1])
+    tensors = dict(reader.tensors())
     last_layer = max(int(name.split(".")[2]) for name in tensors if name.startswith("model.layers."))
-    weights = hand_over.Weights(
-        lambda: iter(tensors.items()), lambda name: name.startswith(f"model.layers.{last_layer}."), bucket_bytes=1 << 20
-    )
+    of_draft = f"model.layers.{last_layer}."
+    weights = hand_over.Weights(reader.tensors, lambda name: name.startswith(of_draft), bucket_bytes=1 << 20)
     OfNoServer(tensors).update_from_memory(weights, "1")
