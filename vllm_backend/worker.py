@@ -115,6 +115,9 @@ def _warm_up(original: Method, worker: Any) -> Any:
     if worker.device.type != "cpu":  # where nothing is compiled
         for model in _models(worker):
             _compile(worker.vllm_config, model)
+        # vLLM compiles this kernel with the first request. It has none here, and maps nothing.
+        runner = worker.model_runner
+        runner.input_batch.block_table.compute_slot_mapping(0, runner.query_start_loc.gpu[:1], runner.positions[:0])
     return original(worker)
 
 

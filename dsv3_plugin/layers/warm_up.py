@@ -69,11 +69,19 @@ def warm_up(
 def _pass(model: DeepseekV3Model | DeepseekV3MTP, tokens: int, attend: Attend) -> torch.Tensor:
     device = model.rotary.cos.device
     positions = torch.zeros(tokens, dtype=torch.int64, device=device)
-    norm = _layers(model)[0].input_layernorm.weight
-    hidden = norm.new_zeros(tokens, len(norm))
+    hidden = _different_rows(tokens, _layers(model)[0].input_layernorm.weight)
     if isinstance(model, DeepseekV3MTP):
         return model(positions, positions, hidden, attend)
     return model.through(one_of_each_kind(model), hidden, positions, attend)
+
+
+def _different_rows(tokens: int, like: torch.Tensor) -> torch.Tensor:
+    """[tokens, len(like)] of its dtype. Of equal rows all tokens would choose the same experts, and ranks would never
+    get a number of rows that fills no vector, as requests send.
+    """
+    columns = torch.arange(len(like), device=like.device, dtype=torch.int32)
+    rows = torch.arange(tokens, device=like.device, dtype=torch.int32)
+    return ((columns + 7 * rows[:, None]) % 251 - 125).to(like.dtype)
 
 
 def _layers(model: DeepseekV3Model | DeepseekV3MTP) -> list[DecoderLayer]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from dsv3_plugin.checkpoint.loader import load_model, load_mtp
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.layers import warm_up as warm_ups
 from dsv3_plugin.layers.embedding import Head
 from dsv3_plugin.layers.mla import MLA
 from dsv3_plugin.layers.model import DeepseekV3, DeepseekV3Model, bind_ops, expert_parallel_layers
@@ -72,6 +73,23 @@ def test_ranks_warm_up_together_and_count_no_load(tiny_checkpoint: Callable[[str
         return sum(int(layer.expert_load.sum()) for layer in layers if layer.expert_load is not None)
 
     assert on_ranks(2, of_rank) == [0, 0]
+
+
+@pytest.mark.parametrize("equal_rows", [False, True])
+def test_tokens_choose_different_experts(
+    tiny_checkpoint: Callable[[str], Path], equal_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that ranks get numbers of rows that fill no vector, as requests send them. The twin: equal rows."""
+    reader = CheckpointReader(tiny_checkpoint("bf16"))
+    model = load_model(reader, bind_ops(reader.config, reader.profile(), CPU)).model
+    monkeypatch.setattr(warm_ups, "token_counts", lambda most: [most])
+    if equal_rows:
+        monkeypatch.setattr(warm_ups, "_different_rows", lambda tokens, like: like.new_ones(tokens, len(like)))
+    chosen: set[int] = set()
+    for router in filter(lambda each: isinstance(each, Router), model.modules()):
+        router.register_forward_hook(lambda module, args, found: chosen.update(found[0].flatten().tolist()))
+    warm_up(model, None, WHOLE, block_size=16, most_tokens=16, most_logits=1)
+    assert (len(chosen) == reader.config.num_experts_per_tok) == equal_rows
 
 
 @dataclass
