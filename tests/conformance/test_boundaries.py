@@ -110,7 +110,7 @@ SABOTEURS: dict[str, tuple[Callable[[Sabotaged], None], str]] = {
 
 def test_each_is_caught_where_it_shows_first(mini: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_programs(programs: Mapping[str, Program], progress: Progress, timeout: float | None = None) -> None:
-        for name, (_, job_dir, result_dir) in programs.items():
+        for name, (_, job_dir, result_dir, _) in programs.items():
 
             def make(job: Job, name: str = name) -> ReferenceTestee:
                 if name == "reference":

@@ -114,7 +114,7 @@ def diff(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Diff]
     made: dict[str, Make] = {"reference": ReferenceTestee}
 
     def run_programs(programs: Mapping[str, Program], progress: Progress) -> None:
-        for name, (_, job_dir, result_dir) in programs.items():
+        for name, (_, job_dir, result_dir, _) in programs.items():
             program.run_job(made[name], read_job(job_dir), result_dir)
 
     monkeypatch.setattr(testees, "run_programs", run_programs)
@@ -189,7 +189,7 @@ def test_dumps_that_tell_no_cause_are_explained_by_testees(diff, mini: Folders, 
 
     # The twin: what ran is not what testees run.
     def run_programs(programs: Mapping[str, Program], progress: Progress) -> None:
-        for _, job_dir, result_dir in programs.values():
+        for _, job_dir, result_dir, _ in programs.values():
             program.run_job(ReferenceTestee, read_job(job_dir), result_dir)
 
     monkeypatch.setattr(testees, "run_programs", run_programs)

@@ -30,10 +30,11 @@ def keep_stale(name: str, version: int) -> None:
 
     def in_memory_all_but_one(trainer: Trainer, *, drafts: bool) -> Weights:
         weights = in_memory(trainer, drafts=drafts)
-        handed_over.append({each: tensor.clone() for each, tensor in weights.tensors()})
+        now = {each: tensor.clone() for each, tensor in weights.tensors(lambda name: True)}
+        handed_over.append(now)
         if len(handed_over) == version + 1:
-            handed_over[-1][name] = handed_over[-2][name]
-        return replace(weights, tensors=handed_over[-1].items)
+            now[name] = handed_over[-2][name]
+        return replace(weights, tensors=lambda wanted: ((each, now[each]) for each in now if wanted(each)))
 
     def export_all_but_one(trainer: Trainer, folder: Path) -> None:
         export(trainer, folder)
