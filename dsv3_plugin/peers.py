@@ -214,9 +214,9 @@ class _Allocator:
         handle = _SymmetricMemory.rendezvous(own)
         self._handles.append(handle)
         assert own.data_ptr() == handle.buffer_ptrs[self._group.rank]
-        own.zero_()
+        own.fill_(kernels.FILL)
         torch.cuda.synchronize(self._device)
-        dist.barrier(group=self._process_group)  # no flag is stored before all are zero
+        dist.barrier(group=self._process_group)  # nobody writes to another's before all are filled
         return View(own, tuple(handle.buffer_ptrs), self._group.rank)
 
 

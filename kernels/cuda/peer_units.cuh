@@ -1,4 +1,5 @@
-// What ranks of one host ask of each other's memory: flags that are stored and waited for at the system's scope.
+// What ranks of one host ask of each other's memory: flags that are stored and waited for at the system's scope, and
+// words that do without.
 //
 // Tests put functions of a CPU in the place of this header (tests/support/emulated).
 
@@ -16,6 +17,22 @@ __device__ __forceinline__ u32 load_acquire(const u32* flag) {
     u32 value;
     asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
     return value;
+}
+
+// Ordered with nothing; the four numbers may come one by one.
+__device__ __forceinline__ void store_relaxed(float4* to, const float4& x) {
+    asm volatile("st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to),
+                 "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ float4 load_relaxed(const float4* from) {
+    float4 x;
+    asm volatile("ld.relaxed.sys.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "l"(from)
+                 : "memory");
+    return x;
 }
 
 __device__ __forceinline__ u64 nanoseconds() {

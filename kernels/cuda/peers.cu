@@ -4,7 +4,8 @@
 // Each rank writes (pushes) what the others need into their memory, then stores a flag there: the number of the meeting,
 // its epoch, which every rank counts for itself. Who finds all flags of an epoch reads its own memory. There is no
 // barrier behind: a meeting's memory is written to again two epochs later, and by then everyone has stored the flag
-// between, behind its reading. For that there are two halves, which take turns.
+// between, behind its reading. For that there are two halves, which take turns. Small sums do without flags
+// (fold_at_once).
 //
 // Sums are the contract's: a binary tree over the ranks in their order (dsv3_plugin/ops/slices.py), whoever came first.
 
@@ -49,9 +50,9 @@ __device__ __forceinline__ Word* room(const Peers& peers, int owner, u32 epoch, 
 }
 
 // A thread's words of a chunk. They are read together, before the first of them is written: one wait for all of them.
-template <class Word>
+template <class Word, int MOST_WORDS = CHUNK / THREADS>
 struct Words {
-    static constexpr int MOST = CHUNK / THREADS;
+    static constexpr int MOST = MOST_WORDS;
     Word word[MOST];
 
     __device__ __forceinline__ void load(const Word* from, int words) {
@@ -64,6 +65,13 @@ struct Words {
 #pragma unroll
         for (int k = 0; k < MOST; k++)
             if (k * THREADS + threadIdx.x < words) to[k * THREADS + threadIdx.x] = word[k];
+    }
+
+    // To who looks at them without a flag.
+    __device__ __forceinline__ void push(Word* to, int words) const {
+#pragma unroll
+        for (int k = 0; k < MOST; k++)
+            if (k * THREADS + threadIdx.x < words) store_relaxed(to + k * THREADS + threadIdx.x, word[k]);
     }
 };
 
@@ -99,7 +107,8 @@ __device__ __forceinline__ void add_others(const Peers& peers, u32 epoch, Words<
     }
 }
 
-// x fp32 of each rank to the sum of all: every rank gets all of x from every other, and adds by itself.
+// x fp32 of each rank to the sum of all: every rank gets all of x from every other, and adds by itself. For two ranks:
+// with more it sends more than fold_shares.
 extern "C" __global__ void __launch_bounds__(THREADS)
 fold_all(const __grid_constant__ Peers peers, const float4* x, float4* out, int words, int chunk) {
     u32 epoch = peers.epochs[blockIdx.x];
@@ -146,6 +155,86 @@ fold_shares(const __grid_constant__ Peers peers, const float4* x, float4* out, i
         }
     }
     remember(peers, epoch);
+}
+
+// Small sums, with neither flags nor fences: a word itself says that it has come. Where none has come lies NOTHING, a
+// NaN that no arithmetic makes and that nobody sends. Who waits for a word looks at each of its numbers, since they may
+// come one by one, and puts NOTHING back in its place.
+//
+// Each CTA has two rooms, which take turns from one of its calls to the next. Nobody writes to a room that is not yet
+// empty: a rank empties it before its kernel ends; behind that begins the kernel of the CTA's next call, which sends
+// words to all; who has got those writes to the room in a later kernel still. Kernels' order stands for fences, so a
+// kernel fills a room once: a thread holds all of its words (AT_ONCE). A third room would be needed if a call left its
+// room to the next one to empty, which does not know how full it is.
+
+constexpr u32 NOTHING = 0xFFFFFFFF, NAN_OF_SUMS = 0x7FFFFFFF;
+
+__device__ __forceinline__ bool is_nothing(float x) { return __float_as_uint(x) == NOTHING; }
+
+__device__ __forceinline__ bool lacks_a_number(const float4& word) {
+    return is_nothing(word.x) || is_nothing(word.y) || is_nothing(word.z) || is_nothing(word.w);
+}
+
+// The card makes this NaN of whatever NaN it adds, so no bit of a sum changes.
+__device__ __forceinline__ float sendable(float x) { return is_nothing(x) ? __uint_as_float(NAN_OF_SUMS) : x; }
+
+__device__ __forceinline__ float4* room_at_once(const Peers& peers, int owner, u32 call, int from) {
+    const int room = blockIdx.x * 2 + call % 2;
+    return (float4*)(peers.memory[owner] + AT_ONCE_AT) + ((size_t)room * RANKS + from) * THREADS * AT_ONCE;
+}
+
+// This rank's words to the sums of all ranks' words, as these come.
+__device__ __forceinline__ void add_as_they_come(
+    const Peers& peers, u32 call, Words<float4, AT_ONCE>& own, int words) {
+    float4* const room = room_at_once(peers, peers.rank, call, 0) + threadIdx.x;
+    const auto place = [=](int k, int r) { return room + (r * AT_ONCE + k) * THREADS; };
+    const auto comes = [&](int k, int r) { return r != peers.rank && k * THREADS + threadIdx.x < words; };
+    const float none = __uint_as_float(NOTHING);
+    const float4 nothing = make_float4(none, none, none, none);
+    float4 parts[AT_ONCE][RANKS];
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+        for (int r = 0; r < RANKS; r++) parts[k][r] = comes(k, r) ? nothing : own.word[k];
+    const u64 begin = nanoseconds();
+    bool complete;
+    do {
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+            for (int r = 0; r < RANKS; r++)
+                if (lacks_a_number(parts[k][r])) parts[k][r] = load_relaxed(place(k, r));
+        const bool late = nanoseconds() - begin > PATIENCE_SECONDS * 1000000000ull;  // while they are being read
+        complete = true;
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+            for (int r = 0; r < RANKS; r++) complete = complete && !lacks_a_number(parts[k][r]);
+        if (!complete && late) give_up();
+    } while (!complete);
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) {
+#pragma unroll
+        for (int r = 0; r < RANKS; r++)
+            if (comes(k, r)) store_relaxed(place(k, r), nothing);
+        own.word[k] = tree_sum(parts[k]);
+    }
+}
+
+// x fp32 of each rank to the sum of all, of chunks that a CTA has room for. `epochs` count the calls of this kernel.
+extern "C" __global__ void __launch_bounds__(THREADS)
+fold_at_once(const __grid_constant__ Peers peers, const float4* x, float4* out, int words, int chunk) {
+    const u32 call = peers.epochs[blockIdx.x];
+    const int first = blockIdx.x * chunk, count = min(chunk, words - first);
+    Words<float4, AT_ONCE> own = {};
+    own.load(x + first, count);
+#pragma unroll
+    for (float4& word : own.word)
+        word = make_float4(sendable(word.x), sendable(word.y), sendable(word.z), sendable(word.w));
+    for (int p = 1; p < RANKS; p++) own.push(room_at_once(peers, (peers.rank + p) % RANKS, call, peers.rank), count);
+    add_as_they_come(peers, call, own, count);
+    own.store(out + first, count);
+    remember(peers, call + 1);
 }
 
 // x of each rank to those of all, in the order of ranks: out has RANKS times as many words.

@@ -22,20 +22,26 @@ _THREADS = 512
 # Words that a CTA of a sum takes at a time, at most, and CTAs of a sum.
 _CHUNK = 2048
 _CTAS = 128
-# Above so many bytes each rank adds a share of a sum, where there are more than two.
-_FOLD_ALL_BYTES = 256 * 1024
+# A sum goes without flags if a rank has no more bytes to send, to all others together. Of a larger one, each adds a
+# share, where there are more than two.
+_AT_ONCE_BYTES = 4 * 1024 * 1024
+# Words that a thread waits for without flags, of all ranks together, and a multiple of which a CTA takes.
+_AT_ONCE_WORDS = 8
+_AT_ONCE_STEP = 128
 # CTAs that carry one rank's rows for one slot.
 _PARTS = 4
 _PATIENCE_SECONDS = 600
 _COUNTS_AT = 128
 # For the sums of 32 warps.
 _SHARED_BYTES = 128
-_NAMES = ("fold_all", "fold_shares", "gather", "exchange_counts", "move_rows", "arrive")
+FILL = 0xFF
+"""What every byte is before the first call: no flag has come, and no word (NOTHING in peers.cu)."""
+_NAMES = ("fold_at_once", "fold_all", "fold_shares", "gather", "exchange_counts", "move_rows", "arrive")
 
 
 @dataclass(frozen=True)
 class View:
-    """What one rank sees of memory to which all ranks write, zeroed when it was made."""
+    """What one rank sees of memory to which all ranks write: full of `FILL` on all of them before any makes a call."""
 
     own: torch.Tensor
     """Its own part, uint8 [bytes]."""
@@ -58,6 +64,8 @@ def program(ranks: int) -> compiler.Program:
         "PARTS": _PARTS,
         "PATIENCE_SECONDS": _PATIENCE_SECONDS,
         "ROOM_AT": _room_at(ranks),
+        "AT_ONCE": _AT_ONCE_WORDS // ranks,
+        "AT_ONCE_AT": _at_once_at(ranks),
         "COUNTS_AT": _COUNTS_AT,
     }
     return compiler.Program("peers.cu", tuple(parameters.items()), ())
@@ -75,6 +83,10 @@ def _up(size: int, to: int) -> int:
 
 def _room_at(ranks: int) -> int:
     return _up(4 * _CTAS * ranks, 128)
+
+
+def _at_once_at(ranks: int) -> int:
+    return _room_at(ranks) + _CTAS * 2 * ranks * _CHUNK * WORD
 
 
 class _Launcher:
@@ -99,8 +111,8 @@ class _Launcher:
 
         self.peers = Peers((ctypes.c_void_p * view.ranks)(*view.addresses), self.epochs.data_ptr(), view.rank)
 
-    def launch(self, name: str, ctas: int, *arguments: Any) -> None:
-        how = compiler.Launch(ctas, _THREADS, _SHARED_BYTES)
+    def launch(self, name: str, ctas: int, *arguments: Any, threads: int | None = None) -> None:
+        how = compiler.Launch(ctas, threads or _THREADS, _SHARED_BYTES)
         compiler.launch(self.program, name, how, (self.peers, *arguments))
 
 
@@ -108,22 +120,27 @@ class Collectives:
     """Sums and gathers of tensors of any size that is a whole number of `WORD`s."""
 
     def __init__(self, view: View) -> None:
-        self._launcher = _Launcher(view, _CTAS)
+        self._launcher, self._at_once = _Launcher(view, _CTAS), _Launcher(view, _CTAS)
         self._ranks = view.ranks
         self.device = view.own.device
 
     @staticmethod
     def bytes_for(ranks: int) -> int:
         """Of memory, what each rank's part has."""
-        return _room_at(ranks) + _CTAS * 2 * ranks * _CHUNK * WORD
+        return _at_once_at(ranks) + _CTAS * 2 * ranks * _THREADS * (_AT_ONCE_WORDS // ranks) * WORD
 
     def tree_sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' x, contiguous fp32: `dsv3_plugin.ops.slices.tree_sum` of them in their order. There
         are a power of two of ranks.
         """
         out = torch.empty_like(x)
-        shared = self._ranks > 2 and x.nbytes > _FOLD_ALL_BYTES
-        self._launch("fold_shares" if shared else "fold_all", x, out)
+        if (self._ranks - 1) * x.nbytes <= _AT_ONCE_BYTES:
+            words = x.nbytes // WORD
+            chunk = _up(-(-words // _CTAS), _AT_ONCE_STEP)
+            threads = min(_THREADS, chunk)
+            self._at_once.launch("fold_at_once", -(-words // chunk), x, out, words, chunk, threads=threads)
+        else:
+            self._launch("fold_shares" if self._ranks > 2 else "fold_all", x, out)
         return out
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:

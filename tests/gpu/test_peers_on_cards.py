@@ -27,6 +27,8 @@ from dsv3_plugin.ops.slices import tree_sum
 from dsv3_plugin.peers import connected
 
 TOKENS = 64
+# Added and moved like any number: NaN of several kinds (NOTHING of peers.cu first), infinities, zeros, denormals.
+ODD_BITS = 0xFFFFFFFF, 0x7FFFFFFF, 0x7FC00000, 0xFF800001, 0x7F800000, 0xFF800000, 0x80000000, 0, 1, 0x807FFFFF
 # [rows, 7168] of fp32: of a decode step, of one that is shared by CTAs, of a prompt; and sizes that fill no chunk.
 SHAPES = (1, 7168), (3, 4), (128, 7168), (37, 7172), (1, 4), (1024, 7168)
 
@@ -52,6 +54,20 @@ def draw(call: int, rank: int, shape: tuple[int, int]) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(100 * call + rank))
 
 
+def draw_odd(call: int, rank: int, shape: tuple[int, int]) -> torch.Tensor:
+    """Some of them `ODD_BITS`; in places all ranks have -0, whose sum is -0."""
+    x, generator = draw(call, rank, shape), torch.Generator().manual_seed(100 * call + rank + 50)
+    odd = torch.tensor(ODD_BITS, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    chosen = odd[torch.randint(len(odd), shape, generator=generator)]
+    x = torch.where(torch.rand(shape, generator=generator) < 0.1, chosen, x)
+    return torch.where(torch.rand(shape, generator=torch.Generator().manual_seed(call)) < 0.1, -0.0, x)
+
+
+def one_nan(x: torch.Tensor) -> torch.Tensor:
+    """A card's sums have one NaN, a CPU's have several."""
+    return torch.where(x.isnan(), torch.nan, x)
+
+
 def wrong_sums(ranks: int, twin: bool, rank: int) -> list[str]:
     """What differs from the tree on this rank."""
     layout, device = join(rank, ranks)
@@ -60,18 +76,22 @@ def wrong_sums(ranks: int, twin: bool, rank: int) -> list[str]:
     static = [torch.empty(shape, device=device) for shape in SHAPES]
 
     def run() -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [(peers.tree_sum(x), torch.stack(peers.gather(x))) for x in static]
+        out = [(peers.tree_sum(x), torch.stack(peers.gather(x))) for x in static]
+        be_late(rng)
+        # In a row, without a gather's flags between them.
+        return out + [(peers.tree_sum(x), gathered) for x, (_, gathered) in zip(static * 4, out * 4, strict=True)]
 
     def fill(call: int) -> list[list[torch.Tensor]]:
-        parts = [[draw(call, other, shape) for other in range(ranks)] for shape in SHAPES]
+        parts = [[draw_odd(call, other, shape) for other in range(ranks)] for shape in SHAPES]
         for x, of_ranks in zip(static, parts, strict=True):
             x.copy_(of_ranks[rank])
         return parts
 
     def compare(where: str, out: list[tuple[torch.Tensor, torch.Tensor]], parts: list[list[torch.Tensor]]) -> None:
-        for shape, (summed, gathered), of_ranks in zip(SHAPES, out, parts, strict=True):
-            order = [*of_ranks[1:], of_ranks[0]] if twin else of_ranks
-            right = same_bits(summed.cpu(), tree_sum(order)), same_bits(gathered.cpu(), torch.stack(of_ranks))
+        for shape, (summed, gathered), of_ranks in zip(SHAPES * 5, out, parts * 5, strict=True):
+            expected = tree_sum([*of_ranks[1:], of_ranks[0]] if twin else of_ranks)
+            sums_agree = same_bits(one_nan(summed.cpu()), one_nan(expected))
+            right = sums_agree, same_bits(gathered.cpu(), torch.stack(of_ranks))
             if not all(right):
                 wrong.append(f"{where} {shape}: sum {right[0]}, gather {right[1]}")
 

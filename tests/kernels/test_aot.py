@@ -117,12 +117,18 @@ def test_few_fp8_rows_on_the_first_side_would_be_seen(tmp_path):
 
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_peers_instructions(ranks):
-    """Flags are stored and read at the system's scope, words are of 16 bytes, no sum waits its turn at an atomic."""
+    """Flags, and words without, are stored and read at the system's scope, words are of 16 bytes, no sum waits its turn
+    at an atomic.
+    """
     ptx = compiler.build(peers.program(ranks)).ptx
     check_order(ptx)
     assert "st.release.sys.global.u32" in ptx and "ld.acquire.sys.global.u32" in ptx
     assert "st.global.v4" in ptx and ".shared .align" not in ptx.replace(".extern .shared .align", "")
-    # Two kernels add, in each a thread RANKS - 1 times the four numbers of its words of a chunk.
-    words = peers._CHUNK // peers._THREADS
-    assert len(re.findall(r"add\.rn\.f32", ptx)) == 8 * words * (ranks - 1) and "fma" not in ptx
+    # Three kernels add, in each a thread RANKS - 1 times the four numbers of its words of a chunk.
+    words = 2 * peers._CHUNK // peers._THREADS + peers._AT_ONCE_WORDS // ranks
+    assert len(re.findall(r"add\.rn\.f32", ptx)) == 4 * words * (ranks - 1) and "fma" not in ptx
     assert "multimem" not in ptx
+    (at_once,) = re.findall(r"\.entry fold_at_once\(.*?^}", ptx, re.MULTILINE | re.DOTALL)
+    for word in "st.relaxed.sys.global.v4.f32", "ld.relaxed.sys.global.v4.f32":
+        assert word in at_once
+    assert not re.search(r"release|acquire|fence|membar", at_once)

@@ -3,8 +3,9 @@ late; and what would go wrong is caught."""
 
 from __future__ import annotations
 
+import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -47,32 +48,83 @@ def numbers(rank: int, call: int, words: int) -> torch.Tensor:
     return torch.randn(4 * words, generator=generator) * 2.0**sizes
 
 
+# NaN of several kinds (NOTHING of peers.cu first), infinities, zeros, denormals.
+ODD_BITS = 0xFFFFFFFF, 0x7FFFFFFF, 0x7FC00000, 0xFF800001, 0x7F800000, 0xFF800000, 0x80000000, 0, 1, 0x807FFFFF
+
+
+def odd_numbers(rank: int, call: int, words: int) -> torch.Tensor:
+    """The same, and in places zeros with signs, infinities, denormals, and NaN of all kinds. In some all ranks have -0,
+    whose sum is -0.
+    """
+    x, generator = numbers(rank, call, words), torch.Generator().manual_seed(1000 * call + rank + 500)
+    odd = torch.tensor(ODD_BITS, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    chosen = odd[torch.randint(len(odd), x.shape, generator=generator)]
+    x = torch.where(torch.rand(x.shape, generator=generator) < 0.3, chosen, x)
+    return torch.where(torch.rand(x.shape, generator=torch.Generator().manual_seed(call)) < 0.2, -0.0, x)
+
+
 # Words of a sum: less than a chunk, a chunk that is not full behind many, more than all CTAs take at once.
 WORDS = 1, 3, 61, 12, 100, 2, 200
+Draw = Callable[[int, int, int], torch.Tensor]
 
 
-def sums(ranks: int, rank: int, memory: SharedMemory) -> list[torch.Tensor]:
+def sums(rank: int, memory: SharedMemory, words: Sequence[int], draw: Draw = numbers) -> list[torch.Tensor]:
     collectives = peers.Collectives(memory.view(rank))
-    return [collectives.tree_sum(numbers(rank, call, words)) for call, words in enumerate(WORDS * 2)]
+    return [collectives.tree_sum(draw(rank, call, count)) for call, count in enumerate(words)]
 
 
-def expected_sums(ranks: int) -> list[torch.Tensor]:
-    of_ranks = ([numbers(rank, call, words) for rank in range(ranks)] for call, words in enumerate(WORDS * 2))
-    return [tree_sum(parts) for parts in of_ranks]
+def one_nan(x: torch.Tensor) -> torch.Tensor:
+    """A card's sums have one NaN, a CPU's have several."""
+    return torch.where(x.isnan(), torch.nan, x)
 
 
-def all_sums_are_right(ranks: int) -> bool:
-    memory = SharedMemory.of(ranks, peers.Collectives.bytes_for(ranks))
-    found = on_ranks(ranks, lambda rank: sums(ranks, rank, memory))
-    right = expected_sums(ranks)
-    return all(same_bits(x, y) for of_rank in found for x, y in zip(of_rank, right, strict=True))
+def sums_are_right(ranks: int, words: Sequence[int] = WORDS * 2, draw: Draw = numbers, fill: int = peers.FILL) -> bool:
+    memory = SharedMemory.of(ranks, peers.Collectives.bytes_for(ranks), fill)
+    found = on_ranks(ranks, lambda rank: sums(rank, memory, words, draw))
+    right = [tree_sum([draw(rank, call, count) for rank in range(ranks)]) for call, count in enumerate(words)]
+    return all(same_bits(one_nan(x), one_nan(y)) for of_rank in found for x, y in zip(of_rank, right, strict=True))
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_sums_have_the_bits_of_the_tree(ranks: int, build: Build) -> None:
-    """Small ones by all, large ones by shares, in turns."""
+    """Small ones at once, large ones by shares or, of two ranks, by all, in turns."""
     build(ranks)
-    assert all_sums_are_right(ranks)
+    assert sums_are_right(ranks)
+
+
+def words_at_once(ranks: int, calls: int) -> list[int]:
+    """Of calls in a row: the most that go at once in every third, one in some, any number in others."""
+    most, rng = peers._AT_ONCE_BYTES // (ranks - 1) // peers.WORD, random.Random(ranks)
+    return [(most, rng.choice([1, most]), rng.randint(1, most))[call % 3] for call in range(calls)]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_small_sums_in_a_row(ranks: int, build: Build) -> None:
+    build(ranks)
+    assert sums_are_right(ranks, words_at_once(ranks, 40), odd_numbers)
+
+
+@pytest.mark.parametrize("ranks", range(2, 9))
+def test_what_goes_at_once_has_room(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the sizes of a card: every word has a thread and a place."""
+    launched = []
+    monkeypatch.setattr(compiler, "launch", lambda *arguments: launched.append(arguments))
+    nowhere = peers.View(torch.empty(0, dtype=torch.uint8), (0,) * ranks, 0)
+    most = peers._AT_ONCE_BYTES // (ranks - 1) // peers.WORD
+    for words in (1, 127, 128, 129, 1792, 16 * 1792, most - 1, most):
+        peers.Collectives(nowhere).tree_sum(torch.empty(4 * words))
+        program, name, how, (_, _, _, given, chunk) = launched.pop()
+        parameters = dict(program.parameters)
+        assert name == "fold_at_once" and given == words
+        assert (how.grid - 1) * chunk < words <= how.grid * chunk
+        assert how.grid <= peers._CTAS and how.block % 32 == 0 and how.block <= parameters["THREADS"]
+        # Words of a thread are THREADS apart.
+        assert chunk <= (how.block if how.block < parameters["THREADS"] else how.block * parameters["AT_ONCE"])
+    room = peers._CTAS * 2 * ranks * parameters["THREADS"] * parameters["AT_ONCE"] * peers.WORD
+    assert parameters["AT_ONCE_AT"] % peers.WORD == 0
+    assert parameters["AT_ONCE_AT"] + room == peers.Collectives.bytes_for(ranks)
+    peers.Collectives(nowhere).tree_sum(torch.empty(4 * (most + 1)))
+    assert launched.pop()[1] == ("fold_all" if ranks == 2 else "fold_shares")
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -94,47 +146,112 @@ def test_gathers_beside_sums(ranks: int, build: Build) -> None:
             assert same_bits(found, torch.stack([numbers(r, call, words).view(2, -1) for r in range(ranks)]))
 
 
-SABOTAGED_SUMS = {
+IN_A_ROW = ("step *= 2)", "step++)"), ("r += 2 * step", "r += RANKS")
+# Of so many ranks, by shares or by all: what is replaced.
+SABOTAGED_SUMS: dict[str, tuple[int, *tuple[tuple[str, str], ...]]] = {
     "begins with its own": (
-        "if (r != peers.rank && i < words) parts[k][r] = room<float4>(peers, peers.rank, epoch, r)[i];",
-        "const int from = (peers.rank + r) % RANKS;"
-        " if (r != 0 && i < words) parts[k][r] = room<float4>(peers, peers.rank, epoch, from)[i];",
+        4,
+        (
+            "if (r != peers.rank && i < words) parts[k][r] = room<float4>(peers, peers.rank, epoch, r)[i];",
+            "const int from = (peers.rank + r) % RANKS;"
+            " if (r != 0 && i < words) parts[k][r] = room<float4>(peers, peers.rank, epoch, from)[i];",
+        ),
     ),
-    "adds one after the other": (
-        "    return parts[0];",
-        "    return parts[0];\n}\n"
-        "float4 in_a_row(float4 (&p)[RANKS]) {\n    float4 s = p[0];\n    for (int r = 1; r < RANKS; r++)\n"
-        "        s = make_float4(s.x + p[r].x, s.y + p[r].y, s.z + p[r].z, s.w + p[r].w);\n    return s;",
-    ),
-    "waits for nobody": ("(int)(load_acquire(flags_of(peers, peers.rank) + r) - epoch) < 0", "false"),
-    "waits for the epoch before": ("+ r) - epoch) < 0", "+ r) - epoch) < -1"),
+    "adds one after the other": (4, *IN_A_ROW),
+    "waits for nobody": (4, ("(int)(load_acquire(flags_of(peers, peers.rank) + r) - epoch) < 0", "false")),
+    "waits for the epoch before": (4, ("+ r) - epoch) < 0", "+ r) - epoch) < -1")),
     "does not wait for the last rank": (
-        "for (int r = threadIdx.x; r < RANKS; r += blockDim.x) {\n        const u64",
-        "for (int r = threadIdx.x; r < RANKS - 1; r += blockDim.x) {\n        const u64",
+        4,
+        (
+            "for (int r = threadIdx.x; r < RANKS; r += blockDim.x) {\n        const u64",
+            "for (int r = threadIdx.x; r < RANKS - 1; r += blockDim.x) {\n        const u64",
+        ),
     ),
     "stores the flag before the words": (
-        "            own.store(room<float4>(peers, (peers.rank + p) % RANKS, epoch, peers.rank), count);\n"
-        "        meet(peers, epoch);\n        add_others",
-        "            if (p == 1) meet(peers, epoch);\n"
-        "        for (int p = 1; p < RANKS; p++)\n"
-        "            own.store(room<float4>(peers, (peers.rank + p) % RANKS, epoch, peers.rank), count);\n"
-        "        add_others",
+        2,
+        (
+            "            own.store(room<float4>(peers, (peers.rank + p) % RANKS, epoch, peers.rank), count);\n"
+            "        meet(peers, epoch);\n        add_others",
+            "            if (p == 1) meet(peers, epoch);\n"
+            "        for (int p = 1; p < RANKS; p++)\n"
+            "            own.store(room<float4>(peers, (peers.rank + p) % RANKS, epoch, peers.rank), count);\n"
+            "        add_others",
+        ),
     ),
-    "has one half": ("blockIdx.x * 2 + epoch % 2", "blockIdx.x * 2"),
+    "has one half, of shares": (4, ("blockIdx.x * 2 + epoch % 2", "blockIdx.x * 2")),
+    "has one half": (2, ("blockIdx.x * 2 + epoch % 2", "blockIdx.x * 2")),
     "a word too far": (
-        "epoch, peers.rank), count);\n        meet",
-        "epoch, peers.rank) + 1, count);\n        meet",
+        2,
+        ("epoch, peers.rank), count);\n        meet", "epoch, peers.rank) + 1, count);\n        meet"),
     ),
 }
 
 
 @pytest.mark.parametrize("name", SABOTAGED_SUMS)
 def test_sabotaged_sums_are_caught(name: str, build: Build) -> None:
-    replacements = [SABOTAGED_SUMS[name]]
-    if name == "adds one after the other":
-        replacements.append(("tree_sum(parts[k]);", "in_a_row(parts[k]);"))
-    build(4, *replacements, lag=1000)
-    assert not all_sums_are_right(4)
+    ranks, *replacements = SABOTAGED_SUMS[name]
+    build(ranks, *replacements, lag=1000)
+    assert not sums_are_right(ranks, [61, 100, 200, 61, 100, 200])
+
+
+PUTS_BACK = "if (comes(k, r)) store_relaxed(place(k, r), nothing);"
+SABOTAGED_AT_ONCE: dict[str, Sequence[tuple[str, str]]] = {
+    "begins with its own": [
+        ("return r != peers.rank && k", "return r != 0 && k"),
+        ("room + (r * AT_ONCE + k)", "room + ((peers.rank + r) % RANKS * AT_ONCE + k)"),
+    ],
+    "adds one after the other": IN_A_ROW,
+    "does not wait": [("while (!complete)", "while (false)")],
+    "looks at one number of a word": [
+        ("is_nothing(word.x) || is_nothing(word.y) || is_nothing(word.z) || is_nothing(word.w)", "is_nothing(word.x)")
+    ],
+    "puts nothing back": [(PUTS_BACK, "")],
+    "puts nothing back of a word": [(PUTS_BACK, PUTS_BACK.replace("comes(k, r)", "comes(k, r) && k + r > 0"))],
+    "empties its room too early": [
+        (
+            "    bool complete;\n",
+            "    bool complete;\n    for (int k = 0; k < AT_ONCE; k++)\n"
+            f"        for (int r = 0; r < RANKS; r++) {PUTS_BACK}\n",
+        )
+    ],
+    "empties the next call's room": [
+        (PUTS_BACK, PUTS_BACK.replace("place(k, r)", "(room_at_once(peers, peers.rank, call + 1, r) + k)"))
+    ],
+    "has one room": [("blockIdx.x * 2 + call % 2", "blockIdx.x * 2")],
+    "has one room for all CTAs": [("blockIdx.x * 2 + call % 2", "call % 2")],
+    "counts no calls": [("remember(peers, call + 1)", "remember(peers, call)")],
+    "a word too far": [
+        (
+            "room_at_once(peers, (peers.rank + p) % RANKS, call, peers.rank), count",
+            "room_at_once(peers, (peers.rank + p) % RANKS, call, peers.rank) + 1, count",
+        )
+    ],
+    "sends NOTHING": [("return is_nothing(x) ? __uint_as_float(NAN_OF_SUMS) : x", "return x")],
+    "takes -0 for NOTHING": [
+        ("NOTHING = 0xFFFFFFFF, NAN_OF_SUMS = 0x7FFFFFFF", "NOTHING = 0x80000000, NAN_OF_SUMS = 0")
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGED_AT_ONCE)
+def test_sabotaged_small_sums_are_caught(name: str, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_PATIENCE_SECONDS", 2)
+    build(4, *SABOTAGED_AT_ONCE[name], lag=1000)
+    assert is_caught(lambda: sums_are_right(4, words_at_once(4, 12), odd_numbers))
+
+
+def test_memory_that_was_not_filled_is_caught(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_PATIENCE_SECONDS", 2)
+    build(4)
+    assert is_caught(lambda: sums_are_right(4, words_at_once(4, 12), odd_numbers, fill=0))
+
+
+def is_caught(is_right: Callable[[], bool]) -> bool:
+    """Wrong, or at an end: ranks wait for what never comes, or read where nothing is."""
+    try:
+        return not is_right()
+    except RuntimeError as error:
+        return "ended without an answer" in str(error)
 
 
 # The experts' exchange.
@@ -233,17 +350,18 @@ SABOTAGED_ROWS = {
 @pytest.mark.parametrize("name", SABOTAGED_ROWS)
 def test_sabotaged_rows_are_caught(name: str, build: Build) -> None:
     build(3, SABOTAGED_ROWS[name], lag=1000)
-    assert not all_rows_are_right(3)
+    assert is_caught(lambda: all_rows_are_right(3))
 
 
+@pytest.mark.parametrize("words", [1, 61], ids=["at once", "by flags"])
 def test_a_rank_that_does_not_come_ends_the_others(
-    build: Build, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    words: int, build: Build, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(peers, "_PATIENCE_SECONDS", 1)
     build(2)
     memory = SharedMemory.of(2, peers.Collectives.bytes_for(2))
 
-    alone = get_context("fork").Process(target=sums, args=(2, 0, memory))
+    alone = get_context("fork").Process(target=sums, args=(0, memory, [words]))
     alone.start()
     alone.join(60)
     assert alone.exitcode == 3

@@ -14,7 +14,8 @@ from emulation import compile_kernel
 
 from dsv3_plugin.kernels.cuda import compiler, peers
 
-_SMALL = {"_THREADS": 1, "_CHUNK": 8, "_CTAS": 3, "_PARTS": 2, "_FOLD_ALL_BYTES": 512, "_PATIENCE_SECONDS": 20}
+_SMALL = {"_THREADS": 1, "_CHUNK": 8, "_CTAS": 3, "_PARTS": 2, "_PATIENCE_SECONDS": 20}
+_SMALL |= {"_AT_ONCE_BYTES": 576, "_AT_ONCE_WORDS": 24, "_AT_ONCE_STEP": 1}
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,9 +54,9 @@ class SharedMemory:
     parts: tuple[torch.Tensor, ...]
 
     @classmethod
-    def of(cls, ranks: int, size: int) -> SharedMemory:
-        """Zeros."""
-        return cls(tuple(torch.zeros(size, dtype=torch.uint8).share_memory_() for _ in range(ranks)))
+    def of(cls, ranks: int, size: int, fill: int = peers.FILL) -> SharedMemory:
+        """As it is before the first call."""
+        return cls(tuple(torch.full((size,), fill, dtype=torch.uint8).share_memory_() for _ in range(ranks)))
 
     def view(self, rank: int) -> peers.View:
         """What a rank sees."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import distributed as dist
@@ -36,11 +36,10 @@ def on_ranks(count: int, work: Callable[[int], T], start: Literal["fork", "spawn
         ]
         for rank in ranks:
             rank.start()
+        for _, sender in pipes:  # else one that ends is waited for
+            sender.close()
         try:
-            answers = [
-                pickle.loads(receiver.recv_bytes()) if receiver.poll(seconds) else (None, "no answer")
-                for receiver, _ in pipes
-            ]
+            answers = [_answer(receiver, seconds) for receiver, _ in pipes]
         finally:
             for rank in ranks:
                 rank.kill()
@@ -48,6 +47,15 @@ def on_ranks(count: int, work: Callable[[int], T], start: Literal["fork", "spawn
     if errors := [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error is not None]:
         raise RuntimeError("\n".join(errors))
     return [answer for answer, _ in answers]
+
+
+def _answer(receiver: Connection, seconds: int) -> Any:
+    if not receiver.poll(seconds):
+        return None, "no answer"
+    try:
+        return pickle.loads(receiver.recv_bytes())
+    except EOFError:
+        return None, "it ended without an answer"
 
 
 def group(ranks: Sequence[int]) -> Group:

@@ -2,8 +2,6 @@
 
 #include "peers.cu"
 
-#include <vector>
-
 template <class Kernel>
 void run(int grid, Kernel kernel) {
     static u32 launches = 0;
@@ -15,6 +13,7 @@ void run(int grid, Kernel kernel) {
             blockIdx.x = i;
             chance = 1 + i + 1000 * launches + (u32)nanoseconds() % 1000;
             kernel();
+            all_come();
         });
     for (std::thread& cta : ctas) cta.join();
 }
@@ -22,6 +21,9 @@ void run(int grid, Kernel kernel) {
 extern "C" {
 void lag_at_most(int microseconds) { most_microseconds = microseconds; }
 
+void emulate_fold_at_once(int grid, const Peers* p, const float4* x, float4* out, int words, int chunk) {
+    run(grid, [=] { fold_at_once(*p, x, out, words, chunk); });
+}
 void emulate_fold_all(int grid, const Peers* p, const float4* x, float4* out, int words, int chunk) {
     run(grid, [=] { fold_all(*p, x, out, words, chunk); });
 }
