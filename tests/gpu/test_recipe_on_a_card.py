@@ -19,7 +19,10 @@ from paths import SUPPORT
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint_of_checkpoint
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 
-CALL = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='script')['main']()"
+CALL = f"""import runpy, sys
+sys.path.insert(0, {str(SUPPORT)!r})
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="script")["main"]()"""
 CONVERT = "from dsv3_plugin.commands.cli import main; main()"
 needs_trainer = pytest.mark.skipif(
     find_spec("megatron") is None or sys.version_info < (3, 12),
