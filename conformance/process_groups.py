@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,9 @@ _TOKENS = 1024
 
 
 def join(place: RankOf, device: str) -> tuple[torch.device, Layout]:
-    """Meet the other ranks of a layout without stages. With fewer cards than ranks, ranks share the cards."""
+    """Meet the other ranks of a layout without stages, until this process ends. With fewer cards than ranks, ranks
+    share the cards.
+    """
     layout = place.layout
     cards = torch.cuda.device_count() if device == "cuda" else 0
     own = torch.device("cuda", place.rank % cards) if cards else torch.device("cpu")
@@ -28,6 +31,7 @@ def join(place: RankOf, device: str) -> tuple[torch.device, Layout]:
     if 0 < cards < layout.ranks and place.rank == 0:
         print(f"{layout}: {layout.ranks} ranks share {cards} cards, with gloo between them through the host's memory")
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=layout.ranks)
+    atexit.register(dist.destroy_process_group)  # threads of gloo's that are left then may abort the interpreter
     first = place.dp_rank * layout.tp
     tensor = [[dp * layout.tp + tp for tp in range(layout.tp)] for dp in range(layout.dp)]
     groups = Layout(_group(place.tp_rank, tensor, first), _group(place.rank, [list(range(layout.ranks))], 0))

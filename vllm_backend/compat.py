@@ -7,6 +7,7 @@ warning is logged.
 from __future__ import annotations
 
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -46,3 +47,12 @@ def batch_invariance_warning() -> str | None:
 def latent_pages(kv_cache: torch.Tensor) -> torch.Tensor:
     """The bound cache as [num_blocks, block_size, cached_dim]; since 0.29 vLLM adds a head dimension of one."""
     return kv_cache.squeeze(1) if kv_cache.dim() == 4 else kv_cache
+
+
+def compile_slot_mapping(model_runner: Any) -> None:
+    """Compile the kernel that gives tokens their slots, which vLLM's first runner compiles with its first request. It
+    has none here, and maps nothing. The second runner warms up with requests of its own.
+    """
+    if hasattr(model_runner, "input_batch"):
+        table, starts = model_runner.input_batch.block_table, model_runner.query_start_loc.gpu
+        table.compute_slot_mapping(0, starts[:1], model_runner.positions[:0])

@@ -28,7 +28,7 @@ from dsv3_plugin.engines import class_name, is_ours
 from dsv3_plugin.errors import CheckpointError, EngineError
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.layers.warm_up import warm_up
-from dsv3_plugin.vllm_backend import layerwise, sampling
+from dsv3_plugin.vllm_backend import compat, layerwise, sampling
 from dsv3_plugin.vllm_backend.attention import LatentMetadataBuilder
 from dsv3_plugin.vllm_backend.eplb import MovableExperts
 
@@ -115,9 +115,7 @@ def _warm_up(original: Method, worker: Any) -> Any:
     if worker.device.type != "cpu":  # where nothing is compiled
         for model in _models(worker):
             _compile(worker.vllm_config, model)
-        # vLLM compiles this kernel with the first request. It has none here, and maps nothing.
-        runner = worker.model_runner
-        runner.input_batch.block_table.compute_slot_mapping(0, runner.query_start_loc.gpu[:1], runner.positions[:0])
+        compat.compile_slot_mapping(worker.model_runner)
     return original(worker)
 
 

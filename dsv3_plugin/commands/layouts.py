@@ -189,7 +189,6 @@ def main() -> None:
     rank = _Rank(place, options.checkpoint, options.device)
     measured = rank.measure([int(count) for count in options.tokens.split(",")], options.repeats)
     options.out.write_text(json.dumps(measured))
-    dist.destroy_process_group()  # threads of gloo's that are left at the end of the interpreter may abort it
 
 
 if __name__ == "__main__":

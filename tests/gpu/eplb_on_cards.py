@@ -16,13 +16,10 @@ import argparse
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +32,6 @@ STEPS = 16
 """Between two moves. A round has three times as many, and the first move is after a quarter."""
 REPLICAS = 4
 DEFAULT = ("dp=2", "tp=2,sync")
-SECONDS = 300
 EXPERT = re.compile(r"\.layers\.(\d+)\.mlp\.experts\.(\d+)\.")
 
 Held = dict[str, str]
@@ -140,45 +136,24 @@ def meet(to: Path, where: str, rank: int, size: int) -> None:
     """Wait for the other data-parallel ranks, so that no engine steps while another is asked."""
     files = [to.with_name(f"{where}-{i}") for i in range(size)]
     files[rank].touch()
-    ends = time.monotonic() + SECONDS
+    ends = time.monotonic() + ranks.SECONDS
     while not all(file.exists() for file in files):
         if time.monotonic() > ends:
-            raise SystemExit(f"rank {rank} has waited for the others ({where}) for {SECONDS} s")
+            raise SystemExit(f"rank {rank} has waited for the others ({where}) for {ranks.SECONDS} s")
         time.sleep(0.02)
 
 
 def found_by(checkpoint: str, layout: Layout, folder: Path) -> tuple[list[Rank], str]:
     """By each data-parallel rank, and what was logged."""
-    log, results = folder / "log", [folder / f"{rank}.json" for rank in range(layout.dp)]
+    results = [folder / f"{rank}.json" for rank in range(layout.dp)]
     paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, __file__, checkpoint, str(layout).removesuffix(",async"), "--child"]
-    with log.open("wb") as file:
-        children = [
-            subprocess.Popen(
-                [*command, str(rank), str(to)],
-                env=os.environ | {"PYTHONPATH": paths} | (ranks.vllm_place(rank, layout.dp) if layout.dp > 1 else {}),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            for rank, to in enumerate(results)
-        ]
-        statuses = wait_for(children)
-    logged = log.read_text(errors="replace")
-    if any(statuses):
-        raise SystemExit(f"vllm {layout} ended with {statuses}:\n{logged[-6000:]}")
+    starts = []
+    for rank, to in enumerate(results):
+        place = ranks.vllm_place(rank, layout.dp) if layout.dp > 1 else {}
+        starts.append(([*command, str(rank), str(to)], os.environ | {"PYTHONPATH": paths} | place))
+    logged = ranks.run_together(f"vllm {layout}", starts, folder / "log")
     return [Rank(*json.loads(to.read_text())) for to in results], logged
-
-
-def wait_for(children: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Their statuses; where one fails, or they take too long, all end. Engines, which outlive them, end as well."""
-    ends = time.monotonic() + SECONDS
-    while time.monotonic() < ends and not any(statuses := [child.poll() for child in children]) and None in statuses:
-        time.sleep(0.2)
-    for child in children:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-    return [child.wait() for child in children]
 
 
 def experts_of(held: Held) -> set[tuple[int, int]]:

@@ -12,10 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ Answers = list[list[Any]]
 """Of each prompt the tokens, and of each of them the likeliest tokens with their log-probabilities."""
 
 LIKELIEST = 5
+SECONDS = 400
+"""That the processes of a layout have."""
 OVER_PEERS = "ranks write into each other's memory"
 WITHOUT_GRAPHS = "without CUDA graphs"
 
@@ -95,25 +100,33 @@ def answer(engine: str, checkpoint: str, layout: str, log: Path) -> tuple[Answer
     tp, dp = int(sizes.get("tp", 1)), int(sizes.get("dp", 1))
     processes = dp if engine == "vllm" else 1
     command = [sys.executable, __file__, engine, checkpoint, "--child", str(tp), str(dp)]
-    environments = [
-        os.environ | vllm_place(rank, dp) if processes > 1 else dict(os.environ) for rank in range(processes)
-    ]
-    with log.open("wb") as file:
-        children = [
-            subprocess.Popen(
-                [*command, str(rank), str(log.with_suffix(f".{rank}")), str(int(layout == "one"))],
-                env=environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-            for rank, environment in enumerate(environments)
-        ]
-        statuses = [child.wait(timeout=400) for child in children]
-    logged = log.read_text(errors="replace")
-    if any(statuses):
-        raise SystemExit(f"{engine} {layout} ended with {statuses}:\n{logged[-4000:]}")
+    starts = []
+    for rank in range(processes):
+        own = str(rank), str(log.with_suffix(f".{rank}")), str(int(layout == "one"))
+        starts.append(([*command, *own], os.environ | (vllm_place(rank, dp) if processes > 1 else {})))
+    logged = run_together(f"{engine} {layout}", starts, log)
     of_ranks = [json.loads(log.with_suffix(f".{rank}").read_text()) for rank in range(processes)]
     return [of_ranks[i % processes][i // processes] for i in range(len(PROMPTS))], logged
+
+
+def run_together(name: str, starts: Sequence[tuple[list[str], dict[str, str]]], log: Path) -> str:
+    """What processes logged, each of which has a command and an environment. Where one fails, or they take too long,
+    all end, and with them engines, which outlive them: raises `SystemExit`.
+    """
+    with log.open("wb") as file:
+        output: Any = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+        children = [subprocess.Popen(command, env=environment, **output) for command, environment in starts]
+        ends = time.monotonic() + SECONDS
+        while time.monotonic() < ends and not any(now := [child.poll() for child in children]) and None in now:
+            time.sleep(0.2)
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+        statuses = [child.wait() for child in children]
+    logged = log.read_text(errors="replace")
+    if any(statuses):
+        raise SystemExit(f"{name} ended with {statuses}:\n{logged[-6000:]}")
+    return logged
 
 
 def vllm_place(rank: int, dp: int) -> dict[str, str]:
