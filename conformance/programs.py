@@ -59,6 +59,10 @@ def work_folder(keep: Path | None) -> Iterator[Path]:
             keeper.end(clearing)
 
 
+_STANDING_BACK = '{ echo "$0" >/proc/self/autogroup; } 2>/dev/null; exec nice -n "$0" "$@"'
+"""For a shell. Linux has a niceness for each session too, and between sessions only that one counts."""
+
+
 class Program(NamedTuple):
     """A testee's command, the folder that holds its job, and the one that its result and log go to."""
 
@@ -85,7 +89,7 @@ def run_programs(programs: Mapping[str, Program], progress: Progress, timeout: f
                     f"testee {name} cannot be started: {command[0]}: No such file, or not executable"
                 )
             result_dir.mkdir()
-            words = ("nice", "-n", str(niceness), *command, str(job_dir), str(result_dir))
+            words = ("sh", "-c", _STANDING_BACK, str(niceness), *command, str(job_dir), str(result_dir))
             processes[name] = keeper.start(
                 "run",
                 *words,
