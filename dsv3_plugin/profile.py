@@ -1,15 +1,15 @@
 """Numerics profiles: which numbers flow between operations.
 
-A profile fixes the dtype of activations and weights, the kind of FP8 scales and the number of slices of the sums that
-tensor-parallel ranks share; the order of every sum is fixed by each operation's contract (`dsv3_plugin.ops`). Two
-programs that run the same profile on the same kind of device print the same bits.
+A profile fixes the dtype of activations and weights, the kind of FP8 scales, the form of attention and the number of
+slices of the sums that tensor-parallel ranks share; the order of every sum is fixed by each operation's contract
+(`dsv3_plugin.ops`). Two programs that run the same profile on the same kind of device print the same bits.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -17,7 +17,9 @@ from dsv3_plugin.config import FP8_BLOCK, DeepseekV3Config
 from dsv3_plugin.errors import ConfigError
 
 ScaleFormat = Literal["ue8m0", "float32"]
+Attention = Literal["absorbed", "two_form"]
 SLICES_VARIABLE = "DSV3_REDUCTION_SLICES"
+ATTENTION_VARIABLE = "DSV3_ATTENTION"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Profile:
     """Slices of the products that tensor-parallel ranks share (`dsv3_plugin.ops.slices`): a power of two. Any
     tensor-parallel size that divides it gives the same bits.
     """
+    attention: Attention = "absorbed"
+    """`absorbed`: every token's by `mla_attention`. `two_form`: that of a prompt's tokens by `head_attention`, which is
+    the same function in a third of the arithmetic, with other bits. Which of them a token is follows from its request
+    alone (`dsv3_plugin.ops.prompt_batch`).
+    """
 
     @property
     def is_fp8(self) -> bool:
@@ -40,8 +47,10 @@ class Profile:
         return self.scale_format is not None
 
     def __str__(self) -> str:
-        """`bf16`, or `bf16 in 2 reduction slices`: what logs and reports call this arithmetic."""
-        return self.name if self.reduction_slices == 1 else f"{self.name} in {self.reduction_slices} reduction slices"
+        """`bf16`, or `bf16 two_form in 2 reduction slices`: what logs and reports call this arithmetic."""
+        form = "" if self.attention == "absorbed" else f" {self.attention}"
+        slices = "" if self.reduction_slices == 1 else f" in {self.reduction_slices} reduction slices"
+        return f"{self.name}{form}{slices}"
 
 
 FP32 = Profile("fp32", torch.float32)
@@ -51,13 +60,15 @@ FP8_FLOAT32 = Profile("fp8", torch.bfloat16, "float32")
 
 
 def profile_for(config: DeepseekV3Config, dtype: torch.dtype | None = None) -> Profile:
-    """The profile that a checkpoint's configuration and `DSV3_REDUCTION_SLICES` ask for.
+    """The profile that a checkpoint's configuration, `DSV3_REDUCTION_SLICES` and `DSV3_ATTENTION` ask for.
 
     `dtype` is an engine's explicit choice (`--dtype`). Raises `ConfigError` where no profile has that dtype, or the
     model cannot be cut into so many slices.
     """
     profile = _profile_of_dtype(config, dtype or getattr(torch, config.torch_dtype))
-    slices = reduction_slices_from_environment()
+    attention, slices = attention_from_environment(), reduction_slices_from_environment()
+    if attention != profile.attention:
+        profile = replace(profile, attention=attention)
     if slices == 1:
         return profile
     _require_divisible(config, slices, FP8_BLOCK if profile.is_fp8 else 1)
@@ -70,6 +81,14 @@ def reduction_slices_from_environment() -> int:
     if not text.isdecimal() or int(text).bit_count() != 1:
         raise ConfigError(f"{SLICES_VARIABLE}={text!r}; use a power of two")
     return int(text)
+
+
+def attention_from_environment() -> Attention:
+    """`DSV3_ATTENTION`, `absorbed` where unset. Raises `ConfigError` for another word than a form of attention."""
+    text = os.environ.get(ATTENTION_VARIABLE, "absorbed")
+    if text not in get_args(Attention):
+        raise ConfigError(f"{ATTENTION_VARIABLE}={text!r}; use {' or '.join(get_args(Attention))}")
+    return cast(Attention, text)
 
 
 def _profile_of_dtype(config: DeepseekV3Config, dtype: torch.dtype) -> Profile:

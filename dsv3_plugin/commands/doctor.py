@@ -33,7 +33,7 @@ from dsv3_plugin.errors import DSV3Error, EngineError
 from dsv3_plugin.hooks import ENTRY_POINT_GROUP, Setting
 from dsv3_plugin.megatron_backend import doctor as megatron
 from dsv3_plugin.ops.operation import operations
-from dsv3_plugin.profile import BF16, FP8_FLOAT32, FP8_UE8M0, FP32, SLICES_VARIABLE, Profile
+from dsv3_plugin.profile import ATTENTION_VARIABLE, BF16, FP8_FLOAT32, FP8_UE8M0, FP32, SLICES_VARIABLE, Profile
 from dsv3_plugin.providers import offered_kernels
 from dsv3_plugin.registry import MODE_VARIABLE, bind, mode_from_environment, refusal
 from dsv3_plugin.sglang_backend import doctor as sglang
@@ -70,6 +70,7 @@ VARIABLES: dict[str, Variable] = {
     KILL_SWITCH: Variable("engines serve their own DeepSeek-V3", ("", "on", "1", "true")),
     MODE_VARIABLE: Variable("kernels that nobody compared may serve", ("strict",)),
     SLICES_VARIABLE: Variable("part of the arithmetic: the trainer and every server need the same", ("1",), "note"),
+    ATTENTION_VARIABLE: Variable("part of the arithmetic; no server and no trainer takes two_form yet", ("absorbed",)),
     "OMP_NUM_THREADS": Variable("models on a CPU take one thread whatever it says", ("1",), "note"),
     "NVIDIA_TF32_OVERRIDE": Variable("matrix products in fp32 lose 13 bits of their operands", ("0",)),
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": Variable("matrix products in fp32 lose 13 bits of their operands", ("0",)),

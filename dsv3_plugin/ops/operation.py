@@ -59,6 +59,7 @@ class Operation(Generic[P, R]):
         fp8: bool = False,
         sliced: bool = False,
         training: bool = False,
+        two_form: bool = False,
         dims: tuple[str, ...] = (),
         page_sizes: Iterable[int] = (),
     ) -> None:
@@ -77,6 +78,8 @@ class Operation(Generic[P, R]):
         """Whether only profiles in several reduction slices use it."""
         self.training = training
         """Whether only backward passes call it: a server has no kernel of it, and needs no certificate."""
+        self.two_form = two_form
+        """Whether only profiles with two forms of attention use it."""
         self.dims = dims
         """Sizes of the model, by their configuration names, about which a kernel may be particular."""
         self.page_sizes = frozenset(page_sizes)
@@ -118,6 +121,7 @@ class Operation(Generic[P, R]):
             self.training == training
             and (profile.is_fp8 or not self.fp8)
             and (profile.reduction_slices > 1 or not self.sliced)
+            and (profile.attention == "two_form" or not self.two_form)
         )
 
     def on(self, products: Products) -> Callable[P, R]:
@@ -157,6 +161,7 @@ def operation(
     fp8: bool = False,
     sliced: bool = False,
     training: bool = False,
+    two_form: bool = False,
     dims: tuple[str, ...] = (),
     page_sizes: Iterable[int] = (),
 ) -> Callable[[Callable[P, R]], Operation[P, R]]:
@@ -171,6 +176,7 @@ def operation(
             fp8=fp8,
             sliced=sliced,
             training=training,
+            two_form=two_form,
             dims=dims,
             page_sizes=page_sizes,
         )
@@ -185,6 +191,7 @@ def matrix_operation(
     fp8: bool = False,
     sliced: bool = False,
     training: bool = False,
+    two_form: bool = False,
     dims: tuple[str, ...] = (),
     page_sizes: Iterable[int] = (),
 ) -> Callable[[Callable[Concatenate[Products, P], R]], Operation[P, R]]:
@@ -204,6 +211,7 @@ def matrix_operation(
             fp8=fp8,
             sliced=sliced,
             training=training,
+            two_form=two_form,
             dims=dims,
             page_sizes=page_sizes,
         )

@@ -30,12 +30,13 @@ from dsv3_plugin.version import __version__
 
 CPU_BF16 = Setting("cpu", "cpu", BF16)
 # It uses every operation.
-FP8_IN_SLICES = replace(FP8_UE8M0, reduction_slices=2)
+FP8_IN_SLICES = replace(FP8_UE8M0, reduction_slices=2, attention="two_form")
 CPU_FP8 = Setting("cpu", "cpu", FP8_IN_SLICES)
 HOPPER = Setting("cuda", "sm90", FP8_IN_SLICES, (9, 0))
 REFERENCE = reference_kernels.dsv3_kernels()
 FP8_OPS = {"quantize_fp8", "fp8_linear", "grouped_fp8_linear", "rms_norm_fp8", "add_rms_norm_fp8"}
 FP8_OPS |= {"head_linear_fp8", "silu_and_mul_fp8", "permute_fp8"}
+TWO_FORM_OPS = {"head_attention"}
 SLICED_OPS = {"sliced_linear", "sliced_fp8_linear"}
 GRADIENTS = {"combine_gradient", "rms_norm_gradient", "silu_and_mul_gradient"}
 TRAINING_OPS = GRADIENTS | {"quantize_fp8_weight", "quantize_fp8_columns", "fp8_wgrad"}
@@ -113,9 +114,9 @@ def test_the_reference_serves_every_operation_on_a_cpu() -> None:
 
 def test_operations_are_bound_in_the_profiles_that_use_them_only() -> None:
     ops = bind(CPU_BF16, "strict", REFERENCE)
-    assert set(operations()) - {c.op for c in ops.provenance} == FP8_OPS | SLICED_OPS | TRAINING_OPS
+    assert set(operations()) - {c.op for c in ops.provenance} == FP8_OPS | SLICED_OPS | TWO_FORM_OPS | TRAINING_OPS
     fp8 = bind(Setting("cpu", "cpu", FP8_UE8M0), "strict", REFERENCE)
-    assert set(operations()) - {c.op for c in fp8.provenance} == SLICED_OPS | TRAINING_OPS
+    assert set(operations()) - {c.op for c in fp8.provenance} == SLICED_OPS | TWO_FORM_OPS | TRAINING_OPS
     with pytest.raises(KernelError, match=r"^fp8_linear was called in the bf16 profile"):
         ops[fp8_linear](1, 2, x=3)  # type: ignore[arg-type]
 

@@ -35,8 +35,8 @@ ROUNDS_PRODUCT_AND_SUM = {
 }
 ROUNDS_PRODUCT_AND_SUM |= {"model of bf16 products", "model of e4m3 products"}
 # The attention kernel for any latent holds two outputs of 64 rows; V3's latent has a kernel of its own, which parks a
-# few addresses outside the loop over keys.
-SPILLS_ALLOWED = {"mla": 1 << 16, "mla hopper": 24}
+# few addresses outside the loop over keys, as that of the heads does.
+SPILLS_ALLOWED = {"mla": 1 << 16, "mla hopper": 24, "head attention": 28}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -47,7 +47,7 @@ def test_instructions(name, tmp_path):
     check_order(ptx)
     if "fp8" in name and "quantize" not in name:
         check_fp8(ptx)
-    if name == "mla":
+    if name in ("mla", "head attention"):
         assert "wgmma.mma_async.sync.aligned" in ptx
     if SOURCES[name].options.get("enable_fp_fusion") is False:
         assert "ex2.approx" not in ptx

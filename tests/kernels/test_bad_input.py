@@ -14,6 +14,7 @@ from dsv3_plugin.kernels.triton import (
     combine,
     fp8_linear,
     fp8_wgrad,
+    head_attention,
     linear,
     mla_attention,
     permute,
@@ -189,6 +190,28 @@ def test_router_names_groups():
 def test_rope_names_its_argument():
     with pytest.raises(InputError, match="rope: "):
         rope.rope(bf16(2, 4, 64), fp32(2, 16), fp32(2, 32))
+
+
+STARTS = torch.tensor([0, 2])
+OF_HEADS = {"q": bf16(2, 3, 48), "k": bf16(2, 3, 32), "k_rope": bf16(2, 16), "v": bf16(2, 3, 32)}
+OF_HEADS |= {"query_starts": STARTS, "key_starts": STARTS}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({name: x.float() for name, x in OF_HEADS.items() if x.dim() > 1}, "q is torch.float32, expected torch.bf"),
+        ({"q": bf16(2, 48, 3).transpose(1, 2)}, r"q of shape \(2, 3, 48\) is not contiguous"),
+        ({"v": bf16(2, 32, 3).transpose(1, 2)}, "v has stride 3 in its last dimension"),
+        ({"k": bf16(2, 3, 40), "k_rope": bf16(2, 8)}, "keys of 40 and 8 numbers, expected multiples of 16"),
+        ({"v": bf16(1, 3, 32)}, r"v has shape \(1, 3, 32\)"),
+    ],
+)
+def test_head_attention_names_what_it_cannot_read(changes, message):
+    with pytest.raises(InputError, match=f"^head_attention: {message}"):
+        head_attention.head_attention(**OF_HEADS | changes, scale=0.1)
+    nothing = {name: x[:0] if x.dim() > 1 else STARTS * 0 for name, x in OF_HEADS.items()}
+    assert head_attention.head_attention(**nothing, scale=0.1).shape == (0, 3, 32)
 
 
 ATTENTION = {"kv_lora_rank": 512, "scale": 0.1}

@@ -23,6 +23,7 @@ from dsv3_plugin.kernels.triton import (
     fp8_linear,
     fp8_weight,
     fp8_wgrad,
+    head_attention,
     linear,
     mla_attention,
     permute,
@@ -38,6 +39,7 @@ from dsv3_plugin.ops.router import K_CHUNK
 
 _EXACT = {"enable_fp_fusion": False}
 _ALIGNED = ("columns", "depth", "size", "width", "heads", "block_size", "token_stride", "head_stride", "block_stride")
+_ALIGNED += ("k_stride", "k_head_stride", "k_rope_stride", "v_stride", "v_head_stride")
 _ALIGNED += ("tokens", "padded_rows", "x_row_stride", "x_head_stride", "out_row_stride", "out_head_stride")
 
 
@@ -147,6 +149,8 @@ _ROUTE = {"EXPERTS": 256, "GROUPS": 8, "GROUPS_CHOSEN": 4, "TOPK": 8, "NORMALISE
 _ROUTE |= {"GROUPS_PADDED": 8, "SIZE_PADDED": 32, "TOPK_PADDED": 8, "SPLITS": 14, "FOLLOWS": True}
 _MLA = {"BLOCK_SIZE": 16, "REQUESTS": 128, "PADDED": 128, "RANK": 512, "ROPE": 64, "RANK_PADDED": 512}
 _MLA |= {"ROPE_PADDED": 64, "ROWS": 64, "KEYS": 64, "SPLIT": 1024, "STEP": 8}
+_HEADS = {"PADDED": 16, "NOPE": 128, "ROPE": 64, "WIDTH": 128, "NOPE_PADDED": 128, "ROPE_PADDED": 64}
+_HEADS |= {"WIDTH_PADDED": 128, "ROWS": 128, "KEYS": 128, "STEP": 8}
 _ABSORB = {"NOPE": 128, "RANK": 512, "BLOCKS": 4, "PAIRS": 32, "WIDTH": 32, "HEADS": 16}
 _ABSORB_MANY = {"NOPE": 128, "DEPTH": 128, "RANK": 512, "PAIRS": 32, "WIDTH": 32, "ROWS": 128, "COLUMNS": 64}
 _GROUPED = {"GROUPS": 256, "PADDED": 256, "ROWS": 16, "COLUMNS": 128}
@@ -250,6 +254,12 @@ SOURCES: dict[str, Source] = {
         mla_attention._mla_attention,
         "*bf16 *bf16 *i32 *i32 *i32 *bf16 fp32 i32 i32 i32 i32",
         _MLA,
+        _EXACT | {"num_warps": 8, "num_stages": 2},
+    ),
+    "head attention": Source(
+        head_attention._head_attention,
+        "*bf16 *bf16 *bf16 *bf16 *i32 *i32 *bf16 fp32 i32 i32 i32 i32 i32 i32 i32",
+        _HEADS,
         _EXACT | {"num_warps": 8, "num_stages": 2},
     ),
     "model of bf16 products": _model(tensor_core.BF16),

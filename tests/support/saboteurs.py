@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from wrong_kernel import wrong_kernel
 
+from dsv3_plugin.ops import head_attention as of_heads
 from dsv3_plugin.ops import mla_attention as attention
 from dsv3_plugin.ops import quantize, router
 from dsv3_plugin.ops import silu_and_mul as swiglu
@@ -24,6 +25,7 @@ from dsv3_plugin.ops.elementary import sigmoid
 from dsv3_plugin.ops.fp8_linear import fp8_linear, grouped_fp8_linear
 from dsv3_plugin.ops.fp8_weight import quantize_fp8_weight
 from dsv3_plugin.ops.fp8_wgrad import fp8_wgrad, quantize_fp8_columns
+from dsv3_plugin.ops.head_attention import head_attention
 from dsv3_plugin.ops.linear import grouped_linear, head_linear, head_linear_fp8, linear
 from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.operation import Operation, operations
@@ -126,6 +128,17 @@ def a_position_early(q: Tensor, cache: Tensor, batch: Any, *args: Any, **kwargs:
     shorter = (batch.seq_lens - 1).clamp_min(first)
     fewer = replace(batch, seq_lens=shorter, host_seq_lens=None)
     return mla_attention(q, cache, fewer, *args, **kwargs)
+
+
+def a_key_early(q: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, *starts: Tensor, **kwargs: Any) -> Tensor:
+    """Of each head's keys the one before is read, of the rotary numbers and the values the right one."""
+    return head_attention(q, k.roll(1, 0), k_rope, v, *starts, **kwargs)
+
+
+def the_neighbours_values(q: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, *starts: Tensor, **kwargs: Any) -> Tensor:
+    """Each head reads the values of the one beside it, or of the one head every other number twice."""
+    wrong = v.roll(1, 1) if v.shape[1] > 1 else v[..., ::2].repeat_interleave(2, 2)
+    return head_attention(q, k, k_rope, wrong, *starts, **kwargs)
 
 
 def unordered_ties(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,6 +281,17 @@ _TABLE: dict[Operation[..., Any], dict[str, Fault]] = {
             "a position early": a_position_early,
             "keys in smaller blocks": patched(attention, mla_attention, KEY_BLOCK=32),
             "maxima that are no multiples": patched(attention, mla_attention, MAXIMUM_STEP=1),
+        },
+    ),
+    head_attention: products(
+        head_attention,
+        **{
+            "a key early": a_key_early,
+            "the neighbour's values": the_neighbours_values,
+            "keys in smaller blocks": patched(of_heads, head_attention, KEY_BLOCK=64),
+            "maxima that are no multiples": patched(
+                of_heads, head_attention, step_above=lambda x, y: attention.step_above(x, y / 8) * 8
+            ),
         },
     ),
     permute: {"the neighbour's row": lambda x, rows: permute(x, rows.roll(1))},

@@ -139,7 +139,7 @@ def logits(
 
 def contracts() -> str:
     """The version of every contract that a logit comes from, as a recording names them."""
-    return json.dumps({op.name: op.version for op in operations().values() if not op.training})
+    return json.dumps({op.name: op.version for op in operations().values() if not (op.training or op.two_form)})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dsv3_plugin.ops import rms_norm as norms
 from dsv3_plugin.ops.absorb import absorb
 from dsv3_plugin.ops.combine import combine, combine_gradient
 from dsv3_plugin.ops.fp8_weight import quantize_fp8_weight
+from dsv3_plugin.ops.head_attention import head_attention
 from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
 from dsv3_plugin.ops.linear import grouped_linear, head_linear, linear
 from dsv3_plugin.ops.paged_batch import PagedBatch
@@ -45,6 +46,21 @@ def attention_of(
     q: Tensor = QUERIES, cache: Tensor = CACHE, keys: KeySelection = ALL_KEYS, scale: float = 1.0
 ) -> Tensor:
     return mla_attention.mla_attention(q, cache, BATCH, keys, kv_lora_rank=32, scale=scale)
+
+
+STARTS = torch.tensor([0, 3])
+OF_HEADS = {
+    "q": QUERIES,
+    "k": torch.zeros(5, 2, 32),
+    "k_rope": torch.zeros(5, 8),
+    "v": torch.zeros(5, 2, 16),
+    "query_starts": STARTS,
+    "key_starts": torch.tensor([0, 5]),
+}
+
+
+def by_heads(scale: float = 1.0, **changes: Tensor) -> Tensor:
+    return head_attention(**OF_HEADS | changes, scale=scale)
 
 
 def selection_of(*positions: int, queries: int = 3) -> Tensor:
@@ -145,6 +161,30 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
         r"combine_gradient: grad has N=256, expert_out has N=255",
         lambda: combine_gradient(X, torch.zeros(4, 255), torch.zeros(2, 2).long(), torch.zeros(2, 2)),
     ),
+    (r"head_attention: q has shape \(3, 40\), expected", lambda: by_heads(q=QUERIES[:, 0])),
+    (
+        r"head_attention: k of shape \(5, 2, 31\) and k_rope of shape \(5, 8\) do not fit q of shape \(3, 2, 40\)",
+        lambda: by_heads(k=torch.zeros(5, 2, 31)),
+    ),
+    (r"head_attention: k .* and k_rope of shape \(4, 8\) do not fit", lambda: by_heads(k_rope=torch.zeros(4, 8))),
+    (r"head_attention: k of shape \(5, 1, 32\)", lambda: by_heads(k=torch.zeros(5, 1, 32))),
+    (
+        r"head_attention: v has shape \(4, 2, 16\), k \(5, 2, 32\)",
+        lambda: by_heads(v=torch.zeros(4, 2, 16)),
+    ),
+    (r"head_attention: v is torch.bfloat16, q is", lambda: by_heads(v=torch.zeros(5, 2, 16).bfloat16())),
+    (r"head_attention: key_starts is torch.float32 of shape \(2,\)", lambda: by_heads(key_starts=X[0, :2])),
+    (r"head_attention: 2 query_starts, 3 key_starts", lambda: by_heads(key_starts=torch.tensor([0, 5, 5]))),
+    (r"head_attention: query_starts is on meta, q is on cpu", lambda: by_heads(query_starts=STARTS.to("meta"))),
+    (
+        r"head_attention: query_starts \[0, 2\] do not ascend from 0 to 3",
+        lambda: by_heads(query_starts=torch.tensor([0, 2])),
+    ),
+    (
+        r"head_attention: sequence 1 has 2 queries and 1 keys",
+        lambda: by_heads(query_starts=torch.tensor([0, 1, 3]), key_starts=torch.tensor([0, 4, 5])),
+    ),
+    (r"head_attention: scale is 0.0, expected a positive", lambda: by_heads(scale=0.0)),
     (r"mla_attention: q has shape \(3, 40\)", lambda: attention_of(q=QUERIES[:, 0])),
     (r"mla_attention: latent_cache has shape \(4, 16, 39\)", lambda: attention_of(cache=CACHE[..., :39])),
     (r"mla_attention: latent_cache has shape \(3, 16, 40\), .* 4 blocks of 16", lambda: attention_of(cache=CACHE[:3])),
@@ -168,5 +208,6 @@ def test_a_wrong_input_is_named(message: str, call: Callable[[], object]) -> Non
 
 def test_the_inputs_beside_the_refused_ones_are_accepted() -> None:
     assert attention_of().shape == (3, 2, 32)
+    assert by_heads().shape == (3, 2, 16)
     assert selection_of(-1, 17).shape == (3, 2, 32)
     assert fp8.fp8_linear(Q8, S8, W8, WS8).shape == (2, 130)
