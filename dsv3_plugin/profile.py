@@ -14,7 +14,7 @@ from typing import Literal, cast, get_args
 import torch
 
 from dsv3_plugin.config import FP8_BLOCK, DeepseekV3Config
-from dsv3_plugin.errors import ConfigError
+from dsv3_plugin.errors import ConfigError, EngineError
 
 ScaleFormat = Literal["ue8m0", "float32"]
 Attention = Literal["absorbed", "two_form"]
@@ -73,6 +73,12 @@ def profile_for(config: DeepseekV3Config, dtype: torch.dtype | None = None) -> P
         return profile
     _require_divisible(config, slices, FP8_BLOCK if profile.is_fp8 else 1)
     return replace(profile, reduction_slices=slices)
+
+
+def require_one_form(profile: Profile, program: str) -> None:
+    """Raise `EngineError` where `program` is asked for two forms of attention, which it does not know yet."""
+    if profile.attention != "absorbed":
+        raise EngineError(f"{ATTENTION_VARIABLE}={profile.attention} is not yet served by {program}: unset it")
 
 
 def reduction_slices_from_environment() -> int:

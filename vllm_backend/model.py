@@ -22,7 +22,7 @@ from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.layout import Layout
 from dsv3_plugin.peers import announcement, connected
-from dsv3_plugin.profile import profile_for
+from dsv3_plugin.profile import profile_for, require_one_form
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.vllm_backend import compat, engine, layerwise, options, requests, worker
 from dsv3_plugin.vllm_backend.attention import LatentCache
@@ -103,6 +103,7 @@ def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Confi
             f" max_position_embeddings={config.max_position_embeddings}; set --max-model-len"
         )
     profile = profile_for(config, model_config.dtype)
+    require_one_form(profile, "vLLM")
     layout = with_replicas(layout_of_this_rank(config), config, vllm_config.parallel_config)
     device = torch.device(vllm_config.device_config.device)
     layout = _with_peers(layout, device, vllm_config.compilation_config)

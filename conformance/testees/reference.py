@@ -32,7 +32,7 @@ from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.layout import WHOLE, Layout
 from dsv3_plugin.ops.paged_batch import PagedBatch
-from dsv3_plugin.profile import BF16, FP32
+from dsv3_plugin.profile import BF16, FP32, require_one_form
 from dsv3_plugin.registry import Ops
 
 PRECISIONS = {"fp32": FP32, "bf16": BF16}
@@ -148,6 +148,7 @@ class ReferenceTestee:
         if job.device != "cpu":  # a default takes time in every call
             torch.set_default_device(job.device)
         profile = reader.profile() if precision is None else PRECISIONS[precision]
+        require_one_form(profile, "the reference testee")
         self.ops = bind_ops(self.config, profile, torch.device(job.device), layout=layout)
         self.mtp: DeepseekV3MTP | None = None
         if precision is None:

@@ -21,7 +21,7 @@ from dsv3_plugin.layers.embedding import Head
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layout import Layout
 from dsv3_plugin.peers import announcement, connected
-from dsv3_plugin.profile import profile_for
+from dsv3_plugin.profile import profile_for, require_one_form
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.sglang_backend import compat, options, plugin
 from dsv3_plugin.sglang_backend.attention import LatentAttend, compute
@@ -80,6 +80,7 @@ def prepare(hf_config: Any, served: str, path: str, load_format: str) -> tuple[O
         logger.info(announcement(reason))
     compat.settle_graphs(device, layout, reason)
     profile = profile_for(config, dtype)
+    require_one_form(profile, "SGLang")
     ops = bind_ops(config, profile, device, layout=layout)
     logger.info(ops.announcement(served))
     return ops, config, layout

@@ -388,3 +388,9 @@ class TestBadInput:
         status, output = self.start(tiny_checkpoint("bf16"), "--dtype", "float16")
         assert status != 0
         assert "ConfigError: dtype=torch.float16 has no numerics profile; use float32 or bfloat16" in output
+
+    def test_two_forms_of_attention(self, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DSV3_ATTENTION", "two_form")
+        status, output = self.start(tiny_checkpoint("bf16"))
+        assert status != 0
+        assert "EngineError: DSV3_ATTENTION=two_form is not yet served by SGLang: unset it" in output

@@ -182,6 +182,11 @@ class TestBadInput:
         assert status != 0
         assert "KernelError: DSV3_PLUGIN_MODE='careful'; use strict or fast" in output
 
+    def test_two_forms_of_attention(self, tiny_checkpoint) -> None:
+        status, output = self.start(tiny_checkpoint("bf16"), DSV3_ATTENTION="two_form")
+        assert status != 0
+        assert "EngineError: DSV3_ATTENTION=two_form is not yet served by vLLM: unset it" in output
+
 
 PLUGIN_PROGRAM = """
 import os
