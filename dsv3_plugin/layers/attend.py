@@ -9,7 +9,7 @@ its indexer's keys behind the latent vectors (`cached_dim`), and hands on a func
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -46,6 +46,19 @@ class Attend(Protocol):
         """
 
 
+Compute = Callable[[torch.Tensor, PagedBatch], torch.Tensor]
+"""Pages [num_blocks, block_size, cached_dim], with the step's tokens written, and the batch, to rows [num_tokens, ...].
+"""
+
+
+@runtime_checkable
+class OverPages(Protocol):
+    """An `Attend` over whose pages a layer may compute what it wants, as the `two_form` profile does."""
+
+    def over_pages(self, layer_idx: int, cached: torch.Tensor, compute: Compute) -> torch.Tensor:
+        """Write cached [T, cached_dim] to layer `layer_idx`'s pages, then `compute` with them and with the batch."""
+
+
 def attend_to_pages(
     ops: Ops, config: DeepseekV3Config, q: torch.Tensor, pages: torch.Tensor, batch: PagedBatch, select: Select
 ) -> torch.Tensor:
@@ -75,6 +88,14 @@ class WholeSequences:
         self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
     ) -> torch.Tensor:
         """See `Attend`."""
+
+        def attend(pages: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
+            return attend_to_pages(self.ops, self.config, q, pages, batch, select)
+
+        return self.over_pages(layer_idx, cached, attend)
+
+    def over_pages(self, layer_idx: int, cached: torch.Tensor, compute: Compute) -> torch.Tensor:
+        """See `OverPages`."""
         batch = whole_sequence(len(cached), cached.device) if self.batch is None else self.batch
         pages = self.ops.slices.enter(cached).unflatten(0, (-1, batch.block_size))
-        return attend_to_pages(self.ops, self.config, q, pages, batch, select)
+        return compute(pages, batch)

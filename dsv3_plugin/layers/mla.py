@@ -2,7 +2,8 @@
 
 `kv_b_proj` is never applied to a key or value. Its key half is folded into the query, its value half into the output,
 so that attention reads the cached latent vectors themselves and prefill, decode and training share one arithmetic.
-The gradient has a form of its own (`mla_gradient`).
+In the `two_form` profile that is so of generated tokens alone (`two_form`). The gradient has a form of its own
+(`mla_gradient`).
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import torch
 from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.layers.attend import Attend, WholeSequences
+from dsv3_plugin.errors import EngineError
+from dsv3_plugin.layers.attend import Attend, OverPages, WholeSequences
 from dsv3_plugin.layers.beside import beside
 from dsv3_plugin.layers.linear import Activation, ColumnLinear, Linear, Quantized, RowLinear
 from dsv3_plugin.layers.mla_gradient import GradientByHeads, heads_of
 from dsv3_plugin.layers.norm import RMSNorm
+from dsv3_plugin.layers.two_form import attend_in_two_forms, rotated
 from dsv3_plugin.ops.absorb import absorb
 from dsv3_plugin.ops.head_attention_gradients import has_head_gradients
 from dsv3_plugin.ops.linear import head_linear, head_linear_fp8
 from dsv3_plugin.ops.rope import softmax_scale
+from dsv3_plugin.profile import ATTENTION_VARIABLE
 from dsv3_plugin.registry import Ops
 
 
@@ -107,12 +111,22 @@ class MLA(nn.Module):
             q, cached = ops[absorb](heads, w_uk, latent, weight, norm.eps, cos, sin)
             return self.values(attend(self.layer_idx, q, cached), w_uv)
 
+        def in_two_forms(
+            heads: torch.Tensor, latent: torch.Tensor, weight: torch.Tensor, w_uk: torch.Tensor, w_uv: torch.Tensor
+        ) -> Activation:
+            if not isinstance(attend, OverPages):
+                raise EngineError(f"the two_form profile is not yet served here: unset {ATTENTION_VARIABLE}")
+            q, cached = rotated(ops, heads, latent, weight, w_uk, norm.eps, cos, sin)
+            compute = partial(attend_in_two_forms, ops, self.config, q, w_uk, w_uv)
+            return attend.over_pages(self.layer_idx, cached, compute).flatten(1)
+
+        form = in_two_forms if ops.setting.profile.attention == "two_form" else absorbed
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
         if trains and isinstance(attend, WholeSequences) and has_head_gradients(heads, self.config.v_head_dim):
             by_heads = partial(heads_of, ops, eps=norm.eps, cos=cos, sin=sin)
             lengths, scale = attend.seq_lens(len(latent)), softmax_scale(self.config)
-            return GradientByHeads.apply(absorbed, by_heads, lengths, scale, ops.mode == "strict", *operands)
-        return absorbed(*operands)
+            return GradientByHeads.apply(form, by_heads, lengths, scale, ops.mode == "strict", *operands)
+        return form(*operands)
 
     def values(self, out: torch.Tensor, w_uv: torch.Tensor) -> Activation:
         """What attention found [T, H, kv_lora_rank], and the value half of `absorbed_weights`, to [T, H * v_head_dim]

@@ -1,4 +1,4 @@
-"""MLA's gradient in the form of its heads (DeepSeek-V2 report, section 2.1; forward it is absorbed, `mla`).
+"""MLA's gradient in the form of its heads (DeepSeek-V2 report, section 2.1), whatever the forward pass has (`mla`).
 
 In DeepSeek-V3's sizes a head's keys have 192 numbers and its values 128, where the latent vectors, which the forward
 pass reads, have 576 and 512. So a gradient by heads needs 3.3 times less arithmetic, and torch's own attention serves
@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 
-from dsv3_plugin.ops.absorb import of_parts
+from dsv3_plugin.layers.two_form import rotated
 from dsv3_plugin.ops.head_attention_gradients import head_attention_gradients
-from dsv3_plugin.ops.rms_norm import rms_norm
-from dsv3_plugin.ops.rope import rope
 from dsv3_plugin.registry import Ops
 
 
@@ -33,9 +31,7 @@ def heads_of(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `absorb` takes, with w_uv [H, V, R], to queries and keys [T, H, N + P] and values [T, H, V] of each head."""
     count, rank, nope = w_uk.shape
-    q, cached = of_parts(
-        lambda q_nope, _: q_nope, ops[rms_norm], ops[rope], heads, w_uk, latent, norm_weight, eps, cos, sin
-    )
+    q, cached = rotated(ops, heads, latent, norm_weight, w_uk, eps, cos, sin)
     compressed, k_pe = ops.slices.enter(cached).split([rank, heads.shape[2] - nope], dim=-1)
     k_nope = (compressed @ w_uk.transpose(0, 1).flatten(1)).unflatten(1, (count, nope))
     k = torch.cat((k_nope, k_pe.unsqueeze(1).expand(-1, count, -1)), dim=-1)
@@ -44,12 +40,12 @@ def heads_of(
 
 
 class GradientByHeads(torch.autograd.Function):
-    """What `absorbed` computes, with the gradient of attention over what `by_heads` computes of the same operands."""
+    """What `form` computes, with the gradient of attention over what `by_heads` computes of the same operands."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        absorbed: Callable[..., torch.Tensor],
+        form: Callable[..., torch.Tensor],
         by_heads: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
         seq_lens: Sequence[int],
         scale: float,
@@ -59,7 +55,7 @@ class GradientByHeads(torch.autograd.Function):
         """Operands to [T, H * V]; `by_heads` takes them to q, k and v of whole sequences of `seq_lens` tokens."""
         ctx.save_for_backward(*operands)
         ctx.by_heads, ctx.attention = by_heads, (seq_lens, scale, repeats)
-        return absorbed(*operands)
+        return form(*operands)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
