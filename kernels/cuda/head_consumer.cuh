@@ -5,24 +5,14 @@
 #include "head_shared.cuh"
 #include "head_softmax.cuh"
 
-// A ring's place: the stage, and the parity of its barriers' phase.
-struct Place {
-    int stage = 0, parity = 0;
-
-    __device__ __forceinline__ void next() {
-        parity ^= stage;
-        stage ^= 1;
-    }
-};
-
 // Scores of one block: each head's own numbers, then the rotary ones.
 __device__ __forceinline__ void start_scores(Shared& shared, float (&scores)[SCORES], int group, int stage) {
-    const u64 q = operand(shared.q + group * TILE), keys = operand(shared.keys[stage]);
+    const u64 q = operand(shared.q[group]), keys = operand(shared.keys[stage]);
     wgmma_begin();
 #pragma unroll
     for (int k = 0; k < DEPTH / 16; k++) {
-        const int step = (k / 4 * COLUMN_BYTES + k % 4 * 32) >> 4;
-        multiply_scores(scores, q + step, keys + step, k > 0);
+        const int column = k / 4, within = k % 4 * 32;
+        multiply_scores(scores, q + ((column * TILE + within) >> 4), keys + ((column * COLUMN_BYTES + within) >> 4), k > 0);
     }
     wgmma_end();
 }
@@ -95,8 +85,8 @@ __device__ __forceinline__ void compute_rows(Shared& shared, const Heads& heads,
     Place of_keys, of_values;
     if (group == 1) give_turn(0);
     for (int turn = 0;; ++turn) {
-        barrier_wait(&shared.q_full, turn & 1);
-        const Tile tile = shared.tile;
+        barrier_wait(&shared.q_full[group], turn & 1);
+        const Tile tile = shared.tile[group];
         if (tile.rows == 0) break;
         const int last = (tile.visible - 1) / KEYS;
         float scores[SCORES], output[SCORES];
@@ -128,7 +118,7 @@ __device__ __forceinline__ void compute_rows(Shared& shared, const Heads& heads,
             hold(scores);
             arrive_warp(&shared.keys_empty[of_keys.stage], lane);
             of_keys.next();
-            if (block == last) arrive_warp(&shared.q_empty, lane);
+            if (block == last) arrive_warp(&shared.q_empty[group], lane);
             const int position = tile.first_position - block * KEYS;
             if (position + warp_row + 1 < KEYS) {
                 const int hidden = position + row + 1 - lane % 4 * 2;

@@ -117,7 +117,7 @@ def launch(
         scale * LOG2_E,
     )
     maps = (
-        _columns(q, _ROWS),
+        _columns(q, _ROWS // 2),
         _columns(k, _KEYS),
         _columns(k_rope.unsqueeze(1), _KEYS),
         _columns(v, _KEYS // 2),
