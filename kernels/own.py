@@ -18,6 +18,7 @@ from dsv3_plugin.hooks import Implementation, versions_of
 from dsv3_plugin.kernels import selection
 from dsv3_plugin.kernels.cuda import compiler
 from dsv3_plugin.ops.fp8_linear import fp8_linear, grouped_fp8_linear
+from dsv3_plugin.ops.head_attention import head_attention
 from dsv3_plugin.ops.operation import Operation
 
 _PACKAGE = __package__
@@ -47,25 +48,33 @@ def triton_module(op: Operation[..., Any]) -> str:
     return f"triton.{op.module}"
 
 
+def front_module(op: Operation[..., Any]) -> str:
+    """Where the function is that an operation's kernel begins with, which may choose by shape."""
+    return "head_attention" if op is head_attention else triton_module(op)
+
+
 def parts(op: Operation[..., Any], *, shapes: str = "every shape") -> tuple[Implementation, ...]:
     """What may compute an operation on this machine, in Triton or, where it is faster, in CUDA C++."""
     if op in (fp8_linear, grouped_fp8_linear):
         backends = ("cuda", "gluon", "triton") if compiler.available() else ("gluon", "triton")
         return tuple(_fp8_product(op, backend) for backend in backends)
     module = triton_module(op)
+    by_heads = op is head_attention and compiler.available()
     run, entry = on_first_call(module, op.name), f"{_PACKAGE}.{module}:{op.name}"
-    return (Implementation(module, run, entry, versions=_TRITON, shapes=shapes),)
+    in_triton = Implementation(module, run, entry, versions=_TRITON, shapes="other heads" if by_heads else shapes)
+    return (_in_cuda("head_hopper", op.name, "V3's heads, 128 + 64 and 128"), in_triton) if by_heads else (in_triton,)
 
 
 def mla_hopper() -> Implementation:
     """Attention with V3's latent in CUDA C++."""
-    return Implementation(
-        "cuda.mla_hopper",
-        on_first_call("cuda.mla_hopper", "mla_attention"),
-        f"{_PACKAGE}.cuda.mla_hopper:mla_attention",
-        versions=compiler.versions,
-        shapes="V3's latent, 512 + 64",
-    )
+    return _in_cuda("mla_hopper", "mla_attention", "V3's latent, 512 + 64")
+
+
+def _in_cuda(module: str, function: str, shapes: str) -> Implementation:
+    """An implementation in CUDA C++."""
+    module = f"cuda.{module}"
+    run, entry = on_first_call(module, function), f"{_PACKAGE}.{module}:{function}"
+    return Implementation(module, run, entry, versions=compiler.versions, shapes=shapes)
 
 
 def _fp8_product(op: Operation[..., Any], backend: str) -> Implementation:

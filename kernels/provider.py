@@ -26,9 +26,11 @@ is_supported = on_hopper_with(own.missing)
 
 
 def own_kernel(op: Operation[..., Any]) -> Kernel:
-    """A kernel of this package in Triton; fp8 products choose CUDA C++ where it can be compiled and is faster."""
+    """A kernel of this package in Triton; fp8 products choose CUDA C++ where it can be compiled and is faster, and
+    attention by heads where it takes their shape.
+    """
     supported = for_other_latents(is_supported) if op is mla_attention else is_supported
-    kernel = _kernel(op, PROVIDER, own.triton_module(op), supported, own.parts(op))
+    kernel = _kernel(op, PROVIDER, own.front_module(op), supported, own.parts(op))
     if op in (fp8_linear, grouped_fp8_linear):
         return replace(kernel, served=partial(selection.served, op is grouped_fp8_linear))
     return kernel

@@ -59,6 +59,14 @@ def _processors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def takes(q: torch.Tensor, k: torch.Tensor, k_rope: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether this kernel reads operands that fit each other."""
+    is_v3 = (k.shape[2], k_rope.shape[1], v.shape[2]) == (NOPE, ROPE, WIDTH) and q.dtype == torch.bfloat16
+    operands = q, k, k_rope, v
+    aligned = all(x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1]) for x in operands)
+    return is_v3 and aligned and q.is_contiguous() and all(x.stride(-1) == 1 for x in operands)
+
+
 @implements(contracts.head_attention)
 def head_attention(
     q: torch.Tensor,
@@ -75,16 +83,10 @@ def head_attention(
 
     Raises `InputError`. That the starts fit the tensors is not checked: they stay on the device.
     """
-    op = "head_attention"
     require_inputs(q, k, k_rope, v, query_starts, key_starts, scale)
-    require(q.dtype == torch.bfloat16, op, f"q is {q.dtype}, expected torch.bfloat16")
-    sizes = k.shape[2], k_rope.shape[1], v.shape[2]
-    require(sizes == (NOPE, ROPE, WIDTH), op, f"this kernel attends with {NOPE} + {ROPE} and {WIDTH}, not {sizes}")
-    require(q.is_contiguous(), op, f"q of shape {tuple(q.shape)} is not contiguous")
-    for name, x in (("q", q), ("k", k), ("k_rope", k_rope), ("v", v)):
-        aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
-        told = f"{name} with strides {x.stride()} has rows that begin at no multiple of 16 bytes"
-        require(aligned and x.stride(-1) == 1, op, told)
+    told = ", ".join(f"{tuple(x.shape)} with strides {x.stride()}" for x in (q, k, k_rope, v))
+    sizes = f"{NOPE} + {ROPE} and {WIDTH} bf16 numbers in rows at multiples of 16 bytes"
+    require(takes(q, k, k_rope, v), "head_attention", f"this kernel attends with {sizes}, not {q.dtype} {told}")
     out = q.new_empty(*q.shape[:2], WIDTH)
     if out.numel():
         launch(q, k, k_rope, v, query_starts.contiguous(), key_starts.contiguous(), out, scale)

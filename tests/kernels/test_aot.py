@@ -41,7 +41,7 @@ SPILLS_ALLOWED = {"mla": 1 << 16, "mla hopper": 24, "head attention": 28}
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_instructions(name, tmp_path):
-    ptx, spilled = compile_kernel(SOURCES[name], tmp_path)
+    ptx, spilled, _ = compile_kernel(SOURCES[name], tmp_path)
     print(name, spilled, "bytes spilled")
     assert spilled <= SPILLS_ALLOWED.get(name, 0)
     check_order(ptx)
@@ -72,7 +72,9 @@ def test_cuda_instructions(name):
     check_order(compiled.ptx)
     check_fp8(compiled.ptx)
     # Attention computes what it could round otherwise again.
-    assert ("ex2.approx" in compiled.ptx) == (name == "mla hopper")
+    assert ("ex2.approx" in compiled.ptx) == (name in ("mla hopper", "head hopper"))
+    # The assembler lets products run one after the other where it is not sure of their registers.
+    assert "are serialized" not in compiled.said
     assert "div.full" not in compiled.ptx
 
 
@@ -111,7 +113,7 @@ def test_few_fp8_rows_on_the_first_side_would_be_seen(tmp_path):
     """The gate's twin: the tile that the kernels avoid compiles to the instruction that it looks for."""
     source = SOURCES["fp8 many rows"]
     source = source._replace(constants=source.constants | {"ROWS": 16}, options={"num_warps": 4, "num_stages": 4})
-    ptx, _ = compile_kernel(source, tmp_path)
+    ptx = compile_kernel(source, tmp_path).ptx
     assert "mma.sync.aligned.m16n8k16" in ptx
 
 

@@ -344,7 +344,7 @@ def edited(h200, monkeypatch, copies):
 
 MATH = {"triton.router", "triton.silu_and_mul"}
 # Attention has no quotient by a guess.
-ATTENTION = {"triton.mla_attention", "triton.head_attention", "cuda.mla_hopper"}
+ATTENTION = {"triton.mla_attention", "triton.head_attention", "cuda.mla_hopper", "cuda.head_hopper"}
 PRODUCTS = {
     "triton.linear",
     "triton.sliced_linear",
@@ -357,11 +357,16 @@ PRODUCTS |= {"cuda.fp8_gemm", "triton.fp8_gluon", "triton.fp8_linear", "triton.f
 PRODUCTS |= {"deep_gemm.m_grouped_fp8_gemm_nt_contiguous", "transformer_engine.general_gemm"}
 EDITS = {
     # A kernel's own constants and code.
-    "kernels/cuda/mla_hopper.py": ("NEAR = 2", "NEAR = 1", {"cuda.mla_hopper"}),
+    "kernels/cuda/mla_hopper.py": ("NEAR = 2", "NEAR = 1", {"cuda.mla_hopper", "cuda.head_hopper"}),
+    "kernels/cuda/head_hopper.py": ("_ROWS = 128", "_ROWS = 64", {"cuda.head_hopper"}),
     "kernels/triton/mla_attention.py": ("_ROWS = 64", "_ROWS = 128", {"triton.mla_attention"}),
     "kernels/mla_inputs.py": ("scale)\n", "scale + 1)\n", {"triton.mla_attention", "cuda.mla_hopper"}),
     "kernels/triton/rope.py": ("_HEADS = 16", "_HEADS = 8", {"triton.rope"}),
-    "kernels/cuda/compiler.py": ('= "sm_90a"', '= "sm_90b"', {"cuda.mla_hopper", "cuda.fp8_gemm"}),
+    "kernels/cuda/compiler.py": (
+        '= "sm_90a"',
+        '= "sm_90b"',
+        {"cuda.mla_hopper", "cuda.head_hopper", "cuda.fp8_gemm"},
+    ),
     "kernels/triton/fp8_gluon.py": ("_HALF = gl.constexpr(64)", "_HALF = gl.constexpr(32)", {"triton.fp8_gluon"}),
     "kernels/triton/elementary.py": (
         "rcp.approx.ftz.f32",
@@ -381,12 +386,13 @@ EDITS = {
 }
 
 
-# Each file of CUDA C++ belongs to the kernel whose name it begins with, hopper.cuh to both; peer memory's are of no
-# operation.
-CUDA = {"mla": {"cuda.mla_hopper"}, "fp8": {"cuda.fp8_gemm"}, "hopper": {"cuda.mla_hopper", "cuda.fp8_gemm"}}
-CUDA |= {"peer": set(), "peers": set()}
+# Each file of CUDA C++ belongs to the kernel whose name it begins with, hopper.cuh to all; attention by heads has
+# exponentials and units of the other; peer memory's are of no operation.
+CUDA = {"mla": {"cuda.mla_hopper"}, "head": {"cuda.head_hopper"}, "fp8": {"cuda.fp8_gemm"}}
+CUDA |= {"mla_exp2": CUDA["mla"] | CUDA["head"], "mla_units": CUDA["mla"] | CUDA["head"]}
+CUDA |= {"hopper": CUDA["mla"] | CUDA["head"] | CUDA["fp8"], "peer": set(), "peers": set()}
 EDITS |= {
-    f"kernels/cuda/{file.name}": ("{", "{ ;", CUDA[file.stem.partition("_")[0]])
+    f"kernels/cuda/{file.name}": ("{", "{ ;", CUDA.get(file.stem) or CUDA[file.stem.partition("_")[0]])
     for file in sorted(Path(compiler.__file__).parent.glob("*.cu*"))
 }
 

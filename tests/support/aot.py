@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from dsv3_plugin.kernels.cuda import compiler, fp8_gemm, mla_hopper
+from dsv3_plugin.kernels.cuda import compiler, fp8_gemm, head_hopper, mla_hopper
 from dsv3_plugin.kernels.sm90 import tensor_core, tensor_core_gpu
 from dsv3_plugin.kernels.triton import (
     absorb,
@@ -57,6 +57,7 @@ class Compiled(NamedTuple):
 
     ptx: str
     spilled_bytes: int
+    said: str
 
 
 def _descriptor(rows: int, columns: int, dtype: str, bits: int) -> str:
@@ -270,7 +271,7 @@ SOURCES: dict[str, Source] = {
 CUDA_SOURCES: dict[str, compiler.Program] = {
     f"fp8 gemm {tuple(config)}": config.filled().program()
     for config in (*fp8_gemm.DENSE_SAMPLE, *(config._replace(groups=256) for config in fp8_gemm.GROUPED_SAMPLE))
-} | {"mla hopper": mla_hopper.PROGRAM}
+} | {"mla hopper": mla_hopper.PROGRAM, "head hopper": head_hopper.PROGRAM}
 
 
 def compile_kernel(source: Source, folder: Path) -> Compiled:
@@ -292,13 +293,13 @@ def compile_kernel(source: Source, folder: Path) -> Compiled:
     assembler = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
     command = [assembler, "-v", "-arch=sm_90a", file, "-o", folder / "kernel.cubin"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return Compiled(ptx, _spilled_bytes(said))
+    return Compiled(ptx, _spilled_bytes(said), said)
 
 
 def compile_cuda(program: compiler.Program) -> Compiled:
     """The same for CUDA C++."""
     built = compiler.build(program)
-    return Compiled(built.ptx, _spilled_bytes(built.log))
+    return Compiled(built.ptx, _spilled_bytes(built.log), built.log)
 
 
 def _spilled_bytes(said: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dsv3_plugin.kernels.cuda import compiler, mla_hopper
+from dsv3_plugin.kernels.cuda import compiler, head_hopper, mla_hopper
 from dsv3_plugin.ops.paged_batch import PagedBatch
 
 _OWN = Path(__file__).with_name("emulated")
@@ -104,3 +104,18 @@ def attend(
     out = torch.full((*q.shape[:2], mla_hopper.RANK), torch.nan, dtype=torch.bfloat16)
     mla_hopper.launch(q, latent_cache, batch, out, scale)
     return out
+
+
+def attend_by_heads(
+    monkeypatch: Any, library: Any, processors: int, args: Sequence[torch.Tensor], *, scale: float
+) -> torch.Tensor:
+    """`head_attention` of tensors on a CPU by the emulated kernel, on a card of so many multiprocessors."""
+
+    def launch(program: compiler.Program, name: str, how: compiler.Launch, arguments: Sequence[Any]) -> None:
+        library.emulate_attend_heads(how.grid, *(ctypes.byref(x) for x in arguments))
+
+    monkeypatch.setattr(compiler, "launch", launch)
+    monkeypatch.setattr(compiler, "tensor_map", tensor_map)
+    monkeypatch.setattr(head_hopper, "_processors", lambda device: processors)
+    q, k, k_rope, v, query_starts, key_starts = args
+    return head_hopper.head_attention(q, k, k_rope, v, query_starts, key_starts, scale=scale)

@@ -100,7 +100,11 @@ inline float near_exp2(float x) {
     if (std::abs(behind) > NEAR) return (float)y;
     return bits_of<float>(bits - behind + (behind > 0 ? -1 : 1));
 }
-inline u32 __byte_perm(u32 x, u32 y, int) { return (x & 0xFFFF) | y << 16; }  // as it is called
+inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
+    u32 bytes = 0;
+    for (int i = 0; i < 4; i++) bytes |= (u32)(((u64)y << 32 | x) >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+    return bytes;
+}
 
 template <class Of>
 u32 of_halves(u32 a, u32 b, Of of) {
