@@ -11,8 +11,8 @@ __device__ __forceinline__ void start_scores(Shared& shared, float (&scores)[SCO
     wgmma_begin();
 #pragma unroll
     for (int k = 0; k < DEPTH / 16; k++) {
-        const int column = k / 4, within = k % 4 * 32;
-        multiply_scores(scores, q + ((column * TILE + within) >> 4), keys + ((column * COLUMN_BYTES + within) >> 4), k > 0);
+        const int of_q = k / 4 * TILE + k % 4 * 32, of_keys = k / 4 * COLUMN_BYTES + k % 4 * 32;
+        multiply_scores(scores, q + (of_q >> 4), keys + (of_keys >> 4), k > 0);
     }
     wgmma_end();
 }
@@ -77,8 +77,9 @@ __device__ __forceinline__ void store_output(
     }
 }
 
-// Tile after tile. A block's scores are computed before the values of the block before are added, so that the tensor
-// core has work while the probabilities are computed, and turns let it work for one warpgroup while the other does that.
+// Tile after tile. A block's scores are started before the values of the block before are added, so that the tensor
+// core has work while probabilities are computed, and the warpgroups take turns: it works for one while the other does
+// that.
 __device__ __forceinline__ void compute_rows(Shared& shared, const Heads& heads, int group, int thread) {
     const int lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
     const int warp_row = group * 64 + warp * 16, row = warp_row + lane / 4;

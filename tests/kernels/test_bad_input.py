@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: `make test` runs this in .envs/kernels")
 
 from dsv3_plugin.errors import InputError
-from dsv3_plugin.kernels.cuda import mla_hopper
+from dsv3_plugin.kernels.cuda import head_hopper, mla_hopper
 from dsv3_plugin.kernels.triton import (
     absorb,
     combine,
@@ -212,6 +212,27 @@ def test_head_attention_names_what_it_cannot_read(changes, message):
         head_attention.head_attention(**OF_HEADS | changes, scale=0.1)
     nothing = {name: x[:0] if x.dim() > 1 else STARTS * 0 for name, x in OF_HEADS.items()}
     assert head_attention.head_attention(**nothing, scale=0.1).shape == (0, 3, 32)
+
+
+V3_HEADS = {"q": bf16(2, 3, 192), "k": bf16(2, 3, 128), "k_rope": bf16(2, 64), "v": bf16(2, 3, 128)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        OF_HEADS,
+        {"q": bf16(2, 192, 3).transpose(1, 2)},
+        {"v": bf16(2, 3, 132)[..., 4:]},
+        {"k_rope": bf16(2, 65)[:, 1:]},
+        {name: x.float() for name, x in V3_HEADS.items()},
+    ],
+)
+def test_v3s_head_attention_names_what_it_cannot_read(changes):
+    starts = {"query_starts": STARTS, "key_starts": STARTS}
+    with pytest.raises(InputError, match=r"^head_attention: this kernel attends with 128 \+ 64 and 128"):
+        head_hopper.head_attention(**V3_HEADS | starts | changes, scale=0.1)
+    nothing = {name: x[:0] for name, x in V3_HEADS.items()} | {name: x * 0 for name, x in starts.items()}
+    assert head_hopper.head_attention(**nothing, scale=0.1).shape == (0, 3, 128)
 
 
 ATTENTION = {"kv_lora_rank": 512, "scale": 0.1}

@@ -104,7 +104,7 @@ SABOTAGE = {
     "keeps the maxima": ("if (!__any_sync(~0u, grows)) return false;", "if (rows.maximum[0] > -1e30f) return false;"),
     "reads what nobody wrote": ("if (seen < KEYS) clear", "if (seen < 0) clear"),
     "sees later keys": (">= hidden[i / 2 % 2]) scores[i] = __int_as_float(0xff800000);", "> 1000) {}"),
-    "takes the keys' columns by turns": ("keys + ((column * COLUMN_BYTES", "keys + ((column % 2 * COLUMN_BYTES"),
+    "takes the keys' columns by turns": ("k / 4 * COLUMN_BYTES", "k / 4 % 2 * COLUMN_BYTES"),
 }
 
 
