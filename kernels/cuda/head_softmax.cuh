@@ -48,22 +48,39 @@ __device__ __forceinline__ bool raise_maxima(Rows& rows, const float (&scores)[S
     return true;
 }
 
+// Whether the hardware's powers of two may round to other numbers than the contract's, as in `Doubt`. But zeros, which
+// hidden keys have, raise none: where the hardware has zero, the contract has it too.
+struct NearestPowers {
+    u32 nearest = ~0u;   // pair of the least distances from the lower border of what is near the middle
+    u32 smallest = ~0u;  // pair of the smallest powers but zero, cut off to bf16, less one
+
+    __device__ __forceinline__ void consider(float low, float high) {
+        const u32 lower_halves = __byte_perm(__float_as_int(low), __float_as_int(high), 0x5410);
+        const u32 upper_halves = __byte_perm(__float_as_int(low), __float_as_int(high), 0x7632);
+        nearest = min_pair(nearest, add_pair(lower_halves, (Doubt::MIDDLE + NEAR) * 0x10001u));
+        smallest = min_pair(smallest, add_pair(upper_halves, ~0u));
+    }
+
+    __device__ __forceinline__ bool in_doubt() const {
+        return min(nearest & 0xFFFF, nearest >> 16) <= 2 * NEAR
+               || min(smallest & 0xFFFF, smallest >> 16) < Doubt::LEAST;
+    }
+};
+
 // Powers of two of half of the scores, which round to the contract's probabilities.
 __device__ __forceinline__ void find_powers(
     float (&powers)[SCORES / 2], const float (&scores)[SCORES], const Rows& rows, float scale, int half) {
     const auto exponent = [&](int i) {
         return __fmaf_rn(scores[half * SCORES / 2 + i], scale, -rows.maximum[i / 2 % 2]);
     };
-    Doubt doubt;
+    NearestPowers nearest;
 #pragma unroll
     for (int i = 0; i < SCORES / 2; i += 2) {
-        const float low = near_exp2(exponent(i)), high = near_exp2(exponent(i + 1));
-        powers[i] = low;
-        powers[i + 1] = high;
-        // Where the rounded numbers are too small, those that are cut off are too.
-        doubt.consider(low, high, __byte_perm(__float_as_int(low), __float_as_int(high), 0x7632));
+        powers[i] = near_exp2(exponent(i));
+        powers[i + 1] = near_exp2(exponent(i + 1));
+        nearest.consider(powers[i], powers[i + 1]);
     }
-    if (__any_sync(~0u, doubt.any())) {
+    if (__any_sync(~0u, nearest.in_doubt())) {
 #pragma unroll
         for (int i = 0; i < SCORES / 2; i++) powers[i] = exp2_of_nonpositive(exponent(i));
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 import shutil
 from typing import Any
@@ -86,16 +87,29 @@ def test_each_tile_is_taken_once_in_every_order(library: Any, tmp_path: Any, mon
 def test_the_hardwares_powers_are_computed_again_where_they_may_round_otherwise(
     library: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The emulated hardware rounds otherwise wherever it may. All rows see a whole block: where keys are hidden, powers
-    are always computed again.
-    """
+    """The emulated hardware rounds otherwise wherever it may; the scale is small, so that many keys count."""
     args, scale = batch([64], [192], 16), SCALE / 300
     out = emulation.attend_by_heads(monkeypatch, library, 1, args, scale=scale)
     assert bits_differ(expected(args, scale), out) == 0
-    trusting = build(tmp_path, [("min(nearest & 0xFFFF, nearest >> 16) <= 2 * NEAR ||", "")])
+    trusting = build(tmp_path, [("if (__any_sync(~0u, nearest.in_doubt())) {", "if (false) {")])
     wrong = bits_differ(out, emulation.attend_by_heads(monkeypatch, trusting, 1, args, scale=scale))
     print(wrong, "outputs differ")
     assert wrong > 0
+
+
+def test_powers_near_the_smallest_number(library: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contract has zero below 2**-125, the hardware numbers."""
+    args = batch([64], [64], 1)
+    q, k, k_rope, v, *_ = args
+    q.zero_(), k.zero_(), k_rope.zero_(), v.zero_()
+    # Two powers of 2**-124.5 and 2**-125.5 in each row's sum, whose values show.
+    q[..., 0], k[1::4, :, 0], k[2::4, :, 0] = 1, -124.5, -125.5
+    v[1::4], v[2::4] = 2.0**120, 2.0**127
+    scale = math.log(2)
+    out = emulation.attend_by_heads(monkeypatch, library, 1, args, scale=scale)
+    assert bits_differ(expected(args, scale), out) == 0 and out[10].min() > 0
+    trusting = build(tmp_path, [("|| min(smallest & 0xFFFF, smallest >> 16) < Doubt::LEAST", "")])
+    assert bits_differ(out, emulation.attend_by_heads(monkeypatch, trusting, 1, args, scale=scale)) > 0
 
 
 SABOTAGE = {
