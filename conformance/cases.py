@@ -91,6 +91,11 @@ def fit(cases: Sequence[Case], max_position_embeddings: int) -> tuple[Case, ...]
     )
 
 
+def without_hits(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """The cases, with no claim that prompts are found in a cache: in the `two_form` profile servers have none."""
+    return tuple(case.model_copy(update={"min_cached_tokens": 0}) for case in cases)
+
+
 def make_cases(token_ids: Sequence[int], *, with_mtp: bool) -> tuple[Case, ...]:
     """All cases over a text of about 2,000 tokens; those of speculative decoding only where the checkpoint has an MTP
     layer.

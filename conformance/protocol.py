@@ -40,7 +40,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dsv3_plugin.errors import ConformanceError
 
-PROTOCOL_VERSION = "1.0"
+PROTOCOL_VERSION = "1.1"
 PROGRESS_PREFIX = "DSV3-PROGRESS "
 OWN_MODEL = "-own"
 """Behind a testee's name: of the model that an engine has itself."""
@@ -95,6 +95,10 @@ class Request(_Message):
     """How many of the most likely tokens are answered beside each token whose log-probability is."""
     prompt_logprobs: bool = False
     """Whether log-probabilities of the prompt's tokens are wanted; such a request reads no prefix cache."""
+    generated_token_ids: tuple[int, ...] = ()
+    """Of a finished request that the suite lets the reference compute once more: what was generated. No testee is asked
+    for it.
+    """
 
     @property
     def settings(self) -> dict[str, object]:

@@ -12,7 +12,15 @@ from pathlib import Path
 import torch
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.conformance.cases import BLOCK_SIZE, crowd_cases, fit, long_cases, make_cases, planted_cases
+from dsv3_plugin.conformance.cases import (
+    BLOCK_SIZE,
+    crowd_cases,
+    fit,
+    long_cases,
+    make_cases,
+    planted_cases,
+    without_hits,
+)
 from dsv3_plugin.conformance.claims import Claims
 from dsv3_plugin.conformance.compare import RowFile
 from dsv3_plugin.conformance.expectations import Expectations
@@ -179,6 +187,8 @@ def cases_of(reader: CheckpointReader, device: Device = "cpu") -> tuple[Case, ..
     cases = make_cases(text, with_mtp=with_mtp) + crowd_cases(text) + long_cases(text, device, config)
     if "traps" in features_of(reader):
         cases += planted_cases(text, config.vocab_size, with_mtp=with_mtp)
+    if reader.profile().attention == "two_form":
+        cases = without_hits(cases)
     return fit(sorted(cases, key=lambda case: case.num_speculative_tokens), longest)
 
 
@@ -277,15 +287,14 @@ def _reference(results: dict[str, Result]) -> str | None:
 
 
 def _finished(case: Case, result: Result) -> Case:
-    """The sequences that a testee answered, as prompts; of one that it cannot do, the prompt that it was given."""
-    return Case(
-        name=case.name,
-        title=case.title,
-        rounds=tuple(
-            (Request(prompt_token_ids=answer.token_ids or request.prompt_token_ids, max_tokens=0),)
-            for request, answer in zip(case.requests, result.outcome_of(case).requests, strict=True)
-        ),
-    )
+    """The sequences that a testee answered; of one that it cannot do, the prompt that it was given."""
+
+    def finished(prompt: tuple[int, ...], answered: tuple[int, ...]) -> Request:
+        return Request(prompt_token_ids=prompt, max_tokens=0, generated_token_ids=answered[len(prompt) :])
+
+    answers = zip(case.requests, result.outcome_of(case).requests, strict=True)
+    rounds = tuple((finished(request.prompt_token_ids, answer.token_ids),) for request, answer in answers)
+    return Case(name=case.name, title=case.title, rounds=rounds)
 
 
 def _specification(case: Case, results: dict[str, Result], work_dir: Path) -> dict[str, RowFile]:

@@ -21,6 +21,7 @@ from dsv3_plugin.conformance.protocol import Capture
 from dsv3_plugin.conformance.rows import Pass
 from dsv3_plugin.ops.permute import permute, permute_fp8, sort_by_expert
 from dsv3_plugin.ops.router import moe_router, route
+from dsv3_plugin.profile import require_one_form
 from dsv3_plugin.registry import AnyOperation, Ops
 
 ROUTER_CHOICES = (f"/{moe_router.name}.0", f"/{route.name}.0")
@@ -39,6 +40,8 @@ class OperationRecorder:
     """Taps the operations of `model`, whose modules are named as those of `DeepseekV3Model`; `rename` gives a stream of
     another model such a name, or None where the main model has none like it. `current` tells which pass is recorded.
     The call that `capture` names is left with its recorder.
+
+    Raises `EngineError` in the `two_form` profile, whose attention has operations over keys and over parts of the rows.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class OperationRecorder:
         rename: Callable[[str], str | None] = lambda stream: stream,
         capture: Capture | None = None,
     ) -> None:
+        require_one_form(ops.setting.profile, "dsv3 diff")
         self.capture = capture
         self.setting = ops.setting
         self.kernels = {choice.op: str(choice) for choice in ops.provenance}

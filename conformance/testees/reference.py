@@ -3,7 +3,8 @@
 It is the executable specification of what an engine may do to a model: cut prompts into chunks, batch requests, page
 the cache, reuse the pages of a common prefix, and verify drafts. None of that may change a bit. `whole_sequence` is
 the specification of the numbers themselves: one pass over a finished sequence, nothing cached, nothing batched.
-With `--replays` a job's prompts are finished sequences, which other testees answered, and only that is computed.
+With `--replays` a job's requests are finished ones, which other testees answered, and only that is computed.
+In the `two_form` profile a token's row is another one in a prompt, so nobody finds a page with generated tokens.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.taps import OperationRecorder
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.engines import class_name
-from dsv3_plugin.layers.attend import Select, WholeSequences, attend_to_pages, select_all
+from dsv3_plugin.layers.attend import Compute, Select, WholeSequences, attend_to_pages, select_all
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.layout import WHOLE, Layout
-from dsv3_plugin.ops.paged_batch import PagedBatch
-from dsv3_plugin.profile import BF16, FP32, require_one_form
+from dsv3_plugin.ops.paged_batch import PagedBatch, whole_sequence
+from dsv3_plugin.ops.prompt_batch import of_prompts, with_prompts
+from dsv3_plugin.profile import BF16, FP32
 from dsv3_plugin.registry import Ops
 
 PRECISIONS = {"fp32": FP32, "bf16": BF16}
@@ -40,7 +42,7 @@ PRECISIONS = {"fp32": FP32, "bf16": BF16}
 
 
 class PagedCache:
-    """The latent vectors of all layers in pages, and which pages hold which prefix."""
+    """The latent vectors of all layers in pages, and which pages hold which prefix: the core's `Attend`."""
 
     def __init__(self, ops: Ops, config: DeepseekV3Config, num_layers: int, num_blocks: int, block_size: int) -> None:
         shape = num_layers, num_blocks, block_size, config.cached_dim
@@ -53,14 +55,27 @@ class PagedCache:
         self.block_of_prefix: dict[int, int] = {}
         self.batch: Batch | None = None
 
-    def attend(
+    def __call__(
         self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
     ) -> torch.Tensor:
-        """Store what is cached for the batch's tokens and attend: the core's `Attend`."""
+        """Store what is cached for the batch's tokens, and attend."""
+
+        def attend(pages: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
+            return attend_to_pages(self.ops, self.config, q, pages, batch, select)
+
+        return self.over_pages(layer_idx, cached, attend)
+
+    def has_prompts(self) -> bool:
+        """Whether rows of the batch are of prompts."""
+        assert self.batch is not None
+        return of_prompts(self.batch.paged).has_prompts
+
+    def over_pages(self, layer_idx: int, cached: torch.Tensor, compute: Compute) -> torch.Tensor:
+        """Store what is cached for the batch's tokens, and compute."""
         assert self.batch is not None
         pages = self.pages[layer_idx]
         pages[self.batch.slots // self.block_size, self.batch.slots % self.block_size] = cached
-        return attend_to_pages(self.ops, self.config, q, pages, self.batch.paged, select)
+        return compute(pages, self.batch.paged)
 
     def cached_blocks(self, token_ids: list[int]) -> list[int]:
         """Pages that hold the longest known prefix of `token_ids`, in whole blocks."""
@@ -148,7 +163,6 @@ class ReferenceTestee:
         if job.device != "cpu":  # a default takes time in every call
             torch.set_default_device(job.device)
         profile = reader.profile() if precision is None else PRECISIONS[precision]
-        require_one_form(profile, "the reference testee")
         self.ops = bind_ops(self.config, profile, torch.device(job.device), layout=layout)
         self.mtp: DeepseekV3MTP | None = None
         if precision is None:
@@ -181,27 +195,29 @@ class ReferenceTestee:
     def run(self, case: Case) -> program.Outcome:
         """Run the case's schedule, then each finished sequence in one pass."""
         if self.replays:
-            requests = [program.request_result(request.prompt_token_ids, ()) for request in case.requests]
-            outcome = program.Outcome(requests=requests)
+            finished = [request.prompt_token_ids + request.generated_token_ids for request in case.requests]
+            outcome = program.Outcome(requests=[program.request_result(token_ids, ()) for token_ids in finished])
         else:
             outcome = Engine(self, case).run()
         specification = outcome.specification = RowRecorder()
         whole = functools.cache(self.whole_sequence)
-        for index, request in enumerate(outcome.requests):
-            specification.extend(whole(request.token_ids), index)
+        for index, (request, result) in enumerate(zip(case.requests, outcome.requests, strict=True)):
+            specification.extend(whole(result.token_ids, len(request.prompt_token_ids)), index)
         return outcome
 
-    def whole_sequence(self, token_ids: tuple[int, ...]) -> RowRecorder:
+    def whole_sequence(self, token_ids: tuple[int, ...], prompt_len: int) -> RowRecorder:
         """The specification of the numbers: all positions at once, each layer's latent vectors as one page.
 
-        The rows are those of a request 0. The last token is left out: it was generated and never fed.
+        The first `prompt_len` tokens are the prompt. The rows are those of a request 0. The last token is left out: it
+        was generated and never fed.
         """
         recorder = self.layers.recorder = RowRecorder()
         inputs, successors = token_ids[:-1], token_ids[1:]
         keys = [RowKey(0, p, digest) for p, digest in enumerate(prefix_digests(token_ids))]
         positions = torch.arange(len(inputs))
         self.layers.keys = keys[:-1]
-        attend = WholeSequences(self.ops, self.config)
+        batch = with_prompts(whole_sequence(len(inputs), positions.device), (prompt_len,))
+        attend = WholeSequences(self.ops, self.config, batch)
         hidden = self.model(torch.tensor(inputs), positions, attend)
         self.layers.keys = None
         recorder.add("logits", keys[:-1], self.model.lm_head(hidden))
@@ -264,7 +280,7 @@ class Engine:
 
         batch = self.cache.batch = self.batch(pieces)
         self.testee.layers.keys = flat_keys
-        hidden = self.testee.model(batch.input_ids, batch.positions, self.cache.attend)
+        hidden = self.testee.model(batch.input_ids, batch.positions, self.cache)
         self.testee.layers.keys = None
 
         wanted = [i for i, key in enumerate(flat_keys) if self.wants_logits(pieces, key)]
@@ -282,9 +298,15 @@ class Engine:
             count = self.accept(piece, {row - first_row: of_row for row, of_row in logits_of.items()})
             kept.append(Piece(piece.sequence, piece.start, piece.token_ids[:count]))
             kept_rows += range(first_row, first_row + count)
-            self.cache.remember(piece.sequence.token_ids[: piece.sequence.num_computed], piece.sequence.blocks)
+            self.cache.remember(self.shared_prefix(piece.sequence), piece.sequence.blocks)
         if self.testee.mtp is not None and self.case.num_speculative_tokens:
             self.draft(kept, hidden[kept_rows])
+
+    def shared_prefix(self, sequence: Sequence) -> list[int]:
+        """The computed tokens of which other requests may use the pages."""
+        in_two_forms = self.testee.ops.setting.profile.attention == "two_form"
+        end = len(sequence.request.prompt_token_ids) if in_two_forms else sequence.num_computed
+        return sequence.token_ids[: min(sequence.num_computed, end)]
 
     def schedule(self, sequences: list[Sequence]) -> list[Piece]:
         """Give each sequence its next tokens, oldest first, within the step's budget."""
@@ -323,7 +345,7 @@ class Engine:
             input_ids=torch.tensor([token for piece in pieces for token in piece.token_ids]),
             positions=torch.tensor(positions),
             slots=torch.tensor(slots),
-            paged=paged,
+            paged=with_prompts(paged, (len(piece.sequence.request.prompt_token_ids) for piece in pieces)),
         )
 
     def observe(self, tracker: TokenTracker, piece: Piece, shift: int) -> list[RowKey]:
@@ -374,7 +396,7 @@ class Engine:
         for step in range(self.case.num_speculative_tokens):
             keys = [self.observe(self.seen_by_draft, piece, 1)[-1] for piece in successors]
             batch = self.cache.batch = self.batch(successors)
-            hidden = mtp(batch.input_ids, batch.positions, hidden, self.cache.attend)
+            hidden = mtp(batch.input_ids, batch.positions, hidden, self.cache)
             hidden = hidden[batch.paged.query_start_loc[1:] - 1]
             logits = mtp.lm_head(hidden)
             self.recorder.add(f"mtp.{step}", keys, logits)

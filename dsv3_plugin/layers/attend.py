@@ -17,6 +17,7 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.ops.key_selection import ALL_KEYS, KeySelection
 from dsv3_plugin.ops.mla_attention import mla_attention
 from dsv3_plugin.ops.paged_batch import PagedBatch, whole_sequence
+from dsv3_plugin.ops.prompt_batch import of_prompts
 from dsv3_plugin.ops.rope import softmax_scale
 from dsv3_plugin.registry import Ops
 
@@ -53,7 +54,13 @@ Compute = Callable[[torch.Tensor, PagedBatch], torch.Tensor]
 
 @runtime_checkable
 class OverPages(Protocol):
-    """An `Attend` over whose pages a layer may compute what it wants, as the `two_form` profile does."""
+    """An `Attend` over whose pages a layer may compute what it wants, as the `two_form` profile does for prompts."""
+
+    def has_prompts(self) -> bool:
+        """Whether rows of the pass may be of prompts; if none is, a layer calls it as an `Attend`.
+
+        Raises `InputError` where its batch does not say.
+        """
 
     def over_pages(self, layer_idx: int, cached: torch.Tensor, compute: Compute) -> torch.Tensor:
         """Write cached [T, cached_dim] to layer `layer_idx`'s pages, then `compute` with them and with the batch."""
@@ -70,6 +77,11 @@ def attend_to_pages(
     return ops[mla_attention](
         q, latent, batch, select(pages, batch), kv_lora_rank=config.kv_lora_rank, scale=softmax_scale(config)
     )
+
+
+def padded(out: torch.Tensor, rows: int) -> torch.Tensor:
+    """out [tokens, ...] with rows of zeros behind it, where an engine has padded a pass, to [rows, ...]."""
+    return torch.cat((out, out.new_zeros(rows - len(out), *out.shape[1:]))) if len(out) < rows else out
 
 
 class WholeSequences:
@@ -93,6 +105,10 @@ class WholeSequences:
             return attend_to_pages(self.ops, self.config, q, pages, batch, select)
 
         return self.over_pages(layer_idx, cached, attend)
+
+    def has_prompts(self) -> bool:
+        """See `OverPages`."""
+        return self.batch is None or of_prompts(self.batch).has_prompts
 
     def over_pages(self, layer_idx: int, cached: torch.Tensor, compute: Compute) -> torch.Tensor:
         """See `OverPages`."""

@@ -114,19 +114,26 @@ class MLA(nn.Module):
         def in_two_forms(
             heads: torch.Tensor, latent: torch.Tensor, weight: torch.Tensor, w_uk: torch.Tensor, w_uv: torch.Tensor
         ) -> Activation:
-            if not isinstance(attend, OverPages):
-                raise EngineError(f"the two_form profile is not yet served here: unset {ATTENTION_VARIABLE}")
+            assert isinstance(attend, OverPages)
             q, cached = rotated(ops, heads, latent, weight, w_uk, norm.eps, cos, sin)
             compute = partial(attend_in_two_forms, ops, self.config, q, w_uk, w_uv)
             return attend.over_pages(self.layer_idx, cached, compute).flatten(1)
 
-        form = in_two_forms if ops.setting.profile.attention == "two_form" else absorbed
+        form = in_two_forms if self._has_prompts(attend) else absorbed
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
         if trains and isinstance(attend, WholeSequences) and has_head_gradients(heads, self.config.v_head_dim):
             by_heads = partial(heads_of, ops, eps=norm.eps, cos=cos, sin=sin)
             lengths, scale = attend.seq_lens(len(latent)), softmax_scale(self.config)
             return GradientByHeads.apply(form, by_heads, lengths, scale, ops.mode == "strict", *operands)
         return form(*operands)
+
+    def _has_prompts(self, attend: Attend) -> bool:
+        """Whether rows of the pass take the form of prompts. Raises `EngineError` where the engine knows of none."""
+        if self.ops.setting.profile.attention == "absorbed":
+            return False
+        if not isinstance(attend, OverPages):
+            raise EngineError(f"the two_form profile is not yet served here: unset {ATTENTION_VARIABLE}")
+        return attend.has_prompts()
 
     def values(self, out: torch.Tensor, w_uv: torch.Tensor) -> Activation:
         """What attention found [T, H, kv_lora_rank], and the value half of `absorbed_weights`, to [T, H * v_head_dim]

@@ -2,7 +2,8 @@
 
 Both read the same pages. For the rows of prompts the latent vectors that they may see are taken out of the pages, and
 `kv_b_proj` makes keys and values of each head, rounded to the profile's dtype, one product a head. That has a third of
-the absorbed form's arithmetic for many rows, and more than it for few.
+the absorbed form's arithmetic for many rows, and more than it for few. Heads take turns where keys are many: a head
+computes alone what it computes beside others.
 """
 
 from __future__ import annotations
@@ -10,16 +11,25 @@ from __future__ import annotations
 import torch
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.errors import InputError
 from dsv3_plugin.layers.attend import attend_to_pages, select_all
 from dsv3_plugin.ops.absorb import of_parts
 from dsv3_plugin.ops.head_attention import head_attention
 from dsv3_plugin.ops.linear import head_linear
 from dsv3_plugin.ops.paged_batch import PagedBatch
-from dsv3_plugin.ops.prompt_batch import GeneratedRows, PromptBatch, PromptRows
+from dsv3_plugin.ops.prompt_batch import GeneratedRows, PromptRows, of_prompts
 from dsv3_plugin.ops.rms_norm import rms_norm
 from dsv3_plugin.ops.rope import rope, softmax_scale
 from dsv3_plugin.registry import Ops
+
+KEYS_AND_VALUES = 1 << 30
+"""Bytes of keys and values of heads that are in memory at once, if one head's are not more."""
+
+
+def take_memory(like: torch.Tensor) -> None:
+    """Take on `like`'s device, and give back, what `attend_in_two_forms` takes for keys and values: for an engine that
+    measures what a pass needs, and has no requests yet.
+    """
+    like.new_empty(KEYS_AND_VALUES, dtype=torch.uint8)
 
 
 def rotated(
@@ -51,13 +61,12 @@ def attend_in_two_forms(
 
     Raises `InputError` where the batch does not say which rows are of prompts.
     """
-    if not isinstance(batch, PromptBatch):
-        raise InputError(f"{batch}: the two_form profile needs the lengths of the prompts, a PromptBatch")
+    prompts, generated = of_prompts(batch).prompts, of_prompts(batch).generated
     out = q.new_zeros(batch.num_tokens, *w_uv.shape[:2])
-    if batch.prompts is not None:
-        out.index_copy_(0, batch.prompts.rows, _by_heads(ops, config, q, w_uk, w_uv, pages, batch.prompts))
-    if batch.generated is not None:
-        out.index_copy_(0, batch.generated.rows, _absorbed(ops, config, q, w_uk, w_uv, pages, batch.generated))
+    if prompts is not None:
+        out.index_copy_(0, prompts.rows, _by_heads(ops, config, q, w_uk, w_uv, pages, prompts))
+    if generated is not None:
+        out.index_copy_(0, generated.rows, _absorbed(ops, config, q, w_uk, w_uv, pages, generated))
     return out
 
 
@@ -72,11 +81,16 @@ def _by_heads(
 ) -> torch.Tensor:
     latent = pages.flatten(0, 1)[part.keys]
     compressed, k_rope = latent[:, : config.latent_dim].split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
-    of_each_head = compressed.unsqueeze(1).expand(-1, len(w_uk), -1)
-    k = ops[head_linear](of_each_head, w_uk.transpose(1, 2).contiguous())
-    v = ops[head_linear](of_each_head, w_uv)
-    starts = part.query_starts, part.key_starts
-    return ops[head_attention](q[part.rows], k, k_rope, v, *starts, scale=softmax_scale(config))
+    rows, starts, scale = q[part.rows], (part.query_starts, part.key_starts), softmax_scale(config)
+    of_a_head = len(latent) * (w_uk.shape[2] + w_uv.shape[1]) * q.element_size()
+    at_once = max(1, KEYS_AND_VALUES // of_a_head)
+    found = []
+    for some in (slice(first, first + at_once) for first in range(0, len(w_uk), at_once)):
+        of_each_head = compressed.unsqueeze(1).expand(-1, len(w_uk[some]), -1)
+        k = ops[head_linear](of_each_head, w_uk[some].transpose(1, 2).contiguous())
+        v = ops[head_linear](of_each_head, w_uv[some])
+        found.append(ops[head_attention](rows[:, some].contiguous(), k, k_rope, v, *starts, scale=scale))
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def _absorbed(

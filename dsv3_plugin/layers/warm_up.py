@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dsv3_plugin.layers.attend import Attend, Select, attend_to_pages, select_all
+from dsv3_plugin.layers.attend import Attend, Compute, Select, attend_to_pages, select_all
 from dsv3_plugin.layers.decoder import DecoderLayer
 from dsv3_plugin.layers.embedding import Head
 from dsv3_plugin.layers.expert_parallel import ExpertParallelMoE
@@ -23,6 +23,7 @@ from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.layout import Layout
 from dsv3_plugin.ops.mla_attention import SPLIT_KEYS
 from dsv3_plugin.ops.paged_batch import PagedBatch
+from dsv3_plugin.ops.prompt_batch import with_prompts
 
 _EACH = 256
 _STEP = 128
@@ -54,11 +55,13 @@ def warm_up(
     them that get logits. Nothing that the model holds changes. Ranks that share the model make this call together.
     """
     began = time.perf_counter()
-    attend = _attend_to_nothing(model, block_size)
+    attend = _Nothing(model, block_size)
     with _uncounted(model):
         for tokens in token_counts(max(most_tokens, most_logits)):
-            layout.begin_pass(tokens)
-            hidden = _pass(model, tokens, attend)
+            for prompts in attend.kinds:
+                attend.prompts = prompts
+                layout.begin_pass(tokens)
+                hidden = _pass(model, tokens, attend)
             if head is not None and tokens <= most_logits:
                 head(hidden)
     if model.rotary.cos.is_cuda:
@@ -97,28 +100,43 @@ def one_of_each_kind(model: DeepseekV3Model) -> list[DecoderLayer]:
     return [first, *reversed(kinds.values())]
 
 
-def _attend_to_nothing(model: DeepseekV3Model | DeepseekV3MTP, block_size: int) -> Attend:
+class _Nothing:
     """An `Attend` over one empty page: each pass is one request, long enough for its keys to be split."""
-    attention = _layers(model)[0].self_attn
-    ops, config = attention.ops, attention.config
-    device = model.rotary.cos.device
-    page = torch.zeros(1, block_size, config.cached_dim, dtype=ops.setting.profile.dtype, device=device)
 
-    def attend(layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all) -> torch.Tensor:
-        tokens, keys = len(q), len(q) + SPLIT_KEYS
-        batch = PagedBatch(
-            block_table=torch.zeros(1, -(-keys // block_size), dtype=torch.int32, device=device),
-            seq_lens=torch.full((1,), keys, dtype=torch.int32, device=device),
-            query_start_loc=torch.tensor([0, tokens], dtype=torch.int32, device=device),
+    def __init__(self, model: DeepseekV3Model | DeepseekV3MTP, block_size: int) -> None:
+        attention = _layers(model)[0].self_attn
+        self.ops, self.config = attention.ops, attention.config
+        self.device, dtype = model.rotary.cos.device, self.ops.setting.profile.dtype
+        self.page = torch.zeros(1, block_size, self.config.cached_dim, dtype=dtype, device=self.device)
+        self.kinds = (False, True) if self.ops.setting.profile.attention == "two_form" else (False,)
+        """Of passes: whether rows are of prompts."""
+        self.prompts = False
+
+    def __call__(
+        self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
+    ) -> torch.Tensor:
+        return attend_to_pages(self.ops, self.config, q, self.page, self._batch(len(q)), select)
+
+    def has_prompts(self) -> bool:
+        return self.prompts
+
+    def over_pages(self, layer_idx: int, cached: torch.Tensor, compute: Compute) -> torch.Tensor:
+        batch = self._batch(len(cached))
+        compute(self.page, with_prompts(batch, (0,)))
+        return compute(self.page, with_prompts(batch, batch.read_seq_lens()))
+
+    def _batch(self, tokens: int) -> PagedBatch:
+        keys, block_size = tokens + SPLIT_KEYS, self.page.shape[1]
+        return PagedBatch(
+            block_table=torch.zeros(1, -(-keys // block_size), dtype=torch.int32, device=self.device),
+            seq_lens=torch.full((1,), keys, dtype=torch.int32, device=self.device),
+            query_start_loc=torch.tensor([0, tokens], dtype=torch.int32, device=self.device),
             num_tokens=tokens,
             num_blocks=1,
             block_size=block_size,
             host_seq_lens=(keys,),
             host_query_start_loc=(0, tokens),
         )
-        return attend_to_pages(ops, config, q, page, batch, select)
-
-    return attend
 
 
 @contextmanager

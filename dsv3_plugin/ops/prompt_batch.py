@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 
+from dsv3_plugin.errors import InputError
 from dsv3_plugin.ops.checks import require
 from dsv3_plugin.ops.paged_batch import PagedBatch
 
@@ -44,53 +45,50 @@ class GeneratedRows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch(PagedBatch):
-    """A `PagedBatch` that knows the requests' prompts. Rows of padding are in neither part."""
+    """A `PagedBatch` that knows the requests' prompts. Rows of padding are in neither part.
 
-    prompt_lens: torch.Tensor = field(kw_only=True)
-    """int32 or int64 [num_reqs], tokens of each request's prompt."""
-    host_prompt_lens: tuple[int, ...] | None = field(default=None, kw_only=True)
-    """The same numbers as `prompt_lens`, if the engine has them; on a CPU they are read."""
+    What is a prompt's decides which kernels are called, so it is told in host memory.
+    """
+
+    prompt_lens: tuple[int, ...] = field(kw_only=True)
+    """Tokens of each request's prompt."""
+    first_positions: tuple[int, ...] = field(kw_only=True)
+    """Of each request's first query. Of a request that is beyond its prompt any position that is beyond it, too."""
 
     def __post_init__(self) -> None:
         """Check what can be seen."""
         super().__post_init__()
-        lengths = self.prompt_lens
-        is_right = lengths.shape == self.seq_lens.shape and lengths.dtype in (torch.int32, torch.int64)
-        told = f"prompt_lens are {lengths.dtype} of shape {tuple(lengths.shape)}, expected an integer of each request"
-        require(is_right, _NAME, told)
-        require(lengths.device == self.device, _NAME, f"prompt_lens is on {lengths.device}, seq_lens on {self.device}")
+        for name, numbers in (("prompt_lens", self.prompt_lens), ("first_positions", self.first_positions)):
+            told = f"{name} has {len(numbers)} numbers, there are {self.num_reqs} requests"
+            require(len(numbers) == self.num_reqs, _NAME, told)
+            require(min(numbers, default=0) >= 0, _NAME, f"{name} {numbers} has a negative number")
         if self.is_on_cpu:
-            object.__setattr__(self, "host_prompt_lens", tuple(lengths.tolist()))
-        copy = self.host_prompt_lens
-        require(
-            copy is None or len(copy) == self.num_reqs, _NAME, f"host_prompt_lens is not of {self.num_reqs} requests"
-        )
-        require(copy is None or min(copy, default=0) >= 0, _NAME, f"prompt_lens {copy} has a negative number")
-
-    def read_prompt_lens(self) -> tuple[int, ...]:
-        """`prompt_lens` in host memory; waits for the device if the engine gave no copy."""
-        return tuple(self.prompt_lens.tolist()) if self.host_prompt_lens is None else self.host_prompt_lens
+            firsts = (self.seq_lens - self.query_start_loc.diff()).tolist()
+            requests = enumerate(zip(self.prompt_counts, firsts, self.first_positions, strict=True))
+            for request, (count, first, found) in requests:
+                told = f"request {request} begins at position {first}, first_positions has {found}"
+                require(not count or first == found, _NAME, told)
 
     @cached_property
     def prompt_counts(self) -> tuple[int, ...]:
         """How many of each request's queries are of its prompt; they are the first ones."""
-        found = []
-        starts, lengths = pairwise(self.read_query_start_loc()), self.read_seq_lens()
-        for (start, end), length, prompt in zip(starts, lengths, self.read_prompt_lens(), strict=True):
-            first_position = length - (end - start)
-            found.append(min(max(prompt - first_position, 0), end - start))
-        return tuple(found)
+        requests = zip(pairwise(self.read_query_start_loc()), self.first_positions, self.prompt_lens, strict=True)
+        return tuple(min(max(prompt - first, 0), end - start) for (start, end), first, prompt in requests)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether rows are of prompts: without any the absorbed profile's layer has all bits of `two_form`'s."""
+        return any(self.prompt_counts)
 
     @cached_property
     def prompts(self) -> PromptRows | None:
         """The rows of prompts; None without any."""
         rows, keys = [], []
-        starts, lengths = self.read_query_start_loc(), self.read_seq_lens()
+        starts = self.read_query_start_loc()
         for request, count in enumerate(self.prompt_counts):
             if count:
-                start, end = starts[request : request + 2]
-                rows.append(range(start, start + count))
-                keys.append(self._keys_of(request, lengths[request] - (end - start) + count))
+                rows.append(range(starts[request], starts[request] + count))
+                keys.append(self._keys_of(request, self.first_positions[request] + count))
         if not rows:
             return None
         counts = self._starts(map(len, rows)), self._starts(map(len, keys))
@@ -112,7 +110,7 @@ class PromptBatch(PagedBatch):
             self.num_blocks,
             self.block_size,
             self.host_seq_lens,
-            tuple(self._starts(map(len, rows), "cpu").tolist()),
+            tuple(accumulate(map(len, rows), initial=0)),
         )
         return GeneratedRows(self._joined(rows), batch)
 
@@ -125,13 +123,32 @@ class PromptBatch(PagedBatch):
     def _joined(self, rows: list[range]) -> torch.Tensor:
         return torch.cat([torch.arange(each.start, each.stop) for each in rows]).to(self.device)
 
-    def _starts(self, counts: Iterable[int], device: torch.device | str | None = None) -> torch.Tensor:
-        return torch.tensor([0, *counts]).cumsum(0).to(device or self.device, torch.int32)
+    def _starts(self, counts: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32, device=self.device)
 
 
 def with_prompts(
-    batch: PagedBatch, prompt_lens: torch.Tensor, host_prompt_lens: tuple[int, ...] | None = None
+    batch: PagedBatch, prompt_lens: Iterable[int], first_positions: Iterable[int] | None = None
 ) -> PromptBatch:
-    """A batch, and its requests' prompts. Raises `InputError` where they do not fit each other."""
+    """A batch, and its requests' prompts; without `first_positions` its lengths are read, which waits for the device
+    unless it has a copy of them. Raises `InputError` where they do not fit each other.
+    """
     own = {each.name: getattr(batch, each.name) for each in fields(PagedBatch)}
-    return PromptBatch(**own, prompt_lens=prompt_lens, host_prompt_lens=host_prompt_lens)
+    if first_positions is None:
+        queries = (end - start for start, end in pairwise(batch.read_query_start_loc()))
+        first_positions = (length - count for length, count in zip(batch.read_seq_lens(), queries, strict=True))
+    return PromptBatch(**own, prompt_lens=tuple(prompt_lens), first_positions=tuple(first_positions))
+
+
+def of_prompts(batch: PagedBatch) -> PromptBatch:
+    """The batch. Raises `InputError` where it does not say which rows are of prompts."""
+    if not isinstance(batch, PromptBatch):
+        raise InputError(f"{batch}: the two_form profile needs the lengths of the prompts, a PromptBatch")
+    return batch
+
+
+def no_requests(device: torch.device) -> PromptBatch:
+    """Of a pass that is nobody's."""
+    nothing = torch.zeros(1, dtype=torch.int32, device=device)
+    batch = PagedBatch(nothing[:0, None], nothing[:0], nothing, 0, 1, 1, (), (0,))
+    return with_prompts(batch, ())

@@ -36,7 +36,7 @@ class Sabotaged(ReferenceTestee):
 
     name = "sabotaged"
 
-    def whole_sequence(self, token_ids: tuple[int, ...]) -> RowRecorder:
+    def whole_sequence(self, token_ids: tuple[int, ...], prompt_len: int) -> RowRecorder:
         return RowRecorder()
 
 

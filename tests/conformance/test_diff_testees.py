@@ -75,7 +75,7 @@ NOT_NAMED = {
     "quantize_fp8_weight": "in backward passes",
     "quantize_fp8_columns": "in backward passes",
     "fp8_wgrad": "in backward passes",
-    "head_attention": "in the two_form profile, which no testee serves yet",
+    "head_attention": "in the two_form profile, which is refused",
     "combine_gradient": "in backward passes",
     "rms_norm_gradient": "in backward passes",
     "silu_and_mul_gradient": "in backward passes",

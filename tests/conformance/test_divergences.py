@@ -36,7 +36,7 @@ def test_ties_are_all_that_parts_them(tmp_path: Path, monkeypatch: pytest.Monkey
         return float((expected.exp() * (expected - found)).sum(-1).mean())
 
     with torch.inference_mode():
-        testee.whole_sequence(PROMPT).save(tmp_path / "rows")
+        testee.whole_sequence(PROMPT, len(PROMPT)).save(tmp_path / "rows")
     expected = load_file(tmp_path / "rows")["logits"].double().log_softmax(-1)
     own = kl()
     monkeypatch.setattr(torch, "topk", stable_topk)

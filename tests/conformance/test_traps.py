@@ -147,7 +147,7 @@ def test_planted_tokens_do_what_they_say(runs: Runs) -> None:
     router.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     embeddings = testee.model.model.embed_tokens.weight
     for token in Token:
-        testee.whole_sequence((token.id(config.vocab_size), 5))
+        testee.whole_sequence((token.id(config.vocab_size), 5), 2)
     scores = {token: (x.float() @ router.weight.float().T).sigmoid()[0] for token, x in zip(Token, seen, strict=True)}
     assert (scores[Token.FLOODED] == 1).all() and (scores[Token.DROWNED] < 1e-19).all()
     assert (scores[Token.ZERO] == 0.5).all() and (seen[0] == 0).all()

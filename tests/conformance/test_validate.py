@@ -21,7 +21,7 @@ from dsv3_plugin.conformance.protocol import json_schema, read_job, read_result
 from dsv3_plugin.conformance.validate import problems
 from dsv3_plugin.errors import ConformanceError
 
-RECORDED = Path(__file__).with_name("protocol_1.0.json")
+RECORDED = Path(__file__).with_name("protocol_1.1.json")
 Change = Callable[[Path], None]
 
 
@@ -111,7 +111,7 @@ def test_a_newer_minor_version_is_read(kept: Path, tmp_path: Path) -> None:
     of_result(lambda r: (r.update(new=1), request_of(r).update(newer=2), r.update(protocol_version="1.9")))(folder)
     known = read_result(kept / "reference").model_copy(update={"protocol_version": "1.9"})
     assert read_result(folder) == known
-    of_result(lambda r: r.update(protocol_version="1.0"))(folder)
+    of_result(lambda r: r.update(protocol_version="1.1"))(folder)
     with pytest.raises(ConformanceError, match="does not follow the protocol"):
         read_result(folder)
 
@@ -127,11 +127,11 @@ def test_the_protocol_is_that_of_its_version() -> None:
 def test_command(kept: Path, tmp_path: Path) -> None:
     program = "core", Path(sys.executable).with_name("dsv3"), "conformance", "validate"
     done = warm(*program, kept / "reference")
-    assert (done.returncode, done.stdout.split(": ")[-1]) == (0, "no problems (protocol 1.0)\n")
+    assert (done.returncode, done.stdout.split(": ")[-1]) == (0, "no problems (protocol 1.1)\n")
     folder = shutil.copytree(kept / "reference", tmp_path / "reference")
     of_result(lambda r: request_of(r).update(logprobs=[]))(folder)
     done = warm(*program, folder, "--job", kept)
     assert done.returncode == 1 and "decode: request 0 has 0 logprobs" in done.stdout
-    assert done.stdout.endswith("reference: 2 problems (protocol 1.0)\n")
+    assert done.stdout.endswith("reference: 2 problems (protocol 1.1)\n")
     done = warm(*program, tmp_path / "none")
     assert done.returncode == 2 and "job.json: missing" in done.stderr

@@ -31,7 +31,7 @@ def in_pages(own: Toy) -> list[torch.Tensor]:
         starts = torch.tensor([0, *queries]).cumsum(0)
         paged = PagedBatch(table, torch.tensor(STEPS[step + 1]), starts, len(positions), 20, PAGE)
         cache.batch = Batch(torch.zeros(0), positions, slots, paged)
-        outputs.append(own.run(spans(step), cache.attend))
+        outputs.append(own.run(spans(step), cache))
     return joined(outputs)
 
 

@@ -17,16 +17,15 @@ from dsv3_plugin.checkpoint.loader import load_model, load_mtp
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.conformance.protocol import Job
-from dsv3_plugin.conformance.testees.reference import ReferenceTestee
 from dsv3_plugin.errors import ConfigError, EngineError, InputError, KernelError
+from dsv3_plugin.layers import two_form
 from dsv3_plugin.layers.attend import Attend, Compute, Select, WholeSequences, attend_to_pages, select_all
 from dsv3_plugin.layers.mla import MLA
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.ops.head_attention import head_attention
 from dsv3_plugin.ops.paged_batch import PagedBatch, whole_sequence
-from dsv3_plugin.ops.prompt_batch import PromptBatch, with_prompts
+from dsv3_plugin.ops.prompt_batch import PromptBatch, no_requests, with_prompts
 from dsv3_plugin.profile import ATTENTION_VARIABLE, BF16, SLICES_VARIABLE, Profile, profile_for
 from dsv3_plugin.registry import Ops
 
@@ -55,7 +54,7 @@ class Pages:
         self.pages = torch.full(shape, torch.nan, dtype=self.ops.setting.profile.dtype)
         self.free = torch.randperm(PAGES, generator=generator(3)).tolist()
         self.blocks: dict[int, list[int]] = {}
-        self.batch: PagedBatch | None = None
+        self.batch: PromptBatch | None = None
         self.slots = torch.zeros(0, dtype=torch.int64)
 
     def begin(self, step: Step) -> torch.Tensor:
@@ -74,8 +73,12 @@ class Pages:
         starts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
         lengths = torch.tensor([last for _, last in step.values()])
         batch = PagedBatch(table, lengths, starts, len(positions), PAGES, PAGE)
-        self.batch = with_prompts(batch, torch.tensor([PROMPTS[request] for request in step]))
+        self.batch = with_prompts(batch, (PROMPTS[request] for request in step))
         return positions
+
+    def has_prompts(self) -> bool:
+        assert self.batch is not None
+        return self.batch.has_prompts
 
     def over_pages(self, layer_idx: int, cached: torch.Tensor, compute: Compute) -> torch.Tensor:
         pages = self.pages[layer_idx]
@@ -115,7 +118,7 @@ class Served:
         """Of each request in one pass over the finished sequence."""
         found = []
         for tokens, length, prompt in zip(self.tokens, LENGTHS, PROMPTS, strict=True):
-            batch = with_prompts(whole_sequence(length), torch.tensor([prompt]))
+            batch = with_prompts(whole_sequence(length), (prompt,))
             found.append(self.run([tokens], torch.arange(length), WholeSequences(self.ops, self.config, batch)))
         return found
 
@@ -205,6 +208,25 @@ def test_no_schedule_changes_a_bit(name: str, served: tuple[Served, list[torch.T
     assert equal(own.by_steps(SCHEDULES[name]), whole)
 
 
+@pytest.mark.parametrize("served", ["bf16"], indirect=True)
+def test_heads_that_take_turns_have_the_same_bits(
+    served: tuple[Served, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, whole = served
+    kernel, heads = own.ops[head_attention], []
+
+    def counted(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        heads.append(q.shape[1])
+        return kernel(q, *args, **kwargs)
+
+    monkeypatch.setitem(own.ops.kernels, head_attention, counted)  # type: ignore[arg-type]
+    of_a_head = PROMPTS[0] * 2 * own.config.v_head_dim * 2
+    monkeypatch.setattr(two_form, "KEYS_AND_VALUES", 3 * of_a_head)
+    assert equal(own.whole(), whole)
+    # Three of the four heads of the longest prompt, then the other one.
+    assert set(heads) == {3, 1, 4}
+
+
 def by_schedule(batch: PromptBatch) -> tuple[int, ...]:
     """As engines tell prefill from decode: more than one query is a prompt."""
     counts = batch.query_start_loc.diff().tolist()
@@ -214,7 +236,7 @@ def by_schedule(batch: PromptBatch) -> tuple[int, ...]:
 def by_phase(batch: PromptBatch) -> tuple[int, ...]:
     """What begins inside of a prompt is one as a whole."""
     counts = batch.query_start_loc.diff()
-    begins = batch.seq_lens - counts < batch.prompt_lens
+    begins = batch.seq_lens - counts < torch.tensor(batch.prompt_lens)
     return tuple((counts * begins).tolist())
 
 
@@ -256,7 +278,7 @@ class WithPages:
     """An `Attend` of which a layer knows only that it has pages: no gradient by heads."""
 
     def __init__(self, attend: WholeSequences) -> None:
-        self.over_pages = attend.over_pages
+        self.over_pages, self.has_prompts = attend.over_pages, attend.has_prompts
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-5), ("bf16", 2**-6)])
@@ -278,7 +300,7 @@ def test_gradients_are_those_of_the_absorbed_form(
             parameter.data.copy_(drawn if parameter.dim() > 1 else 1 + drawn)
             parameter.requires_grad_()
         x = normal(tokens, config.hidden_size, seed=90).to(profile.dtype).requires_grad_()
-        batch = with_prompts(whole_sequence(tokens), torch.tensor([prompt]))
+        batch = with_prompts(whole_sequence(tokens), (prompt,))
         out = mla(x, *RotaryTable(config)(positions), form(WholeSequences(ops, config, batch)))
         grad = normal(*out.shape, seed=91).to(out.dtype)
         return out.detach(), list(torch.autograd.grad(out, (*mla.parameters(), x), grad))
@@ -313,7 +335,7 @@ def three_requests(**changes: Any) -> PromptBatch:
         torch.tensor([0, 5, 6, 9]),
         **{"num_tokens": 9, "num_blocks": 6, "block_size": 4},
     )
-    return with_prompts(batch, **{"prompt_lens": torch.tensor([10, 8, 1])} | changes)
+    return with_prompts(batch, **{"prompt_lens": (10, 8, 1)} | changes)
 
 
 def test_a_row_is_a_prompts_by_its_position() -> None:
@@ -327,38 +349,46 @@ def test_a_row_is_a_prompts_by_its_position() -> None:
     assert prompts.keys.tolist() == [key for of_request in pages for key in of_request]
     assert generated.batch.query_start_loc.tolist() == [0, 2, 2, 4]
     assert generated.batch.read_seq_lens() == (12, 8, 3)
-    nothing = torch.zeros(3, dtype=torch.int32)
-    assert three_requests(prompt_lens=nothing).prompts is None
-    assert three_requests(prompt_lens=nothing + 99).generated is None
+    assert batch.has_prompts and not three_requests(prompt_lens=(7, 7, 0)).has_prompts
+    assert three_requests(prompt_lens=(7, 7, 0)).prompts is None
+    assert three_requests(prompt_lens=(99, 99, 99)).generated is None
+    # Beyond its prompt a request's first position is not needed exactly: an engine may not know it yet.
+    guessed = three_requests(prompt_lens=(10, 7, 1), first_positions=(7, 9, 0))
+    assert guessed.prompt_counts == (3, 0, 1) and guessed.prompts is not None
+    assert guessed.prompts.key_starts.tolist() == [0, 10, 11]
 
 
 def test_nothing_is_read_of_a_device_whose_numbers_the_engine_has() -> None:
     """Reading a tensor on "meta" raises, as the twin shows."""
     own = three_requests()
     on_device = [x.to("meta") for x in own.tensors]
-    copies = {"host_seq_lens": own.host_seq_lens, "host_query_start_loc": own.host_query_start_loc}
-    batch = PagedBatch(*on_device, *own.sizes, **copies)
-    lengths = own.prompt_lens.to("meta")
-    found = with_prompts(batch, lengths, own.host_prompt_lens)
+    batch = PagedBatch(*on_device, *own.sizes, host_query_start_loc=own.host_query_start_loc)
+    found = with_prompts(batch, own.prompt_lens, own.first_positions)
     assert own.prompts is not None and own.generated is not None
     assert found.prompts is not None and found.prompts.keys.shape == own.prompts.keys.shape
     assert found.generated is not None and found.generated.batch.read_query_start_loc() == (0, 2, 2, 4)
     with pytest.raises(RuntimeError, match="meta"):
-        with_prompts(batch, lengths).prompt_counts  # noqa: B018
+        with_prompts(batch, own.prompt_lens)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt_lens": torch.tensor([1, 2])}, r"prompt_lens are torch.int64 of shape \(2,\), expected an integer of"),
-        ({"prompt_lens": torch.ones(3)}, r"prompt_lens are torch.float32 of shape \(3,\)"),
-        ({"prompt_lens": torch.ones(3).long().to("meta")}, r"prompt_lens is on meta, seq_lens on cpu"),
-        ({"prompt_lens": torch.tensor([1, -2, 3])}, r"prompt_lens \(1, -2, 3\) has a negative number"),
+        ({"prompt_lens": (1, 2)}, r"prompt_lens has 2 numbers, there are 3 requests"),
+        ({"prompt_lens": (1, -2, 3)}, r"prompt_lens \(1, -2, 3\) has a negative number"),
+        ({"first_positions": (7, 7)}, r"first_positions has 2 numbers, there are 3 requests"),
+        ({"first_positions": (7, 6, 0)}, r"request 1 begins at position 7, first_positions has 6"),
     ],
 )
 def test_wrong_prompts_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=f"^PromptBatch: {message}"):
         three_requests(**changes)
+
+
+def test_a_pass_that_is_nobody_s_has_no_rows() -> None:
+    batch = no_requests(CPU)
+    assert (batch.num_reqs, batch.num_tokens, batch.has_prompts) == (0, 0, False)
+    assert batch.prompts is None and batch.generated is None
 
 
 # What is refused
@@ -378,16 +408,6 @@ def test_an_engine_that_knows_no_prompts_is_refused(served: tuple[Served, list[t
         InputError, match=r"^PagedBatch\(1 requests, 20 tokens.*: the two_form profile needs the lengths"
     ):
         own.model(own.tokens[2][:20], torch.arange(20), WholeSequences(own.ops, own.config))
-
-
-def test_the_reference_testee_refuses_it_by_name(
-    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its prefix cache holds generated tokens, which a later request's prompt would find."""
-    monkeypatch.setenv(ATTENTION_VARIABLE, "two_form")
-    job = Job(checkpoint=str(tiny_checkpoint("bf16")), block_size=16, cases=())
-    with pytest.raises(EngineError, match=r"^DSV3_ATTENTION=two_form is not yet served by the reference testee: unset"):
-        ReferenceTestee(job)
 
 
 # The setting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,6 +23,8 @@ from dsv3_plugin.layers.model import DeepseekV3, DeepseekV3Model, bind_ops, expe
 from dsv3_plugin.layers.moe import Router
 from dsv3_plugin.layers.warm_up import one_of_each_kind, token_counts, warm_up
 from dsv3_plugin.layout import WHOLE, Group, Layout
+from dsv3_plugin.profile import ATTENTION_VARIABLE
+from dsv3_plugin.registry import AnyOperation
 
 CPU = torch.device("cpu")
 
@@ -58,6 +61,30 @@ def test_every_kind_of_layer_runs(tiny_checkpoint: Callable[[str], Path], part: 
     assert met[Router] == each
     assert met[Head] == [1, 2, 3, 4]
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_prompts_and_generated_tokens_take_their_forms(
+    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the `two_form` profile, both alone and side by side; another profile has one form."""
+    reader = CheckpointReader(tiny_checkpoint("bf16"))
+
+    def calls() -> dict[str, int]:
+        ops = bind_ops(reader.config, reader.profile(), CPU)
+        model, met = load_model(reader, ops).model, Counter[str]()
+
+        def count(op: AnyOperation, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            met[op.name] += 1
+            return run(*args, **kwargs)
+
+        ops.tap(count)
+        warm_up(model, None, WHOLE, block_size=16, most_tokens=3, most_logits=1)
+        return {name: met[name] for name in ("absorb", "mla_attention", "head_attention")}
+
+    layers = 3 * 2
+    assert calls() == {"absorb": layers, "mla_attention": layers, "head_attention": 0}
+    monkeypatch.setenv(ATTENTION_VARIABLE, "two_form")
+    assert calls() == {"absorb": layers, "mla_attention": 2 * layers, "head_attention": layers}
 
 
 def test_ranks_warm_up_together_and_count_no_load(tiny_checkpoint: Callable[[str], Path]) -> None:

@@ -4,8 +4,9 @@
 another provider's kernel, `weight:PARAMETER` one weight; `tile:ROWS` runs the CPU's products on other
 tiles; `page` replaces the newest cached token by the oldest; `tokens:N` answers another N-th token from the end (1);
 `silent` leaves a row out; `log_of_softmax` answers log-probabilities that are rounded otherwise; `seed` draws by other
-random numbers each time; `foreign` is right, and serves another company's model; `far` claims closeness and scales its
-logits by ARGUMENT; `crash` raises.
+random numbers each time; `foreign` is right, and serves another company's model; `schedule` takes for prompts' all rows
+of a request that has several in a pass; `shared` lets prompts find pages with generated tokens; `far` claims closeness
+and scales its logits by ARGUMENT; `crash` raises.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dsv3_plugin.conformance.protocol import Case, Job, Served
 from dsv3_plugin.conformance.testees import program, reference
 from dsv3_plugin.conformance.testees.reference import ReferenceTestee
 from dsv3_plugin.ops import tile
+from dsv3_plugin.ops.prompt_batch import PromptBatch
 
 SABOTAGE, _, ARGUMENT = sys.argv.pop(1).partition(":")
 
@@ -34,6 +36,12 @@ def bump(module: object, args: object, output: torch.Tensor) -> torch.Tensor:
     bits = output.clone().view({2: torch.int16, 4: torch.int32}[output.element_size()])
     bits[0, 0] += 1
     return bits.view(output.dtype)
+
+
+def by_schedule(batch: PromptBatch) -> tuple[int, ...]:
+    """As engines tell prefill from decode."""
+    counts = batch.query_start_loc.diff().tolist()
+    return tuple(count if count > 1 else 0 for count in counts)
 
 
 class SabotagedTestee(ReferenceTestee):
@@ -57,6 +65,10 @@ class SabotagedTestee(ReferenceTestee):
             offered = registry.offered_kernels()
             registry.offered_kernels = lambda: [*offered, wrong_kernel(ARGUMENT)]
             os.environ[registry.MODE_VARIABLE] = "fast"
+        if SABOTAGE == "schedule":
+            PromptBatch.prompt_counts = property(by_schedule)
+        if SABOTAGE == "shared":
+            reference.Engine.shared_prefix = lambda engine, sequence: sequence.token_ids[: sequence.num_computed]
         super().__init__(job)
         if SABOTAGE == "weight":
             weight = self.model.get_parameter(ARGUMENT)
