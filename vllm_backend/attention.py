@@ -2,8 +2,8 @@
 
 vLLM allocates the pages and tells, for each step, which tokens belong to which request (`query_start_loc`,
 `seq_lens`, `block_table`) and where to write them (`slot_mapping`). The layer writes what is cached and calls
-`attend_to_pages`: it moves data and computes nothing. It does not use vLLM's attention backends, so it runs on
-every platform, size and dtype that the kernels serve.
+`attend_to_pages`, or what the model computes over pages: it moves data and computes nothing. It does not use vLLM's
+attention backends, so it runs on every platform, size and dtype that the kernels serve.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.layers.attend import FAST_PAGE_SIZE, Select, attend_to_pages, select_all
+from dsv3_plugin.layers.attend import FAST_PAGE_SIZE, Compute, Select, attend_to_pages, padded, select_all
+from dsv3_plugin.layers.two_form import take_memory
 from dsv3_plugin.ops.paged_batch import PagedBatch
+from dsv3_plugin.ops.prompt_batch import no_requests, of_prompts, with_prompts
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.vllm_backend import compat
+from dsv3_plugin.vllm_backend.prompts import Prompts
 
 
 @dataclass
@@ -70,13 +73,19 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         if self.answers:
             for weight_loader in self.weight_loaders:
                 weight_loader.require_whole()
-        return self._build(common_attn_metadata)
+        return self._build(common_attn_metadata, self.cache.prompts if self.answers else None)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> LatentMetadata:
         """A capture answers nobody: it may come before the weights."""
         return self._build(common_attn_metadata)
 
-    def _build(self, common: Any) -> LatentMetadata:
+    def build_for_drafting(self, common_attn_metadata: Any, draft_index: int) -> LatentMetadata:
+        """The first pass of a draft is over the target's tokens. What it drafts then is in no prompt: where the target
+        is amid one, nobody reads it.
+        """
+        return self.build(0, common_attn_metadata) if draft_index == 0 else self._build(common_attn_metadata)
+
+    def _build(self, common: Any, prompts: Prompts | None = None) -> LatentMetadata:
         tokens, requests = common.num_actual_tokens, common.num_reqs
         # A slot of -1 marks a token that must not be kept: it goes to page 0, which vLLM gives to no request.
         slots = common.slot_mapping[:tokens].clamp(min=0)
@@ -90,6 +99,9 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
             block_size=self.block_size,
             host_query_start_loc=tuple(common.query_start_loc_cpu[: requests + 1].tolist()),
         )
+        if self.cache.ops.setting.profile.attention == "two_form":
+            nothing = [0] * requests, [0] * requests
+            batch = with_prompts(batch, *(nothing if prompts is None else prompts.of(requests)))
         return LatentMetadata(
             batch=batch,
             pages=self.pages[:tokens].copy_(slots // self.block_size),
@@ -162,6 +174,8 @@ class LatentCache(nn.Module, AttentionLayerBase):
         self.weight_loader = weight_loader
         self.layer_name = prefix
         self.kv_cache = torch.tensor([])
+        self.prompts: Prompts | None = None
+        """In the `two_form` profile, from the moment on from which requests may come."""
         context = vllm_config.compilation_config.static_forward_context
         if prefix in context:
             raise ValueError(f"duplicate attention layer {prefix}")
@@ -183,20 +197,43 @@ class LatentCache(nn.Module, AttentionLayerBase):
 
     def forward(self, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all) -> torch.Tensor:
         """q [T, H, latent_dim], cached [T, cached_dim] to [T, H, kv_lora_rank]; rows that vLLM padded are zero."""
-        by_layer = get_forward_context().attn_metadata
-        if by_layer is None:  # no request's: profiling, warm-up, and what a rank computes so that others can
+        metadata = self._metadata()
+        if metadata is None:
             return q.new_zeros(*q.shape[:2], self.config.kv_lora_rank)
-        metadata: LatentMetadata = by_layer[self.layer_name]
+
+        def attend(pages: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
+            return attend_to_pages(self.ops, self.config, q[: batch.num_tokens], pages, batch, select)
+
+        return self._compute(metadata, cached, attend)
+
+    def has_prompts(self) -> bool:
+        """Whether rows of the pass are of prompts; where none is a request's, all might be."""
+        metadata = self._metadata()
+        return metadata is None or of_prompts(metadata.batch).has_prompts
+
+    def over_pages(self, cached: torch.Tensor, compute: Compute) -> torch.Tensor:
+        """cached [T, cached_dim] to what is computed over the pages, [T, ...]; rows that vLLM padded are zero."""
+        metadata = self._metadata()
+        if metadata is None:
+            take_memory(cached)  # vLLM measures it
+            return padded(compute(cached, no_requests(cached.device)), len(cached))
+        return self._compute(metadata, cached, compute)
+
+    def _metadata(self) -> LatentMetadata | None:
+        """None where no row is a request's: profiling, warm-up, and what a rank computes so that others can."""
+        by_layer = get_forward_context().attn_metadata
+        return None if by_layer is None else by_layer[self.layer_name]
+
+    def _compute(self, metadata: LatentMetadata, cached: torch.Tensor, compute: Compute) -> torch.Tensor:
         connector = _connector()
         if connector is not None:
             connector.wait_for_layer_load(self.layer_name)
-        tokens = metadata.batch.num_tokens
         pages = compat.latent_pages(self.kv_cache)
-        pages[metadata.pages, metadata.offsets] = cached[:tokens]
-        out = attend_to_pages(self.ops, self.config, q[:tokens], pages, metadata.batch, select)
+        pages[metadata.pages, metadata.offsets] = cached[: metadata.batch.num_tokens]
+        out = compute(pages, metadata.batch)
         if connector is not None:
             connector.save_kv_layer(self.layer_name, self.kv_cache, metadata)
-        return torch.cat((out, out.new_zeros(len(q) - tokens, *out.shape[1:]))) if tokens < len(q) else out
+        return padded(out, len(cached))
 
 
 def _connector() -> Any:

@@ -19,6 +19,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
 from dsv3_plugin.errors import EngineError
+from dsv3_plugin.profile import attention_from_environment
 from dsv3_plugin.vllm_backend import worker
 
 Method = Callable[..., Any]
@@ -97,7 +98,15 @@ def _step(original: Method, core: Any) -> tuple[Outputs | None, bool]:
     return ended, False
 
 
+def _preprocess(original: Method, core: Any, request: Any) -> Any:
+    """Raises `EngineError` for a request whose prompt grows over what was generated, in the `two_form` profile."""
+    if getattr(request, "resumable", False) and attention_from_environment() == "two_form":
+        raise EngineError("streamed inputs are not served in the two_form profile: send a whole prompt")
+    return original(core, request)
+
+
 _WRAPPED: dict[str, Method] = {
+    "preprocess_add_request": _preprocess,
     "collective_rpc": _rpc,
     "wake_up": _may_write,
     "step": _step,

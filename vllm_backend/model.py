@@ -17,17 +17,18 @@ from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import ConfigError, EngineError
-from dsv3_plugin.layers.attend import Select, select_all
+from dsv3_plugin.layers.attend import Compute, Select, select_all
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.layout import Layout
 from dsv3_plugin.peers import announcement, connected
-from dsv3_plugin.profile import profile_for, require_one_form
+from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.vllm_backend import compat, engine, layerwise, options, requests, worker
 from dsv3_plugin.vllm_backend.attention import LatentCache
 from dsv3_plugin.vllm_backend.eplb import MovableExperts, with_replicas
 from dsv3_plugin.vllm_backend.layout import layout_of_this_rank, most_tokens
+from dsv3_plugin.vllm_backend.prompts import Prompts
 
 HIDDEN_STATES = "hidden_states"
 """What one pipeline stage sends to the next."""
@@ -73,6 +74,23 @@ class LatentCaches(nn.Module):
         """See `dsv3_plugin.layers.attend.Attend`."""
         return self.caches[str(layer_idx)](q, cached, select)
 
+    def has_prompts(self) -> bool:
+        """See `dsv3_plugin.layers.attend.OverPages`; the batch is that of all layers."""
+        cache = next(iter(self.caches.values()))
+        assert isinstance(cache, LatentCache)
+        return cache.has_prompts()
+
+    def over_pages(self, layer_idx: int, cached: torch.Tensor, compute: Compute) -> torch.Tensor:
+        """See `dsv3_plugin.layers.attend.OverPages`."""
+        cache = self.caches[str(layer_idx)]
+        assert isinstance(cache, LatentCache)
+        return cache.over_pages(cached, compute)
+
+    def know_prompts(self, prompts: Prompts) -> None:
+        """Before the first request comes, in the `two_form` profile."""
+        for cache in self.caches.values():
+            cache.prompts = prompts  # type: ignore[assignment]
+
 
 def _own_files(vllm_config: VllmConfig) -> CheckpointReader | None:
     """The checkpoint, if a rank reads its own part of it by itself: vLLM's loader would read all of it on each."""
@@ -103,7 +121,8 @@ def _prepare(vllm_config: VllmConfig, served: str) -> tuple[Ops, DeepseekV3Confi
             f" max_position_embeddings={config.max_position_embeddings}; set --max-model-len"
         )
     profile = profile_for(config, model_config.dtype)
-    require_one_form(profile, "vLLM")
+    if profile.attention == "two_form":
+        options.require_two_forms(vllm_config)
     layout = with_replicas(layout_of_this_rank(config), config, vllm_config.parallel_config)
     device = torch.device(vllm_config.device_config.device)
     layout = _with_peers(layout, device, vllm_config.compilation_config)

@@ -15,6 +15,7 @@ from typing import Any
 
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.options import Options, honoured, irrelevant, refused
+from dsv3_plugin.profile import ATTENTION_VARIABLE
 
 _OWN_KERNELS = "the model runs kernels of its own, see DSV3_PLUGIN_MODE"
 
@@ -312,6 +313,25 @@ ENVIRONMENT = Options(
 )
 """Variables that change numbers of the model or of its log-probabilities, or what becomes of its pages."""
 
+IN_TWO_FORMS = Options(
+    "vLLM in the two_form profile",
+    refused(
+        "in the two_form profile a page with generated tokens has other numbers than a prompt of these tokens, which"
+        " would find it: set it to False",
+        "cache_config.enable_prefix_caching",
+    ),
+    refused(
+        "in the two_form profile nobody tells other servers which tokens of a page were generated: leave it out",
+        *("kv_transfer_config", "cache_config.kv_offloading_size"),
+    ),
+    refused(
+        "in the two_form profile model runner V1 is asked where prompts end: set VLLM_USE_V2_MODEL_RUNNER=0",
+        "use_v2_model_runner",
+    ),
+    otherwise=f"Do so, or unset {ATTENTION_VARIABLE}",
+)
+"""What the `two_form` profile does not serve beside that."""
+
 FLAGS = Options(
     "vLLM's command line",
     honoured("becomes offload_config, and is judged there", "cpu_offload_gb", "cpu_offload_params", "offload_params"),
@@ -379,15 +399,21 @@ def require_supported(vllm_config: Any) -> None:
         )
 
 
+def require_two_forms(vllm_config: Any) -> None:
+    """Raise `EngineError` that names every option that is not served in the `two_form` profile."""
+    IN_TWO_FORMS.require_supported({name: _value(vllm_config, name) for name in IN_TWO_FORMS.rules})
+
+
+def _value(vllm_config: Any, name: str) -> Any:
+    """An option as it is set; None where this vLLM has none."""
+    section, _, field = name.partition(".")
+    value = getattr(vllm_config, section, None)
+    return getattr(value, field, None) if field else value
+
+
 def _values(vllm_config: Any) -> dict[str, Any]:
     """The options as they are set. Where vLLM itself fills in what the checkpoint or the target says, None."""
-    values: dict[str, Any] = {}
-    for name in OPTIONS.rules:
-        section, _, field = name.partition(".")
-        value = getattr(vllm_config, section, None)
-        if field:
-            value = getattr(value, field, None)
-        values[name] = value
+    values = {name: _value(vllm_config, name) for name in OPTIONS.rules}
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
     given = {

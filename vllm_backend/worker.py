@@ -31,6 +31,7 @@ from dsv3_plugin.layers.warm_up import warm_up
 from dsv3_plugin.vllm_backend import compat, layerwise, sampling
 from dsv3_plugin.vllm_backend.attention import LatentMetadataBuilder
 from dsv3_plugin.vllm_backend.eplb import MovableExperts
+from dsv3_plugin.vllm_backend.prompts import know_prompts
 
 logger = init_logger("vllm.dsv3_plugin")
 
@@ -112,6 +113,11 @@ def _for_ours(original: Method, wrap: Callable[..., Any]) -> Method:
 def _warm_up(original: Method, worker: Any) -> Any:
     """The last call before requests, in which vLLM captures its graphs."""
     sampling.make_exact(worker.model_runner)
+    in_two_forms = [model for model in _models(worker) if model.ops.setting.profile.attention == "two_form"]
+    if in_two_forms:
+        prompts = know_prompts(worker.model_runner)
+        for model in in_two_forms:
+            model.attend.know_prompts(prompts)
     if worker.device.type != "cpu":  # where nothing is compiled
         for model in _models(worker):
             _compile(worker.vllm_config, model)

@@ -183,9 +183,11 @@ class TestBadInput:
         assert "KernelError: DSV3_PLUGIN_MODE='careful'; use strict or fast" in output
 
     def test_two_forms_of_attention(self, tiny_checkpoint) -> None:
-        status, output = self.start(tiny_checkpoint("bf16"), DSV3_ATTENTION="two_form")
+        variables = {"DSV3_ATTENTION": "two_form", "VLLM_MLA_DISABLE": "1"}
+        status, output = self.start(tiny_checkpoint("bf16"), "enable_prefix_caching=True", **variables)
         assert status != 0
-        assert "EngineError: DSV3_ATTENTION=two_form is not yet served by vLLM: unset it" in output
+        refusal = "dsv3-plugin does not serve these options of vLLM in the two_form profile: cache_config.enable_prefix"
+        assert f"EngineError: {refusal}_caching=True: in the two_form profile a page with generated tokens" in output
 
 
 PLUGIN_PROGRAM = """
@@ -245,10 +247,13 @@ def test_the_entry_point(environment: str) -> None:
 
 METADATA_PROGRAM = """
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
+from dsv3_plugin.profile import BF16
 from dsv3_plugin.vllm_backend.attention import LatentMetadataBuilder
+from dsv3_plugin.vllm_backend.prompts import know_prompts
 from vllm.v1.attention.backend import AttentionCGSupport
 
 assert LatentMetadataBuilder._cudagraph_support is AttentionCGSupport.UNIFORM_BATCH
@@ -261,7 +266,8 @@ class Loader:
 
 
 scheduler = SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=32)
-layer = SimpleNamespace(weight_loader=Loader(), kv_cache=torch.zeros(5, 16, 8))
+ops = SimpleNamespace(setting=SimpleNamespace(profile=BF16))
+layer = SimpleNamespace(weight_loader=Loader(), kv_cache=torch.zeros(5, 16, 8), prompts=None, ops=ops)
 layers = SimpleNamespace(static_forward_context={"layer": layer})
 config = SimpleNamespace(
     scheduler_config=scheduler,
@@ -297,12 +303,35 @@ LatentMetadataBuilder.answers = True
 asked_by_dummy = list(asked)
 kept = {name: (x.data_ptr(), x) for name, x in first.items()}
 second = tensors(builder.build(0, step([15, 64, -1], [16, 5, 1])))
-print(json.dumps({
-    "asked": [asked_by_capture, asked_by_dummy, asked],
+asked_by_step = list(asked)
+shown = {
     "values": {name: x.tolist() for name, x in second.items()},
     "same address": [second[name].data_ptr() == address for name, (address, _) in kept.items()],
     "as a graph reads it": {name: x.tolist() for name, (_, x) in kept.items()},
-}))
+}
+# Two requests, one at its prompt's last token, and one of padding; the numbers behind the batch are old ones.
+ops.setting.profile = replace(BF16, attention="two_form")
+numbers = SimpleNamespace(
+    num_reqs=2, num_prompt_tokens=torch.tensor([16, 3, 9]), num_computed_tokens_cpu=torch.tensor([15, 4, 0])
+)
+runner = SimpleNamespace(input_batch=numbers)
+runner._determine_batch_execution_and_padding = lambda *args, force_eager: force_eager
+before = builder.build(0, step([15, 64], [16, 5])).batch
+layer.prompts = know_prompts(runner)
+in_two_forms = {
+    "before requests may come": before.prompt_counts,
+    "a step": builder.build(0, step([15, 64, -1], [16, 5, 1])).batch.prompt_counts,
+    "captured": builder.build_for_cudagraph_capture(step([15, 64], [16, 5])).batch.prompt_counts,
+    "drafting": [builder.build_for_drafting(step([15, 64], [16, 5]), i).batch.prompt_counts for i in range(2)],
+    "eager": runner._determine_batch_execution_and_padding(1),
+}
+numbers.num_computed_tokens_cpu[0] = 16
+in_two_forms["eager behind prompts"] = runner._determine_batch_execution_and_padding(1)
+LatentMetadataBuilder.answers = False
+numbers.num_computed_tokens_cpu[0] = 0
+in_two_forms["nobody's"] = builder.build(0, step([15, 64], [16, 5])).batch.prompt_counts
+asked = [asked_by_capture, asked_by_dummy, asked_by_step]
+print(json.dumps(shown | {"asked": asked, "in two forms": in_two_forms}))
 """
 
 
@@ -318,6 +347,42 @@ def test_a_step_s_metadata_stays_where_a_cuda_graph_reads_it(environment: str) -
     assert told["asked"] == [[], [], ["whole"]]
     assert told["same address"] == [True] * 3
     assert told["as a graph reads it"] == {"pages": [0, 4], "offsets": [15, 0], "seq_lens": [16, 5]}
+    # In the `two_form` profile it says which rows are of prompts; those keep a step out of CUDA graphs.
+    assert told["in two forms"] == {
+        "before requests may come": [0, 0],
+        "a step": [1, 0, 0],
+        "captured": [0, 0],
+        "drafting": [[1, 0], [0, 0]],
+        "eager": True,
+        "eager behind prompts": False,
+        "nobody's": [0, 0],
+    }
+
+
+STREAMED_PROGRAM = """
+import os
+from types import SimpleNamespace
+
+from dsv3_plugin.vllm_backend import engine
+from vllm.v1.engine.core import EngineCore
+
+engine.install()
+for form in "absorbed", "two_form":
+    os.environ["DSV3_ATTENTION"] = form
+    for resumable in False, True:
+        try:
+            EngineCore.preprocess_add_request(None, SimpleNamespace(resumable=resumable))
+        except Exception as error:
+            print(f"{form}, {resumable}: {type(error).__name__}: {error}")
+"""
+
+
+def test_a_streamed_input_is_refused_in_two_forms() -> None:
+    """Its prompt grows over what was generated. The twins get as far as vLLM's own call, which has no engine here."""
+    lines = warm("vllm", "-c", STREAMED_PROGRAM).stdout.splitlines()
+    refused = [line for line in lines if "EngineError" in line]
+    told = "streamed inputs are not served in the two_form profile: send a whole prompt"
+    assert refused == [f"two_form, True: EngineError: {told}"] and len(lines) >= 4, lines
 
 
 def test_log_softmax_is_a_distribution(tiny_checkpoint) -> None:

@@ -36,6 +36,18 @@ for arguments in job:
         told["started"].append(model.read_config(config.model_config).model_dump())
     except Exception as error:
         told["started"].append(f"{type(error).__name__}: {error}")
+caches = SimpleNamespace(enable_prefix_caching=True, kv_offloading_size=1.0)
+everything = SimpleNamespace(cache_config=caches, kv_transfer_config="a connector", use_v2_model_runner=True)
+nothing = SimpleNamespace(cache_config=SimpleNamespace(enable_prefix_caching=False), use_v2_model_runner=False)
+told["in two forms"] = {
+    "unknown": [name for name in options.IN_TWO_FORMS.rules if name not in told["options"]],
+    "has a choice of runners": hasattr(VllmConfig, "use_v2_model_runner"),
+}
+for name, config in ("everything", everything), ("nothing", nothing):
+    try:
+        told["in two forms"][name] = options.require_two_forms(config)
+    except Exception as error:
+        told["in two forms"][name] = str(error)
 told["variables"] = {}
 for mode in "raw_logprobs", "processed_logprobs":
     # What no CPU has: a GPU and the second model runner.
@@ -147,6 +159,18 @@ def test_every_option_has_a_rule(
     assert [answer["rope_theta"] for answer in answers[: len(served)]] == [10000, 10000, 10000, 50000, *[10000] * 3]
     for (start, problem), answer in zip(refused, answers[len(served) :], strict=True):
         assert problem in answer, (start, answer)
+
+    in_two_forms = told["in two forms"]
+    assert in_two_forms["unknown"] == ["use_v2_model_runner"] and in_two_forms["has a choice of runners"]
+    assert in_two_forms["nothing"] is None
+    for problem in (
+        "cache_config.enable_prefix_caching=True: in the two_form profile a page with generated tokens has other",
+        "kv_transfer_config='a connector': in the two_form profile nobody tells other servers",
+        "cache_config.kv_offloading_size=1.0: in the two_form",
+        "use_v2_model_runner=True: in the two_form profile model runner V1 is asked",
+        "Do so, or unset DSV3_ATTENTION",
+    ):
+        assert problem in in_two_forms["everything"]
 
 
 def test_variables_that_change_numbers(tmp_path: Path) -> None:

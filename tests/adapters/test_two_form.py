@@ -1,0 +1,106 @@
+"""Servers in the `two_form` profile: a row is a prompt's by its position in its request, whatever the schedule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from engines import REFERENCE, run, shipped_testee, warm_testee
+from paths import SUPPORT
+
+from dsv3_plugin.conformance import runner
+from dsv3_plugin.conformance.protocol import Case, Request
+from dsv3_plugin.profile import ATTENTION_VARIABLE
+
+TinyCheckpoint = Callable[[str], Path]
+SCHEDULES = "prefill", "batch", "chunked_prefill", "prefix_cache_chunked", "mtp_2", "sampler_mtp_2"
+
+
+@pytest.fixture(autouse=True)
+def in_two_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ATTENTION_VARIABLE, "two_form")
+
+
+def engine(environment: str, *words: str) -> runner.TesteeCommand:
+    name = environment.partition("-")[0]
+    program = str(SUPPORT / "two_form_testee.py")
+    return replace(warm_testee(environment, program, name, *words), name="-".join((name, *words)))
+
+
+@pytest.mark.parametrize(
+    ("environment", "dtype", "cases"),
+    [
+        ("vllm", "bf16", SCHEDULES),
+        ("vllm", "fp8", SCHEDULES[1:5]),
+        ("vllm-0.27.1", "bf16", ("batch", "prefix_cache_chunked", "mtp_2")),
+    ],
+)
+def test_a_server_prints_the_reference_s_bits(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, environment: str, dtype: str, cases: tuple[str, ...]
+) -> None:
+    report = run([REFERENCE, shipped_testee(environment)], tiny_checkpoint(dtype), tmp_path, *cases)
+    assert report.passed, (report.problems, [(v.problems, v.comparisons) for v in report.verdicts if not v.passed])
+    name = environment.partition("-")[0]
+    assert report.profile == f"{dtype} two_form" == report.results[name].served.profile
+    assert report.results[name].served.kernels == report.results["reference"].served.kernels
+    for verdict in report.verdicts:
+        pair = verdict.between("reference", name)
+        assert pair is not None and pair.equal_rows > 500, verdict.case.name
+        last_drafts = verdict.case.num_speculative_tokens * len(verdict.case.requests)
+        assert verdict.case.samples or verdict.rows_alone[name] <= last_drafts, verdict.case.name
+    outcomes = {case.name: case for case in report.results[name].cases}
+    assert 0 < outcomes["mtp_2"].num_accepted_tokens < outcomes["mtp_2"].num_draft_tokens
+
+
+CUT = Case(
+    name="cut",
+    title="prompts whose last chunk is a token",
+    rounds=tuple((Request(prompt_token_ids=tuple(range(300, 300 + n)), max_tokens=3),) for n in (17, 33)),
+    max_num_batched_tokens=16,
+)
+
+
+@pytest.mark.parametrize("environment", ["vllm"])
+def test_rows_told_apart_by_the_schedule_are_caught(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str
+) -> None:
+    monkeypatch.setattr(runner, "cases_of", lambda *_: (CUT,))
+    wrong = engine(environment, "schedule")
+    (verdict,) = run([REFERENCE, shipped_testee(environment), wrong], tiny_checkpoint("bf16"), tmp_path).verdicts
+    own, caught = (verdict.between("specification", name) for name in (environment, wrong.name))
+    assert own is not None and own.equal
+    assert caught is not None and caught.first_difference is not None
+    assert (caught.first_difference.request, caught.first_difference.position) == (0, 16)
+
+
+PROMPTS = tuple(tuple(range(first, first + 40)) for first in (300, 400, 500))
+CROWDED = Case(
+    name="crowded",
+    title="three requests where two have room",
+    rounds=(tuple(Request(prompt_token_ids=prompt, max_tokens=44) for prompt in PROMPTS),),
+)
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+@pytest.mark.parametrize(("environment", "sent_back"), [("vllm", r"sent back: [1-9]")])
+def test_a_request_that_is_sent_back_has_the_same_bits(
+    tiny_checkpoint: TinyCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: str,
+    sent_back: str,
+    drafts: int,
+) -> None:
+    """It is computed again with what it had generated, in one pass. The twin takes all of that for the prompt."""
+    case = CROWDED.model_copy(update={"num_speculative_tokens": drafts})
+    monkeypatch.setattr(runner, "cases_of", lambda *_: (case,))
+    own, wrong = engine(environment, "sent_back"), engine(environment, "sent_back", "phase")
+    report = run([REFERENCE, own, wrong], tiny_checkpoint("bf16"), tmp_path)
+    (verdict,) = report.verdicts
+    equal, different = (verdict.between("specification", testee.name) for testee in (own, wrong))
+    assert equal is not None and equal.equal, equal
+    assert different is not None and different.different_rows > 0
+    assert re.search(sent_back, (tmp_path / "kept" / own.name / "log.txt").read_text())
