@@ -3,14 +3,14 @@
 SGLang keeps one vector a token in a pool of slots, and a table of the slots of each request. With `page_size` n its
 allocator gives n tokens in a row n slots in a row, from a multiple of n on: a page. A pass brings the tokens of several
 requests, at consecutive positions each, so a request's length is its last position plus one, in every phase: prefill,
-chunks, decode, draft, verification. `LatentAttend` writes the vectors and calls `attend_to_pages`: it moves data and
-computes nothing, and needs none of SGLang's attention backends.
+chunks, decode, draft, verification. `LatentAttend` writes the vectors and calls `attend_to_pages`, or what the model
+computes over pages: it moves data and computes nothing, and needs none of SGLang's attention backends.
 `LatentBackend` is the backend of that kind to choose. It also carries the block tables into CUDA graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -22,18 +22,27 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import is_ours
 from dsv3_plugin.errors import EngineError
-from dsv3_plugin.layers.attend import Select, attend_to_pages, select_all
+from dsv3_plugin.layers.attend import Compute, Select, attend_to_pages, padded, select_all
 from dsv3_plugin.ops.paged_batch import PagedBatch
+from dsv3_plugin.ops.prompt_batch import of_prompts, with_prompts
 from dsv3_plugin.registry import Ops
 
 NAME = "dsv3"
 
 
 class LatentAttend:
-    """`Attend` for the tokens of one pass; layer `first_layer` of the model is layer 0 of the pool."""
+    """`Attend` for the tokens of one pass; layer `first_layer` of the model is layer 0 of the pool. `prompt_lens` has
+    the requests' by their names, in a pass with rows of prompts.
+    """
 
     def __init__(
-        self, ops: Ops, config: DeepseekV3Config, first_layer: int, positions: torch.Tensor, forward_batch: Any
+        self,
+        ops: Ops,
+        config: DeepseekV3Config,
+        first_layer: int,
+        positions: torch.Tensor,
+        forward_batch: Any,
+        prompt_lens: Mapping[str, int],
     ) -> None:
         backend = get_attn_backend()
         self.ops = ops
@@ -56,6 +65,8 @@ class LatentAttend:
             block_size=self.page_size,
             host_query_start_loc=starts,
         )
+        if ops.setting.profile.attention == "two_form":
+            self.batch = with_prompts(self.batch, *prompts(forward_batch, self.batch.num_reqs, prompt_lens))
 
     def slots_of(self, layer_idx: int) -> torch.Tensor:
         """A layer's pool, [slots, 1, cached_dim]."""
@@ -65,16 +76,24 @@ class LatentAttend:
         self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
     ) -> torch.Tensor:
         """See `dsv3_plugin.layers.attend.Attend`. Rows of no request write and read nothing, and get zeros."""
-        tokens = self.batch.num_tokens
-        if tokens < len(q):
-            out = q.new_zeros(*q.shape[:2], self.config.kv_lora_rank)
-            if tokens:
-                out[:tokens] = self(layer_idx, q[:tokens], cached[:tokens], select)
-            return out
-        pool = self.slots_of(layer_idx)
-        pool[self.slots[:tokens], 0] = cached
+        if not self.batch.num_tokens:
+            return q.new_zeros(*q.shape[:2], self.config.kv_lora_rank)
+
+        def attend(pages: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
+            return attend_to_pages(self.ops, self.config, q[: batch.num_tokens], pages, batch, select)
+
+        return self.over_pages(layer_idx, cached, attend)
+
+    def has_prompts(self) -> bool:
+        """See `dsv3_plugin.layers.attend.OverPages`."""
+        return of_prompts(self.batch).has_prompts
+
+    def over_pages(self, layer_idx: int, cached: torch.Tensor, compute: Compute) -> torch.Tensor:
+        """See `dsv3_plugin.layers.attend.OverPages`. Rows of no request get zeros."""
+        tokens, pool = self.batch.num_tokens, self.slots_of(layer_idx)
+        pool[self.slots[:tokens], 0] = cached[:tokens]
         pages = pool.view(-1, self.page_size, pool.shape[-1])
-        return attend_to_pages(self.ops, self.config, q, pages, self.batch, select)
+        return padded(compute(pages, self.batch), len(cached))
 
 
 def compute(model: Callable[..., torch.Tensor], attend: LatentAttend, *rows: torch.Tensor) -> torch.Tensor:
@@ -102,6 +121,28 @@ def host_starts(forward_batch: Any, tokens: int) -> tuple[int, ...] | None:
         counts = forward_batch.extend_seq_lens_cpu
         return None if counts is None else tuple(accumulate(counts, initial=0))
     return tuple(tokens // max(requests, 1) * i for i in range(requests + 1))
+
+
+def note_prompts(init_new: Callable[..., Any], kind: type, batch: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `ForwardBatch.init_new`, the last that sees the requests: leave their prompts' lengths with our model.
+    They stay what they are when requests are retracted, and computed again with what they had generated.
+    """
+    if is_ours(runner.model) and batch.forward_mode.is_extend():
+        runner.model.prompt_lens = {request.rid: len(request.origin_input_ids) for request in batch.reqs}
+    return init_new(kind, batch, runner, *args, **kwargs)
+
+
+def prompts(forward_batch: Any, requests: int, lengths: Mapping[str, int]) -> tuple[list[int], list[int]]:
+    """The prompts' lengths and the first positions of a pass's `requests`, from lengths by their names; 0 of those with
+    which SGLang pads it, and in decode, draft and verification, which have no rows of prompts.
+    """
+    mode = forward_batch.forward_mode
+    if not mode.is_extend() or mode.is_target_verify():
+        return [0] * requests, [0] * requests
+    found = [lengths[name] for name in forward_batch.rids]
+    positions = forward_batch.extend_prefix_lens_cpu[: len(found)]
+    padding = [0] * (requests - len(found))
+    return found + padding, positions + padding
 
 
 def block_tables(backend: Any, requests: torch.Tensor) -> torch.Tensor:

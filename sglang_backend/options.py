@@ -14,6 +14,7 @@ from dsv3_plugin.checkpoint.names import dtype_name
 from dsv3_plugin.engines import is_ours
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.options import Options, honoured, irrelevant, refused
+from dsv3_plugin.profile import ATTENTION_VARIABLE
 from dsv3_plugin.sglang_backend import attention
 
 logger = logging.getLogger("sglang.dsv3_plugin")
@@ -24,6 +25,20 @@ ENVIRONMENT = {
     "SGLANG_SIMULATE_UNIFORM_EXPERTS": "the router chooses the experts",
 }
 """Variables of SGLang that change what is answered, and why they are refused."""
+
+
+IN_TWO_FORMS = Options(
+    "SGLang in the two_form profile",
+    refused(
+        "in the two_form profile slots of generated tokens have other numbers than a prompt of these tokens, which"
+        " would find them: pass --disable-radix-cache",
+        "disable_radix_cache",
+        allows=lambda value: value is True,
+    ),
+    refused("in the two_form profile not tested", "disaggregation_mode", unless=("null",)),
+    otherwise=f"Do so, or unset {ATTENTION_VARIABLE}",
+)
+"""What the `two_form` profile does not serve beside the table of `options`."""
 
 
 def require_environment() -> None:

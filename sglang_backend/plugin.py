@@ -91,6 +91,7 @@ def hooks() -> dict[str, Callable[..., Any]]:
         f"{factory}.create_decode_backend": attention.create_decode_backend,
         f"{factory}.create_draft_extend_backend": attention.create_draft_extend_backend,
         compat.page_size_default(): _choose_page_size,
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": attention.note_prompts,
         "sglang.srt.model_executor.model_runner.ModelRunner.forward": compat.cut_idle_draft,
         "sglang.srt.model_executor.model_runner.ModelRunner.load_model": attention.size_slots,
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode": _leave_operators,

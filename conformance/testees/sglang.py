@@ -34,6 +34,7 @@ from dsv3_plugin.conformance.taps import OperationRecorder
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.engines import class_name, is_ours
 from dsv3_plugin.errors import ConformanceError
+from dsv3_plugin.profile import attention_from_environment
 from dsv3_plugin.sglang_backend import compat
 
 MAX_BATCHED_TOKENS = 2048
@@ -60,6 +61,8 @@ class SglangTestee:
         self.observer: Observer | None = None
         self.scheduler: Any = None
         self._served: list[Served] = []
+        self.without_radix_cache = attention_from_environment() == "two_form"
+        """The adapter asks for it."""
 
     def versions(self) -> dict[str, str]:
         """SGLang's version."""
@@ -134,6 +137,7 @@ class SglangTestee:
             longest=job.longest,
             most_requests=job.most_requests,
             disable_cuda_graph=True,
+            disable_radix_cache=self.without_radix_cache,
             **ranks(self.rank.layout),
         )
         configure_logger(arguments)
@@ -142,7 +146,7 @@ class SglangTestee:
             self.scheduler.init_pp_loop_state()  # its loop has not begun, and a flush looks there
         # Some versions never mix chunks with drafts; the cases with drafts have no chunks.
         mixed = self.scheduler.is_mixed_chunk or num_speculative_tokens
-        if self.scheduler.disable_radix_cache or not mixed:
+        if self.scheduler.disable_radix_cache != self.without_radix_cache or not mixed:
             raise ConformanceError("SGLang switched the radix cache or mixed chunks off; the cases need both")
         self.num_speculative_tokens = num_speculative_tokens
         self.observer = Observer(self.scheduler, job)

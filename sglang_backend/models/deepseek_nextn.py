@@ -34,12 +34,15 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
         self.weight_loader = WeightLoader(
             self.model, self.config, "mtp", layout=self.layout, holds_weights=load_format == "dummy"
         )
+        self.prompt_lens: dict[str, int] = {}
+        """Of the latest pass over prompts (`attention.note_prompts`)."""
         self.received: Bucket | None = None
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
         """Next tokens' ids [T] to SGLang's logits output; the hidden states in it feed a further draft step."""
         self.weight_loader.require_whole()
-        attend = LatentAttend(self.ops, self.config, self.config.mtp_layer_idx, positions, forward_batch)
+        first = self.config.mtp_layer_idx
+        attend = LatentAttend(self.ops, self.config, first, positions, forward_batch, self.prompt_lens)
         self.layout.begin_pass(most_tokens(forward_batch))
         hidden = compute(self.model, attend, input_ids, positions, forward_batch.spec_info.hidden_states)
         return self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)

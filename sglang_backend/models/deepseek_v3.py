@@ -21,7 +21,7 @@ from dsv3_plugin.layers.embedding import Head
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layout import Layout
 from dsv3_plugin.peers import announcement, connected
-from dsv3_plugin.profile import profile_for, require_one_form
+from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
 from dsv3_plugin.sglang_backend import compat, options, plugin
 from dsv3_plugin.sglang_backend.attention import LatentAttend, compute
@@ -80,7 +80,8 @@ def prepare(hf_config: Any, served: str, path: str, load_format: str) -> tuple[O
         logger.info(announcement(reason))
     compat.settle_graphs(device, layout, reason)
     profile = profile_for(config, dtype)
-    require_one_form(profile, "SGLang")
+    if profile.attention == "two_form":
+        options.IN_TWO_FORMS.require_supported(values)
     ops = bind_ops(config, profile, device, layout=layout)
     logger.info(ops.announcement(served))
     return ops, config, layout
@@ -115,6 +116,8 @@ class DeepseekV3ForCausalLM(nn.Module, MovableExperts):
         self.weight_loader = WeightLoader(
             self, self.config, "main", layout=self.layout, holds_weights=load_format == "dummy"
         )
+        self.prompt_lens: dict[str, int] = {}
+        """Of the latest pass over prompts (`attention.note_prompts`)."""
         self.received: Bucket | None = None
         self.updates: Updates | None = None
 
@@ -134,7 +137,7 @@ class DeepseekV3ForCausalLM(nn.Module, MovableExperts):
             hidden = pp_proxy_tensors["hidden_states"]
         else:
             hidden = self.model.embed_tokens(input_ids) if input_embeds is None else input_embeds
-        attend = LatentAttend(self.ops, self.config, self.start_layer, positions, forward_batch)
+        attend = LatentAttend(self.ops, self.config, self.start_layer, positions, forward_batch, self.prompt_lens)
         self.layout.begin_pass(most_tokens(forward_batch))
         with self.following_experts():
             hidden = compute(self.model, attend, hidden, positions)

@@ -393,4 +393,5 @@ class TestBadInput:
         monkeypatch.setenv("DSV3_ATTENTION", "two_form")
         status, output = self.start(tiny_checkpoint("bf16"))
         assert status != 0
-        assert "EngineError: DSV3_ATTENTION=two_form is not yet served by SGLang: unset it" in output
+        refusal = "EngineError: dsv3-plugin does not serve these options of SGLang in the two_form profile"
+        assert f"{refusal}: disable_radix_cache=False: in the two_form profile slots of generated" in output

@@ -36,6 +36,10 @@ def engine(environment: str, *words: str) -> runner.TesteeCommand:
         ("vllm", "bf16", SCHEDULES),
         ("vllm", "fp8", SCHEDULES[1:5]),
         ("vllm-0.27.1", "bf16", ("batch", "prefix_cache_chunked", "mtp_2")),
+        ("sglang", "bf16", SCHEDULES),
+        ("sglang", "fp8", SCHEDULES[1:5]),
+        ("sglang-0.5.17", "bf16", ("batch", "prefix_cache_chunked", "mtp_2")),
+        ("sglang-0.5.23", "bf16", ("batch", "prefix_cache_chunked", "mtp_2")),
     ],
 )
 def test_a_server_prints_the_reference_s_bits(
@@ -63,7 +67,7 @@ CUT = Case(
 )
 
 
-@pytest.mark.parametrize("environment", ["vllm"])
+@pytest.mark.parametrize("environment", ["vllm", "sglang"])
 def test_rows_told_apart_by_the_schedule_are_caught(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str
 ) -> None:
@@ -85,7 +89,9 @@ CROWDED = Case(
 
 
 @pytest.mark.parametrize("drafts", [0, 1])
-@pytest.mark.parametrize(("environment", "sent_back"), [("vllm", r"sent back: [1-9]")])
+@pytest.mark.parametrize(
+    ("environment", "sent_back"), [("vllm", r"sent back: [1-9]"), ("sglang", "Retract requests|retracted")]
+)
 def test_a_request_that_is_sent_back_has_the_same_bits(
     tiny_checkpoint: TinyCheckpoint,
     tmp_path: Path,

@@ -61,7 +61,7 @@ class Engine:
             extend_seq_lens_cpu=[counts[i] for i in active],
         )
         with forward_context(ForwardContext(attn_backend=self.backend)):
-            return attention.LatentAttend(self.own.ops, self.own.config, 0, positions.to(self.device), batch)
+            return attention.LatentAttend(self.own.ops, self.own.config, 0, positions.to(self.device), batch, {})
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ class Server:
         """Write the tokens of a batch and attend with them, as a layer does."""
         tokens = len(batch.positions)
         with forward_context(ForwardContext(attn_backend=self.backend)):
-            attend = attention.LatentAttend(self.ops, self.config, 0, batch.positions, batch)
+            attend = attention.LatentAttend(self.ops, self.config, 0, batch.positions, batch, {})
         return attend, attend(0, self.numbers[:tokens], self.numbers[:tokens, 0])
 
 

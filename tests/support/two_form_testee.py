@@ -2,7 +2,8 @@
 NAME WHAT... JOB_DIR RESULT_DIR`, where NAME is that of a testee's module.
 
 `schedule` takes for prompts' all rows of a request that has several in a pass, `phase` all of a request that begins in
-its prompt. `sent_back` lets the engine send requests back, to be computed again with what they have generated.
+its prompt. `sent_back` lets the engine send requests back, to be computed again with what they have generated: for want
+of room, and SGLang, which sees to it that there is room, every tenth pass.
 """
 
 from __future__ import annotations
@@ -48,6 +49,13 @@ def few_pages(testee: Any) -> None:
     vllm.LLM, testee.run = make_with_few, run_and_tell
 
 
+def retract() -> None:
+    """As SGLang's own tests do; it says so in its log."""
+    from sglang.srt.managers import scheduler
+
+    scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = True, 10
+
+
 def main() -> None:
     name, words = sys.argv[1], sys.argv[2:-2]
     module = import_module(f"dsv3_plugin.conformance.testees.{name}")
@@ -57,7 +65,7 @@ def main() -> None:
     if "phase" in words:
         PromptBatch.prompt_counts = property(by_phase)  # type: ignore[assignment]
     if "sent_back" in words:
-        few_pages(testee)
+        few_pages(testee) if name == "vllm" else retract()
     sys.argv[1:] = sys.argv[-2:]
     program.main(testee)
 
