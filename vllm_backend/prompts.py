@@ -23,17 +23,18 @@ class Prompts:
 
     def of(self, requests: int) -> tuple[list[int], list[int]]:
         """Of the batch's first `requests` prompts' lengths, and positions of their next tokens; 0 of padding."""
-        batch = self.runner.input_batch
-        known = min(requests, batch.num_reqs)
-        padding = [0] * (requests - known)
-        numbers = batch.num_prompt_tokens, batch.num_computed_tokens_cpu
-        lengths, positions = (each[:known].tolist() + padding for each in numbers)
-        return lengths, positions
+        lengths, positions = (each[:requests].tolist() for each in self._numbers())
+        padding = [0] * (requests - len(lengths))
+        return lengths + padding, positions + padding
 
     def are_next(self) -> bool:
         """Whether the next pass has rows of prompts."""
-        lengths, positions = self.of(self.runner.input_batch.num_reqs)
-        return any(position < length for length, position in zip(lengths, positions, strict=True))
+        lengths, positions = self._numbers()
+        return bool((positions < lengths).any())
+
+    def _numbers(self) -> tuple[Any, Any]:
+        batch = self.runner.input_batch
+        return batch.num_prompt_tokens[: batch.num_reqs], batch.num_computed_tokens_cpu[: batch.num_reqs]
 
 
 def know_prompts(runner: Any) -> Prompts:
