@@ -92,7 +92,7 @@ def fit(cases: Sequence[Case], max_position_embeddings: int) -> tuple[Case, ...]
 
 
 def without_hits(cases: Sequence[Case]) -> tuple[Case, ...]:
-    """The cases, with no claim that prompts are found in a cache: in the `two_form` profile servers have none."""
+    """The cases, with no claim that a cache is hit: in the `two_form` profile not every server has one."""
     return tuple(case.model_copy(update={"min_cached_tokens": 0}) for case in cases)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.core import EngineCore
@@ -36,6 +37,22 @@ def install() -> None:
     EngineCore.dsv3_weights = None
     for name, wrap in _WRAPPED.items():
         setattr(EngineCore, name, _wrapped(getattr(EngineCore, name), wrap))
+    kv_cache_utils.generate_block_hash_extra_keys = _with_prompt(kv_cache_utils.generate_block_hash_extra_keys)
+
+
+def _with_prompt(original: Method) -> Method:
+    """Around what goes into a page's name beside its tokens. In the `two_form` profile a generated token has other
+    numbers in another request's prompt: pages with generated tokens are found by prompts of the same length alone.
+    """
+
+    @wraps(original)
+    def extra_keys(request: Any, start: int, end: int, *args: Any) -> Any:
+        keys, rest = original(request, start, end, *args)
+        if end > request.num_prompt_tokens and attention_from_environment() == "two_form":
+            keys = (*(keys or ()), ("dsv3_prompt_len", request.num_prompt_tokens))
+        return keys, rest
+
+    return extra_keys
 
 
 def _wrapped(original: Method, wrap: Callable[..., Any]) -> Method:

@@ -316,11 +316,6 @@ ENVIRONMENT = Options(
 IN_TWO_FORMS = Options(
     "vLLM in the two_form profile",
     refused(
-        "in the two_form profile a page with generated tokens has other numbers than a prompt of these tokens, which"
-        " would find it: set it to False",
-        "cache_config.enable_prefix_caching",
-    ),
-    refused(
         "in the two_form profile nobody tells other servers which tokens of a page were generated: leave it out",
         *("kv_transfer_config", "cache_config.kv_offloading_size"),
     ),

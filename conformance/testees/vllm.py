@@ -41,7 +41,6 @@ from dsv3_plugin.conformance.taps import OperationRecorder
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.conformance.testees.vllm_ranks import join
 from dsv3_plugin.errors import ConformanceError, DSV3Error
-from dsv3_plugin.profile import attention_from_environment
 from dsv3_plugin.vllm_backend import compat
 
 NO_DRAFTS = "vLLM's model runner V1 has no drafter on the first of several stages"
@@ -71,8 +70,6 @@ class VllmTestee:
         self.observer: Observer | None = None
         self.llm: Any = None
         self._served: list[Served] = []
-        self.caches_prefixes = attention_from_environment() == "absorbed"
-        """The adapter refuses it in the `two_form` profile."""
 
     def versions(self) -> dict[str, str]:
         """vLLM's version."""
@@ -168,7 +165,7 @@ class VllmTestee:
             kv_cache_memory_bytes=max(64 << 20, self.job.longest << 14),
             # The share of a card that must be free at the start: other testees run beside this one.
             gpu_memory_utilization=0.05,
-            enable_prefix_caching=self.caches_prefixes,
+            enable_prefix_caching=True,
             enable_chunked_prefill=True,
             disable_log_stats=False,
             logprobs_mode="processed_logprobs",
@@ -180,8 +177,7 @@ class VllmTestee:
         self.num_speculative_tokens = num_speculative_tokens
         core = self.llm.llm_engine.engine_core.engine_core
         config = self.llm.llm_engine.vllm_config
-        caches_prefixes = bool(config.cache_config.enable_prefix_caching)
-        if caches_prefixes != self.caches_prefixes or not config.scheduler_config.enable_chunked_prefill:
+        if not (config.cache_config.enable_prefix_caching and config.scheduler_config.enable_chunked_prefill):
             raise ConformanceError("vLLM switched prefix caching or chunked prefill off; the cases need both")
         self.scheduled_tokens = core.scheduler.max_num_scheduled_tokens
         runner = core.model_executor.driver_worker.worker.model_runner

@@ -56,6 +56,8 @@ def test_a_server_prints_the_reference_s_bits(
         last_drafts = verdict.case.num_speculative_tokens * len(verdict.case.requests)
         assert verdict.case.samples or verdict.rows_alone[name] <= last_drafts, verdict.case.name
     outcomes = {case.name: case for case in report.results[name].cases}
+    hits = min(request.num_cached_tokens for request in outcomes["prefix_cache_chunked"].requests[1:])
+    assert hits == (96 if name == "vllm" else 0)
     assert 0 < outcomes["mtp_2"].num_accepted_tokens < outcomes["mtp_2"].num_draft_tokens
 
 
@@ -110,3 +112,25 @@ def test_a_request_that_is_sent_back_has_the_same_bits(
     assert equal is not None and equal.equal, equal
     assert different is not None and different.different_rows > 0
     assert re.search(sent_back, (tmp_path / "kept" / own.name / "log.txt").read_text())
+
+
+def test_vllm_s_prefix_cache_finds_no_generated_token_for_another_prompt(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that goes on with an answer finds the page of the first prompt. The twin finds one of the answer."""
+    first = Request(prompt_token_ids=PROMPTS[0], max_tokens=40)
+
+    def turns(*requests: Request) -> None:
+        case = Case(name="turns", title="two turns of a conversation", rounds=tuple((request,) for request in requests))
+        monkeypatch.setattr(runner, "cases_of", lambda *_: (case,))
+
+    checkpoint, shared = tiny_checkpoint("bf16"), engine("vllm", "shared")
+    turns(first)
+    answer = run([REFERENCE], checkpoint, tmp_path / "first").results["reference"].cases[0].requests[0].token_ids
+    turns(first, Request(prompt_token_ids=(*answer, 7, 8, 9), max_tokens=3))
+    report = run([REFERENCE, shipped_testee("vllm"), shared], checkpoint, tmp_path / "second")
+    (verdict,) = report.verdicts
+    own, wrong = (verdict.between("specification", name) for name in ("vllm", shared.name))
+    assert own is not None and own.equal and wrong is not None and wrong.different_rows > 0
+    cached = {name: result.cases[0].requests[1].num_cached_tokens for name, result in report.results.items()}
+    assert cached == {"reference": 32, "vllm": 32, shared.name: 64}

@@ -183,11 +183,12 @@ class TestBadInput:
         assert "KernelError: DSV3_PLUGIN_MODE='careful'; use strict or fast" in output
 
     def test_two_forms_of_attention(self, tiny_checkpoint) -> None:
-        variables = {"DSV3_ATTENTION": "two_form", "VLLM_MLA_DISABLE": "1"}
-        status, output = self.start(tiny_checkpoint("bf16"), "enable_prefix_caching=True", **variables)
+        connector = "kv_transfer_config={'kv_connector': 'ExampleConnector', 'kv_role': 'kv_both'}"
+        status, output = self.start(tiny_checkpoint("bf16"), connector, DSV3_ATTENTION="two_form")
         assert status != 0
-        refusal = "dsv3-plugin does not serve these options of vLLM in the two_form profile: cache_config.enable_prefix"
-        assert f"EngineError: {refusal}_caching=True: in the two_form profile a page with generated tokens" in output
+        assert (
+            "EngineError: dsv3-plugin does not serve these options of vLLM in the two_form profile: kv_trans" in output
+        )
 
 
 PLUGIN_PROGRAM = """

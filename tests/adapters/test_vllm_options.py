@@ -36,9 +36,9 @@ for arguments in job:
         told["started"].append(model.read_config(config.model_config).model_dump())
     except Exception as error:
         told["started"].append(f"{type(error).__name__}: {error}")
-caches = SimpleNamespace(enable_prefix_caching=True, kv_offloading_size=1.0)
+caches = SimpleNamespace(kv_offloading_size=1.0)
 everything = SimpleNamespace(cache_config=caches, kv_transfer_config="a connector", use_v2_model_runner=True)
-nothing = SimpleNamespace(cache_config=SimpleNamespace(enable_prefix_caching=False), use_v2_model_runner=False)
+nothing = SimpleNamespace(use_v2_model_runner=False)
 told["in two forms"] = {
     "unknown": [name for name in options.IN_TWO_FORMS.rules if name not in told["options"]],
     "has a choice of runners": hasattr(VllmConfig, "use_v2_model_runner"),
@@ -164,7 +164,6 @@ def test_every_option_has_a_rule(
     assert in_two_forms["unknown"] == ["use_v2_model_runner"] and in_two_forms["has a choice of runners"]
     assert in_two_forms["nothing"] is None
     for problem in (
-        "cache_config.enable_prefix_caching=True: in the two_form profile a page with generated tokens has other",
         "kv_transfer_config='a connector': in the two_form profile nobody tells other servers",
         "cache_config.kv_offloading_size=1.0: in the two_form",
         "use_v2_model_runner=True: in the two_form profile model runner V1 is asked",

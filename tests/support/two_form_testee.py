@@ -3,7 +3,8 @@ NAME WHAT... JOB_DIR RESULT_DIR`, where NAME is that of a testee's module.
 
 `schedule` takes for prompts' all rows of a request that has several in a pass, `phase` all of a request that begins in
 its prompt. `sent_back` lets the engine send requests back, to be computed again with what they have generated: for want
-of room, and SGLang, which sees to it that there is room, every tenth pass.
+of room, and SGLang, which sees to it that there is room, every tenth pass. `shared` lets vLLM's prompts find pages with
+generated tokens.
 """
 
 from __future__ import annotations
@@ -56,6 +57,15 @@ def retract() -> None:
     scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = True, 10
 
 
+def share_pages() -> None:
+    from vllm.v1.core import kv_cache_utils
+
+    from dsv3_plugin.vllm_backend import engine
+
+    engine.install()
+    kv_cache_utils.generate_block_hash_extra_keys = kv_cache_utils.generate_block_hash_extra_keys.__wrapped__
+
+
 def main() -> None:
     name, words = sys.argv[1], sys.argv[2:-2]
     module = import_module(f"dsv3_plugin.conformance.testees.{name}")
@@ -64,6 +74,8 @@ def main() -> None:
         PromptBatch.prompt_counts = property(by_schedule)  # type: ignore[assignment]
     if "phase" in words:
         PromptBatch.prompt_counts = property(by_phase)  # type: ignore[assignment]
+    if "shared" in words:
+        share_pages()
     if "sent_back" in words:
         few_pages(testee) if name == "vllm" else retract()
     sys.argv[1:] = sys.argv[-2:]
