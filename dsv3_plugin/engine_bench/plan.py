@@ -15,10 +15,11 @@ from dsv3_plugin.engine_bench.limits import Model
 from dsv3_plugin.engine_bench.protocol import UNTIMED, Measurement
 from dsv3_plugin.engines import KILL_SWITCH
 from dsv3_plugin.errors import EngineError
+from dsv3_plugin.profile import ATTENTION_VARIABLE
 from dsv3_plugin.registry import MODE_VARIABLE
 
-Role = Literal["stock", "invariant", "strict", "fast"]
-OURS: tuple[Role, ...] = ("strict", "fast")
+Role = Literal["stock", "invariant", "strict", "fast", "two-form"]
+OURS: tuple[Role, ...] = ("strict", "fast", "two-form")
 GROUPS = ("prefill", "decode", "drafts")
 
 PREFILLS = ("8x4096", "1x32768", "8x4096/2048")
@@ -56,16 +57,19 @@ class Contender:
 
 _OFF = {KILL_SWITCH: "off"}
 _DETERMINISTIC = {"enable_deterministic_inference": True}
+_TWO_FORM = {MODE_VARIABLE: "strict", ATTENTION_VARIABLE: "two_form"}
 CONTENDERS = (
     Contender("vllm", "stock", "stock", _OFF),
     Contender("vllm", "stock-triton", "stock", _OFF | {"VLLM_USE_DEEP_GEMM": "0"}),
     Contender("vllm", "invariant", "invariant", _OFF | {"VLLM_BATCH_INVARIANT": "1"}),
     Contender("vllm", "strict", "strict", {MODE_VARIABLE: "strict"}),
     Contender("vllm", "fast", "fast", {MODE_VARIABLE: "fast"}),
+    Contender("vllm", "two-form", "two-form", _TWO_FORM),
     Contender("sglang", "stock", "stock", _OFF),
     Contender("sglang", "invariant", "invariant", _OFF, _DETERMINISTIC),
     Contender("sglang", "strict", "strict", {MODE_VARIABLE: "strict"}),
     Contender("sglang", "fast", "fast", {MODE_VARIABLE: "fast"}),
+    Contender("sglang", "two-form", "two-form", _TWO_FORM),
 )
 
 

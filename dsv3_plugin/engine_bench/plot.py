@@ -8,7 +8,13 @@ from dsv3_plugin.engine_bench import judge
 from dsv3_plugin.engine_bench.judge import Board
 from dsv3_plugin.errors import EngineError
 
-_MARKS = {"strict": ("o", "#1a5fb4"), "fast": ("^", "#26a269"), "invariant": ("s", "#613583"), "stock": ("|", "black")}
+_MARKS = {
+    "strict": ("o", "#1a5fb4"),
+    "fast": ("^", "#26a269"),
+    "two-form": ("D", "#e5a50a"),
+    "invariant": ("s", "#613583"),
+    "stock": ("|", "black"),
+}
 _FROM, _TO = 0.2, 5.0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from dsv3_plugin.engine_bench.protocol import (
     say,
 )
 from dsv3_plugin.errors import ConformanceError, EngineError
-from dsv3_plugin.profile import reduction_slices_from_environment
+from dsv3_plugin.profile import ATTENTION_VARIABLE, reduction_slices_from_environment
 
 _PACKAGE = "dsv3_plugin.engine_bench.contenders"
 _EAGER = "eager"
@@ -170,17 +171,20 @@ class Bench:
         return None
 
     def _ask_reference(self) -> None:
-        """For all kept logits that it has not answered yet."""
-        place = self.folder / _REFERENCE
+        """For all kept logits that it has not answered yet, with the form of attention of who has kept them."""
+        place, settings = self.folder / _REFERENCE, self.settings
         known = {asked.file for attempt in attempts(place) for asked in _asked(attempt)}
-        kept = [asked for c in CONTENDERS for asked in _kept(self.folder, c.name) if asked.file not in known]
-        if not kept:
-            return
-        settings = self.settings
-        job = ReferenceJob(
-            checkpoint=settings.checkpoint, device=settings.device, seed=settings.seed, asked=tuple(kept)
-        )
-        self._attempt(_REFERENCE, _command(_REFERENCE, self.environments, {}), place, job)
+        kept: dict[str | None, list[Asked]] = defaultdict(list)
+        for c in CONTENDERS:
+            form = _settings(self.folder / c.name, c).get(ATTENTION_VARIABLE)
+            kept[form] += [asked for asked in _kept(self.folder, c.name) if asked.file not in known]
+        for form, asked in kept.items():
+            if asked:
+                job = ReferenceJob(
+                    checkpoint=settings.checkpoint, device=settings.device, seed=settings.seed, asked=tuple(asked)
+                )
+                variables = {} if form is None else {ATTENTION_VARIABLE: form}
+                self._attempt(_REFERENCE, _command(_REFERENCE, self.environments, variables), place, job)
 
     def _record(self, contender: Contender) -> Record:
         places = [_place(self.folder, contender.name, drafts, False) for drafts in _drafts(self.folder, contender.name)]

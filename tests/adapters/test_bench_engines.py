@@ -26,13 +26,14 @@ def bench(checkpoint: Path, out: Path, *arguments: object, batch: int = 3) -> tu
     return done.exit_code, Board.model_validate(json.loads((out / JSON).read_text()))
 
 
+@pytest.mark.parametrize("way", ["strict", "two-form"])
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_ours_is_measured(engine: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+def test_ours_is_measured(engine: str, way: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     python_of(engine)
     status, board = bench(
         tiny_checkpoint("bf16"),
         tmp_path / "run",
-        *("--contender", f"{engine}-strict", "--prefill", "2x40/32", "--drafts", 2, "--acceptance", 0.5),
+        *("--contender", f"{engine}-{way}", "--prefill", "2x40/32", "--drafts", 2, "--acceptance", 0.5),
     )
     [ours] = board.records
     assert status == 0, (ours.failure, (tmp_path / "run" / MARKDOWN).read_text())

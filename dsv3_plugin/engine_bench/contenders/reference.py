@@ -21,6 +21,8 @@ from dsv3_plugin.engine_bench.protocol import Measurement
 from dsv3_plugin.engine_bench.tokens import Circle
 from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.model import bind_ops
+from dsv3_plugin.ops.paged_batch import whole_sequence
+from dsv3_plugin.ops.prompt_batch import with_prompts
 
 
 class Asked(Message):
@@ -50,7 +52,6 @@ def answer(job: ReferenceJob, file: Path) -> None:
     ops = bind_ops(reader.config, reader.profile(), device)
     model = load_model(reader, ops)
     circle = Circle(reader.config.vocab_size, job.seed)
-    attend = WholeSequences(ops, reader.config)
     by_prompts: dict[tuple[int, int], list[tuple[int, list[Place]]]] = defaultdict(list)
     for number, asked in enumerate(job.asked):
         places = places_in(Path(asked.file))
@@ -64,6 +65,8 @@ def answer(job: ReferenceJob, file: Path) -> None:
         for request in sorted({request for request, _ in wanted}):
             positions = [position for of, position in wanted if of == request]
             tokens = prompts[request] + circle.continuation(request, requests, max(0, positions[-1] + 1 - length))
+            sequence = with_prompts(whole_sequence(len(tokens), device), (length,))
+            attend = WholeSequences(ops, reader.config, sequence)
             hidden = model(torch.tensor(tokens, device=device), torch.arange(len(tokens), device=device), attend)
             rows = model.lm_head(hidden[positions]).float().cpu()
             logits |= {(request, position): row for position, row in zip(positions, rows, strict=True)}
