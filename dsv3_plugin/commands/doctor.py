@@ -70,7 +70,7 @@ VARIABLES: dict[str, Variable] = {
     KILL_SWITCH: Variable("engines serve their own DeepSeek-V3", ("", "on", "1", "true")),
     MODE_VARIABLE: Variable("kernels that nobody compared may serve", ("strict",)),
     SLICES_VARIABLE: Variable("part of the arithmetic: the trainer and every server need the same", ("1",), "note"),
-    ATTENTION_VARIABLE: Variable("part of the arithmetic; no server and no trainer takes two_form yet", ("absorbed",)),
+    ATTENTION_VARIABLE: Variable("part of the arithmetic: every server needs the same", ("absorbed",), "note"),
     "OMP_NUM_THREADS": Variable("models on a CPU take one thread whatever it says", ("1",), "note"),
     "NVIDIA_TF32_OVERRIDE": Variable("matrix products in fp32 lose 13 bits of their operands", ("0",)),
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": Variable("matrix products in fp32 lose 13 bits of their operands", ("0",)),
