@@ -76,7 +76,8 @@ class Launch:
 
     def _sglang(self, where: list[str]) -> list[str]:
         line = [str(self.python("sglang")), "-m", "sglang.launch_server", "--model-path", str(self.checkpoint), *where]
-        line += ["--context-length", str(MODEL_LEN)]
+        # Else a scheduler without requests polls for them, and a processor is lost to the trainer.
+        line += ["--context-length", str(MODEL_LEN), "--sleep-on-idle"]
         if self.drafts:
             line += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", "1"]
             line += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "2"]

@@ -128,6 +128,7 @@ def sglang_serve(checkpoint: Path, log: Path, *arguments: str) -> AbstractContex
     command = [python_of("sglang"), "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--port", str(port)]
     command += ["--device", "cpu", "--dtype", "bfloat16", "--attention-backend", "dsv3", "--disable-cuda-graph"]
     command += ["--context-length", "256", "--max-total-tokens", "2048", "--max-running-requests", "8"]
+    command += ["--sleep-on-idle"]
     return serving([*command, *arguments], port, log, {})
 
 

@@ -107,6 +107,7 @@ def server(checkpoint: Path, port: int, *arguments: str) -> list[str]:
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "bfloat16"]
     command += ["--attention-backend", "dsv3", "--disable-cuda-graph", "--enable-deterministic-inference"]
     command += ["--context-length", "256", "--max-total-tokens", "2048", "--max-running-requests", "8"]
+    command += ["--sleep-on-idle"]
     return [*command, *arguments]
 
 
