@@ -91,4 +91,5 @@ def test_another_precision_is_computed_on_a_cpu(
         "specification of engine-own": device,
         "fp32 of engine-own": "cpu",
     }
-    assert all(job.cases[0].requests[0].prompt_token_ids == (1, 2, 3) for job in jobs.values())
+    requests = [job.cases[0].requests[0] for job in jobs.values()]
+    assert all((each.prompt_token_ids, each.generated_token_ids) == ((1, 2), (3,)) for each in requests)

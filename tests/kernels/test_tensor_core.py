@@ -43,9 +43,9 @@ def test_equals_the_h200(name):
 
 def test_every_operation_is_recorded():
     missing = set(MODEL) - {name.split("/")[0] for name in GOLDEN}
-    assert all(operations()[name].training for name in missing), missing
+    assert all(operations()[name].training or operations()[name].two_form for name in missing), missing
     if missing:
-        pytest.skip(f"{', '.join(sorted(missing))} of the backward pass: to be recorded on a Hopper card")
+        pytest.skip(f"{', '.join(sorted(missing))}: to be recorded on a Hopper card")
 
 
 def sums_that_differ(name: str, **changes: int) -> int:
