@@ -40,7 +40,6 @@ def engine(environment: str, *words: str) -> runner.TesteeCommand:
         ("sglang", "bf16", SCHEDULES),
         ("sglang", "fp8", AGAIN),
         ("sglang-0.5.17", "bf16", AGAIN),
-        ("sglang-0.5.23", "bf16", AGAIN),
     ],
 )
 def test_a_server_prints_the_reference_s_bits(
