@@ -22,7 +22,7 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import is_ours
 from dsv3_plugin.errors import EngineError
-from dsv3_plugin.layers.attend import Compute, Select, attend_to_pages, padded, select_all
+from dsv3_plugin.layers.attend import Compute, Select, attending, padded, select_all
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.prompt_batch import of_prompts, with_prompts
 from dsv3_plugin.registry import Ops
@@ -78,11 +78,8 @@ class LatentAttend:
         """See `dsv3_plugin.layers.attend.Attend`. Rows of no request write and read nothing, and get zeros."""
         if not self.batch.num_tokens:
             return q.new_zeros(*q.shape[:2], self.config.kv_lora_rank)
-
-        def attend(pages: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
-            return attend_to_pages(self.ops, self.config, q[: batch.num_tokens], pages, batch, select)
-
-        return self.over_pages(layer_idx, cached, attend)
+        q = q[: self.batch.num_tokens]
+        return self.over_pages(layer_idx, cached, attending(self.ops, self.config, q, select))
 
     def has_prompts(self) -> bool:
         """See `dsv3_plugin.layers.attend.OverPages`."""
@@ -124,10 +121,12 @@ def host_starts(forward_batch: Any, tokens: int) -> tuple[int, ...] | None:
 
 
 def note_prompts(init_new: Callable[..., Any], kind: type, batch: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around `ForwardBatch.init_new`, the last that sees the requests: leave their prompts' lengths with our model.
-    They stay what they are when requests are retracted, and computed again with what they had generated.
+    """Around `ForwardBatch.init_new`, the last that sees the requests: leave their prompts' lengths with our model
+    in the `two_form` profile. They stay what they are when requests are retracted, and computed again with what they
+    had generated.
     """
-    if is_ours(runner.model) and batch.forward_mode.is_extend():
+    ours = is_ours(runner.model) and runner.model.ops.setting.profile.attention == "two_form"
+    if ours and batch.forward_mode.is_extend():
         runner.model.prompt_lens = {request.rid: len(request.origin_input_ids) for request in batch.reqs}
     return init_new(kind, batch, runner, *args, **kwargs)
 

@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from dsv3_plugin.checkpoint.loader import WeightLoader
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.layers.attend import FAST_PAGE_SIZE, Compute, Select, attend_to_pages, padded, select_all
+from dsv3_plugin.layers.attend import FAST_PAGE_SIZE, Compute, Select, attending, padded, select_all
 from dsv3_plugin.layers.two_form import take_memory
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.prompt_batch import no_requests, of_prompts, with_prompts
@@ -200,11 +200,8 @@ class LatentCache(nn.Module, AttentionLayerBase):
         metadata = self._metadata()
         if metadata is None:
             return q.new_zeros(*q.shape[:2], self.config.kv_lora_rank)
-
-        def attend(pages: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
-            return attend_to_pages(self.ops, self.config, q[: batch.num_tokens], pages, batch, select)
-
-        return self._compute(metadata, cached, attend)
+        q = q[: metadata.batch.num_tokens]
+        return self._compute(metadata, cached, attending(self.ops, self.config, q, select))
 
     def has_prompts(self) -> bool:
         """Whether rows of the pass are of prompts; where none is a request's, all might be."""

@@ -28,7 +28,7 @@ from dsv3_plugin.conformance.sampling import Answer, next_token, prompt_answer
 from dsv3_plugin.conformance.taps import OperationRecorder
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.engines import class_name
-from dsv3_plugin.layers.attend import Compute, Select, WholeSequences, attend_to_pages, select_all
+from dsv3_plugin.layers.attend import Compute, Select, WholeSequences, attending, select_all
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.mtp import DeepseekV3MTP
 from dsv3_plugin.layout import WHOLE, Layout
@@ -59,11 +59,7 @@ class PagedCache:
         self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
     ) -> torch.Tensor:
         """Store what is cached for the batch's tokens, and attend."""
-
-        def attend(pages: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
-            return attend_to_pages(self.ops, self.config, q, pages, batch, select)
-
-        return self.over_pages(layer_idx, cached, attend)
+        return self.over_pages(layer_idx, cached, attending(self.ops, self.config, q, select))
 
     def has_prompts(self) -> bool:
         """Whether rows of the batch are of prompts."""

@@ -79,6 +79,15 @@ def attend_to_pages(
     )
 
 
+def attending(ops: Ops, config: DeepseekV3Config, q: torch.Tensor, select: Select) -> Compute:
+    """`attend_to_pages` by q [num_tokens, H, latent_dim], of pages and batch."""
+
+    def attend(pages: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
+        return attend_to_pages(ops, config, q, pages, batch, select)
+
+    return attend
+
+
 def padded(out: torch.Tensor, rows: int) -> torch.Tensor:
     """out [tokens, ...] with rows of zeros behind it, where an engine has padded a pass, to [rows, ...]."""
     return torch.cat((out, out.new_zeros(rows - len(out), *out.shape[1:]))) if len(out) < rows else out
@@ -100,11 +109,7 @@ class WholeSequences:
         self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
     ) -> torch.Tensor:
         """See `Attend`."""
-
-        def attend(pages: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
-            return attend_to_pages(self.ops, self.config, q, pages, batch, select)
-
-        return self.over_pages(layer_idx, cached, attend)
+        return self.over_pages(layer_idx, cached, attending(self.ops, self.config, q, select))
 
     def has_prompts(self) -> bool:
         """See `OverPages`."""

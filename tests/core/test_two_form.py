@@ -19,7 +19,7 @@ from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import ConfigError, EngineError, InputError, KernelError
 from dsv3_plugin.layers import two_form
-from dsv3_plugin.layers.attend import Attend, Compute, Select, WholeSequences, attend_to_pages, select_all
+from dsv3_plugin.layers.attend import Attend, Compute, Select, WholeSequences, attending, select_all
 from dsv3_plugin.layers.mla import MLA
 from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layers.rotary import RotaryTable
@@ -89,10 +89,7 @@ class Pages:
     def __call__(
         self, layer_idx: int, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all
     ) -> torch.Tensor:
-        def attend(pages: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
-            return attend_to_pages(self.ops, self.config, q, pages, batch, select)
-
-        return self.over_pages(layer_idx, cached, attend)
+        return self.over_pages(layer_idx, cached, attending(self.ops, self.config, q, select))
 
 
 class Served:

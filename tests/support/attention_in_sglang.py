@@ -16,7 +16,7 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.plugins import load_plugins
 from sparse_layer import LENGTHS, STEPS, Toy, joined, spans, toy
 
-from dsv3_plugin.layers.attend import WholeSequences, attend_to_pages, select_all
+from dsv3_plugin.layers.attend import WholeSequences, attending, select_all
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.sglang_backend import attention, compat
 
@@ -71,7 +71,7 @@ def main() -> None:
     itself = WholeSequences(own.ops, own.config)
     whole = [own.layer(x, *own.rotary(torch.arange(len(x))), itself) for x in own.x]
     print("sparse equals whole sequences:", all(map(torch.equal, outs, whole)))
-    with patch.object(attention, "attend_to_pages", lambda *args: attend_to_pages(*args[:-1], select_all)):
+    with patch.object(attention, "attending", lambda *args: attending(*args[:-1], select_all)):
         outs = joined([own.run(spans(i), forgetful.attend(i)) for i in range(len(STEPS) - 1)])
     print("without the selection:", any(map(torch.equal, outs, whole)))
 

@@ -12,7 +12,7 @@ import torch
 from no_reads import reads_nothing
 from sparse_layer import LENGTHS, STEPS, Toy, joined, spans, toy
 
-from dsv3_plugin.layers.attend import Attend, Select, WholeSequences, attend_to_pages, select_all
+from dsv3_plugin.layers.attend import Attend, Select, WholeSequences, attending, select_all
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.vllm_backend import attention
 
@@ -75,7 +75,7 @@ def main() -> None:
     itself = WholeSequences(own.ops, own.config)
     whole = [own.layer(x, *own.rotary(torch.arange(len(x))), itself) for x in own.x]
     print("sparse equals whole sequences:", all(map(torch.equal, outs, whole)))
-    with patch.object(attention, "attend_to_pages", lambda *args: attend_to_pages(*args[:-1], select_all)):
+    with patch.object(attention, "attending", lambda *args: attending(*args[:-1], select_all)):
         outs = joined([own.run(spans(i), forgetful.attend(forgetful.metadata(i))) for i in range(len(STEPS) - 1)])
     print("without the selection:", any(map(torch.equal, outs, whole)))
 
