@@ -32,6 +32,8 @@ from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.model import bind_ops
+from dsv3_plugin.ops.paged_batch import whole_sequence
+from dsv3_plugin.ops.prompt_batch import with_prompts
 
 TRAIN = Path(__file__).with_name("train_megatron.py")
 ENVIRONMENTS = Path(__file__).parent.parent / ".envs"
@@ -69,7 +71,8 @@ SGLANG = (
     """
 def sample(checkpoint, prompts, new_tokens, dtype):
     import sglang, torch
-    settings = dict(context_length=256, max_total_tokens=2048, max_running_requests=4, disable_cuda_graph=True)
+    settings = dict(context_length=256, max_total_tokens=2048, max_running_requests=4)
+    settings |= {"disable_cuda_graph": True, "disable_radix_cache": True}
     if not torch.cuda.is_available():
         settings |= {"device": "cpu", "attention_backend": "dsv3"}
     engine = sglang.Engine(
@@ -121,14 +124,14 @@ def main() -> None:
 
         file = Path(folder) / "sequences.json"
         sequences = [
-            prompt + tokens for of in samples.values() for prompt, (tokens, _) in zip(prompts, of, strict=True)
+            (prompt, tokens) for of in samples.values() for prompt, (tokens, _) in zip(prompts, of, strict=True)
         ]
         file.write_text(json.dumps(sequences))
         run([*train, "--load", str(state), "--evaluate", str(file)])
         evaluated = iter(json.loads(file.with_suffix(".trainer").read_text()))
     all_equal = True
     for name, of_server in samples.items():
-        of_trainer = [next(evaluated)[PROMPT_TOKENS - 1 :] for _ in of_server]
+        of_trainer = [next(evaluated) for _ in of_server]
         all_equal &= judge(name, chain.from_iterable(v for _, v in of_server), chain.from_iterable(of_trainer))
     sys.exit(not all_equal)
 
@@ -181,12 +184,13 @@ def sample(checkpoint: Path, prompts: list[list[int]]) -> Samples:
     ops = bind_ops(reader.config, reader.profile(), torch.device("cpu"))
     model = load_model(reader, ops)
     generator = torch.Generator().manual_seed(1)
-    attend = WholeSequences(ops, reader.config)
 
     samples: Samples = []
     for prompt in prompts:
         tokens, logprobs = list(prompt), []
         for _ in range(NEW_TOKENS):
+            batch = with_prompts(whole_sequence(len(tokens), torch.device("cpu")), [len(prompt)])
+            attend = WholeSequences(ops, reader.config, batch)
             hidden = model(torch.tensor(tokens), torch.arange(len(tokens)), attend)
             distribution = torch.log_softmax(model.lm_head(hidden[-1:]), -1)[0]
             tokens.append(int(torch.multinomial(distribution.exp(), 1, generator=generator)))

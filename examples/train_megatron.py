@@ -18,7 +18,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -341,10 +340,12 @@ def report(iteration: int, losses: list[dict[str, torch.Tensor]], gradient_norm:
 def evaluate(file: Path, model: Any) -> None:
     """Log-probabilities of samples by the training forward, packed: what a policy gradient weighs them with.
 
-    `file` holds a JSON list of token ids a sample. `file` with the suffix `.trainer` gets, for each sample, fp32
-    log-probabilities of its tokens 1, 2, ... as a list of JSON.
+    `file` holds a JSON list of [prompt, answer], both token ids. `file` with the suffix `.trainer` gets, for each
+    sample, fp32 log-probabilities of its answer's tokens as a list of JSON.
     """
-    samples = json.loads(file.read_text())
+    pairs = json.loads(file.read_text())
+    samples = [prompt + answer for prompt, answer in pairs]
+    prompt_lens = [len(prompt) for prompt, _ in pairs]
     device = torch.device(torch.cuda.current_device())
     starts = torch.tensor([0, *map(len, samples)], device=device).cumsum(0).int()
     longest = max(map(len, samples))
@@ -352,9 +353,10 @@ def evaluate(file: Path, model: Any) -> None:
     tokens = torch.tensor([token for sample in samples for token in sample], device=device)
     positions = torch.cat([torch.arange(len(sample), device=device) for sample in samples])
     with torch.no_grad():
-        logits = model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=packing)[0]
+        logits = model(tokens[None], positions[None], None, packed_seq_params=packing, prompt_lens=prompt_lens)[0]
     chosen = log_probs(logits[:-1], tokens[1:]).tolist()
-    of_samples = [chosen[start : end - 1] for start, end in pairwise(starts.tolist())]
+    ends = starts[1:].tolist()
+    of_samples = [chosen[end - 1 - len(answer) : end - 1] for end, (_, answer) in zip(ends, pairs, strict=True)]
     if dist.get_rank() == 0:
         file.with_suffix(".trainer").write_text(json.dumps(of_samples))
 

@@ -12,7 +12,7 @@ from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.engines import untested_version_warning
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.megatron_backend import options
-from dsv3_plugin.profile import SLICES_VARIABLE, Profile, require_one_form
+from dsv3_plugin.profile import SLICES_VARIABLE, Profile
 
 TESTED = ("0.19.2", "0.19.2")
 
@@ -64,7 +64,6 @@ def require_supported(transformer_config: Any, config: DeepseekV3Config, profile
     # Here, so that a program without Megatron can import this module and say so.
     from dsv3_plugin.megatron_backend.config import of_model
 
-    require_one_form(profile, "Megatron-Core")
     asked = transformer_config
     values = {field.name: getattr(asked, field.name) for field in fields(asked)}
     options.require_supported(values, of_model(config, profile), config)

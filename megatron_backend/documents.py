@@ -3,10 +3,13 @@
 Attention is causal over each sequence. Several documents may share a row of a batch and not see each other: by
 Megatron's packing, or by positions that begin anew (`--reset-position-ids --reset-attention-mask`). A mask adds nothing
 to that; one that forbids or allows something else is refused, and so are positions that are no count from 0.
+
+Where the first tokens of a sequence are a prompt that a server answered, the length of the prompt goes with its start.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +30,26 @@ def packed_starts(packed_seq_params: Any) -> torch.Tensor:
     """Starts [n + 1] of packed sequences; padding after a sequence belongs to it."""
     padded: torch.Tensor | None = packed_seq_params.cu_seqlens_q_padded
     return packed_seq_params.cu_seqlens_q if padded is None else padded
+
+
+def with_prompt_lens(starts: torch.Tensor, prompt_lens: Sequence[int]) -> torch.Tensor:
+    """Starts [n + 1] of sequences, to int64 [2, n + 1]: under each the length of its prompt, and 0 under the end.
+
+    It is a tensor, so that layers that are computed again are given it again.
+
+    Raises `InputError` unless each sequence has a length, of 0 or more.
+    """
+    if len(prompt_lens) != len(starts) - 1 or min(prompt_lens, default=0) < 0:
+        raise InputError(f"prompt_lens {list(prompt_lens)} are not the lengths of {len(starts) - 1} sequences' prompts")
+    return torch.stack((starts.long(), torch.tensor([*prompt_lens, 0], device=starts.device)))
+
+
+def row_starts(tokens: torch.Tensor | None) -> torch.Tensor:
+    """Starts int64 [b + 1] of tokens [b, s] of which each row is a sequence. Raises `InputError` without tokens."""
+    if tokens is None:
+        raise InputError("prompt_lens were given, so that every pipeline stage must be given input_ids or position_ids")
+    b, s = tokens.shape
+    return torch.arange(b + 1, device=tokens.device) * s
 
 
 def document_starts(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -140,7 +140,7 @@ class RecomputedMLA(MLA):
 
 
 class Attention(CoreModule):
-    """Absorbed MLA, causal over each document of a batch."""
+    """MLA, causal over each document of a batch."""
 
     def __init__(self, config: Any, layer_number: int, binding: Binding, **_: Any) -> None:
         heads = binding.config.num_attention_heads // config.tensor_model_parallel_size
@@ -159,16 +159,17 @@ class Attention(CoreModule):
     ) -> tuple[torch.Tensor, None]:
         """hidden_states [s, b, hidden] to the same shape; under sequence parallelism s are this rank's tokens.
 
-        In the place of Megatron's mask comes what it means: `document_starts`. With `packed_seq_params`, b is 1 and s
-        holds its sequences. A shorter sequence of a batch is padded at its end: no token sees what follows it.
+        In the place of Megatron's mask comes what it means: `document_starts`, or `with_prompt_lens`. With
+        `packed_seq_params`, b is 1 and s holds its sequences. A shorter sequence of a batch is padded at its end: no
+        token sees what follows it.
         """
         hidden_states = all_tokens(hidden_states, self.config)
         s, b = hidden_states.shape[:2]
         starts: torch.Tensor | None = attention_mask
-        if packed_seq_params is not None:
-            starts = packed_starts(packed_seq_params)
-        elif starts is not None and starts.dtype != torch.int64:
+        if starts is not None and starts.dtype != torch.int64:
             raise InputError("attention takes the starts of documents (document_starts), not a mask")
+        if starts is None and packed_seq_params is not None:
+            starts = packed_starts(packed_seq_params)
         sequences = self.binding.sequences.of(starts, b, s, hidden_states.device)
         x = hidden_states.transpose(0, 1).reshape(b * s, -1)
         attend = WholeSequences(self.binding.ops, self.binding.config, sequences.batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from dsv3_plugin.errors import InputError
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.megatron_backend import compat
-from dsv3_plugin.megatron_backend.documents import document_starts, require_packing
+from dsv3_plugin.megatron_backend.documents import (
+    document_starts,
+    packed_starts,
+    require_packing,
+    row_starts,
+    with_prompt_lens,
+)
 from dsv3_plugin.megatron_backend.layer_spec import block_spec, mtp_spec
 from dsv3_plugin.megatron_backend.layers import Binding, OutputLayer
 from dsv3_plugin.megatron_backend.names import checkpoint_key
@@ -78,16 +85,24 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
         inference_context: Any = None,
         packed_seq_params: Any = None,
         *args: Any,
+        prompt_lens: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Megatron's, of input_ids and position_ids [b, s]. Stages in the middle of a pipeline may be given None.
 
+        `prompt_lens` says how many first tokens of each sequence were the prompt that a server answered, so that in the
+        `two_form` profile the other rows have its bits. Without it all tokens are of prompts, as in pretraining. In the
+        other profile no bit depends on it.
+
         Raises `InputError` for positions or a mask that are no causal attention over whole documents
-        (`document_starts`), where tensor-parallel ranks cannot share s tokens, and for inference.
+        (`document_starts`), where tensor-parallel ranks cannot share s tokens, for lengths that are not the sequences',
+        and for inference.
         """
         if inference_context is not None or kwargs.get("inference_params") is not None:
             raise InputError("a trainer's model has no cache: it computes whole sequences")
-        position_ids, starts = self._sequences_begin(input_ids, position_ids, attention_mask, packed_seq_params)
+        position_ids, starts = self._sequences_begin(
+            input_ids, position_ids, attention_mask, packed_seq_params, prompt_lens
+        )
         return super().forward(
             input_ids, position_ids, starts, decoder_input, labels, None, packed_seq_params, *args, **kwargs
         )
@@ -99,13 +114,16 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
         attention_mask: torch.Tensor | None,
         *args: Any,
         packed_seq_params: Any = None,
+        prompt_lens: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Megatron's, for `--overlap-moe-expert-parallel-comm`: what `forward` would compute, in pieces.
 
         Raises what `forward` does.
         """
-        position_ids, starts = self._sequences_begin(input_ids, position_ids, attention_mask, packed_seq_params)
+        position_ids, starts = self._sequences_begin(
+            input_ids, position_ids, attention_mask, packed_seq_params, prompt_lens
+        )
         return super().build_schedule_plan(
             input_ids, position_ids, starts, *args, packed_seq_params=packed_seq_params, **kwargs
         )
@@ -116,8 +134,9 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
         position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         packed_seq_params: Any,
+        prompt_lens: Sequence[int] | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Begin a pass: position_ids [b, s], and where its documents begin (`document_starts`)."""
+        """Begin a pass: position_ids [b, s], and where its documents begin (`document_starts`, `with_prompt_lens`)."""
         self.binding.sequences.begin()
         ranks = self.config.tensor_model_parallel_size
         if input_ids is not None and input_ids.shape[1] % ranks:
@@ -140,7 +159,12 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
                 require_packing(packed_seq_params, (input_ids.shape[0], input_ids.shape[1]))
             if attention_mask is not None:
                 raise InputError("packed sequences take no attention mask: attention is causal over each of them")
-        return position_ids, attention_mask
+        if prompt_lens is None:
+            return position_ids, attention_mask
+        starts = attention_mask if packed_seq_params is None else packed_starts(packed_seq_params)
+        if starts is None:
+            starts = row_starts(position_ids if input_ids is None else input_ids)
+        return position_ids, with_prompt_lens(starts, prompt_lens)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Megatron's, under the keys of Megatron's own layers."""

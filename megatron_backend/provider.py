@@ -38,7 +38,7 @@ from dsv3_plugin.megatron_backend.config import megatron_arguments, of_model
 from dsv3_plugin.megatron_backend.fp8 import take_format
 from dsv3_plugin.megatron_backend.model import DeepseekV3GPTModel, build_model
 from dsv3_plugin.megatron_backend.pipeline import embedding_ranks
-from dsv3_plugin.profile import profile_for, require_one_form
+from dsv3_plugin.profile import profile_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -107,7 +107,6 @@ def _require_supported(args: argparse.Namespace) -> None:
         refuse_spec()
     config = DeepseekV3Config.from_pretrained(args.hf_config)
     profile = profile_for(config)
-    require_one_form(profile, "Megatron-Core")
     take_format(args, profile)
     options.require_supported(vars(args), of_model(config, profile), config)
     if args.ema_decay is not None and args.save is None:

@@ -1,8 +1,8 @@
 """The sequences of a forward pass as attention takes them: derived once for all layers.
 
-Megatron hands each layer the starts of the sequences, or nothing where each row is one. Without starts all numbers are
-known from the shape. Starts are read from the device once a pass; `--recompute-granularity full` computes a layer again
-with a copy of them, and reads that.
+Megatron hands each layer the starts of the sequences, with the lengths of their prompts if it was told them, or nothing
+where each row is one. Without starts all numbers are known from the shape. Starts are read from the device once a pass;
+`--recompute-granularity full` computes a layer again with a copy of them, and reads that.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.layers.attend import FAST_PAGE_SIZE
 from dsv3_plugin.ops.paged_batch import PagedBatch
+from dsv3_plugin.ops.prompt_batch import PromptBatch, with_prompts
 
 PAGE_SIZES = FAST_PAGE_SIZE, 32, 16, 1
 """Tokens of a page, the fastest first."""
@@ -25,7 +26,7 @@ class Sequences(NamedTuple):
 
     positions: torch.Tensor
     """int64 [T], of each token in its sequence."""
-    batch: PagedBatch
+    batch: PromptBatch
     """All tokens are queries. A page is as many of them as begin every sequence at a page, of the sizes below."""
 
 
@@ -44,6 +45,9 @@ class SequencesOfPass:
     def of(self, starts: torch.Tensor | None, b: int, s: int, device: torch.device) -> Sequences:
         """Of a batch [b, s] on `device`, with integers `starts` [n + 1] of its flattened tokens, or a sequence a row.
 
+        Below the starts may be the lengths of prompts, [2, n + 1] (`with_prompt_lens`). Without them all tokens are of
+        prompts, as text that nobody generated is.
+
         Raises `InputError` where one has more than `longest` tokens.
         """
         key = starts, b, s, device
@@ -60,11 +64,14 @@ def _same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
 
 def whole_sequences(starts: torch.Tensor | None, b: int, s: int, device: torch.device, longest: int) -> Sequences:
     """See `SequencesOfPass.of`."""
+    told: list[list[int]] = []
     if starts is None:
         bounds = [row * s for row in range(b + 1)]
         starts = torch.arange(b + 1, device=device) * s
     else:
-        bounds = starts.tolist()
+        rows = torch.atleast_2d(starts)
+        bounds, *told = rows.tolist()
+        starts = rows[0]
     lengths = [end - start for start, end in pairwise(bounds)]
     if max(lengths) > longest:
         raise InputError(f"a sequence of {max(lengths)} tokens exceeds max_position_embeddings={longest}")
@@ -83,4 +90,5 @@ def whole_sequences(starts: torch.Tensor | None, b: int, s: int, device: torch.d
         host_seq_lens=tuple(lengths),
         host_query_start_loc=tuple(bounds),
     )
-    return Sequences(tokens - torch.repeat_interleave(starts[:-1], counts, output_size=count), batch)
+    positions = tokens - torch.repeat_interleave(starts[:-1], counts, output_size=count)
+    return Sequences(positions, with_prompts(batch, told[0][:-1] if told else lengths))

@@ -2,8 +2,8 @@
 
 A trainer has no cache and no decode, so it does not follow a case's schedule, and says so. It computes the same
 sequences: it generates them, each token by a pass over everything before it, and then evaluates all of them twice as
-training would, packed one after the other and as padded batches. Its rows are compared with every server's, which is
-what training on a server's samples rests on.
+training would, packed one after the other and as padded batches. It is told where prompts end. Its rows are compared
+with every server's, which is what training on a server's samples rests on.
 
 On several ranks (`--layout`) each of them computes all sequences, those of data parallelism too, which share experts.
 """
@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -38,6 +38,7 @@ from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.engines import class_name
 from dsv3_plugin.megatron_backend import compat
 from dsv3_plugin.megatron_backend.config import transformer_config
+from dsv3_plugin.megatron_backend.documents import with_prompt_lens
 from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.weights import load_checkpoint
 
@@ -98,7 +99,10 @@ class MegatronTestee:
         outcome = program.Outcome()
         self.watch.recorder = outcome.recorder
         outcome.requests = self.generate(case)
-        sequences = [(index, list(request.token_ids)) for index, request in enumerate(outcome.requests)]
+        sequences = [
+            _Sequence(index, list(result.token_ids), len(request.prompt_token_ids))
+            for index, (request, result) in enumerate(zip(case.requests, outcome.requests, strict=True))
+        ]
         self.packed(sequences)
         of_rounds = iter(sequences)
         for requests in case.single_rounds:
@@ -114,20 +118,24 @@ class MegatronTestee:
         for step in range(max(request.max_tokens for request in case.requests)):
             going = [(i, request) for i, request in enumerate(case.requests) if step < request.max_tokens]
             wanted = [len(tokens[i]) if step == 0 and request.prompt_logprobs else 1 for i, request in going]
-            logits = self.last_logits([tokens[i] for i, _ in going], wanted)
+            prompt_lens = [len(request.prompt_token_ids) for _, request in going]
+            logits = self.last_logits([tokens[i] for i, _ in going], prompt_lens, wanted)
             for (i, request), rows in zip(going, logits, strict=True):
                 of_prompt[i] += [prompt_answer(row, request, position) for position, row in enumerate(rows[:-1], 1)]
                 generated[i].append(next_token(rows[-1], request, tokens[i]))
                 tokens[i].append(generated[i][-1].token)
         return [program.request_result(*of_request) for of_request in zip(tokens, generated, of_prompt, strict=True)]
 
-    def last_logits(self, sequences: list[list[int]], wanted: list[int]) -> tuple[torch.Tensor, ...]:
+    def last_logits(
+        self, sequences: list[list[int]], prompt_lens: list[int], wanted: list[int]
+    ) -> tuple[torch.Tensor, ...]:
         """Logits [wanted, vocab_size] of each sequence's last tokens, without the MTP layer and the other logits."""
-        batch = _Packed(sequences, self.ranks, self.device)
+        batch = _Packed(sequences, prompt_lens, self.ranks, self.device)
         input_ids, positions, packing = batch
+        starts = with_prompt_lens(batch.starts, batch.prompt_lens)
         embedded = self.gpt.embedding(input_ids, positions) if self.stages.is_first else None
         hidden = self.stages.run(
-            self.gpt, input_ids, lambda: self.gpt.decoder(embedded, attention_mask=None, packed_seq_params=packing)
+            self.gpt, input_ids, lambda: self.gpt.decoder(embedded, attention_mask=starts, packed_seq_params=packing)
         )
         ends = batch.starts[1:].tolist()
         rows = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, wanted, strict=False)])
@@ -140,32 +148,34 @@ class MegatronTestee:
         return self.stages.of_last(logits).split(wanted)
 
     @torch.enable_grad()
-    def packed(self, sequences: list[tuple[int, list[int]]]) -> None:
+    def packed(self, sequences: list[_Sequence]) -> None:
         """One pass over all sequences, one after the other. The row of a last token that was never fed is left out."""
-        batch = _Packed([tokens for _, tokens in sequences], self.ranks, self.device)
+        prompt_lens = [sequence.prompt_len for sequence in sequences]
+        batch = _Packed([sequence.tokens for sequence in sequences], prompt_lens, self.ranks, self.device)
         rows: list[_Row] = []
         draft_rows: list[_Row] = []
-        for start, (request, tokens) in zip(batch.starts.tolist(), sequences, strict=False):
+        for start, (request, tokens, _) in zip(batch.starts.tolist(), sequences, strict=False):
             keys = _keys(request, tokens)
             rows += [_Row(start + p, 0, key) for p, key in enumerate(keys[:-1])]
             draft_rows += [_Row(start + p, 0, successor) for p, successor in enumerate(keys[1:])]
-        self.forward(*batch, rows=rows, draft_rows=draft_rows)
+        self.forward(*batch, prompt_lens=batch.prompt_lens, rows=rows, draft_rows=draft_rows)
 
     @torch.enable_grad()
-    def padded(self, sequences: list[tuple[int, list[int]]]) -> None:
+    def padded(self, sequences: list[_Sequence]) -> None:
         """One pass over a batch [b, s], padded at the end."""
-        longest = max(len(tokens) for _, tokens in sequences)
+        longest = max(len(sequence.tokens) for sequence in sequences)
         longest += -longest % self.ranks
         input_ids = torch.zeros(len(sequences), longest, dtype=torch.int64, device=self.device)
         rows: list[_Row] = []
         draft_rows: list[_Row] = []
-        for b, (request, tokens) in enumerate(sequences):
+        for b, (request, tokens, _) in enumerate(sequences):
             input_ids[b, : len(tokens)] = torch.tensor(tokens, device=self.device)
             keys = _keys(request, tokens)
             rows += [_Row(p, b, key) for p, key in enumerate(keys[:-1])]
             draft_rows += [_Row(p, b, successor) for p, successor in enumerate(keys[1:])]
         positions = torch.arange(longest, device=self.device).expand(len(sequences), -1)
-        self.forward(input_ids, positions, rows=rows, draft_rows=draft_rows)
+        prompt_lens = [sequence.prompt_len for sequence in sequences]
+        self.forward(input_ids, positions, prompt_lens=prompt_lens, rows=rows, draft_rows=draft_rows)
 
     def forward(
         self,
@@ -173,12 +183,17 @@ class MegatronTestee:
         positions: torch.Tensor,
         packing: PackedSeqParams | None = None,
         *,
+        prompt_lens: list[int],
         rows: list[_Row],
         draft_rows: list[_Row],
     ) -> None:
         """A training step's forward pass over input_ids and positions [b, s], of which `rows` are recorded."""
         self.watch.start(rows, draft_rows, is_packed=packing is not None)
-        self.stages.run(self.gpt, input_ids, lambda: self.model(input_ids, positions, None, packed_seq_params=packing))
+        self.stages.run(
+            self.gpt,
+            input_ids,
+            lambda: self.model(input_ids, positions, None, packed_seq_params=packing, prompt_lens=prompt_lens),
+        )
         self.watch.stop()
 
 
@@ -211,16 +226,25 @@ class _Stages:
         return x
 
 
+class _Sequence(NamedTuple):
+    """A finished request."""
+
+    request: int
+    tokens: list[int]
+    prompt_len: int
+
+
 class _Packed:
     """Sequences one after the other, as arguments of `MegatronTestee.forward`.
 
     Sequence-parallel ranks share the tokens evenly, so that a sequence of zeros may follow.
     """
 
-    def __init__(self, sequences: list[list[int]], ranks: int, device: torch.device) -> None:
+    def __init__(self, sequences: list[list[int]], prompt_lens: list[int], ranks: int, device: torch.device) -> None:
         padding = -sum(map(len, sequences)) % ranks
         if padding:
-            sequences = [*sequences, [0] * padding]
+            sequences, prompt_lens = [*sequences, [0] * padding], [*prompt_lens, 0]
+        self.prompt_lens = prompt_lens
         lengths = [len(tokens) for tokens in sequences]
         self.starts = torch.tensor([0, *lengths], device=device).cumsum(0)
         self.input_ids = torch.tensor([token for tokens in sequences for token in tokens], device=device)

@@ -24,7 +24,7 @@ from dsv3_plugin.megatron_backend.export import hf_tensors
 from dsv3_plugin.megatron_backend.layers import OutputLayer
 from dsv3_plugin.megatron_backend.model import DeepseekV3GPTModel, build_model
 from dsv3_plugin.megatron_backend.weights import load_checkpoint, save_tensors
-from dsv3_plugin.profile import profile_for
+from dsv3_plugin.profile import profile_for, require_one_form
 
 _OF_A_POLICY = {"moe_router_load_balancing_type": "none", "moe_router_bias_update_rate": 0.0, "moe_aux_loss_coeff": 0.0}
 """A policy gradient moves no token for balance's sake. `set_extra_args` wins over these."""
@@ -37,7 +37,8 @@ class DeepseekV3Bridge(Bridge):  # type: ignore[misc]
     def _build_config(self) -> Any:
         """Megatron's configuration: the checkpoint's, mbridge's parallel sizes, and the host's `set_extra_args`.
 
-        Raises `ConfigError` for a checkpoint that is no DeepSeek-V3, or has no profile for the host's dtype.
+        Raises `ConfigError` for a checkpoint that is no DeepSeek-V3, or has no profile for the host's dtype, and
+        `EngineError` for the `two_form` profile: hosts do not tell a model where prompts end.
         """
         ranks = self.mpu
         self.described = config_of(self.hf_config, self._get_actual_hf_path(self.hf_config.name_or_path))
@@ -53,6 +54,7 @@ class DeepseekV3Bridge(Bridge):  # type: ignore[misc]
             "batch_p2p_comm": False,
         }
         profile = profile_for(self.described, self.dtype)
+        require_one_form(profile, "hosts of mbridge, such as verl")
         return transformer_config(self.described, profile, **(_OF_A_POLICY | settings | self.extra_args))
 
     def get_model(

@@ -32,6 +32,7 @@ from dsv3_plugin.megatron_backend.config import megatron_arguments
 from dsv3_plugin.megatron_backend.log_probs import log_probs
 from dsv3_plugin.megatron_backend.model import DeepseekV3GPTModel, build_model
 from dsv3_plugin.megatron_backend.weights import load_checkpoint, local_tensors
+from dsv3_plugin.profile import profile_for, require_one_form
 
 Function = Callable[..., Any]
 
@@ -55,8 +56,8 @@ def model_provider(pre_process: bool, post_process: bool, vp_stage: int | None =
 def init(args: Any) -> None:
     """Put our functions where the host that calls has its own.
 
-    Raises `EngineError` for settings with which its log-probabilities would not be the servers', and for a version
-    that lacks one of the functions.
+    Raises `EngineError` for settings with which its log-probabilities would not be the servers', the `two_form` profile
+    among them, and for a version that lacks one of the functions.
     """
     if args.rollout_temperature != 1.0:
         raise EngineError(
@@ -66,6 +67,7 @@ def init(args: Any) -> None:
     if getattr(args, "true_on_policy_mode", False):
         raise EngineError("--true-on-policy-mode rounds logits to bf16, and the servers' are fp32: leave it out")
     config = DeepseekV3Config.from_pretrained(args.hf_checkpoint)
+    require_one_form(profile_for(config), "slime and miles")
     if "miles.backends.megatron_utils" in sys.modules:
         weights = "miles.backends.megatron_utils"
         formula = "miles.backends.training_utils.loss_hub.math_utils"

@@ -18,6 +18,7 @@ from servers import SERVERS, Server
 
 from dsv3_plugin.conformance import keeper
 from dsv3_plugin.errors import EngineError
+from dsv3_plugin.profile import attention_from_environment
 
 ENVIRONMENTS = Path(__file__).parents[2] / ".envs"
 START_S = 600.0
@@ -84,6 +85,8 @@ class Launch:
         line += ["--max-running-requests", "64", "--max-total-tokens", str(self.kv_tokens)]
         if not self.stock:
             line += ["--attention-backend", "dsv3", "--enable-deterministic-inference"]
+            if attention_from_environment() == "two_form":
+                line += ["--disable-radix-cache"]
         # On a card that others use: the cache has its size, and this is how full they all may make it.
         more = ["--device", "cpu", "--disable-cuda-graph"] if self.on_cpu else ["--mem-fraction-static", "0.95"]
         return [*line, *more]

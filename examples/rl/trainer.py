@@ -60,6 +60,7 @@ def pack(sequences: Sequence[tuple[list[int], list[int], float]]) -> Packed:
         "packed_seq_params": PackedSeqParams(
             "thd", starts, starts, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
         ),
+        "prompt_lens": [len(prompt) for prompt, _, _ in sequences],
         "loss_mask": answered[None].float(),  # of the MTP layer, whose labels Megatron takes from the inputs
     }
     temperatures = [temperature for _, answer, temperature in sequences for _ in answer]

@@ -106,7 +106,6 @@ def test_partial_sums_that_travel_in_bf16_are_caught(
 
 REFUSED = """
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 import torch
 from megatron.core import parallel_state
@@ -127,11 +126,6 @@ for settings in ({"moe_token_dispatcher_type": "allgather"}, {"hidden_dropout": 
         build_model(config, transformer_config(config, profile_for(config), **settings))
     except EngineError as error:
         print(error)
-try:
-    profile = replace(profile_for(config), attention="two_form")
-    build_model(config, transformer_config(config, profile), profile=profile)
-except EngineError as error:
-    print(error)
 
 # As if this were the first of two pipeline stages, with the group of first and last stage that is Megatron's default.
 parallel_state.get_pipeline_model_parallel_world_size = lambda: 2
@@ -162,10 +156,9 @@ def test_settings_that_the_layers_cannot_honour_are_refused(tiny_checkpoint: Tin
     assert "set DSV3_REDUCTION_SLICES=2" in others.pop(0)
     assert others.pop(0).startswith("sequence_parallel=False with tensor_model_parallel_size=2")
     assert "recompute_modules=core_attn is not supported, layernorm, mla_up_proj, " in others[0]
-    assert others[1] == "DSV3_ATTENTION=two_form is not yet served by Megatron-Core: unset it"
-    assert others[2] == "accepted Etttt|mL"
-    assert others[3].startswith("the embedding is on ranks [0] of the pipeline [0, 1], and the process group")
-    assert others[4].startswith("pipeline_model_parallel_layout has the MTP layer on the first rank")
+    assert others[1] == "accepted Etttt|mL"
+    assert others[2].startswith("the embedding is on ranks [0] of the pipeline [0, 1], and the process group")
+    assert others[3].startswith("pipeline_model_parallel_layout has the MTP layer on the first rank")
 
 
 # The stand-ins

@@ -15,6 +15,7 @@ from paths import ROOT
 from safetensors.torch import load_file, save_file
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.profile import ATTENTION_VARIABLE
 
 pytestmark = needs_megatron
 
@@ -145,7 +146,11 @@ def test_every_weight_learns_and_the_bias_moves_by_its_step(alone: Alone, tiny_c
             assert float(steps.abs().max().round()) in (1, 2, 3)
 
 
-def test_samples_have_the_trainers_probabilities(tiny_checkpoint: TinyCheckpoint) -> None:
+def test_samples_have_the_trainers_probabilities(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two forms of attention, in which they depend on what the trainer is told of prompts."""
+    monkeypatch.setenv(ATTENTION_VARIABLE, "two_form")
     done = fresh(PYTHON, ON_POLICY, tiny_checkpoint("fp8"), "--trainer", PYTHON, "--server", "reference")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "96 of 96 sampled tokens have equal log-probabilities; KL = 0.0" in done.stdout

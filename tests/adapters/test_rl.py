@@ -30,6 +30,7 @@ from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.tokenizer import DEEPSEEK_VOCAB
 from dsv3_plugin.errors import EngineError
+from dsv3_plugin.profile import ATTENTION_VARIABLE
 
 EXAMPLE = ROOT / "examples" / "rl"
 sys.path.insert(0, str(EXAMPLE))
@@ -330,13 +331,17 @@ def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> Non
         assert done.returncode == 2 and printed(done).endswith(f"argument --{name}: 0: at least 1\n")
 
 
-def test_servers_start_with_what_they_are_told(tmp_path: Path) -> None:
+def test_servers_start_with_what_they_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = Launch(tmp_path, on_cpu=False, kv_tokens=640, environments=tmp_path, options={"sglang": ["--more", "1"]})
     for stock in False, True:
         launch = replace(launch, stock=stock)
         line = launch.command("sglang", 8000)
         assert line[-2:] == ["--more", "1"] and "--device" not in line
         assert ("dsv3" in line) is (launch.environment().get("DSV3_PLUGIN") != "off") is not stock
+        monkeypatch.setenv(ATTENTION_VARIABLE, "two_form")
+        assert ("--disable-radix-cache" in launch.command("sglang", 8000)) is not stock
+        monkeypatch.delenv(ATTENTION_VARIABLE)
+        assert "--disable-radix-cache" not in line
     assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in launch.environment() and "--weight-transfer-config" not in line
     launch = replace(launch, from_memory=True)
     line = launch.command("vllm", 8000)

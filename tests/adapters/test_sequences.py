@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsv3_plugin.errors import InputError
+from dsv3_plugin.megatron_backend.documents import with_prompt_lens
 from dsv3_plugin.megatron_backend.sequences import Sequences, SequencesOfPass
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -55,6 +56,19 @@ def test_the_layers_of_a_pass_share_one_batch() -> None:
     starts[1] = 4
     of_pass.begin()
     assert of_pass.of(starts, 2, 3, CPU).batch.host_seq_lens == (4, 2)
+
+
+def test_tokens_are_of_prompts_unless_told_otherwise() -> None:
+    of_pass, starts = SequencesOfPass(longest=8), torch.tensor([0, 2, 6])
+    for untold in None, starts:
+        batch = of_pass.of(untold, 2, 3, CPU).batch
+        assert batch.prompt_counts == batch.host_seq_lens and batch.generated is None
+    told = with_prompt_lens(starts.int(), [5, 1])
+    assert told.dtype == torch.int64
+    batch = of_pass.of(told, 2, 3, CPU).batch
+    assert batch.prompt_counts == (2, 1) and batch.host_query_start_loc == (0, 2, 6)
+    assert batch.prompts is not None and batch.prompts.rows.tolist() == [0, 1, 2]
+    assert batch.generated is not None and batch.generated.rows.tolist() == [3, 4, 5]
 
 
 def test_rows_are_known_without_the_device() -> None:

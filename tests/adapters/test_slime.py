@@ -66,7 +66,7 @@ def calculate_log_probs_and_entropy(logits, tokens, tp_group, with_entropy=False
 FORMULA = {"slime": "slime.utils.ppo_utils", "miles": "miles.backends.training_utils.loss_hub.math_utils"}
 
 PROGRAM = """
-import importlib, sys
+import importlib, os, sys
 from types import SimpleNamespace
 import torch
 from megatron.core import parallel_state
@@ -97,6 +97,12 @@ for wrong in ({"rollout_temperature": 0.7}, {"true_on_policy_mode": True}):
         slime.init(SimpleNamespace(**(vars(args) | wrong)))
     except DSV3Error as error:
         print("refused", error)
+os.environ["DSV3_ATTENTION"] = "two_form"
+try:
+    slime.init(args)
+except DSV3Error as error:
+    print("refused", error)
+del os.environ["DSV3_ATTENTION"]
 assert next(sender.named_params_and_buffers(args, [])) == ("theirs", None)
 slime.init(args)
 
@@ -152,6 +158,7 @@ def test_init_takes_the_places_of_the_hosts_functions(
     lines = done.stdout.splitlines()
     assert lines.pop(0).startswith("refused --rollout-temperature 0.7: the host divides by a Python number"), lines
     assert lines.pop(0).startswith("refused --true-on-policy-mode rounds logits to bf16")
+    assert lines.pop(0) == "refused DSV3_ATTENTION=two_form is not yet served by slime and miles: unset it"
     # In their shape, equal to log-softmax; theirs are not.
     assert lines.pop(0) == "log-probabilities True True False"
     if host == "slime":

@@ -1,9 +1,9 @@
 """The Megatron testee with one property broken.
 
-    SABOTAGE=experts|reduction python sabotaged_megatron.py ...
+    SABOTAGE=experts|reduction|prompts python sabotaged_megatron.py ...
 
 `experts`: their rows are added up in Megatron's order and precision. `reduction`: the partial sums of tensor-parallel
-ranks are rounded before they travel, as in Megatron's own layers.
+ranks are rounded before they travel, as in Megatron's own layers. `prompts`: where they end is forgotten.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import unpermute
 
 from dsv3_plugin.conformance.testees import megatron
+from dsv3_plugin.megatron_backend import sequences
 from dsv3_plugin.megatron_backend.moe import MoE
 from dsv3_plugin.megatron_backend.tensor_parallel import RankSlices
 
@@ -41,10 +42,20 @@ def fold(self: RankSlices, branch: torch.Tensor) -> torch.Tensor:
     return _fold(self, branch.bfloat16().float())
 
 
+_whole_sequences = sequences.whole_sequences
+
+
+def without_prompts(starts: torch.Tensor | None, *shape: Any) -> sequences.Sequences:
+    """All tokens are taken for prompts'."""
+    return _whole_sequences(None if starts is None else torch.atleast_2d(starts)[0], *shape)
+
+
 if __name__ == "__main__":
     what = os.environ["SABOTAGE"]
     if what == "experts":
         MoE.postprocess = postprocess
+    elif what == "prompts":
+        sequences.whole_sequences = without_prompts
     else:
         assert what == "reduction"
         RankSlices.fold = fold
