@@ -16,7 +16,7 @@ from dsv3_plugin.kernels.certify.golden import recorded
 from dsv3_plugin.kernels.sm90 import sm90_model, tensor_core
 from dsv3_plugin.ops.operation import operations
 
-# Recorded on an NVIDIA H200, 2026-11-22:
+# Recorded on an NVIDIA H200, 2026-11-30:
 #   dsv3 kernels check --record tests/kernels/golden_h200.safetensors
 RECORDING = Path(__file__).with_name("golden_h200.safetensors")
 GOLDEN = recorded(RECORDING)
