@@ -46,6 +46,9 @@ def bench_engines(
     tokens: Annotated[int, typer.Option(help="No measurement of more tokens of prompts.")] = plan.MOST_TOKENS,
     steps: Annotated[int, typer.Option(min=4, help="Decode steps timed in each pass.")] = 64,
     passes: Annotated[int, typer.Option(min=1, help="Passes of each measurement.")] = 2,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Starts of each contender, all in turns: a host is not always equally fast.")
+    ] = 1,
     limit: Annotated[int, typer.Option(min=1, help="Seconds that a contender may take, its start included.")] = 900,
     seed: Annotated[int, typer.Option(help="Of the prompts and of the tokens that are forced.")] = 0,
     setting: Annotated[
@@ -87,6 +90,7 @@ def bench_engines(
         layout=ParallelLayout.parse(layout),
         steps=steps,
         passes=passes,
+        rounds=rounds,
         seed=seed,
         most_tokens=tokens,
         contenders=plan.contenders(contender or (), setting or ()),

@@ -73,6 +73,8 @@ class Board(BaseModel):
     records: tuple[Record, ...]
     passes: int
     steps: int
+    rounds: int = 1
+    """Starts of each contender, at the least."""
     reference_failure: str | None = None
 
     @property
@@ -196,6 +198,15 @@ def speed_up(board: Board, record: Record, row: Row) -> float | None:
     plain = row.measurement.model_copy(update={"drafts": 0, "acceptance": None})
     mine, without = sound_seconds(board, record, row.measurement), sound_seconds(board, record, plain)
     return without / mine if mine and without else None
+
+
+def most_speed_up(board: Board, record: Record, row: Row) -> float | None:
+    """What drafts could bring a card that did nothing but read, at the row's acceptance: two tokens visit more experts
+    than one, and a draft reads weights of its own. None where that is not known.
+    """
+    plain = record.row(row.measurement.model_copy(update={"drafts": 0, "acceptance": None}))
+    least, without = _least(board, row), None if plain is None else _least(board, plain)
+    return without / least * (row.tokens_per_step or 1) if least and without else None
 
 
 def errors(board: Board) -> Mapping[str, list[str]]:

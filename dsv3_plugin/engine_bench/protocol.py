@@ -82,6 +82,8 @@ class Job(Message):
     """Ranks of this machine, in the words of `conformance.layouts`."""
     eager: bool = False
     """Without compilers and CUDA graphs, for its logits alone."""
+    keeps_logits: bool = True
+    """Of the first pass, for the reference."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Of the engine, beside what the contender needs."""
 

@@ -15,11 +15,12 @@ _REHEARSAL = (
 )
 _LEGEND = (
     "* Every contender has a process of its own for each rank, and prints the same forced tokens. A time is that of",
-    "  the best pass, by the slowest rank.",
+    "  the best pass, by the slowest rank. In rounds the contenders start in turns, and each has its best one.",
     "* x stock: beside the fastest contender of the engine's own model whose row means something; above 1 is faster.",
     "  x invariant: beside the engine's own batch-invariant mode.",
     "* experts: different experts that a step visited, a layer on average. needs: bytes that such a step has to read",
     "  at the least, both of all ranks. of the card: the least time that the card allows, over the time taken.",
+    "* at most: what drafts would bring a card that did nothing but read what a step needs, at that acceptance.",
     "* first/best: the first pass over the best one, after which nothing is left to be compiled.",
     "* **error**: the row means nothing, for the reason that is given below, and no ratio is made of it.",
 )
@@ -35,7 +36,7 @@ def markdown(board: Board) -> str:
     lines += [
         f"{board.date}, {board.device}{ranks}, {model.name}: {model.layers} layers, {model.expert_layers} of them with"
         f" {model.experts} experts of {_bytes(model.expert_bytes)}; {model.profile}. {board.passes} passes of"
-        f" {board.steps} decode steps.",
+        f" {board.steps} decode steps{f' in {board.rounds} rounds' if board.rounds > 1 else ''}.",
         f"A card reads {card.bandwidth / 1e12:.2f} TB/s by its maker's figure."
         if card
         else "What this device can do at the most is not known here, and not checked.",
@@ -134,13 +135,14 @@ def _decode_row(board: Board, record: Record, row: Row) -> _Cells:
 
 
 def _draft_row(board: Board, record: Record, row: Row) -> _Cells:
-    faster = judge.speed_up(board, record, row)
+    faster, most = judge.speed_up(board, record, row), judge.most_speed_up(board, record, row)
     tokens = row.tokens_per_step or 1
     cells = _decode_row(board, record, row)
     return {
         "tokens a step": f"{tokens:.2f}",
         "accepted": f"{(tokens - 1) / row.measurement.drafts:.0%}",
         "x without drafts": "-" if faster is None else f"{faster:.2f}",
+        "at most": "-" if most is None else f"{most:.2f}",
     } | cells
 
 

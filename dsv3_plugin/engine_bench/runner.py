@@ -10,6 +10,7 @@ the positions that the others have kept.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from dsv3_plugin.conformance.programs import Program, Progress, run_programs
 from dsv3_plugin.conformance.protocol import Device
 from dsv3_plugin.contenders import Message, attempts, command, new_attempt, read_job, write_job
 from dsv3_plugin.engine_bench.contenders.reference import Asked, ReferenceJob, distance, places_in
-from dsv3_plugin.engine_bench.judge import Board, Record
+from dsv3_plugin.engine_bench.judge import Board, Record, seconds
 from dsv3_plugin.engine_bench.limits import Model, read_model
 from dsv3_plugin.engine_bench.plan import CONTENDERS, Contender, impossible
 from dsv3_plugin.engine_bench.protocol import (
@@ -70,6 +71,8 @@ class Bench:
     measurements: Sequence[Measurement]
     impossible: dict[str, str]
     environments: Path
+    rounds: int
+    """How often each contender is started, all of them in turns."""
     limit: int
     """Seconds that a program may take."""
     progress: Progress
@@ -78,12 +81,13 @@ class Bench:
 
     def run(self) -> Board:
         """Measure what is missing."""
-        for contender in self.contenders:
-            for drafts in dict.fromkeys(m.drafts for m in self.possible):
-                self._measure(contender, drafts, eager=False)
-            # Ours is the reference's own arithmetic; and without a card nobody has graphs.
-            if self.settings.device == "cuda" and not contender.is_ours:
-                self._measure(contender, 0, eager=True)
+        for round_ in range(1, self.rounds + 1):
+            for contender in self.contenders:
+                for drafts in dict.fromkeys(m.drafts for m in self.possible):
+                    self._measure(contender, drafts, round_, eager=False)
+                # Ours is the reference's own arithmetic; and without a card nobody has graphs.
+                if self.settings.device == "cuda" and not contender.is_ours:
+                    self._measure(contender, 0, 1, eager=True)
         self._ask_reference()
         board = self.board()
         self.changed(board)
@@ -111,31 +115,37 @@ class Bench:
             records=records,
             passes=self.settings.passes,
             steps=self.settings.steps,
+            rounds=self.rounds,
             reference_failure=_answers(self.folder / _REFERENCE).failure,
         )
 
-    def _measure(self, contender: Contender, drafts: int, *, eager: bool) -> None:
-        """What is missing, in as many starts as it takes."""
+    def _measure(self, contender: Contender, drafts: int, round_: int, *, eager: bool) -> None:
+        """What is missing until after a round, in as many starts as it takes."""
         place = _place(self.folder, contender.name, drafts, eager)
         name = contender.name + (f" {drafts} drafts" if drafts else "") + (f" {_EAGER}" if eager else "")
         words = _command(contender.engine, self.environments, contender.variables)
         _remember_settings(self.folder / contender.name, contender)
-        while missing := self._missing(place, drafts):
-            failure = self._attempt(name, words, place, self._job(contender, missing, eager))
+        if round_ > 1 and _answers(place).start is None:
+            return
+        while missing := self._missing(place, drafts, round_):
+            failure = self._attempt(name, words, place, self._job(contender, missing, round_, eager))
             if failure is None:
                 return
             answers = _last_attempt(place) / "answers"
             if heard(answers).start is None:
                 return
-            died_of = next(iter(self._missing(place, drafts)), None)
+            died_of = next(iter(self._missing(place, drafts, round_)), None)
             if died_of is not None:
                 say(answers, Row(measurement=died_of, absent=failure))
 
-    def _missing(self, place: Path, drafts: int) -> tuple[Measurement, ...]:
-        done = {row.measurement for row in _answers(place).rows}
-        return tuple(m for m in self.possible if m.drafts == drafts and m not in done)
+    def _missing(self, place: Path, drafts: int, rounds: int) -> tuple[Measurement, ...]:
+        """What was made less often than in so many rounds, and could be made so far."""
+        made = _rows(place)
+        failed = {m for m, rows in made.items() if rows[-1].absent is not None}
+        asked = (m for m in self.possible if m.drafts == drafts and m not in failed)
+        return tuple(m for m in asked if len(made[m]) < rounds)
 
-    def _job(self, contender: Contender, measurements: tuple[Measurement, ...], eager: bool) -> Job:
+    def _job(self, contender: Contender, measurements: tuple[Measurement, ...], round_: int, eager: bool) -> Job:
         settings = self.settings
         return Job(
             checkpoint=settings.checkpoint,
@@ -147,6 +157,7 @@ class Bench:
             seed=settings.seed,
             layout=settings.layout,
             eager=eager,
+            keeps_logits=round_ == 1,
             arguments=dict(contender.arguments),
         )
 
@@ -218,6 +229,7 @@ def prepare(
     contenders: Sequence[Contender],
     measurements: Sequence[Measurement],
     environments: Path,
+    rounds: int,
     limit: int,
     progress: Progress,
     changed: Callable[[Board], None],
@@ -258,7 +270,9 @@ def prepare(
             raise EngineError(f"{folder}: holds other files; name a new folder")
         write_job(settings, folder)
     reasons = {str(m): reason for m in measurements if (reason := impossible(m, steps, most_tokens, model))}
-    return Bench(folder, settings, model, contenders, measurements, reasons, environments, limit, progress, changed)
+    return Bench(
+        folder, settings, model, contenders, measurements, reasons, environments, rounds, limit, progress, changed
+    )
 
 
 def _command(name: str, environments: Path, variables: Mapping[str, str]) -> tuple[str, ...]:
@@ -298,15 +312,31 @@ def _remember_settings(folder: Path, contender: Contender) -> None:
 
 
 def _answers(place: Path) -> Answers:
-    """Of all attempts."""
-    start, rows, failure = None, dict[str, Row](), None
+    """Of all attempts; of the rows of a measurement the best."""
+    start, failure = None, None
     for attempt in attempts(place):
-        answers = heard(attempt / "answers")
-        start = start or answers.start
-        rows |= {str(row.measurement): row for row in answers.rows}
+        start = start or heard(attempt / "answers").start
         failed = attempt / "failure.txt"
         failure = failed.read_text().strip() if failed.exists() else None
-    return Answers(start=start, rows=tuple(rows.values()), failure=failure)
+    return Answers(start=start, rows=tuple(map(_best, _rows(place).values())), failure=failure)
+
+
+def _rows(place: Path) -> defaultdict[Measurement, list[Row]]:
+    """Of all attempts, in their order."""
+    rows: defaultdict[Measurement, list[Row]] = defaultdict(list)
+    for attempt in attempts(place):
+        for row in heard(attempt / "answers").rows:
+            rows[row.measurement].append(row)
+    return rows
+
+
+def _best(rows: Sequence[Row]) -> Row:
+    """The fastest. What the first one compiled, later starts find, and logits are the first one's."""
+    measured = [row for row in rows if row.absent is None]
+    if not measured:
+        return rows[-1]
+    best = min(measured, key=lambda row: seconds(row) or math.inf)
+    return best.model_copy(update={"pass_seconds": measured[0].pass_seconds, "finite": measured[0].finite})
 
 
 def _kept(folder: Path, name: str) -> Iterator[Asked]:

@@ -211,8 +211,9 @@ def measure(engine: Engine, measurement: Measurement, job: Job, file: Path) -> R
     chunk = min(measurement.chunk or engine.max_batched_tokens, engine.max_batched_tokens)
     made: list[list[Pass]] = []
     kept = None
+    keeps = measurement.forced and job.keeps_logits
     for number in range(job.passes):
-        turns = Turns(engine, measurement, job.steps, watch_logits=measurement.forced and number == 0, own=own)
+        turns = Turns(engine, measurement, job.steps, watch_logits=keeps and number == 0, own=own)
         turns.begin()
         try:
             engine.run([prompts[request] for request in own], max_tokens, chunk, turns.turn)
