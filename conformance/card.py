@@ -182,7 +182,7 @@ def _line(
     lines = [
         _evidence(report, name, profile, layout, promise)
         for report in reports
-        if report["device"] == device and report["profile"].split()[0] == profile
+        if report["device"] == device and report["profile"].partition(" in ")[0] == profile
         for name, result in _of_testee(claims, report).items()
         if (result["versions"].get(claims.package), result["layout"], result["claim"]) == (version, layout, promise)
     ]

@@ -20,6 +20,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion
@@ -41,8 +42,8 @@ class Claim(_Part):
 
     versions: str
     devices: tuple[Device, ...] = Field(min_length=1)
-    profiles: tuple[str, ...] = Field(min_length=1)
-    """`bf16`, `fp32`, `fp8`."""
+    profiles: tuple[Annotated[str, Field(pattern=r"^(bf16|fp32|fp8)( two_form)?$")], ...] = Field(min_length=1)
+    """`bf16`, `fp32`, `fp8`; `fp8 two_form`. In how many slices it is computed, the layout says."""
     layouts: tuple[str, ...] = ("one",)
     promise: Kind = "equality"
 

@@ -83,6 +83,19 @@ def test_one_that_failed_and_ones_that_were_not_tested(report: Path, tmp_path: P
     assert status.pop(("bf16", "one")) == "verified" and set(status.values()) == {"not tested"} and len(status) == 3
 
 
+def test_an_arithmetic_is_evidence_of_itself(report: Path, tmp_path: Path) -> None:
+    file = tmp_path / "claims.toml"
+    file.write_text(claims("reference", '["bf16", "bf16 two_form"]'))
+    for shown, verified in (
+        ("bf16 in 2 reduction slices", ["bf16"]),
+        ("bf16 two_form", ["bf16 two_form"]),
+        ("bf16 two_form in 2 reduction slices", ["bf16 two_form"]),
+        ("fp8", []),
+    ):
+        (card,) = cards(Claims.read(file), [read_report(report) | {"profile": shown}])
+        assert [line.profile for line in card.lines if line.status == "verified"] == verified, shown
+
+
 def test_reports_of_another_day_complete_a_card(report: Path, tmp_path: Path) -> None:
     file, earlier = tmp_path / "claims.toml", tmp_path / "card.yaml"
     file.write_text(claims("reference", '["bf16", "fp8"]'))
@@ -143,6 +156,7 @@ def test_command(report: Path, tmp_path: Path) -> None:
         (claims("a", layouts='["tp"]'), "claim.0.layouts: Value error, --layout tp: 'tp' is not one of"),
         (claims("a").replace('"cuda"', '"tpu"'), "claim.0.devices.1: Input should be 'cpu' or 'cuda'"),
         (claims("a").replace("nobody measured it", ""), "not_claimed.0.reason: String should have at least 1"),
+        (claims("a", '["two_form"]'), "claim.0.profiles.0: String should match pattern"),
         ('testee = "a"', "package: Field required"),
     ],
 )
