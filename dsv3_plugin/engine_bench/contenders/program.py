@@ -303,7 +303,6 @@ def _answer(
     tell = tell_progress if ranks.is_first else lambda what: None
     tell("starting")
     engine = make_engine(job, *_needs(job, ranks.replicas), ranks)
-    ranks.meet()
     engine.start = start_of_all(ranks.told(engine.start))
     if ranks.is_first:
         say(result_dir, engine.start)

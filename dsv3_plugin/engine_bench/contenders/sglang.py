@@ -55,9 +55,12 @@ class SglangContender:
         # As SGLang does; threads that load weights do not inherit the mode.
         with torch.inference_mode(False), torch.no_grad():
             self.scheduler = build_scheduler(server_arguments, place, next(iter(place.ports), None))
-        up = time.perf_counter()
+        ranks.meet()
         # With data parallelism the replicas share it.
         self.max_batched_tokens = int(self.scheduler.chunked_prefill_size)
+        self.runs = 0
+        self._warm_up()
+        up = time.perf_counter()
         self.runner = self.scheduler.tp_worker.model_runner
         exchanges = getattr(server_arguments, "moe_a2a_backend", "none") != "none"
         self.routers.gathered = ranks.replicas > 1 and not is_ours(self.runner.model) and not exchanges
@@ -79,7 +82,17 @@ class SglangContender:
             cache_bytes_per_token=sum(map(bytes_per_slot, pools)),
             cache_tokens=room,
         )
-        self.runs = 0
+
+    def _warm_up(self) -> None:
+        """Answer a short request, as a server of SGLang does before it says that it is ready (`http_server`)."""
+        prompt, wanted, printed = [10, 11, 12], 8, 0
+
+        def turn(new: program.New) -> bool:
+            nonlocal printed
+            printed += sum(map(len, new.values()))
+            return not self.ranks.all(printed >= wanted)
+
+        self.run([prompt], wanted, self.max_batched_tokens, turn)
 
     def run(
         self, prompts: Sequence[list[int]], max_tokens: int, chunk: int, turn: Callable[[program.New], bool]

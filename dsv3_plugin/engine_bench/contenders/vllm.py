@@ -58,6 +58,7 @@ class VllmContender:
         self.routers.watch(BaseRouter, "_select_experts", lambda chosen: chosen[1])
         self.model = DeepseekV3Config.from_pretrained(job.checkpoint)
         self.llm = LLM(**arguments(job, self.model, max_model_len, ranks.place))
+        ranks.meet()
         up = time.perf_counter()
         core = self.llm.llm_engine.engine_core.engine_core
         self.core = core
