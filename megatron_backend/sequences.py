@@ -48,7 +48,7 @@ class SequencesOfPass:
         Below the starts may be the lengths of prompts, [2, n + 1] (`with_prompt_lens`). Without them all tokens are of
         prompts, as text that nobody generated is.
 
-        Raises `InputError` where one has more than `longest` tokens.
+        Raises `InputError` where one has more than `longest` tokens, or fewer than its prompt.
         """
         key = starts, b, s, device
         if self.sequences is None or self.key is None or not _same(self.key, key):
@@ -75,6 +75,9 @@ def whole_sequences(starts: torch.Tensor | None, b: int, s: int, device: torch.d
     lengths = [end - start for start, end in pairwise(bounds)]
     if max(lengths) > longest:
         raise InputError(f"a sequence of {max(lengths)} tokens exceeds max_position_embeddings={longest}")
+    prompt_lens = told[0][:-1] if told else lengths
+    if any(prompt > length for prompt, length in zip(prompt_lens, lengths, strict=True)):
+        raise InputError(f"prompt_lens {prompt_lens} are longer than the sequences, of {lengths} tokens")
     count = bounds[-1]
     tokens = torch.arange(count, device=device)
     counts = starts.diff()
@@ -91,4 +94,4 @@ def whole_sequences(starts: torch.Tensor | None, b: int, s: int, device: torch.d
         host_query_start_loc=tuple(bounds),
     )
     positions = tokens - torch.repeat_interleave(starts[:-1], counts, output_size=count)
-    return Sequences(positions, with_prompts(batch, told[0][:-1] if told else lengths))
+    return Sequences(positions, with_prompts(batch, prompt_lens))

@@ -63,12 +63,14 @@ def test_tokens_are_of_prompts_unless_told_otherwise() -> None:
     for untold in None, starts:
         batch = of_pass.of(untold, 2, 3, CPU).batch
         assert batch.prompt_counts == batch.host_seq_lens and batch.generated is None
-    told = with_prompt_lens(starts.int(), [5, 1])
+    told = with_prompt_lens(starts.int(), [2, 1])
     assert told.dtype == torch.int64
     batch = of_pass.of(told, 2, 3, CPU).batch
     assert batch.prompt_counts == (2, 1) and batch.host_query_start_loc == (0, 2, 6)
     assert batch.prompts is not None and batch.prompts.rows.tolist() == [0, 1, 2]
     assert batch.generated is not None and batch.generated.rows.tolist() == [3, 4, 5]
+    with pytest.raises(InputError, match=r"prompt_lens \[3, 1\] are longer than the sequences, of \[2, 4\] tokens"):
+        of_pass.of(with_prompt_lens(starts, [3, 1]), 2, 3, CPU)
 
 
 def test_rows_are_known_without_the_device() -> None:
