@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import shutil
 from collections import namedtuple
@@ -274,7 +275,7 @@ def test_the_table_of_the_released_model() -> None:
 
 
 def test_presets_are_valid_and_differ_by_size_alone() -> None:
-    tiny_fields, small_fields, sliceable_fields, traps_fields, long_fields, v3 = (read_config(n) for n in PRESETS)
+    tiny_fields, small_fields, sliceable_fields, traps_fields, long_fields, *of_v3 = map(read_config, PRESETS)
     assert tiny_fields.keys() == small_fields.keys() == sliceable_fields.keys() == traps_fields.keys() - {KEY}
     different = {name for name, value in long_fields.items() if value != small_fields.get(name)}
     assert different == {
@@ -297,9 +298,12 @@ def test_presets_are_valid_and_differ_by_size_alone() -> None:
         128,
     )
     assert config.rope_scaling is not None and config.rope_scaling.factor == 4
-    specs = checkpoint_tensors(DeepseekV3Config.from_dict(v3))
-    sizes = [torch.Size(s.shape).numel() * s.dtypes[0].itemsize for s in specs.values()]
-    assert round(sum(sizes) / 1e9) == 54
+    of_each = (checkpoint_tensors(DeepseekV3Config.from_dict(v3)).values() for v3 in of_v3)
+    sizes = [sum(math.prod(s.shape) * s.dtypes[0].itemsize for s in specs) for specs in of_each]
+    assert [round(size / 1e9) for size in sizes] == [54, 52]
+    shallow, deep = of_v3
+    different = {name for name, value in deep.items() if value != shallow[name]}
+    assert different == {"first_k_dense_replace", "n_routed_experts", "num_hidden_layers"}
 
 
 # The tokenizers
@@ -376,7 +380,7 @@ def test_other_free_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 1000))
     with pytest.raises(CheckpointError, match=r"a: needs 2\.04 MB, .* has 1 kB free"):
         make_checkpoint(MINI, tmp_path / "a", 1)
-    with pytest.raises(ConfigError, match=r"tny: neither a preset \(tiny, small, .*four-layers\) nor a file"):
+    with pytest.raises(ConfigError, match=r"tny: neither a preset \(tiny, small, .*deep\) nor a file"):
         read_config("tny")
     assert list(tmp_path.iterdir()) == []
 
