@@ -37,6 +37,28 @@ def test_it_is_told_and_says_what_a_new_process_would(python, tmp_path):
     assert "ZeroDivisionError" in python.run(["-c", "1 / 0"], [{}]).stderr
 
 
+def test_it_ends_as_a_new_process_would(python):
+    """Threads end first, then what was registered runs, and files are written."""
+    code = "import atexit, threading, time; atexit.register(print, 'exit'); print('begin', end=' ')\n"
+    code += "threading.Thread(target=lambda: (time.sleep(0.2), print('thread', end=' '))).start()\n"
+    for ending, status, said in ("", 0, ""), ("raise SystemExit(3)", 3, ""), ("1 / 0", 1, "ZeroDivisionError"):
+        done = python.run(["-c", code + ending], [{}])
+        assert (done.returncode, done.stdout) == (status, "begin thread exit\n") and said in done.stderr
+
+
+def test_what_it_spawns_is_warm(python):
+    code = "import sys, multiprocessing as m\n"
+    code += "def say(): print('fractions' in sys.modules, m.parent_process() is not None)\n"
+    code += "p = m.get_context('spawn').Process(target=say); p.start(); p.join()"
+    assert python.run(["-c", code], [{}]).stdout == "True True\n"
+
+
+def test_its_packages_are_those_of_its_own_pythonpath(python, tmp_path):
+    (tmp_path / "of_its_own.py").write_text("")
+    find = ["-c", "import importlib.util; print(importlib.util.find_spec('of_its_own') is not None)"]
+    assert [python.run(find, [each]).stdout for each in ({"PYTHONPATH": str(tmp_path)}, {})] == ["True\n", "False\n"]
+
+
 def test_what_is_warm_was_imported_and_what_a_program_leaves_is_gone(python):
     leave = "import sys, fractions; print('fractions' in sys.modules); fractions.LEFT = sys.LEFT = 1"
     assert python.run(["-c", "import sys; print('fractions' in sys.modules, 'cgi' in sys.modules)"], [{}]).stdout == (
