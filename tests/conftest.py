@@ -7,7 +7,7 @@ import functools
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +49,14 @@ def tiny_checkpoint(run_folder: Path) -> TinyCheckpoint:
         return path
 
     return get
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _vllm_cache_of_servers(run_folder: Path) -> Iterator[None]:
+    """`_vllm_cache`, for those that serve several tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", str(run_folder / "vllm-cache" / "vllm"))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,6 +28,7 @@ from engines import (
     serving,
     shipped_testee,
     warm,
+    warm_command,
 )
 from paths import SUPPORT
 from typer.testing import CliRunner
@@ -122,10 +124,13 @@ def test_sglang_s_own_model_is_caught_and_named(
     assert served == "sglang.srt.models.deepseek_v2.DeepseekV3ForCausalLM"
 
 
-def sglang_serve(checkpoint: Path, log: Path, *arguments: str) -> AbstractContextManager[str]:
+def sglang_serve(
+    checkpoint: Path, log: Path, *arguments: str, python: Sequence[str] = ()
+) -> AbstractContextManager[str]:
     """`python -m sglang.launch_server --model-path CHECKPOINT`, without deterministic inference."""
     port = free_port()
-    command = [python_of("sglang"), "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--port", str(port)]
+    command = [*(python or [python_of("sglang")]), "-m", "sglang.launch_server"]
+    command += ["--model-path", str(checkpoint), "--port", str(port)]
     command += ["--device", "cpu", "--dtype", "bfloat16", "--attention-backend", "dsv3", "--disable-cuda-graph"]
     command += ["--context-length", "256", "--max-total-tokens", "2048", "--max-running-requests", "8"]
     command += ["--sleep-on-idle"]
@@ -257,7 +262,7 @@ def test_sglang_serve_drafts(tiny_checkpoint, tmp_path: Path) -> None:
     draft = ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", "2", "--speculative-eagle-topk", "1"]
     draft += ["--speculative-num-draft-tokens", "3"]
     # As RL frameworks do: started without weights, which come later.
-    with sglang_serve(checkpoint, log, *draft, "--load-format", "dummy") as address:
+    with sglang_serve(checkpoint, log, *draft, "--load-format", "dummy", python=warm_command("sglang")) as address:
         post(address, "/update_weights_from_disk", {"model_path": str(checkpoint)})
         params = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
         answer = post(address, "/generate", {"input_ids": prompt, "sampling_params": params, "return_logprob": True})
@@ -375,9 +380,8 @@ class TestBadInput:
 
     @staticmethod
     def start(checkpoint: Path, *arguments: str) -> tuple[int, str]:
-        command = [python_of("sglang"), "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
-        command += ["--device", "cpu", "--port", str(free_port()), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = ["-m", "sglang.launch_server", "--model-path", str(checkpoint), "--device", "cpu"]
+        done = warm("sglang", *command, "--port", free_port(), *arguments)
         return done.returncode, done.stdout + done.stderr
 
     def test_checkpoint_without_a_tensor(self, tiny_checkpoint, tmp_path: Path) -> None:

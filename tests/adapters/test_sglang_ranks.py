@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,11 @@ from engines import (
     run,
     serving,
     warm,
+    warm_command,
     warm_testee,
 )
 from paths import SUPPORT
+from processes import descendants
 from typer.testing import CliRunner
 
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
@@ -103,7 +105,7 @@ def test_rows_that_go_where_an_expert_was_are_caught(tiny_checkpoint, tmp_path: 
 
 def server(checkpoint: Path, port: int, *arguments: str) -> list[str]:
     """The command of an SGLang server on a CPU."""
-    command = [python_of("sglang"), "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
+    command = [*warm_command("sglang", "-m", "sglang.launch_server"), "--model-path", str(checkpoint)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "bfloat16"]
     command += ["--attention-backend", "dsv3", "--disable-cuda-graph", "--enable-deterministic-inference"]
     command += ["--context-length", "256", "--max-total-tokens", "2048", "--max-running-requests", "8"]
@@ -134,18 +136,13 @@ def is_there(address: str) -> bool:
     return True
 
 
-def process_of(port: int, title: str) -> int:
-    """The process of that title whose parent, or its parent, serves at a port."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if title not in (folder / "cmdline").read_text():
-                continue
-            parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
-            if f"--port\0{port}\0" in Path("/proc", parent, "cmdline").read_text():
-                return int(folder.name)
-        except OSError:  # it has ended
-            continue
-    raise AssertionError(f"no {title} at {port}")
+def process_of(title: str) -> int:
+    """The process of that title which comes from this one."""
+    for pid in descendants(os.getpid()):
+        with suppress(OSError):  # it has ended
+            if title in Path(f"/proc/{pid}/cmdline").read_text():
+                return pid
+    raise AssertionError(f"no {title}")
 
 
 def test_a_server_on_ranks_and_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +175,7 @@ def test_a_server_on_ranks_and_stages(tmp_path: Path, monkeypatch: pytest.Monkey
         assert CliRunner().invoke(app, ["fingerprint", address, str(other)]).exit_code == 0
 
         # As the system ends one that wants too much memory.
-        os.kill(process_of(port, "scheduler_PP1_TP1"), signal.SIGKILL)
+        os.kill(process_of("scheduler_PP1_TP1"), signal.SIGKILL)
         deadline = time.monotonic() + 60
         while is_there(address):
             assert time.monotonic() < deadline

@@ -17,11 +17,11 @@ from engines import (
     free_port,
     post,
     predict_logprobs,
-    python_of,
     ran_as_one_rank,
     run,
     serving,
     warm,
+    warm_command,
     warm_testee,
 )
 from paths import SUPPORT
@@ -145,8 +145,8 @@ def test_a_server_on_two_ranks(tiny_checkpoint, tmp_path: Path, monkeypatch: pyt
     checkpoint, port, log = tiny_checkpoint("bf16"), free_port(), tmp_path / "serve.log"
     other = tmp_path / "other"
     make_checkpoint(read_config("tiny"), other, 2, dtype=CheckpointDtype("bf16"))
-    command = [str(Path(python_of("vllm")).with_name("vllm")), "serve", str(checkpoint), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--max-model-len", "256", "--tensor-parallel-size", "2"]
+    command = [*warm_command("vllm", "-m", "vllm.entrypoints.cli.main"), "serve", str(checkpoint)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256", "--tensor-parallel-size", "2"]
     command += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with serving(command, port, log, settings) as address:

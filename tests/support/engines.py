@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -44,8 +45,12 @@ WARM = {
     "vllm": (
         *("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"),
         *("vllm.v1.core.sched.scheduler", "vllm.model_executor.layers.quantization.compressed_tensors.utils"),
+        *("vllm.entrypoints.cli.main", "vllm.entrypoints.cli.serve", "vllm.v1.executor.multiproc_executor"),
     ),
-    "sglang": ("sglang.srt.managers.scheduler", "sglang.srt.models.registry", "sglang.srt.server_args"),
+    "sglang": (
+        *("sglang.srt.managers.scheduler", "sglang.srt.models.registry", "sglang.srt.server_args"),
+        *("sglang.srt.entrypoints.http_server", "sglang.srt.managers.detokenizer_manager"),
+    ),
 }
 
 
@@ -64,12 +69,27 @@ def shipped_testee(environment: str) -> runner.TesteeCommand:
 
 def warm_testee(environment: str, *program: str) -> runner.TesteeCommand:
     """A program in an engine's environment as a testee."""
-    return runner.TesteeCommand(environment.partition("-")[0], _warm(environment).command(*program))
+    return runner.TesteeCommand(environment.partition("-")[0], warm_command(environment, *program))
 
 
 def warm(environment: str, *command: object, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run `python COMMAND` in a fork of a Python that has imported an environment's engine: that takes ten seconds."""
     return _warm(environment).run(command, [os.environ | {"OMP_NUM_THREADS": "1"} | variables])
+
+
+def warm_command(environment: str, *program: str) -> tuple[str, ...]:
+    """A command that is `python PROGRAM` as `warm` runs it: a server's start takes half a minute of processor time."""
+    return _warm(environment).command(*program)
+
+
+def environments_of(commands: Mapping[str, Sequence[str]], folder: Path) -> Path:
+    """A folder of environments, of which each `bin/python` is a command such as `warm_command`'s."""
+    for name, command in commands.items():
+        python = folder / name / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        python.chmod(0o755)
+    return folder
 
 
 def in_fork(testee: runner.TesteeCommand) -> runner.TesteeCommand:
