@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 from command import run_cli
-from engines import predict_logprobs, python_of
-from megatron_programs import fresh, needs_megatron, printed, warm
+from engines import environments_of, predict_logprobs, warm_command
+from engines import warm as in_engine
+from megatron_programs import needs_megatron, printed, warm
+from megatron_programs import warm_command as warm_trainer
 from mini_checkpoint import MINI
 from paths import ROOT, SUPPORT
 from processes import descendants, is_alive, until
@@ -58,13 +60,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def running(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[rl.Server]]:
-    python_of("vllm"), python_of("sglang")  # else skips
+def environments(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of both servers and the trainer, whose imports are done; else skips."""
+    commands = {name: warm_command(name) for name in rl.SERVERS} | {"megatron": warm_trainer(MODULES)}
+    return environments_of(commands, tmp_path_factory.mktemp("environments"))
+
+
+@pytest.fixture(scope="module")
+def running(
+    models: list[Path], environments: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[rl.Server]]:
     logs = tmp_path_factory.mktemp("logs")
+    launch = Launch(models[0], on_cpu=True, kv_tokens=4096, environments=environments)
     with ExitStack() as stack, ThreadPoolExecutor() as threads:
 
         def start(name: str) -> rl.Server:
-            return stack.enter_context(started(name, Launch(models[0], on_cpu=True, kv_tokens=4096), logs / name))
+            return stack.enter_context(started(name, launch, logs / name))
 
         before = descendants(os.getpid())
         servers = list(threads.map(start, rl.SERVERS))
@@ -75,8 +86,9 @@ def running(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="module")
-def addresses(running: list[rl.Server]) -> list[str]:
-    return ["--server", *(f"{server.name}={server.address}" for server in running)]
+def addresses(running: list[rl.Server], environments: Path) -> list[str]:
+    servers = [f"{server.name}={server.address}" for server in running]
+    return ["--environments", str(environments), "--server", *servers]
 
 
 def steps_of(run: Path) -> Steps:
@@ -119,7 +131,7 @@ def test_weights_out_of_memory(models: list[Path], addresses: list[str], tmp_pat
 @pytest.mark.parametrize("engine", ["vllm", "vllm-0.27.1"])
 def test_vllm_reads_what_it_is_sent_out_of_memory(engine: str, models: list[Path]) -> None:
     """All that needs no card: the calls, their order, and that vLLM's own `ipc` engine finds each tensor as it is."""
-    done = fresh(python_of(engine), SUPPORT / "vllm_ipc.py", models[0])
+    done = in_engine(engine, SUPPORT / "vllm_ipc.py", models[0])
     assert done.returncode == 0, printed(done)[-3000:]
     calls = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     paths = [path for path, *names in calls if path != "/update_weights"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import ENVIRONMENTS, free_port
+from engines import ENVIRONMENTS, free_port, python_of
 from warm import WarmPython
 
 from dsv3_plugin.checkpoint.reader import CheckpointReader
@@ -54,6 +54,11 @@ def warm(*command: object, ranks: int | None = None, modules: tuple[str, ...] = 
         numbers = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks))
         environments = [environments[0] | world | {"LOCAL_WORLD_SIZE": str(ranks)} | number for number in numbers]
     return _warm(str(PYTHON), modules).run(command, environments)
+
+
+def warm_command(modules: tuple[str, ...] = MODEL) -> tuple[str, ...]:
+    """A command whose arguments are those of a `python` that runs them in a fork."""
+    return _warm(python_of("megatron"), modules).command()
 
 
 def testee(program: str) -> TesteeCommand:
