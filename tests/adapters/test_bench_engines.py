@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from boards import DECODE, OURS, STOCK, board
 from conftest import TinyCheckpoint
-from engines import ENVIRONMENTS, python_of
+from engines import environments_of, python_of, warm_command
 from typer.testing import CliRunner
 
 from dsv3_plugin.commands.bench import app
@@ -18,8 +18,10 @@ from dsv3_plugin.engine_bench.judge import Board
 from dsv3_plugin.profile import SLICES_VARIABLE
 
 
-def bench(checkpoint: Path, out: Path, *arguments: object, batch: int = 3) -> tuple[int, Board]:
-    options = "--environments", ENVIRONMENTS, "--device", "cpu", "--out", out, "--context", 24, "--batch", batch
+def bench(checkpoint: Path, out: Path, engine: str, *arguments: object, batch: int = 3) -> tuple[int, Board]:
+    """Of one engine, whose programs run in forks."""
+    environments = environments_of({engine: warm_command(engine)}, out.with_name("environments"))
+    options = "--environments", environments, "--device", "cpu", "--out", out, "--context", 24, "--batch", batch
     sizes = "--steps", 4, "--passes", 2
     command = ["engines", checkpoint, *options, *sizes, *arguments]
     done = CliRunner().invoke(app, [*map(str, command)], catch_exceptions=False)
@@ -28,10 +30,10 @@ def bench(checkpoint: Path, out: Path, *arguments: object, batch: int = 3) -> tu
 
 @pytest.mark.parametrize(("engine", "way"), [("vllm", "two-form"), ("sglang", "strict")])
 def test_ours_is_measured(engine: str, way: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
-    python_of(engine)
     status, board = bench(
         tiny_checkpoint("bf16"),
         tmp_path / "run",
+        engine,
         *("--contender", f"{engine}-{way}", "--prefill", "2x40/32", "--drafts", 2, "--acceptance", 0.5),
     )
     [ours] = board.records
@@ -61,10 +63,9 @@ def test_ranks_are_measured(
     engine: str, layout: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With data parallelism one of the two has no request, and goes along."""
-    python_of(engine)
     monkeypatch.setenv(SLICES_VARIABLE, "2")
     arguments = "--contender", f"{engine}-strict", "--only", "decode", "--layout", layout
-    status, board = bench(tiny_checkpoint("bf16"), tmp_path / "run", *arguments, batch=1)
+    status, board = bench(tiny_checkpoint("bf16"), tmp_path / "run", engine, *arguments, batch=1)
     [ours] = board.records
     assert status == 0, (ours.failure, (tmp_path / "run" / MARKDOWN).read_text())
     [row] = ours.rows

@@ -348,7 +348,8 @@ SABOTAGED_ROWS = {
 
 
 @pytest.mark.parametrize("name", SABOTAGED_ROWS)
-def test_sabotaged_rows_are_caught(name: str, build: Build) -> None:
+def test_sabotaged_rows_are_caught(name: str, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_PATIENCE_SECONDS", 2)
     build(3, SABOTAGED_ROWS[name], lag=1000)
     assert is_caught(lambda: all_rows_are_right(3))
 

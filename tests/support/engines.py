@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -46,6 +48,7 @@ WARM = {
         *("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"),
         *("vllm.v1.core.sched.scheduler", "vllm.model_executor.layers.quantization.compressed_tensors.utils"),
         *("vllm.entrypoints.cli.main", "vllm.entrypoints.cli.serve", "vllm.v1.executor.multiproc_executor"),
+        "support.vllm_in_forks",
     ),
     "sglang": (
         *("sglang.srt.managers.scheduler", "sglang.srt.models.registry", "sglang.srt.server_args"),
@@ -86,7 +89,7 @@ def environments_of(commands: Mapping[str, Sequence[str]], folder: Path) -> Path
     """A folder of environments, of which each `bin/python` is a command such as `warm_command`'s."""
     for name, command in commands.items():
         python = folder / name / "bin" / "python"
-        python.parent.mkdir(parents=True)
+        python.parent.mkdir(parents=True, exist_ok=True)
         python.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
         python.chmod(0o755)
     return folder
@@ -99,9 +102,11 @@ def in_fork(testee: runner.TesteeCommand) -> runner.TesteeCommand:
 
 
 def run(testees: Sequence[runner.TesteeCommand], checkpoint: Path, work_dir: Path, *cases: str) -> runner.Report:
-    """What the suite finds; the reference and its saboteurs run in forks."""
+    """What the suite finds; the reference and its saboteurs run in forks, also where the suite itself starts them."""
     programs = [in_fork(testee) for testee in testees]
-    return runner.run(programs, checkpoint, lambda name, what: None, keep=work_dir / "kept", only=cases)
+    core = environments_of({"core": warm_command("core")}, work_dir / "environments") / "core" / "bin" / "python"
+    with patch.object(runner, "sys", SimpleNamespace(executable=str(core))):
+        return runner.run(programs, checkpoint, lambda name, what: None, keep=work_dir / "kept", only=cases)
 
 
 def ran_as_one_rank(
