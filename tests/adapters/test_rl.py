@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -66,12 +66,9 @@ def environments(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environments_of(commands, tmp_path_factory.mktemp("environments"))
 
 
-@pytest.fixture(scope="module")
-def running(
-    models: list[Path], environments: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[list[rl.Server]]:
-    logs = tmp_path_factory.mktemp("logs")
-    launch = Launch(models[0], on_cpu=True, kv_tokens=4096, environments=environments)
+@contextmanager
+def both_started(model: Path, environments: Path, logs: Path) -> Iterator[list[rl.Server]]:
+    launch = Launch(model, on_cpu=True, kv_tokens=4096, environments=environments)
     with ExitStack() as stack, ThreadPoolExecutor() as threads:
 
         def start(name: str) -> rl.Server:
@@ -86,9 +83,21 @@ def running(
 
 
 @pytest.fixture(scope="module")
+def running(
+    models: list[Path], environments: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[rl.Server]]:
+    with both_started(models[0], environments, tmp_path_factory.mktemp("logs")) as servers:
+        yield servers
+
+
+def at(servers: list[rl.Server], environments: Path) -> list[str]:
+    addresses = [f"{server.name}={server.address}" for server in servers]
+    return ["--environments", str(environments), "--server", *addresses]
+
+
+@pytest.fixture(scope="module")
 def addresses(running: list[rl.Server], environments: Path) -> list[str]:
-    servers = [f"{server.name}={server.address}" for server in running]
-    return ["--environments", str(environments), "--server", *servers]
+    return at(running, environments)
 
 
 def steps_of(run: Path) -> Steps:
@@ -232,6 +241,24 @@ def test_a_forgotten_temperature_is_named_in_its_step(
     )
     said = verdict(monkeypatch, capsys, command)
     assert said.startswith("DIFFERENT: formula: trainer answers log_softmax(logits, the temperature forgotten)")
+
+
+@needs_megatron
+def test_in_two_forms_every_step_agrees(
+    models: list[Path], environments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts by heads, answers absorbed. The twin: the trainer forgets where prompts end."""
+    monkeypatch.setenv(ATTENTION_VARIABLE, "two_form")
+    with both_started(models[0], environments, tmp_path) as servers:
+        assert {server.kernels()["profile"] for server in servers} == {"bf16 two_form"}
+        addresses = at(servers, environments)
+        train(models[0], tmp_path / "run", *addresses, "--steps", 2)
+        error, _ = mismatch("prompts", 1, models[0], tmp_path / "twin", *addresses, "--steps", 2)
+    steps = steps_of(tmp_path / "run")
+    assert [[step["max_difference"], step["ratio_min"], step["ratio_max"]] for step in steps] == [[0.0, 1.0, 1.0]] * 2
+    assert " log-probabilities of " in error and error.endswith(
+        "'s are log-softmax(logits / temperature); the trainer's are of no known formula"
+    )
 
 
 @needs_megatron

@@ -1,14 +1,15 @@
 """examples/rl/grpo.py with a fault in it: `python rl_twins.py TWIN STEP ARGUMENT ...`, with the arguments of grpo.py.
 
 TWIN is the name of a tensor, which the servers get as it was a step before when they get the weights of step STEP; or
-`temperature`, which the trainer forgets in step STEP; or `kernel:FOLDER`: the trainer has been started in fast mode,
-where a provider is installed in FOLDER.
+`temperature` or `prompts`, which the trainer forgets in step STEP: at which it sampled, and where prompts end; or
+`kernel:FOLDER`: the trainer has been started in fast mode, where a provider is installed in FOLDER.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,19 @@ def keep_stale(name: str, version: int) -> None:
     Trainer.export, Trainer.in_memory = export_all_but_one, in_memory_all_but_one
 
 
-def forget_temperature(step: int) -> None:
+def without_temperature(packed: Packed) -> Packed:
+    return packed._replace(temperatures=packed.temperatures.clone().fill_(1))
+
+
+def without_prompts(packed: Packed) -> Packed:
+    return packed._replace(inputs=packed.inputs | {"prompt_lens": None})
+
+
+def forget(without: Callable[[Packed], Packed], step: int) -> None:
     learn, log_probs = grpo.learn, Trainer.log_probs
 
     def forgetful(trainer: Trainer, packed: Packed) -> Any:
-        return log_probs(trainer, packed._replace(temperatures=packed.temperatures.clone().fill_(1)))
+        return log_probs(trainer, without(packed))
 
     def learn_forgetfully(*arguments: Any) -> Any:
         if arguments[2] == step:
@@ -62,8 +71,8 @@ def forget_temperature(step: int) -> None:
 
 if __name__ == "__main__":
     twin, step = sys.argv.pop(1), int(sys.argv.pop(1))
-    if twin == "temperature":
-        forget_temperature(step)
+    if twin in ("temperature", "prompts"):
+        forget(without_temperature if twin == "temperature" else without_prompts, step)
     elif twin.startswith("kernel:"):
         sys.path.insert(0, twin.removeprefix("kernel:"))
         os.environ["DSV3_PLUGIN_MODE"] = "fast"
