@@ -32,16 +32,37 @@ def packed_starts(packed_seq_params: Any) -> torch.Tensor:
     return packed_seq_params.cu_seqlens_q if padded is None else padded
 
 
-def with_prompt_lens(starts: torch.Tensor, prompt_lens: Sequence[int]) -> torch.Tensor:
+def with_prompt_lens(starts: torch.Tensor, prompt_lens: Sequence[int] | torch.Tensor) -> torch.Tensor:
     """Starts [n + 1] of sequences, to int64 [2, n + 1]: under each the length of its prompt, and 0 under the end.
 
     It is a tensor, so that layers that are computed again are given it again.
 
-    Raises `InputError` unless each sequence has a length, of 0 or more.
+    Raises `InputError` unless each sequence has a length, a whole number of 0 or more.
     """
-    if len(prompt_lens) != len(starts) - 1 or min(prompt_lens, default=0) < 0:
-        raise InputError(f"prompt_lens {list(prompt_lens)} are not the lengths of {len(starts) - 1} sequences' prompts")
-    return torch.stack((starts.long(), torch.tensor([*prompt_lens, 0], device=starts.device)))
+    try:
+        lens = torch.as_tensor(prompt_lens, device=starts.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"prompt_lens {prompt_lens!r} are no list of whole numbers: {error}") from None
+    is_whole = not lens.is_floating_point() and lens.dtype != torch.bool
+    if not is_whole or lens.shape != (len(starts) - 1,) or bool((lens < 0).any()):
+        raise InputError(
+            f"prompt_lens {lens.tolist()} are not the lengths of {len(starts) - 1} sequences' prompts:"
+            " give each sequence a whole number of 0 or more, in their order"
+        )
+    return torch.stack((starts.long(), torch.nn.functional.pad(lens.long(), (0, 1))))
+
+
+def packed_prompts(packed_seq_params: Any, prompt_lens: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """`with_prompt_lens` of packed sequences. Raises `InputError`, also for a prompt that reaches into the padding."""
+    told = with_prompt_lens(packed_starts(packed_seq_params), prompt_lens)
+    require_prompts_fit(told[1, :-1].tolist(), packed_seq_params.cu_seqlens_q.diff().tolist())
+    return told
+
+
+def require_prompts_fit(prompt_lens: Sequence[int], lengths: Sequence[int]) -> None:
+    """Raise `InputError` where a prompt is longer than its sequence."""
+    if any(prompt > length for prompt, length in zip(prompt_lens, lengths, strict=True)):
+        raise InputError(f"prompt_lens {prompt_lens} are longer than the sequences, of {lengths} tokens")
 
 
 def row_starts(tokens: torch.Tensor | None) -> torch.Tensor:

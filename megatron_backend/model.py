@@ -20,7 +20,7 @@ from dsv3_plugin.layers.rotary import RotaryTable
 from dsv3_plugin.megatron_backend import compat
 from dsv3_plugin.megatron_backend.documents import (
     document_starts,
-    packed_starts,
+    packed_prompts,
     require_packing,
     row_starts,
     with_prompt_lens,
@@ -85,7 +85,7 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
         inference_context: Any = None,
         packed_seq_params: Any = None,
         *args: Any,
-        prompt_lens: Sequence[int] | None = None,
+        prompt_lens: Sequence[int] | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Megatron's, of input_ids and position_ids [b, s]. Stages in the middle of a pipeline may be given None.
@@ -114,7 +114,7 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
         attention_mask: torch.Tensor | None,
         *args: Any,
         packed_seq_params: Any = None,
-        prompt_lens: Sequence[int] | None = None,
+        prompt_lens: Sequence[int] | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Megatron's, for `--overlap-moe-expert-parallel-comm`: what `forward` would compute, in pieces.
@@ -134,7 +134,7 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
         position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         packed_seq_params: Any,
-        prompt_lens: Sequence[int] | None,
+        prompt_lens: Sequence[int] | torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Begin a pass: position_ids [b, s], and where its documents begin (`document_starts`, `with_prompt_lens`)."""
         self.binding.sequences.begin()
@@ -161,7 +161,9 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
                 raise InputError("packed sequences take no attention mask: attention is causal over each of them")
         if prompt_lens is None:
             return position_ids, attention_mask
-        starts = attention_mask if packed_seq_params is None else packed_starts(packed_seq_params)
+        if packed_seq_params is not None:
+            return position_ids, packed_prompts(packed_seq_params, prompt_lens)
+        starts = attention_mask
         if starts is None:
             starts = row_starts(position_ids if input_ids is None else input_ids)
         return position_ids, with_prompt_lens(starts, prompt_lens)

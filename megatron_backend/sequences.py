@@ -14,6 +14,7 @@ import torch
 
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.layers.attend import FAST_PAGE_SIZE
+from dsv3_plugin.megatron_backend.documents import require_prompts_fit
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.prompt_batch import PromptBatch, with_prompts
 
@@ -76,8 +77,7 @@ def whole_sequences(starts: torch.Tensor | None, b: int, s: int, device: torch.d
     if max(lengths) > longest:
         raise InputError(f"a sequence of {max(lengths)} tokens exceeds max_position_embeddings={longest}")
     prompt_lens = told[0][:-1] if told else lengths
-    if any(prompt > length for prompt, length in zip(prompt_lens, lengths, strict=True)):
-        raise InputError(f"prompt_lens {prompt_lens} are longer than the sequences, of {lengths} tokens")
+    require_prompts_fit(prompt_lens, lengths)
     count = bounds[-1]
     tokens = torch.arange(count, device=device)
     counts = starts.diff()

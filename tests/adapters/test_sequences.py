@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -71,6 +73,20 @@ def test_tokens_are_of_prompts_unless_told_otherwise() -> None:
     assert batch.generated is not None and batch.generated.rows.tolist() == [3, 4, 5]
     with pytest.raises(InputError, match=r"prompt_lens \[3, 1\] are longer than the sequences, of \[2, 4\] tokens"):
         of_pass.of(with_prompt_lens(starts, [3, 1]), 2, 3, CPU)
+
+
+def test_lengths_of_prompts_are_whole_numbers() -> None:
+    """In any list or integer tensor. Twins: what is none is refused by name, and nothing is rounded."""
+    starts = torch.tensor([0, 2, 6])
+    for lens in [2, 1], (2, 1), range(2, 0, -1), torch.tensor([2, 1]), torch.tensor([2, 1], dtype=torch.int32):
+        assert with_prompt_lens(starts, lens).tolist() == [[0, 2, 6], [2, 1, 0]]
+    wrong: list[Any] = [[2.0, 1], [2.5, 1], torch.tensor([2.0, 1.0]), [True, True], [[2], [1]], 2, [2, 1, 0], [2, -1]]
+    for lens in wrong:
+        with pytest.raises(InputError, match=r"^prompt_lens .* are not the lengths of 2 sequences' prompts"):
+            with_prompt_lens(starts, lens)
+    for lens in ["2", "1"], [2, None], {2: 1}, [2, 2**70]:
+        with pytest.raises(InputError, match=r"^prompt_lens .* are no list of whole numbers: "):
+            with_prompt_lens(starts, lens)
 
 
 def test_rows_are_known_without_the_device() -> None:

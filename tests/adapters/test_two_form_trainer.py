@@ -144,9 +144,13 @@ for name in "full", "selective":
     print("gradients", name, all(map(torch.equal, gradients(models[name], PROMPTS, (1, 2, 3)), expected)))
 print("gradients untold", all(map(torch.equal, gradients(kept, PROMPTS, None), expected)))
 
+packing = packed["packed_seq_params"]
+filled = packing.cu_seqlens_q - torch.tensor([0, 0, 0, 2], dtype=torch.int32)
+with_padding = replace(packing, cu_seqlens_q=filled, cu_seqlens_q_padded=packing.cu_seqlens_q)
 for call, inputs in (
     (kept, packed | {"prompt_lens": PROMPTS[1:]}),
     (kept.build_schedule_plan, packed | {"prompt_lens": (9, 13, -1)}),
+    (kept, packed | {"packed_seq_params": with_padding, "prompt_lens": (9, 13, 19)}),
     (kept, {"input_ids": None, "position_ids": None, "attention_mask": None, "prompt_lens": (1,)}),
 ):
     try:
@@ -163,6 +167,7 @@ def test_a_sequence_has_the_bits_that_it_has_alone(tiny_checkpoint: TinyCheckpoi
     """
     lines = warm("-c", PROGRAM, tiny_checkpoint("bf16"), ROOT / "examples" / "rl").stdout.splitlines()
     total = 2 * (24 + 13 + 20) - 3
+    told = "are not the lengths of 3 sequences' prompts: give each sequence a whole number of 0 or more, in their order"
     assert lines == [
         *(f"{name} {mode} {total}" for name in ("kept", "full", "selective") for mode in (True, False)),
         f"documents {total}",
@@ -172,8 +177,9 @@ def test_a_sequence_has_the_bits_that_it_has_alone(tiny_checkpoint: TinyCheckpoi
         "gradients full True",
         "gradients selective True",
         "gradients untold False",
-        "refused prompt_lens [13, 1] are not the lengths of 3 sequences' prompts",
-        "refused prompt_lens [9, 13, -1] are not the lengths of 3 sequences' prompts",
+        f"refused prompt_lens [13, 1] {told}",
+        f"refused prompt_lens [9, 13, -1] {told}",
+        "refused prompt_lens [9, 13, 19] are longer than the sequences, of [24, 13, 18] tokens",
         "refused prompt_lens were given, so that every pipeline stage must be given input_ids or position_ids",
     ]
 
