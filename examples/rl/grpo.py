@@ -51,7 +51,9 @@ from servers import SERVERS, Server, counted
 from task import TASKS, Words, problems
 from trainer import Packed, Trainer, pack
 
+from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import DSV3Error, EngineError, InputError
+from dsv3_plugin.profile import ATTENTION_VARIABLE, SLICES_VARIABLE
 
 
 def positive(text: str) -> int:
@@ -426,12 +428,18 @@ def start(arguments: argparse.Namespace) -> None:
         environments=arguments.environments,
         options={name: getattr(arguments, f"{name}_options") for name in SERVERS},
     )
+    reader = CheckpointReader(arguments.checkpoint)
     # What only servers know is asked before the model learns anything.
     for name, _, address in named:
         if not address:
             launch.require(name)
         elif urlsplit(address).scheme not in ("http", "https") or not answers(SERVERS[name](address)):
             raise EngineError(f"--server {name}={address}: none answers there; write {name}=http://HOST:PORT")
+        elif not launch.stock and (theirs := SERVERS[name](address).profile()) != (ours := str(reader.profile())):
+            raise EngineError(
+                f"--server {name}={address}: computes in {theirs}, the trainer in {ours};"
+                f" start both with the same dtype, {ATTENTION_VARIABLE} and {SLICES_VARIABLE}"
+            )
     trainer = Trainer(
         arguments.checkpoint,
         seed=arguments.seed,

@@ -98,6 +98,13 @@ class Server:
         """What serves, as `Ops.record` has it."""
         raise NotImplementedError
 
+    def profile(self) -> str:
+        """The arithmetic that it computes in. Raises `EngineError` where it is not this package's."""
+        try:
+            return str(self.kernels()["profile"])
+        except (KeyError, TypeError):
+            raise EngineError(f"{self.name}: {self.address}: does not serve this plugin's model") from None
+
     def engine_version(self) -> str:
         """Of the engine."""
         raise NotImplementedError

@@ -262,6 +262,17 @@ def test_in_two_forms_every_step_agrees(
 
 
 @needs_megatron
+def test_servers_in_another_profile_are_refused(models: list[Path], addresses: list[str], tmp_path: Path) -> None:
+    """Before anything is learned or written."""
+    done = warm(GRPO, models[0], tmp_path / "run", *SHORT, *addresses, modules=MODULES, DSV3_ATTENTION="two_form")
+    assert done.returncode == 1 and printed(done).splitlines()[-1] == (
+        f"error: --server {addresses[-2]}: computes in bf16, the trainer in bf16 two_form; start both with the same"
+        " dtype, DSV3_ATTENTION and DSV3_REDUCTION_SLICES"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@needs_megatron
 def test_a_kernel_of_fast_mode_is_named_in_its_step(
     models: list[Path], addresses: list[str], tmp_path: Path, monkeypatch, capsys
 ) -> None:
