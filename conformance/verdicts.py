@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from dsv3_plugin.conformance.expectations import Expectation, Expectations
 from dsv3_plugin.conformance.logprobs import LogprobComparison
 from dsv3_plugin.conformance.protocol import Case, Device, Result
 from dsv3_plugin.conformance.traps import Feature, Trap, guarded
+from dsv3_plugin.profile import ATTENTION_VARIABLE, SLICES_VARIABLE
 
 SPECIFICATION = "specification"
 # Many megabytes, of which the report has the counts.
@@ -106,6 +108,12 @@ class CaseVerdict:
         return own is not None and not own.equal
 
 
+def _command() -> str:
+    """This program's, with the variables that choose an arithmetic."""
+    chosen = [f"{name}={os.environ[name]}" for name in (ATTENTION_VARIABLE, SLICES_VARIABLE) if name in os.environ]
+    return shlex.join([*chosen, "dsv3", *sys.argv[1:]])
+
+
 @dataclass
 class Report:
     """A whole run."""
@@ -123,7 +131,7 @@ class Report:
     device: Device = "cpu"
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     """When the report was begun."""
-    command: str = field(default_factory=lambda: shlex.join(["dsv3", *sys.argv[1:]]))
+    command: str = field(default_factory=_command)
     """What to run for it again."""
 
     @property

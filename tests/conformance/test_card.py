@@ -19,6 +19,7 @@ from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.card import cards, read_report
 from dsv3_plugin.conformance.claims import Claims, shipped
 from dsv3_plugin.conformance.runner import ENGINES
+from dsv3_plugin.conformance.verdicts import Report
 from dsv3_plugin.errors import ConformanceError
 from dsv3_plugin.version import __version__
 
@@ -94,6 +95,18 @@ def test_an_arithmetic_is_evidence_of_itself(report: Path, tmp_path: Path) -> No
     ):
         (card,) = cards(Claims.read(file), [read_report(report) | {"profile": shown}])
         assert [line.profile for line in card.lines if line.status == "verified"] == verified, shown
+
+
+def test_a_reports_command_runs_its_arithmetic_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a variable that is not set."""
+    monkeypatch.setattr(sys, "argv", ["dsv3", "conformance", "run"])
+    monkeypatch.delenv("DSV3_REDUCTION_SLICES", raising=False)
+    for form in "absorbed", "two_form":
+        monkeypatch.setenv("DSV3_ATTENTION", form)
+        assert Report("tiny", "bf16", {}).command == f"DSV3_ATTENTION={form} dsv3 conformance run"
+    monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
+    monkeypatch.delenv("DSV3_ATTENTION")
+    assert Report("tiny", "bf16", {}).command == "DSV3_REDUCTION_SLICES=2 dsv3 conformance run"
 
 
 def test_reports_of_another_day_complete_a_card(report: Path, tmp_path: Path) -> None:
