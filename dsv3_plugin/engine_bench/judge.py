@@ -44,6 +44,8 @@ class Record(BaseModel):
     """Environment and arguments that differ from the engine's defaults."""
     start: Start | None = None
     rows: tuple[Row, ...] = ()
+    rounds: int = 1
+    """Starts of which each row is the best, at the least."""
     failure: str | None = None
     """Why its last start ended early."""
     eager_failure: str | None = None
@@ -73,8 +75,6 @@ class Board(BaseModel):
     records: tuple[Record, ...]
     passes: int
     steps: int
-    rounds: int = 1
-    """Starts of each contender, at the least."""
     reference_failure: str | None = None
 
     @property

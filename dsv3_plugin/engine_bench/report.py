@@ -36,7 +36,7 @@ def markdown(board: Board) -> str:
     lines += [
         f"{board.date}, {board.device}{ranks}, {model.name}: {model.layers} layers, {model.expert_layers} of them with"
         f" {model.experts} experts of {_bytes(model.expert_bytes)}; {model.profile}. {board.passes} passes of"
-        f" {board.steps} decode steps{f' in {board.rounds} rounds' if board.rounds > 1 else ''}.",
+        f" {board.steps} decode steps.",
         f"A card reads {card.bandwidth / 1e12:.2f} TB/s by its maker's figure."
         if card
         else "What this device can do at the most is not known here, and not checked.",
@@ -101,6 +101,7 @@ def _starts(board: Board) -> list[str]:
             {
                 "contender": record.name,
                 "served": start.served.rpartition(".")[2] if record.role not in OURS else start.served,
+                "rounds": str(record.rounds),
                 "imports": f"{start.import_seconds:.1f} s",
                 "start-up": f"{start.up_seconds:.1f} s",
                 "memory": _bytes(start.memory_bytes),

@@ -115,7 +115,6 @@ class Bench:
             records=records,
             passes=self.settings.passes,
             steps=self.settings.steps,
-            rounds=self.rounds,
             reference_failure=_answers(self.folder / _REFERENCE).failure,
         )
 
@@ -209,6 +208,7 @@ class Bench:
             settings=_settings(self.folder / contender.name, contender),
             start=next((answer.start for answer in answers if answer.start is not None), None),
             rows=tuple(row for answer in answers for row in answer.rows),
+            rounds=_rounds(places),
             failure="; ".join(answer.failure for answer in answers if answer.failure) or None,
             eager_failure=_answers(eager).failure,
             distances=_distances(self.folder, places),
@@ -330,13 +330,23 @@ def _rows(place: Path) -> defaultdict[Measurement, list[Row]]:
     return rows
 
 
+def _rounds(places: Sequence[Path]) -> int:
+    """How often the measurement was made that was made least often, of those that were."""
+    made = (sum(row.absent is None for row in rows) for place in places for rows in _rows(place).values())
+    return min(filter(None, made), default=1)
+
+
 def _best(rows: Sequence[Row]) -> Row:
-    """The fastest. What the first one compiled, later starts find, and logits are the first one's."""
+    """The fastest. What the first one compiled, later starts find, and logits are the first one's. Tokens are as forced
+    where all are.
+    """
     measured = [row for row in rows if row.absent is None]
     if not measured:
         return rows[-1]
     best = min(measured, key=lambda row: seconds(row) or math.inf)
-    return best.model_copy(update={"pass_seconds": measured[0].pass_seconds, "finite": measured[0].finite})
+    of_all = {"as_forced": False} if any(row.as_forced is False for row in measured) else {}
+    of_first = {"pass_seconds": measured[0].pass_seconds, "finite": measured[0].finite}
+    return best.model_copy(update=of_first | of_all)
 
 
 def _kept(folder: Path, name: str) -> Iterator[Asked]:

@@ -538,7 +538,8 @@ FAKE = textwrap.dedent(
             time.sleep(60)
         attempt = int(out.parent.name)
         last = 20 if how == "slower" else 10 - attempt
-        say(out, Row(measurement=measurement, first_token_seconds=(1, last), pass_seconds=(10 - attempt, 2)))
+        times = {"first_token_seconds": (1, last), "pass_seconds": (10 - attempt, 2)}
+        say(out, Row(measurement=measurement, as_forced=how != "slower", **times))
     """
 )
 
@@ -615,11 +616,16 @@ def test_rounds_have_the_best_row_and_the_first_passes(run, tmp_path):
     assert seen(run("works", ("1x8",))) == [((1, 9), (9, 2))]
     made = run("works", ("1x8", "4x8"), rounds=2)
     assert seen(made) == [((1, 7), (9, 2)), ((1, 7), (8, 2))], "starts 1 and 3, 2 and 3"
-    assert "in 2 rounds" in report.markdown(made)
+    assert made.records[0].rounds == 2 and "| Fake | 2 |" in report.markdown(made)
     assert [read_job(Job, attempt).keeps_logits for attempt in sorted(attempts.iterdir())] == [True, True, False]
-    assert seen(run("slower", ("1x8",), rounds=4))[0] == ((1, 7), (9, 2))
+    assert not judge.errors(made)
+    made = run("slower", ("1x8",), rounds=4)
+    assert seen(made)[0] == ((1, 7), (9, 2))
+    assert judge.errors(made) == {"vllm-strict": ["prefill 1 x 8: its tokens are not the forced ones"]}, "in one round"
+    assert run("works", ("1x8",), rounds=5).records[0].rounds == 2, "of what was made least often"
+    attempted = len(list(attempts.iterdir()))
     run("dies", ("2x8",), rounds=9)
-    assert len(list(attempts.iterdir())) == 6, "what failed is not made nine times"
+    assert len(list(attempts.iterdir())) == attempted + 1, "what failed is not made nine times"
 
 
 def test_a_run_is_made_in_parts_of_one_kind(run, monkeypatch):
