@@ -38,7 +38,11 @@ from dsv3_plugin.engine_bench.protocol import (
     say,
 )
 from dsv3_plugin.errors import ConformanceError, EngineError
-from dsv3_plugin.profile import ATTENTION_VARIABLE, reduction_slices_from_environment
+from dsv3_plugin.profile import (
+    ATTENTION_VARIABLE,
+    attention_from_environment,
+    reduction_slices_from_environment,
+)
 
 _PACKAGE = "dsv3_plugin.engine_bench.contenders"
 _EAGER = "eager"
@@ -234,9 +238,12 @@ def prepare(
     progress: Progress,
     changed: Callable[[Board], None],
 ) -> Bench:
-    """A run in a folder, new or begun before. Raises `EngineError` where that was of something else, or where
-    the checkpoint cannot be spread so, and `ConformanceError` where an engine is not installed.
+    """A run in a folder, new or begun before. Raises `EngineError` where that was of something else, where the checkpoint
+    cannot be spread so, or where the environment chooses a form of attention, which contenders do by their names, and
+    `ConformanceError` where an engine is not installed.
     """
+    if (form := attention_from_environment()) != "absorbed":
+        raise EngineError(f"{ATTENTION_VARIABLE}={form} would be every contender's: unset it, and name those of two-form")
     settings = Settings(
         checkpoint=str(checkpoint.resolve()),
         device=device,

@@ -640,6 +640,9 @@ def test_a_run_is_made_in_parts_of_one_kind(run, monkeypatch):
     with monkeypatch.context() as slices, pytest.raises(EngineError, match="reduction_slices 1, not 2"):
         slices.setenv(SLICES_VARIABLE, "2")
         run("works")
+    with monkeypatch.context() as form, pytest.raises(EngineError, match="DSV3_ATTENTION=two_form would be every"):
+        form.setenv("DSV3_ATTENTION", "two_form")
+        run("works")
     with pytest.raises(EngineError, match="stages are not timed"):
         run("works", layout=ParallelLayout(pp=2))
     with pytest.raises(ConformanceError, match="DSV3_REDUCTION_SLICES"):
