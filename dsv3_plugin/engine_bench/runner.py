@@ -238,12 +238,14 @@ def prepare(
     progress: Progress,
     changed: Callable[[Board], None],
 ) -> Bench:
-    """A run in a folder, new or begun before. Raises `EngineError` where that was of something else, where the checkpoint
-    cannot be spread so, or where the environment chooses a form of attention, which contenders do by their names, and
-    `ConformanceError` where an engine is not installed.
+    """A run in a folder, new or begun before. Raises `EngineError` where that was of something else, where the
+    checkpoint cannot be spread so, or where the environment chooses a form of attention, which contenders do by their
+    names, and `ConformanceError` where an engine is not installed.
     """
     if (form := attention_from_environment()) != "absorbed":
-        raise EngineError(f"{ATTENTION_VARIABLE}={form} would be every contender's: unset it, and name those of two-form")
+        raise EngineError(
+            f"{ATTENTION_VARIABLE}={form} would be every contender's: unset it, and name those that end in -two-form"
+        )
     settings = Settings(
         checkpoint=str(checkpoint.resolve()),
         device=device,
