@@ -8,6 +8,7 @@ slices of the sums that tensor-parallel ranks share; the order of every sum is f
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
@@ -81,17 +82,17 @@ def require_one_form(profile: Profile, program: str) -> None:
         raise EngineError(f"{ATTENTION_VARIABLE}={profile.attention} is not yet served by {program}: unset it")
 
 
-def reduction_slices_from_environment() -> int:
+def reduction_slices_from_environment(variables: Mapping[str, str] = os.environ) -> int:
     """`DSV3_REDUCTION_SLICES`, 1 where unset. Raises `ConfigError` for anything but a power of two."""
-    text = os.environ.get(SLICES_VARIABLE, "1")
+    text = variables.get(SLICES_VARIABLE, "1")
     if not text.isdecimal() or int(text).bit_count() != 1:
         raise ConfigError(f"{SLICES_VARIABLE}={text!r}; use a power of two")
     return int(text)
 
 
-def attention_from_environment() -> Attention:
+def attention_from_environment(variables: Mapping[str, str] = os.environ) -> Attention:
     """`DSV3_ATTENTION`, `absorbed` where unset. Raises `ConfigError` for another word than a form of attention."""
-    text = os.environ.get(ATTENTION_VARIABLE, "absorbed")
+    text = variables.get(ATTENTION_VARIABLE, "absorbed")
     if text not in get_args(Attention):
         raise ConfigError(f"{ATTENTION_VARIABLE}={text!r}; use {' or '.join(get_args(Attention))}")
     return cast(Attention, text)

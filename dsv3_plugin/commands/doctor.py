@@ -29,11 +29,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsv3_plugin.engines import KILL_SWITCH, Level, Variable, switched_off, untested_version_warning
-from dsv3_plugin.errors import DSV3Error, EngineError
+from dsv3_plugin.errors import ConfigError, DSV3Error, EngineError
 from dsv3_plugin.hooks import ENTRY_POINT_GROUP, Setting
 from dsv3_plugin.megatron_backend import doctor as megatron
 from dsv3_plugin.ops.operation import operations
-from dsv3_plugin.profile import ATTENTION_VARIABLE, BF16, FP8_FLOAT32, FP8_UE8M0, FP32, SLICES_VARIABLE, Profile
+from dsv3_plugin.profile import (
+    ATTENTION_VARIABLE,
+    BF16,
+    FP8_FLOAT32,
+    FP8_UE8M0,
+    FP32,
+    SLICES_VARIABLE,
+    Profile,
+    attention_from_environment,
+    reduction_slices_from_environment,
+)
 from dsv3_plugin.providers import offered_kernels
 from dsv3_plugin.registry import MODE_VARIABLE, bind, mode_from_environment, refusal
 from dsv3_plugin.sglang_backend import doctor as sglang
@@ -69,8 +79,8 @@ class Engine(Protocol):
 VARIABLES: dict[str, Variable] = {
     KILL_SWITCH: Variable("engines serve their own DeepSeek-V3", ("", "on", "1", "true")),
     MODE_VARIABLE: Variable("kernels that nobody compared may serve", ("strict",)),
-    SLICES_VARIABLE: Variable("part of the arithmetic: the trainer and every server need the same", ("1",), "note"),
-    ATTENTION_VARIABLE: Variable("part of the arithmetic: every server needs the same", ("absorbed",), "note"),
+    SLICES_VARIABLE: Variable("part of the arithmetic: trainer and servers need the same", ("1",), "note"),
+    ATTENTION_VARIABLE: Variable("part of the arithmetic: trainer and servers need the same", ("absorbed",), "note"),
     "OMP_NUM_THREADS": Variable("models on a CPU take one thread whatever it says", ("1",), "note"),
     "NVIDIA_TF32_OVERRIDE": Variable("matrix products in fp32 lose 13 bits of their operands", ("0",)),
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": Variable("matrix products in fp32 lose 13 bits of their operands", ("0",)),
@@ -356,6 +366,12 @@ def _of_variables(variables: Mapping[str, str]) -> Iterable[Finding]:
     for engine in ENGINES:
         known |= engine.VARIABLES
     found = False
+    for read in reduction_slices_from_environment, attention_from_environment:
+        try:
+            read(variables)
+        except ConfigError as error:
+            found = True
+            yield Finding("problem", "environment variables", str(error), "no model is built with another value")
     for name, variable in known.items():
         value = variables.get(name)
         if value is None or value.lower() in [harmless.lower() for harmless in variable.harmless]:

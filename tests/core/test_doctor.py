@@ -14,6 +14,7 @@ from engines import python_of
 from dsv3_plugin.commands import doctor
 from dsv3_plugin.commands.doctor import EngineProbe, Finding, KernelsProbe, Probe
 from dsv3_plugin.errors import EngineError
+from dsv3_plugin.profile import ATTENTION_VARIABLE, SLICES_VARIABLE
 from dsv3_plugin.version import __version__
 
 VLLM = {
@@ -115,6 +116,20 @@ class TestFindings:
     ) -> None:
         found = found.model_copy(update={"libraries": {"sgl-deep-gemm": version}})
         assert [f.level for f in doctor.diagnose({"here": found}, {}) if "freed memory" in f.text] == notes
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        (ATTENTION_VARIABLE, "two_form", "twoform"),
+        (ATTENTION_VARIABLE, "absorbed", "Absorbed"),
+        (SLICES_VARIABLE, "2", "3"),
+    ],
+)
+def test_an_arithmetic_that_there_is_not_is_a_problem(name: str, right: str, wrong: str) -> None:
+    assert not [f for f in doctor.diagnose({}, {name: right}) if f.level == "problem"]
+    (found,) = [f for f in doctor.diagnose({}, {name: wrong}) if f.level == "problem"]
+    assert found.text.startswith(f"{name}={wrong!r}; use ")
 
 
 ACME = """
