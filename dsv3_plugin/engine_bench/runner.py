@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +143,7 @@ class Bench:
 
     def _missing(self, place: Path, drafts: int, rounds: int) -> tuple[Measurement, ...]:
         """What was made less often than in so many rounds, and could be made so far."""
-        made = _rows(place)
+        made = _by_measurement(_answers(place).rows)
         failed = {m for m, rows in made.items() if rows[-1].absent is not None}
         asked = (m for m in self.possible if m.drafts == drafts and m not in failed)
         return tuple(m for m in asked if len(made[m]) < rounds)
@@ -203,6 +203,7 @@ class Bench:
     def _record(self, contender: Contender) -> Record:
         places = [_place(self.folder, contender.name, drafts, False) for drafts in _drafts(self.folder, contender.name)]
         answers = [_answers(place) for place in places]
+        made = _by_measurement(row for answer in answers for row in answer.rows)
         eager = _place(self.folder, contender.name, 0, True)
         return Record(
             name=contender.name,
@@ -211,8 +212,8 @@ class Bench:
             role=contender.role,
             settings=_settings(self.folder / contender.name, contender),
             start=next((answer.start for answer in answers if answer.start is not None), None),
-            rows=tuple(row for answer in answers for row in answer.rows),
-            rounds=_rounds(places),
+            rows=tuple(map(_best, made.values())),
+            rounds=_rounds(made),
             failure="; ".join(answer.failure for answer in answers if answer.failure) or None,
             eager_failure=_answers(eager).failure,
             distances=_distances(self.folder, places),
@@ -321,28 +322,29 @@ def _remember_settings(folder: Path, contender: Contender) -> None:
 
 
 def _answers(place: Path) -> Answers:
-    """Of all attempts; of the rows of a measurement the best."""
-    start, failure = None, None
+    """Of all attempts, in their order."""
+    start, rows, failure = None, list[Row](), None
     for attempt in attempts(place):
-        start = start or heard(attempt / "answers").start
+        answers = heard(attempt / "answers")
+        start = start or answers.start
+        rows += answers.rows
         failed = attempt / "failure.txt"
         failure = failed.read_text().strip() if failed.exists() else None
-    return Answers(start=start, rows=tuple(map(_best, _rows(place).values())), failure=failure)
+    return Answers(start=start, rows=tuple(rows), failure=failure)
 
 
-def _rows(place: Path) -> defaultdict[Measurement, list[Row]]:
-    """Of all attempts, in their order."""
-    rows: defaultdict[Measurement, list[Row]] = defaultdict(list)
-    for attempt in attempts(place):
-        for row in heard(attempt / "answers").rows:
-            rows[row.measurement].append(row)
-    return rows
+def _by_measurement(rows: Iterable[Row]) -> defaultdict[Measurement, list[Row]]:
+    """Those of each, in their order."""
+    found: defaultdict[Measurement, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row.measurement].append(row)
+    return found
 
 
-def _rounds(places: Sequence[Path]) -> int:
+def _rounds(made: Mapping[Measurement, Sequence[Row]]) -> int:
     """How often the measurement was made that was made least often, of those that were."""
-    made = (sum(row.absent is None for row in rows) for place in places for rows in _rows(place).values())
-    return min(filter(None, made), default=1)
+    counts = (sum(row.absent is None for row in rows) for rows in made.values())
+    return min(filter(None, counts), default=1)
 
 
 def _best(rows: Sequence[Row]) -> Row:
