@@ -40,7 +40,7 @@ def with_prompt_lens(starts: torch.Tensor, prompt_lens: Sequence[int] | torch.Te
     Raises `InputError` unless each sequence has a length, a whole number of 0 or more.
     """
     try:
-        lens = torch.as_tensor(prompt_lens, device=starts.device)
+        lens = torch.as_tensor(prompt_lens, device="cpu")  # to be looked at without waiting for a device
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"prompt_lens {prompt_lens!r} are no list of whole numbers: {error}") from None
     is_whole = not lens.is_floating_point() and lens.dtype != torch.bool
@@ -49,13 +49,14 @@ def with_prompt_lens(starts: torch.Tensor, prompt_lens: Sequence[int] | torch.Te
             f"prompt_lens {lens.tolist()} are not the lengths of {len(starts) - 1} sequences' prompts:"
             " give each sequence a whole number of 0 or more, in their order"
         )
-    return torch.stack((starts.long(), torch.nn.functional.pad(lens.long(), (0, 1))))
+    return torch.stack((starts.long(), torch.nn.functional.pad(lens.long(), (0, 1)).to(starts.device)))
 
 
 def packed_prompts(packed_seq_params: Any, prompt_lens: Sequence[int] | torch.Tensor) -> torch.Tensor:
     """`with_prompt_lens` of packed sequences. Raises `InputError`, also for a prompt that reaches into the padding."""
     told = with_prompt_lens(packed_starts(packed_seq_params), prompt_lens)
-    require_prompts_fit(told[1, :-1].tolist(), packed_seq_params.cu_seqlens_q.diff().tolist())
+    if packed_seq_params.cu_seqlens_q_padded is not None:  # else attention has the same lengths, and looks itself
+        require_prompts_fit(told[1, :-1].tolist(), packed_seq_params.cu_seqlens_q.diff().tolist())
     return told
 
 
