@@ -10,6 +10,7 @@ computes over pages: it moves data and computes nothing, and needs none of SGLan
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
@@ -26,6 +27,9 @@ from dsv3_plugin.layers.attend import Compute, Select, attending, padded, select
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.prompt_batch import of_prompts, with_prompts
 from dsv3_plugin.registry import Ops
+from dsv3_plugin.sglang_backend import compat
+
+logger = logging.getLogger("sglang.dsv3_plugin")
 
 NAME = "dsv3"
 
@@ -231,3 +235,19 @@ def create_draft_extend_backend(original: Callable[[Any], Any], factory: Any) ->
     """Around `DraftBackendFactory.create_draft_extend_backend`."""
     backend = factory.draft_model_runner.attn_backend
     return backend if isinstance(backend, LatentBackend) else original(factory)
+
+
+def record_draft_extend(record: Callable[[Any], None], worker: Any) -> None:
+    """Around `EagleDraftWorker._capture_cuda_graphs`, which records the draft's pass over verified tokens for SGLang's
+    own backends only. Over several ranks it stays eager.
+    """
+    record(worker)
+    runner = worker.draft_runner
+    if not isinstance(worker.draft_extend_attn_backend, LatentBackend) or runner.model.layout.experts.size > 1:
+        return
+    from sglang.srt.environ import envs
+    from sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner import EAGLEDraftExtendCudaGraphRunner
+
+    if compat.tokens_in_graphs(torch.device(runner.device)) and not envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH.get():
+        worker.cuda_graph_runner_for_draft_extend = EAGLEDraftExtendCudaGraphRunner(worker)
+        logger.info("dsv3-plugin: the draft's pass over verified tokens is recorded")

@@ -90,6 +90,7 @@ def hooks() -> dict[str, Callable[..., Any]]:
     around: dict[str, Callable[..., Any]] = {
         f"{factory}.create_decode_backend": attention.create_decode_backend,
         f"{factory}.create_draft_extend_backend": attention.create_draft_extend_backend,
+        "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._capture_cuda_graphs": attention.record_draft_extend,
         compat.page_size_default(): _choose_page_size,
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": attention.note_prompts,
         "sglang.srt.model_executor.model_runner.ModelRunner.forward": compat.cut_idle_draft,

@@ -28,7 +28,7 @@ from dsv3_plugin.layers.two_form import take_memory
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.prompt_batch import no_requests, of_prompts, with_prompts
 from dsv3_plugin.registry import Ops
-from dsv3_plugin.vllm_backend import compat
+from dsv3_plugin.vllm_backend import compat, graphs
 from dsv3_plugin.vllm_backend.prompts import Prompts
 
 
@@ -37,8 +37,7 @@ class LatentMetadata:
     """One step's batch, the same for all layers, and where its tokens are kept."""
 
     batch: PagedBatch
-    pages: torch.Tensor
-    offsets: torch.Tensor
+    slots: torch.Tensor
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
@@ -62,8 +61,8 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         self.weight_loaders = {caches[name].weight_loader for name in layer_names}
         scheduler = vllm_config.scheduler_config
         self.seq_lens = torch.zeros(scheduler.max_num_seqs, dtype=torch.int32, device=device)
-        slots = scheduler.max_num_batched_tokens + scheduler.max_num_seqs
-        self.pages, self.offsets = torch.zeros(2, slots, dtype=torch.int64, device=device)
+        most_tokens = scheduler.max_num_batched_tokens + scheduler.max_num_seqs
+        self.slots = torch.zeros(most_tokens, dtype=torch.int64, device=device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
         """Called once a step for each cache group; raises `CheckpointError` where the weights may not answer.
@@ -87,8 +86,6 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
 
     def _build(self, common: Any, prompts: Prompts | None = None) -> LatentMetadata:
         tokens, requests = common.num_actual_tokens, common.num_reqs
-        # A slot of -1 marks a token that must not be kept: it goes to page 0, which vLLM gives to no request.
-        slots = common.slot_mapping[:tokens].clamp(min=0)
         batch = PagedBatch(
             block_table=common.block_table_tensor[:requests],
             # Copied: the draft loop changes vLLM's tensor in place between its steps.
@@ -102,11 +99,9 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         if self.cache.ops.setting.profile.attention == "two_form":
             nothing = [0] * requests, [0] * requests
             batch = with_prompts(batch, *(nothing if prompts is None else prompts.of(requests)))
-        return LatentMetadata(
-            batch=batch,
-            pages=self.pages[:tokens].copy_(slots // self.block_size),
-            offsets=self.offsets[:tokens].copy_(slots % self.block_size),
-        )
+        # A slot of -1 marks a token that must not be kept: it goes to page 0, which vLLM gives to no request.
+        slots = torch.clamp(common.slot_mapping[:tokens], min=0, out=self.slots[:tokens])
+        return LatentMetadata(batch, slots)
 
 
 class _NoImpl:
@@ -197,14 +192,29 @@ class LatentCache(nn.Module, AttentionLayerBase):
 
     def forward(self, q: torch.Tensor, cached: torch.Tensor, select: Select = select_all) -> torch.Tensor:
         """q [T, H, latent_dim], cached [T, cached_dim] to [T, H, kv_lora_rank]; rows that vLLM padded are zero."""
+        if graphs.is_recording():
+            return graphs.fill_between(self._fill, self._rows(q), q, cached, select)
+        return self._attend(q, cached, select)
+
+    def _fill(self, out: torch.Tensor, q: torch.Tensor, cached: torch.Tensor, select: Select) -> None:
+        out.copy_(self._attend(q, cached, select))
+
+    def _attend(self, q: torch.Tensor, cached: torch.Tensor, select: Select) -> torch.Tensor:
         metadata = self._metadata()
         if metadata is None:
-            return q.new_zeros(*q.shape[:2], self.config.kv_lora_rank)
+            return self._rows(q).zero_()
         q = q[: metadata.batch.num_tokens]
         return self._compute(metadata, cached, attending(self.ops, self.config, q, select))
 
+    def _rows(self, q: torch.Tensor) -> torch.Tensor:
+        return q.new_empty(*q.shape[:2], self.config.kv_lora_rank)
+
     def has_prompts(self) -> bool:
-        """Whether rows of the pass are of prompts; where none is a request's, all might be."""
+        """Whether rows of the pass are of prompts, in the `two_form` profile. Where none is a request's, all might be,
+        but not in a graph.
+        """
+        if self.ops.setting.profile.attention != "two_form" or graphs.is_recording():
+            return False
         metadata = self._metadata()
         return metadata is None or of_prompts(metadata.batch).has_prompts
 
@@ -226,7 +236,7 @@ class LatentCache(nn.Module, AttentionLayerBase):
         if connector is not None:
             connector.wait_for_layer_load(self.layer_name)
         pages = compat.latent_pages(self.kv_cache)
-        pages[metadata.pages, metadata.offsets] = cached[: metadata.batch.num_tokens]
+        pages.view(-1, pages.shape[-1])[metadata.slots] = cached[: metadata.batch.num_tokens]
         out = compute(pages, metadata.batch)
         if connector is not None:
             connector.save_kv_layer(self.layer_name, self.kv_cache, metadata)

@@ -24,7 +24,7 @@ from dsv3_plugin.layout import Layout
 from dsv3_plugin.peers import announcement, connected
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.registry import Ops
-from dsv3_plugin.vllm_backend import compat, engine, layerwise, options, requests, worker
+from dsv3_plugin.vllm_backend import compat, engine, graphs, layerwise, options, requests, worker
 from dsv3_plugin.vllm_backend.attention import LatentCache
 from dsv3_plugin.vllm_backend.eplb import MovableExperts, with_replicas
 from dsv3_plugin.vllm_backend.layout import layout_of_this_rank, most_tokens
@@ -178,6 +178,7 @@ class DeepseekV3ForCausalLM(nn.Module, MovableExperts):
         self.weight_loader = WeightLoader(self, self.config, "main", layout=self.layout, holds_weights=holds_weights)
         layers = self.layout.layers_of(self.config)
         self.attend = LatentCaches(self.ops, self.config, vllm_config, layers, self.weight_loader)
+        self.run = graphs.in_pieces(self._run, vllm_config, self.attend.has_prompts)
         self.unread = _own_files(vllm_config)
 
     def make_empty_intermediate_tensors(
@@ -201,6 +202,20 @@ class DeepseekV3ForCausalLM(nn.Module, MovableExperts):
         """Flattened tokens [T], or what the stage before sent, to normalised hidden states [T, hidden], or to what the
         next stage gets.
         """
+        return self.run(
+            input_ids=input_ids,
+            positions=positions,
+            intermediate_tensors=intermediate_tensors,
+            inputs_embeds=inputs_embeds,
+        )
+
+    def _run(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor | IntermediateTensors:
         if not self.layout.is_first():
             assert intermediate_tensors is not None
             hidden_states = intermediate_tensors[HIDDEN_STATES]
@@ -235,6 +250,7 @@ class DeepSeekMTPModel(nn.Module):
         )
         layers = [self.config.mtp_layer_idx]
         self.attend = LatentCaches(self.ops, self.config, vllm_config, layers, self.weight_loader)
+        self.run = graphs.in_pieces(self._run, vllm_config, self.attend.has_prompts)
         self.unread = _own_files(vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -255,9 +271,12 @@ class DeepSeekMTPModel(nn.Module):
 
         vLLM's own draft returns the state before and after the last norm; here both are the normalised state.
         """
-        self.layout.begin_pass(most_tokens())
-        normalised = self.model(input_ids, positions, hidden_states, self.attend)
+        normalised = self.run(input_ids=input_ids, positions=positions, hidden_states=hidden_states)
         return normalised, normalised
+
+    def _run(self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.layout.begin_pass(most_tokens())
+        return self.model(input_ids, positions, hidden_states, self.attend)
 
     def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor:
         """Normalised hidden_states [n, hidden] to logits fp32 [n, vocab_size]."""

@@ -23,6 +23,10 @@ def test_a_sparse_layer_and_a_step_without_reads(environment: str, tiny_checkpoi
     # The twins.
     assert "without the selection: False" in lines, done.stdout
     assert f"reads: {told | {'checked as on a CPU': 'raises', 'seq_lens': 'raises'}}" in lines, done.stdout
+    in_graphs = "between graphs: True never again: False"
+    if "sglang" in environment:
+        in_graphs = "drafts recorded, of SGLang's backend, over ranks, without graphs: [True, False, False, False]"
+    assert in_graphs in lines, done.stdout
     pages = "on a GPU, on a CPU: [64, 16]"
     if "sglang" in environment:
         pages = "on a GPU, on a CPU, of SGLang's, with odd chunks, named: [64, 1, 1, 1, None]"

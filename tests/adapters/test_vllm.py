@@ -293,7 +293,7 @@ def step(slots, seq_lens):
 
 
 def tensors(made):
-    return {"pages": made.pages, "offsets": made.offsets, "seq_lens": made.batch.seq_lens}
+    return {"slots": made.slots, "seq_lens": made.batch.seq_lens}
 
 
 first = tensors(builder.build_for_cudagraph_capture(step([37, 16], [6, 1])))
@@ -344,10 +344,10 @@ def test_a_step_s_metadata_stays_where_a_cuda_graph_reads_it(environment: str) -
     done = warm(environment, "-c", METADATA_PROGRAM)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["values"] == {"pages": [0, 4, 0], "offsets": [15, 0, 0], "seq_lens": [16, 5, 1]}
+    assert told["values"] == {"slots": [15, 64, 0], "seq_lens": [16, 5, 1]}
     assert told["asked"] == [[], [], ["whole"]]
-    assert told["same address"] == [True] * 3
-    assert told["as a graph reads it"] == {"pages": [0, 4], "offsets": [15, 0], "seq_lens": [16, 5]}
+    assert told["same address"] == [True] * 2
+    assert told["as a graph reads it"] == {"slots": [15, 64], "seq_lens": [16, 5]}
     # In the `two_form` profile it says which rows are of prompts; those keep a step out of CUDA graphs.
     assert told["in two forms"] == {
         "before requests may come": [0, 0],

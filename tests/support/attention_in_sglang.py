@@ -14,12 +14,14 @@ from no_reads import reads_nothing
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.plugins import load_plugins
+from sglang.srt.speculative import eagle_draft_extend_cuda_graph_runner as graphs
 from sparse_layer import LENGTHS, STEPS, Toy, joined, spans, toy
 
 from dsv3_plugin.layers.attend import WholeSequences, attending, select_all
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.sglang_backend import attention, compat
 
+GRAPHS = "cuda_graph_runner_for_draft_extend"
 SLOTS, CONTEXT, PAGE_SIZE = 300, 96, 4
 
 
@@ -64,6 +66,19 @@ class Engine:
             return attention.LatentAttend(self.own.ops, self.own.config, 0, positions.to(self.device), batch, {})
 
 
+def records(backend: object, ranks: int = 1, requests: int = 8) -> bool:
+    """Whether the draft's pass over verified tokens is recorded, with graphs of so many requests."""
+    layout = SimpleNamespace(experts=SimpleNamespace(size=ranks))
+    runner = SimpleNamespace(device="cuda", model=SimpleNamespace(layout=layout))
+    worker = SimpleNamespace(draft_runner=runner, draft_extend_attn_backend=backend)
+    with (
+        patch.object(graphs, "EAGLEDraftExtendCudaGraphRunner", lambda worker: "recorded"),
+        patch.object(compat, "tokens_in_graphs", lambda device: requests),
+    ):
+        attention.record_draft_extend(lambda worker: setattr(worker, GRAPHS, None), worker)
+    return getattr(worker, GRAPHS) == "recorded"
+
+
 def main() -> None:
     own = toy(sys.argv[1])
     engine, forgetful = Engine(own), Engine(own)
@@ -89,6 +104,9 @@ def main() -> None:
     on_gpu = {"attention_backend": "dsv3", "device": "cuda", "page_size": None, "chunked_prefill_size": 8192}
     others = {"device": "cpu"}, {"attention_backend": "triton"}, {"chunked_prefill_size": 100}, {"page_size": 32}
     sizes = [choose(SimpleNamespace(**on_gpu | other)).get("page_size") for other in ({}, *others)]
+    ours = object.__new__(attention.LatentBackend)
+    kinds = [records(ours), records(object()), records(ours, ranks=2), records(ours, requests=0)]
+    print("drafts recorded, of SGLang's backend, over ranks, without graphs:", kinds)
     print("keys of a page on a GPU, on a CPU, of SGLang's, with odd chunks, named:", sizes)
 
 

@@ -5,6 +5,7 @@ CHECKPOINT`. A sparse layer runs through it, and on torch's "meta" device, whose
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -14,7 +15,7 @@ from sparse_layer import LENGTHS, STEPS, Toy, joined, spans, toy
 
 from dsv3_plugin.layers.attend import Attend, Select, WholeSequences, attending, select_all
 from dsv3_plugin.ops.paged_batch import PagedBatch
-from dsv3_plugin.vllm_backend import attention
+from dsv3_plugin.vllm_backend import attention, graphs
 
 PAGE, NUM_BLOCKS, PADDING = 16, 20, 3
 TABLE = torch.tensor([[7, 2, 19, 4, 11, 5], [3, 17, 1, 0, 0, 0], [9, 0, 0, 0, 0, 0]], dtype=torch.int32)
@@ -68,6 +69,51 @@ class Engine:
         return attend
 
 
+class Recording:
+    """A recording in pieces, as vLLM's, of which a CPU can make the gaps alone. `late`: whether they are made again."""
+
+    def __init__(self, late: bool = True) -> None:
+        self.late = late
+        self.gaps: list[Callable[[], None]] = []
+
+    def add_eager(self, gap: Callable[[], None]) -> None:
+        gap()
+        self.gaps.append(gap)
+
+    def replay(self) -> None:
+        for gap in self.gaps if self.late else ():
+            gap()
+
+    def of(self, layer: attention.LatentCache, q: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+        """Where the graph puts what the layer finds for what is in q and cached: recorded in a pass of no request."""
+        nobody = SimpleNamespace(attn_metadata=None, cudagraph_runtime_mode=graphs.CUDAGraphMode.PIECEWISE)
+        with (
+            patch.object(attention, "get_forward_context", lambda: nobody),
+            patch.object(graphs, "get_forward_context", lambda: nobody),
+            patch.object(graphs, "weak_ref_tensors", lambda x: x),  # the CPU build has none
+            patch.object(graphs.BreakableCUDAGraphCapture, "current", lambda: self),
+        ):
+            return layer(q, cached)
+
+
+def in_gaps(own: Toy, recording: Recording) -> bool:
+    """Whether a recorded graph's attention is that of passes without one, whose rows it pads."""
+    eager, recorded = Engine(own), Engine(own)
+    most = PADDING + max(sum(last - first for first, last in spans(i)) for i in range(len(STEPS) - 1))
+    q, cached = (own.x[0].new_zeros(most, *shape) for shape in ((2, own.config.latent_dim), (own.config.cached_dim,)))
+    out = recording.of(recorded.layer, q, cached)
+    equal = not out.count_nonzero()
+    for i in range(len(STEPS) - 1):
+        q.normal_()
+        cached.normal_()
+        found = eager.attend(eager.metadata(i))(0, q, cached)
+        step = SimpleNamespace(attn_metadata={"layer": recorded.metadata(i)})
+        with patch.object(attention, "get_forward_context", lambda step=step: step):
+            recording.replay()
+        equal &= torch.equal(out, found) and bool(found.count_nonzero())
+    return equal
+
+
 def main() -> None:
     own = toy(sys.argv[1])
     engine, forgetful = Engine(own), Engine(own)
@@ -78,6 +124,8 @@ def main() -> None:
     with patch.object(attention, "attending", lambda *args: attending(*args[:-1], select_all)):
         outs = joined([own.run(spans(i), forgetful.attend(forgetful.metadata(i))) for i in range(len(STEPS) - 1)])
     print("without the selection:", any(map(torch.equal, outs, whole)))
+
+    print("between graphs:", in_gaps(own, Recording()), "never again:", in_gaps(own, Recording(late=False)))
 
     remote = Engine(own, "meta")
 
