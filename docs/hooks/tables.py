@@ -112,7 +112,7 @@ def numbers() -> Iterator[str]:
         changed = sum(record.rows_differ or 0 for record in ours)
         compared = max((record.rows_compared or 0 for record in ours), default=0)
         floor = statistics.median(floors)
-        bits = f"{changed} of up to {compared / 1e6:,.0f} million"
+        bits = f"{changed} of up to {compared / 1e6:,.0f} million" if compared else "-"
         yield f"| {scoreboard.TITLES[group]} | {len(cases)} | {_spread(beside)} | {floor:.2f} | {bits} |"
     versions = ", ".join(f"{name} {version}" for name, version in board.versions.items())
     yield from ("", f"One {board.card}; {versions}.")

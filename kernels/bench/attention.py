@@ -1,4 +1,4 @@
-"""Absorbed attention over pages."""
+"""Absorbed attention over pages, and attention of prompts by heads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from dsv3_plugin.kernels.bench import peers
 from dsv3_plugin.kernels.bench.case import DEVICE, MOST_ROWS, Case, Contenders, bf16, peer
 from dsv3_plugin.kernels.bench.measure import Rows
-from dsv3_plugin.kernels.cuda import mla_hopper
+from dsv3_plugin.kernels.cuda import head_hopper, mla_hopper
 from dsv3_plugin.ops.paged_batch import PagedBatch
 
 
@@ -64,3 +64,50 @@ def _attention_rows(heads: int) -> Rows:
 
     starts = torch.arange(requests + 1, device=DEVICE, dtype=torch.int32) * chunk
     return Rows(MOST_ROWS, decode, partial(attend, q, cache, PagedBatch.of(q, cache, table, lengths, starts)))
+
+
+def prompt_cases() -> Iterator[Case]:
+    """Attention by 128 heads, causal: whole prompts, and the last chunk of a long one."""
+    heads, nope, rope, value = 128, 128, 64, 128
+    for requests, queries, keys in ((8, 4096, 4096), (1, 32768, 32768), (1, 8192, 32768)):
+
+        def make(requests: int = requests, queries: int = queries, keys: int = keys) -> Contenders:
+            q = bf16(requests * queries, heads, nope + rope)
+            k, k_rope = bf16(requests * keys, heads, nope), bf16(requests * keys, rope)
+            v = bf16(requests * keys, heads, value)
+            numbers = torch.arange(requests + 1, device=DEVICE, dtype=torch.int32)
+            starts, scale = (numbers * queries, numbers * keys), (nope + rope) ** -0.5
+            whole = torch.cat((k, k_rope.unsqueeze(1).expand(-1, heads, -1)), -1)
+            return Contenders(
+                lambda: head_hopper.head_attention(q, k, k_rope, v, *starts, scale=scale),
+                {"FlashAttention 3": peer(peers.vllm_flash_attention, q, whole, v, starts, (queries, keys), scale)},
+            )
+
+        numbers = requests * heads * (queries * (nope + rope + value) + keys * (nope + value))
+        moved = 2 * (numbers + requests * keys * rope)
+        operations = 2 * requests * queries * heads * (nope + rope + value) * (keys - (queries - 1) / 2)
+        name = f"by heads B={requests} s_q={queries} S={keys}"
+        yield Case(name, make, moved, bf16_operations=operations, rows=_prompt_rows)
+
+
+def _prompt_rows() -> Rows:
+    """Prompts of 512 tokens: whole, or each token as the last one of a chunk of its own, with keys of its own."""
+    length, heads = 512, 2
+    request, seen = (
+        torch.arange(MOST_ROWS, device=DEVICE) // length,
+        torch.arange(MOST_ROWS, device=DEVICE) % length + 1,
+    )
+    q, k = bf16(MOST_ROWS, heads, 192), bf16(MOST_ROWS, heads, 128)
+    k_rope, v = bf16(MOST_ROWS, 64), bf16(MOST_ROWS, heads, 128)
+    attend = partial(head_hopper.head_attention, scale=192**-0.5)
+
+    def chunks(rows: torch.Tensor) -> torch.Tensor:
+        ends = seen[rows].cumsum(0)
+        starts = torch.cat((ends.new_zeros(1), ends))
+        first = torch.repeat_interleave(request[rows] * length - starts[:-1], seen[rows])
+        keys = first + torch.arange(len(first), device=DEVICE)
+        queries = torch.arange(len(rows) + 1, device=DEVICE, dtype=torch.int32)
+        return attend(q[rows], k[keys], k_rope[keys], v[keys], queries, starts.to(torch.int32))
+
+    starts = torch.arange(0, MOST_ROWS + 1, length, device=DEVICE, dtype=torch.int32)
+    return Rows(MOST_ROWS, chunks, partial(attend, q, k, k_rope, v, starts, starts))

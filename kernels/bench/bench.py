@@ -21,7 +21,7 @@ import typer
 
 from dsv3_plugin.errors import KernelError
 from dsv3_plugin.kernels.bench import scoreboard
-from dsv3_plugin.kernels.bench.attention import attention_cases
+from dsv3_plugin.kernels.bench.attention import attention_cases, prompt_cases
 from dsv3_plugin.kernels.bench.case import DEVICE, Case, why_not
 from dsv3_plugin.kernels.bench.experts import moe_cases
 from dsv3_plugin.kernels.bench.measure import (
@@ -47,6 +47,7 @@ _DISTRIBUTIONS = ("triton", "vllm", "sglang", "sglang-kernel", "sgl-deep-gemm", 
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "dense": dense_cases,
     "attention": attention_cases,
+    "prompts": prompt_cases,
     "grouped": grouped_cases,
     "moe": moe_cases,
     "bf16": bf16_cases,

@@ -34,6 +34,28 @@ def vllm_flash_mla(
     return call
 
 
+def vllm_flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+    scale: float,
+) -> Call:
+    """FlashAttention 3, causal, as vLLM reads prompts: q [T, heads, 192], k [K, heads, 192], v [K, heads, 128]; where
+    each sequence's queries and keys start, and the most of one.
+    """
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    def call() -> torch.Tensor:
+        out: torch.Tensor = flash_attn_varlen_func(
+            q, k, v, longest[0], starts[0], longest[1], starts[1], softmax_scale=scale, causal=True, fa_version=3
+        )
+        return out
+
+    return call
+
+
 def vllm_one_split(
     q: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, scale: float
 ) -> Call:

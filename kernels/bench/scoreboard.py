@@ -89,6 +89,7 @@ HEADER = (
 
 TITLES = {
     "attention": "Attention: B requests of S cached tokens, h heads, s_q new tokens each",
+    "prompts": "Attention by heads: B prompts, of each the last s_q of S tokens",
     "moe": "Routed experts of a layer, T tokens",
     "dense": "fp8 projections: tokens x columns x depth",
     "small": "Norm, SwiGLU, quantization, router and moves of rows",
