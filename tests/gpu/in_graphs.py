@@ -1,12 +1,14 @@
-"""Whether an engine prints in CUDA graphs what it prints without: rows of logits and tokens of one batch, with and
-without drafts, and the time of a step; and whether its graphs go on with new weights after an update.
+"""Whether an engine prints in CUDA graphs what it prints without: tokens and rows of one batch, with and without
+drafts, and the time of a step; and whether its graphs go on with new weights after an update. Rows are logits, and of
+SGLang's draft its hidden states behind a verification.
 
     python tests/gpu/in_graphs.py vllm|sglang CHECKPOINT [--drafts N] [--from OTHER]
                                                                 # on a Hopper card, in the engine's environment
 
 Without --drafts: with none, and with two. With --from one more engine starts on the checkpoint OTHER, answers in
 graphs, and is updated to CHECKPOINT. Each engine is built in a process of its own. Prints one line an engine and one a
-comparison; exits with 1 if a bit differs, if no pass ran in a graph, or if the update changed nothing.
+comparison; exits with 1 if a bit differs, if no pass of the model or none of its draft ran in a graph, or if the update
+changed nothing.
 """
 
 from __future__ import annotations
@@ -31,15 +33,44 @@ MAX_TOKENS = 48
 CONTEXT = 512
 
 
+class Passes:
+    """What the passes of an engine leave behind, in order."""
+
+    def __init__(self) -> None:
+        self.rows: list[torch.Tensor] = []
+        self.parts: list[str] = []
+        """The model's, or its draft's."""
+        self.eager: set[int] = set()
+        """Numbers of those that ran Python."""
+
+    def ran_python(self) -> None:
+        """In the pass whose rows come next."""
+        self.eager.add(len(self.rows))
+
+    def left(self, part: str, rows: torch.Tensor) -> None:
+        """A pass is over."""
+        self.rows.append(rows.float())
+        self.parts.append(part)
+
+    def in_graphs(self) -> dict[str, int]:
+        """Of each part."""
+        return {
+            part: sum(each == part and number not in self.eager for number, each in enumerate(self.parts))
+            for part in sorted(set(self.parts))
+        }
+
+    def forget(self) -> None:
+        """All of them."""
+        for kept in self.rows, self.parts, self.eager:
+            kept.clear()
+
+
 class Engine(NamedTuple):
-    """An engine that was built, and what its passes leave behind."""
+    """An engine that was built."""
 
     generate: Callable[[], list[tuple[int, ...]]]
     """Answer all prompts once, greedily."""
-    rows: list[torch.Tensor]
-    """Logits of each pass, in order."""
-    eager_passes: list[int]
-    """The passes among them that ran Python."""
+    passes: Passes
     update: Callable[[str], None]
     """Take the weights of another checkpoint, and forget what was cached of the old ones."""
 
@@ -60,20 +91,25 @@ def vllm(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
         **speculative,
     )
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    model = runner.get_model()
-    rows: list[torch.Tensor] = []
-    eager_passes: list[int] = []
-    forward, compute_logits = model.forward, model.compute_logits
+    passes = Passes()
 
-    def watched_forward(*args: Any, **kwargs: Any) -> Any:
-        eager_passes.append(len(rows))
-        return forward(*args, **kwargs)
+    def watch(part: str, model: Any) -> None:
+        forward, compute_logits = model.model.forward, model.compute_logits
 
-    def watched_logits(*args: Any, **kwargs: Any) -> torch.Tensor:
-        rows.append(compute_logits(*args, **kwargs).clone())
-        return rows[-1]
+        def watched_forward(*args: Any, **kwargs: Any) -> Any:
+            passes.ran_python()
+            return forward(*args, **kwargs)
 
-    model.forward, model.compute_logits = watched_forward, watched_logits
+        def watched_logits(*args: Any, **kwargs: Any) -> torch.Tensor:
+            logits = compute_logits(*args, **kwargs)
+            passes.left(part, logits.clone())
+            return logits
+
+        model.model.forward, model.compute_logits = watched_forward, watched_logits
+
+    watch("model", runner.get_model())
+    if drafts:
+        watch("draft", runner.drafter.model)
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
 
@@ -84,7 +120,7 @@ def vllm(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": checkpoint})
         llm.reset_prefix_cache()
 
-    return Engine(generate, rows, eager_passes, update)
+    return Engine(generate, passes, update)
 
 
 def sglang(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
@@ -99,19 +135,20 @@ def sglang(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
     arguments = server_arguments(checkpoint, "cuda", drafts, **graphs)
     with torch.inference_mode(False), torch.no_grad():
         scheduler = build_scheduler(arguments)
-    rows: list[torch.Tensor] = []
-    eager_passes: list[int] = []
+    passes = Passes()
     runner = scheduler.tp_worker.model_runner
     forward = runner.forward
 
     def watched_forward(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         if not output.can_run_graph:
-            eager_passes.append(len(rows))
-        rows.append(output.logits_output.next_token_logits.clone())
+            passes.ran_python()
+        passes.left("model", output.logits_output.next_token_logits.clone())
         return output
 
     runner.forward = watched_forward
+    if drafts:
+        _watch_draft(scheduler.draft_worker.draft_worker, passes)
     number = 0
 
     def generate() -> list[tuple[int, ...]]:
@@ -136,7 +173,33 @@ def sglang(checkpoint: str, in_graphs: bool, drafts: int) -> Engine:
             )
         assert done.success, done.message
 
-    return Engine(generate, rows, eager_passes, update)
+    return Engine(generate, passes, update)
+
+
+def _watch_draft(worker: Any, passes: Passes) -> None:
+    """Of SGLang, in its pass over what was verified."""
+    extend, graphs = worker._draft_extend_for_decode, worker.cuda_graph_runner_for_draft_extend
+    replayed = False
+
+    def watched_extend(batch: Any, result: Any) -> None:
+        nonlocal replayed
+        replayed = False
+        extend(batch, result)
+        if not replayed:
+            passes.ran_python()
+        passes.left("draft", result.next_draft_input.hidden_states.clone())
+
+    worker._draft_extend_for_decode = watched_extend
+    if graphs is None:
+        return
+    execute = graphs.execute
+
+    def watched_execute(*args: Any, **kwargs: Any) -> Any:
+        nonlocal replayed
+        replayed = True
+        return execute(*args, **kwargs)
+
+    graphs.execute = watched_execute
 
 
 ENGINES = {"vllm": vllm, "sglang": sglang}
@@ -148,34 +211,33 @@ def run(name: str, mode: str, drafts: int, checkpoint: str, start: str, to: Path
     if mode == "updated":
         old = engine.generate()
         engine.update(checkpoint)
-        engine.rows.clear()
-        engine.eager_passes.clear()
+        engine.passes.forget()
     answer = engine.generate()
     if mode == "updated":
         assert answer != old, "the update changed nothing"
-    passes, eager = len(engine.rows), len(set(engine.eager_passes))
-    torch.save({"answer": answer, "rows": [row.cpu() for row in engine.rows], "in_graphs": passes - eager}, to)
+    passes, in_graphs = len(engine.passes.rows), engine.passes.in_graphs()
+    torch.save({"answer": answer, "rows": [row.cpu() for row in engine.passes.rows], "in_graphs": in_graphs}, to)
     began = time.perf_counter()
     assert engine.generate() == answer, "the second answer is another one"
-    milliseconds = (time.perf_counter() - began) / (len(engine.rows) - passes) * 1e3
-    print(
-        f"{name} {mode}, {drafts} drafts: {passes - eager} of {passes} passes in graphs, {milliseconds:.2f} ms a step"
-    )
+    steps = engine.passes.parts[passes:].count("model")
+    milliseconds = (time.perf_counter() - began) / steps * 1e3
+    told = ", ".join(f"{count} of the {part}" for part, count in in_graphs.items())
+    print(f"{name} {mode}, {drafts} drafts: of {passes} passes in graphs {told}; {milliseconds:.2f} ms a step")
     sys.stdout.flush()
     os._exit(0)  # engines keep threads
 
 
 def compare(what: str, eager: dict[str, Any], graphs: dict[str, Any]) -> bool:
-    """Print whether all rows and tokens are equal, and whether a graph ran."""
+    """Print whether all rows and tokens are equal, and whether graphs ran."""
     pairs = list(zip(eager["rows"], graphs["rows"], strict=False))
     wrong = sum(int((a.view(torch.int32) != b.view(torch.int32)).any(-1).sum()) for a, b in pairs if a.shape == b.shape)
     alike = [a.shape for a in eager["rows"]] == [b.shape for b in graphs["rows"]]
     rows = sum(len(a) for a in eager["rows"])
     print(
-        f"{what}: {wrong} of {rows} rows of logits differ; passes alike: {alike};"
-        f" tokens equal: {eager['answer'] == graphs['answer']}; {graphs['in_graphs']} passes ran in graphs"
+        f"{what}: {wrong} of {rows} rows differ; passes alike: {alike};"
+        f" tokens equal: {eager['answer'] == graphs['answer']}; passes in graphs: {graphs['in_graphs']}"
     )
-    return not wrong and alike and eager["answer"] == graphs["answer"] and graphs["in_graphs"] > 0
+    return not wrong and alike and eager["answer"] == graphs["answer"] and all(graphs["in_graphs"].values())
 
 
 def main(name: str, checkpoint: str, drafts_each: list[int], other: str | None) -> bool:
