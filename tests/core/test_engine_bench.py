@@ -124,6 +124,12 @@ def test_experts_are_counted_of_the_latest_pass():
     assert routers.visited(id(layer), [3], 0, 8) is None
     for_decodes[:] = 7
     assert routers.visited(id(layer), [3], 0, 8) == {7}
+    for_decodes[:] = 6
+    routers.copy(4)
+    for_decodes[:] = 5
+    assert routers.visited(id(layer), [3], 0, 8) == {6}, "a draft's graph wrote there since"
+    routers.begin_pass()
+    assert routers.visited(id(layer), [3], 0, 8) == {5}
 
 
 def test_experts_of_replicas_are_counted_of_their_own_rows():

@@ -116,6 +116,7 @@ class Turns:
         """Requests arrive."""
         self.printed = [[] for _ in self.own]
         self.engine.watch.keeping = self.watch_logits and self.measurement.kind == "prefill"
+        self.engine.watch.looking = self.measurement.kind == "decode"
         self.engine.ranks.all(True)
         self.began = self.ended = time.perf_counter()
 
@@ -153,7 +154,8 @@ class Turns:
     def _look(self) -> None:
         self.looked += 1
         # An engine may be a pass ahead of what it has told.
-        self.engine.watch.keeping = self.watch_logits and self.looked < LOOKED_AT
+        self.engine.watch.looking = self.looked < LOOKED_AT
+        self.engine.watch.keeping = self.watch_logits and self.engine.watch.looking
         rows = [count * (self.measurement.drafts + 1) for count in self.engine.ranks.dealt(self.measurement.requests)]
         visited = self.engine.ranks.united(self.engine.experts(rows) if self.own else ())
         if visited is not None:

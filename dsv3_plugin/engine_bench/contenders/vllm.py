@@ -66,6 +66,7 @@ class VllmContender:
         self.scheduled_tokens = core.scheduler.max_num_scheduled_tokens
         self.runner = core.model_executor.driver_worker.worker.model_runner
         self.watch = Watch(circle, self.runner.device)
+        self.graph_rows = 0
         model = self.runner.get_model()
         self.router_ids = routers_of(model, Router, BaseRouter)
         self.routers.gathered = ranks.replicas > 1 and any(dispatches(module) for module in model.modules())
@@ -142,7 +143,7 @@ class VllmContender:
 
         def model_forward(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal tokens
-            tokens = input_ids
+            tokens, self.graph_rows = input_ids, len(input_ids)
             self.routers.begin_pass()
             return forward(input_ids, *args, **kwargs)
 
@@ -159,6 +160,8 @@ class VllmContender:
         propose = self.runner.drafter.propose
 
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if self.watch.looking:
+                self.routers.copy(self.graph_rows)
             drafts = propose(*args, **kwargs)
             self.watch.force_drafts(drafts, kwargs["next_token_ids"])
             return drafts

@@ -5,8 +5,9 @@ token that follows the row's own. A greedy sampler, and a greedy verification of
 do the same.
 
 *Experts.* A router's choice is a tensor that a CUDA graph writes again at each replay. Whoever keeps that tensor when
-the graph is captured keeps its memory from being used for others, and finds the choice of any later replay there: no
-kernel is added. So routers are watched before an engine is built.
+the graph is captured keeps its memory from being used for graphs that are captured later, and finds the choice of any
+later replay there: no kernel is added. So routers are watched before an engine is built. Graphs that were captured
+earlier write over it: where they run behind the model's, as drafts do in vLLM, the choice is copied before.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ class Routers:
         """
         self.captured: dict[int, dict[int, list[torch.Tensor]]] = {}
         """By router and rows: where graphs write. Some engines have two of a size, for prompts and for decodes."""
-        self.before: dict[int, torch.Tensor] = {}
-        """What stood there at the last look."""
+        self.copied: dict[int, dict[int, list[torch.Tensor]]] = {}
+        """Of these, what was copied in the pass that is on its way."""
+        self.before: dict[tuple[int, int, int], torch.Tensor] = {}
+        """By router, rows and graph: what stood there at the last look."""
         self.last: dict[int, torch.Tensor] = {}
         """By router: of the pass that is on its way, if it runs without a graph."""
 
@@ -73,6 +76,12 @@ class Routers:
     def begin_pass(self) -> None:
         """What is noted from now on is of a new pass."""
         self.last.clear()
+        self.copied.clear()
+
+    def copy(self, rows: int) -> None:
+        """What graphs of so many rows wrote, before other graphs write over it."""
+        for router, graphs in self.captured.items():
+            self.copied[router] = {rows: [ids.clone() for ids in graphs.get(rows, ())]}
 
     def visited_by_each(self, routers: list[int], rows: Sequence[int], own: int, experts: int) -> Visited | None:
         """`visited` of each layer's router; None where one of them was not seen."""
@@ -92,9 +101,9 @@ class Routers:
         if ids is None:
             # Replicas pad to the one that has the most.
             least = max(rows) * (self.replicas if self.gathered else 1)
-            graphs = self.captured.get(router, {})
+            graphs = self.copied.get(router) or self.captured.get(router, {})
             fitting = [size for size in graphs if size >= least]
-            ids = self._written(graphs[min(fitting)]) if fitting else None
+            ids = self._written(router, graphs, min(fitting)) if fitting else None
         if ids is None:
             return None
         if not self.gathered:
@@ -104,12 +113,16 @@ class Routers:
             ids = torch.cat([block[:count] for block, count in zip(blocks, rows, strict=True)])
         return frozenset(expert for expert in ids.unique().tolist() if 0 <= expert < experts)
 
-    def _written(self, places: list[torch.Tensor]) -> torch.Tensor | None:
-        """That of several graphs' places which was written since the last look; None where that is not one."""
-        written = [ids for ids in places if id(ids) not in self.before or not torch.equal(self.before[id(ids)], ids)]
-        self.before |= {id(ids): ids.clone() for ids in written}
-        if len(places) == 1:
-            return places[0]
+    def _written(self, router: int, graphs: Mapping[int, list[torch.Tensor]], rows: int) -> torch.Tensor | None:
+        """What was written since the last look by one of the graphs of so many rows; None where that was not one."""
+        written = []
+        for number, ids in enumerate(graphs[rows]):
+            before = self.before.get((router, rows, number))
+            if before is None or not torch.equal(before, ids):
+                self.before[router, rows, number] = ids.clone()
+                written.append(ids)
+        if len(graphs[rows]) == 1:
+            return graphs[rows][0]
         return written[0] if len(written) == 1 else None
 
 
@@ -133,6 +146,8 @@ class Watch:
     forced: bool = True
     keeping: bool = False
     """Whether logits of the next passes are kept."""
+    looking: bool = False
+    """Whether experts of the next passes are counted."""
     draft_table: torch.Tensor | None = None
     rows_per_request: int = 1
     """The first of them saw a token that was chosen, those behind it drafts, which may be wrong."""
