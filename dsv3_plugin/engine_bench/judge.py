@@ -200,7 +200,7 @@ def speed_up(board: Board, record: Record, row: Row) -> float | None:
     return without / mine if mine and without else None
 
 
-def most_speed_up(board: Board, record: Record, row: Row) -> float | None:
+def speed_up_by_bytes(board: Board, record: Record, row: Row) -> float | None:
     """What drafts could bring a card that did nothing but read, at the row's acceptance: two tokens visit more experts
     than one, and a draft reads weights of its own. None where that is not known.
     """

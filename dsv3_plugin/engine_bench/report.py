@@ -20,7 +20,7 @@ _LEGEND = (
     "  x invariant: beside the engine's own batch-invariant mode.",
     "* experts: different experts that a step visited, a layer on average. needs: bytes that such a step has to read",
     "  at the least, both of all ranks. of the card: the least time that the card allows, over the time taken.",
-    "* at most: what drafts would bring a card that did nothing but read what a step needs, at that acceptance.",
+    "* by bytes: what drafts would bring a card that did nothing but read what a step needs, at that acceptance.",
     "* first/best: the first pass over the best one, after which nothing is left to be compiled.",
     "* **error**: the row means nothing, for the reason that is given below, and no ratio is made of it.",
 )
@@ -136,14 +136,14 @@ def _decode_row(board: Board, record: Record, row: Row) -> _Cells:
 
 
 def _draft_row(board: Board, record: Record, row: Row) -> _Cells:
-    faster, most = judge.speed_up(board, record, row), judge.most_speed_up(board, record, row)
+    faster, most = judge.speed_up(board, record, row), judge.speed_up_by_bytes(board, record, row)
     tokens = row.tokens_per_step or 1
     cells = _decode_row(board, record, row)
     return {
         "tokens a step": f"{tokens:.2f}",
         "accepted": f"{(tokens - 1) / row.measurement.drafts:.0%}",
         "x without drafts": "-" if faster is None else f"{faster:.2f}",
-        "at most": "-" if most is None else f"{most:.2f}",
+        "by bytes": "-" if most is None else f"{most:.2f}",
     } | cells
 
 

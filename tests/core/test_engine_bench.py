@@ -251,10 +251,10 @@ def test_what_drafts_bring():
     # Two experts more and a draft's weights, less what a cache may hold.
     reads, cache = (1.4e9 + 1e9 + 1.2e6, 1.6e9 + 1.3e9 + 1.6e6), 50 << 20
     allowed = 1.5 * (reads[0] - cache) / (reads[1] - cache)
-    assert judge.most_speed_up(board(ours), ours, drafted) == pytest.approx(allowed)
+    assert judge.speed_up_by_bytes(board(ours), ours, drafted) == pytest.approx(allowed)
     assert f"| 1.20 | {allowed:.2f} |" in report.markdown(board(ours))
     alone = record("vllm-strict", "strict", drafted)
-    assert judge.speed_up(board(alone), alone, drafted) is judge.most_speed_up(board(alone), alone, drafted) is None
+    assert judge.speed_up(board(alone), alone, drafted) is judge.speed_up_by_bytes(board(alone), alone, drafted) is None
 
 
 def test_the_page_says_what_is_missing_and_who_waited():
