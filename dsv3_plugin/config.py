@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -37,6 +39,10 @@ _STRICT = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=Fal
 
 _ROPE_SPELLINGS = ("rope_scaling", "rope_parameters")
 """Of transformers 4 and 5."""
+
+_FP32_MAX = 3.4e38
+_LARGEST_POSITION = 1 << 24
+"""Rotary angles are of positions in fp32, which holds every whole number up to here, and not the next one."""
 
 _DTYPE_SPELLINGS = ("torch_dtype", "dtype")
 
@@ -127,6 +133,15 @@ def _of_type(kind: type) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _in_fp32(value: float) -> float:
+    """A factor of the arithmetic, which computes in fp32."""
+    stored = struct.unpack("f", struct.pack("f", value))[0] if abs(value) < _FP32_MAX else math.inf
+    if not math.isfinite(stored) or (value != 0 and stored == 0):
+        raise ValueError(f"is {value:g}, which in fp32 is {stored:g}")
+    return value
+
+
+_Real = Annotated[float, AfterValidator(_in_fp32)]
 _False = Annotated[Literal[False], _of_type(bool)]
 _True = Annotated[Literal[True], _of_type(bool)]
 _One = Annotated[Literal[1], _of_type(int)]
@@ -138,12 +153,12 @@ class YarnScaling(BaseModel):
 
     model_config = _STRICT | ConfigDict(extra="forbid")
 
-    factor: float = Field(ge=1)
-    original_max_position_embeddings: int = Field(gt=0)
-    beta_fast: float = Field(default=32, gt=0)
-    beta_slow: float = Field(default=1, gt=0)
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
+    factor: _Real = Field(ge=1)
+    original_max_position_embeddings: int = Field(gt=0, le=1 << 53)
+    beta_fast: _Real = Field(default=32, gt=0)
+    beta_slow: _Real = Field(default=1, gt=0)
+    mscale: _Real = Field(default=1.0, ge=0)
+    mscale_all_dim: _Real = Field(default=0.0, ge=0)
     attention_factor: None = None
     """A factor that overrides the two mscales is not implemented."""
     truncate: _True = True
@@ -204,7 +219,7 @@ class DeepseekV3Config(BaseModel):
     num_experts_per_tok: int = Field(gt=0)
     n_group: int = Field(gt=0)
     topk_group: int = Field(gt=0)
-    routed_scaling_factor: float
+    routed_scaling_factor: _Real = Field(gt=0)
     norm_topk_prob: bool
     first_k_dense_replace: int = Field(ge=0)
     moe_layer_freq: _One = 1
@@ -218,9 +233,9 @@ class DeepseekV3Config(BaseModel):
     qk_nope_head_dim: int = Field(gt=0)
     qk_rope_head_dim: int = Field(gt=0, multiple_of=2)
     v_head_dim: int = Field(gt=0)
-    max_position_embeddings: int = Field(gt=0)
-    rms_norm_eps: float = Field(gt=0)
-    rope_theta: float = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0, le=_LARGEST_POSITION)
+    rms_norm_eps: _Real = Field(gt=0)
+    rope_theta: _Real = Field(gt=0)
     rope_interleave: _True = True
     rope_scaling: YarnScaling | None = None
     torch_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -536,7 +551,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a bare ValueError
         raise ConfigError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: expected a JSON object, found {type(data).__name__}")
