@@ -14,7 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from dsv3_plugin.conformance.claims import Claims
+from dsv3_plugin.conformance.protocol import Claim, Device
 from dsv3_plugin.conformance.verdicts import SPECIFICATION
 from dsv3_plugin.errors import ConformanceError
 
@@ -24,6 +27,8 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Line:
     """What became of a claim."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     profile: str
     layout: str
@@ -66,8 +71,8 @@ class Card:
 
     @property
     def complete(self) -> bool:
-        """Whether every claim was verified."""
-        return all(line.status == "verified" for line in self.lines)
+        """Whether every claim was verified. Where nothing is claimed nothing is."""
+        return bool(self.lines) and all(line.status == "verified" for line in self.lines)
 
     @property
     def name(self) -> str:
@@ -81,14 +86,14 @@ class Card:
         """
         yaml = _yaml()
         try:
-            earlier = yaml.safe_load(file.read_text())
-            versions = earlier["versions"]
-            lines = [Line(**claim | {"cases": tuple(claim.get("cases", ()))}) for claim in earlier["claims"]]
-        except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-            raise ConformanceError(f"{file}: is no card: {error}") from None
-        if versions != self.others:
-            raise ConformanceError(f"{file}: was made with {versions}, the reports with {self.others}: begin another")
-        known = {line.claim: line for line in lines}
+            earlier = _Earlier.model_validate(yaml.safe_load(file.read_text("utf-8")))
+        except (OSError, yaml.YAMLError, ValueError) as error:
+            raise ConformanceError(f"{file}: is no card: {_first(error)}") from None
+        if earlier.versions != self.others:
+            raise ConformanceError(
+                f"{file}: was made with {earlier.versions}, the reports with {self.others}: begin another"
+            )
+        known = {line.claim: line for line in earlier.claims}
         own = (max(line, known.get(line.claim, line), key=lambda evidence: evidence.weight) for line in self.lines)
         return replace(self, lines=tuple(own))
 
@@ -118,18 +123,90 @@ def _yaml() -> ModuleType:
     return module
 
 
+class _Earlier(BaseModel):
+    """What is read of a card that is there."""
+
+    card: Literal[1]
+    versions: dict[str, str]
+    claims: tuple[Line, ...]
+
+
+class _Part(BaseModel):
+    """What a card reads of a report; the rest is passed over."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Testee(_Part):
+    testee: str
+    versions: dict[str, str]
+    layout: str
+    claim: Claim
+
+
+class _Failure(_Part):
+    testee: str
+    case: str
+    found: list[str] = Field(min_length=1)
+
+
+class _Comparison(_Part):
+    left: str
+    right: str
+    equal_rows: int = Field(ge=0)
+
+
+class _Rows(_Part):
+    rows: int = Field(ge=0)
+
+
+class _Closeness(_Part):
+    testee: str
+    distance: _Rows
+
+
+class _Logprobs(_Part):
+    testee: str
+    equal: int = Field(ge=0)
+
+
+class _Case(_Part):
+    name: str
+    unsupported: dict[str, dict[str, Any]]
+    comparisons: list[_Comparison]
+    closeness: list[_Closeness]
+    logprobs: list[_Logprobs]
+
+
+class _Report(_Part):
+    profile: str
+    device: Device
+    date: str
+    command: str
+    problems: list[str]
+    failures: list[_Failure]
+    testees: dict[str, _Testee]
+    cases: list[_Case]
+
+
 def read_report(file: Path) -> dict[str, Any]:
     """A report that `--json` wrote. Raises `ConformanceError` for anything else."""
     try:
-        report: dict[str, Any] = json.loads(file.read_text())
-        wanted = {"device", "date", "command", "profile", "testees", "cases", "failures"}
-        if missing := sorted(wanted - report.keys()):
-            raise ConformanceError(f"{file}: has no {missing[0]}: not a report of dsv3 conformance run --json")
+        report: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        _Report.model_validate(report)
     except OSError as error:
         raise ConformanceError(f"{file}: {error.strerror}") from None
-    except (ValueError, AttributeError) as error:
-        raise ConformanceError(f"{file}: not a report of dsv3 conformance run --json: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConformanceError(f"{file}: not a report of dsv3 conformance run --json: {_first(error)}") from None
     return report
+
+
+def _first(error: Exception) -> str:
+    """What is wrong with a file, in one line: of many mistakes the first."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
 
 
 def cards(claims: Claims, reports: Sequence[dict[str, Any]]) -> list[Card]:
@@ -143,6 +220,8 @@ def cards(claims: Claims, reports: Sequence[dict[str, Any]]) -> list[Card]:
             version = result["versions"].get(claims.package)
             if version is None:
                 raise ConformanceError(f"a report of {claims.testee} names no version of {claims.package}")
+            if Path(version).name != version:
+                raise ConformanceError(f"a report of {claims.testee} names {version!r} as {claims.package}'s version")
             others = {name: text for name, text in result["versions"].items() if name != claims.package}
             found.setdefault((version, report["device"]), others)
     if not found:

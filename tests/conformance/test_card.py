@@ -128,10 +128,49 @@ def test_reports_of_another_day_complete_a_card(report: Path, tmp_path: Path) ->
     earlier.write_text(of_fp8.to_yaml().replace(f"dsv3-plugin: {__version__}", "dsv3-plugin: 0.0.9"))
     with pytest.raises(ConformanceError, match=r"card.yaml: was made with .*0\.0\.9.*: begin another"):
         of_bf16.completing(earlier)
-    for text in "claims: []", "- 1", "{", of_fp8.to_yaml().replace("rows:", "row:"):
-        earlier.write_text(text)
+    good = of_fp8.to_yaml()
+    for text in (
+        *("", "claims: []", "- 1", "{", "\xff", good.replace("rows:", "row:"), good.replace("card: 1", "card: 2")),
+        *(good.replace("rows: ", "rows: many"), good.replace("status: verified", "status: splendid")),
+    ):
+        earlier.write_text(text, "latin-1")
         with pytest.raises(ConformanceError, match=r"card.yaml: is no card"):
             of_bf16.completing(earlier)
+
+
+EDITS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda r: r.pop("problems"), "problems: Field required"),
+    (lambda r: r.update(profile=None), "profile: Input should be a valid string"),
+    (lambda r: r.update(device="tpu"), "device: Input should be 'cpu' or 'cuda'"),
+    (lambda r: r.update(testees=[]), "testees: Input should be a valid dict"),
+    (lambda r: r["testees"]["reference"].pop("claim"), "testees.reference.claim: Field required"),
+    (lambda r: r.update(failures=[{"testee": "reference", "case": "decode", "found": []}]), "failures.0.found: "),
+    (lambda r: r["cases"][0]["comparisons"][0].update(equal_rows=-1), "cases.0.comparisons.0.equal_rows: "),
+    (lambda r: r["cases"][0]["logprobs"][0].update(equal="1"), "cases.0.logprobs.0.equal: "),
+]
+
+
+@pytest.mark.parametrize(("edit", "says"), EDITS, ids=[says for _, says in EDITS])
+def test_a_report_that_someone_edited(
+    report: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], object], says: str
+) -> None:
+    edited, file = json.loads(report.read_text()), tmp_path / "edited.json"
+    edit(edited)
+    file.write_text(json.dumps(edited))
+    with pytest.raises(ConformanceError, match=rf"edited.json: not a report of dsv3 conformance run --json: {says}"):
+        read_report(file)
+
+
+def test_a_version_of_which_nothing_is_claimed(report: Path, tmp_path: Path) -> None:
+    """It is no complete card; and one that is a path is none."""
+    file = tmp_path / "claims.toml"
+    file.write_text(claims("reference").replace(">=2", ">=99"))
+    shown = read_report(report)
+    (card,) = cards(Claims.read(file), [shown])
+    assert card.lines == () and not card.complete
+    shown["testees"]["reference"]["versions"]["torch"] = "../2.0"
+    with pytest.raises(ConformanceError, match=r"a report of reference names '\.\./2\.0' as torch's version"):
+        cards(Claims.read(file), [shown])
 
 
 def test_command(report: Path, tmp_path: Path) -> None:
