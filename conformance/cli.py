@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,7 +20,7 @@ from dsv3_plugin.conformance.claims import Claims, shipped
 from dsv3_plugin.conformance.expectations import Expectations
 from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout
 from dsv3_plugin.conformance.programs import Progress
-from dsv3_plugin.conformance.protocol import PROTOCOL_VERSION, Device, json_schema, read_job
+from dsv3_plugin.conformance.protocol import JOB_FILE, PROTOCOL_VERSION, Device, json_schema, read_job
 from dsv3_plugin.conformance.validate import problems
 from dsv3_plugin.errors import ConformanceError
 
@@ -59,9 +60,11 @@ def run(
     timeout: Annotated[float | None, typer.Option(help="Seconds that a testee may take; then the run fails.")] = None,
 ) -> None:
     """Run testees on one checkpoint, compare every row, and exit with status 1 if any bit differs."""
-    for path in (json_file, html, junit, markdown, keep):
-        if path is not None and path.exists():
-            raise ConformanceError(f"{path}: exists already and is not overwritten")
+    _require_new(json_file, html, junit, markdown)
+    if keep is not None and keep.exists():
+        raise ConformanceError(f"{keep}: exists already and is not overwritten")
+    if timeout is not None and not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ConformanceError(f"--timeout {timeout:g}: give seconds, more than zero; without it a testee has no end")
     testees = testee_commands(testee, layout or [], environments)
     expectations = None if expect is None else Expectations.read(expect)
     all_claims = [*shipped(), *map(Claims.read, claims or ())]
@@ -98,7 +101,12 @@ def validate(
     ] = None,
 ) -> None:
     """Tell everything in which a result folder does not follow the protocol, and exit with status 1 if anything."""
-    found = problems(read_job(job or result.parent), result)
+    folder = job or result.absolute().parent
+    if not result.is_dir():
+        raise ConformanceError(f"{result}: no such folder; name a testee's, as `run --keep` leaves it")
+    if not (folder / JOB_FILE).is_file():
+        raise ConformanceError(f"{folder}: holds no {JOB_FILE}; name the folder of the job with --job")
+    found = problems(read_job(folder), result)
     for problem in found:
         typer.echo(problem)
     typer.echo(f"{result}: {len(found) or 'no'} problem{'' if len(found) == 1 else 's'} (protocol {PROTOCOL_VERSION})")
@@ -146,6 +154,18 @@ def testee_commands(testees: list[str], layouts: list[str], environments: Path) 
     """What `--testee` names, each in every `--layout`; without one on one rank. Raises `ConformanceError`."""
     parsed = [ParallelLayout.parse(text) for text in layouts or [str(ONE_RANK)]]
     return [command for text in testees for command in _spread(text, parsed, environments)]
+
+
+def _require_new(*files: Path | None) -> None:
+    """Raise `ConformanceError` unless each is a file of its own that can be made, before hours of work go into it."""
+    named = [file for file in files if file is not None]
+    for file in named:
+        if file.exists():
+            raise ConformanceError(f"{file}: exists already and is not overwritten")
+        if not file.parent.is_dir():
+            raise ConformanceError(f"{file}: there is no folder {file.parent}")
+        if sum(file.resolve() == other.resolve() for other in named) > 1:
+            raise ConformanceError(f"{file}: two reports cannot be one file")
 
 
 def _spread(text: str, layouts: list[ParallelLayout], environments: Path) -> list[runner.TesteeCommand]:

@@ -36,12 +36,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dsv3_plugin.errors import ConformanceError
 
 PROTOCOL_VERSION = "1.1"
 PROGRESS_PREFIX = "DSV3-PROGRESS "
+JOB_FILE = "job.json"
 OWN_MODEL = "-own"
 """Behind a testee's name: of the model that an engine has itself."""
 OWN_MODEL_OPTION = "--own-model"
@@ -273,7 +274,7 @@ def prefix_digests(token_ids: Sequence[int], first: int = 0) -> list[int]:
 
 def read_job(job_dir: Path) -> Job:
     """Read `job.json`. Raises `ConformanceError` where it does not follow the protocol."""
-    return _read(Job, job_dir / "job.json")
+    return _read(Job, job_dir / JOB_FILE)
 
 
 def read_result(result_dir: Path) -> Result:
@@ -283,7 +284,7 @@ def read_result(result_dir: Path) -> Result:
 
 def write_message(message: Job | Result, folder: Path) -> None:
     """Write `job.json` or `result.json`."""
-    name = "job.json" if isinstance(message, Job) else "result.json"
+    name = JOB_FILE if isinstance(message, Job) else "result.json"
     (folder / name).write_text(message.model_dump_json(indent=1))
 
 
@@ -321,8 +322,12 @@ def _read(kind: type[_T], file: Path) -> _T:
         return kind.model_validate_json(content, extra="ignore")
     except FileNotFoundError:
         raise ConformanceError(f"{file}: missing; the testee did not finish") from None
-    except ValueError as error:
-        raise ConformanceError(f"{file}: does not follow the protocol: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ConformanceError(
+            f"{file}: does not follow the protocol: {field + ': ' if field else ''}{first['msg']}"
+        ) from None
 
 
 def _is_newer_minor(version: str, file: Path) -> bool:

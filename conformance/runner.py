@@ -87,7 +87,14 @@ class TesteeCommand:
         """
         name, separator, command = text.partition("=")
         if separator:
-            words = tuple(shlex.split(command))
+            if name in ("", "..") or Path(name).name != name:
+                raise ConformanceError(
+                    f"--testee {text}: {name!r} cannot be a testee's name; it is one of a folder, too"
+                )
+            try:
+                words = tuple(shlex.split(command))
+            except ValueError as error:
+                raise ConformanceError(f"--testee {text}: the command is no line of a shell: {error}") from None
             if not words:
                 raise ConformanceError(f"--testee {text}: no command after '='")
             return cls(name, words)

@@ -16,10 +16,10 @@ _T = TypeVar("_T", bound=BaseModel)
 def read_toml(kind: type[_T], file: Path, option: str) -> _T:
     """A file that an `option` named. Raises `ConformanceError` where it is none."""
     try:
-        return kind.model_validate(tomllib.loads(file.read_text()))
+        return kind.model_validate(tomllib.loads(file.read_text("utf-8")))
     except OSError as error:
         raise ConformanceError(f"{option} {file}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConformanceError(f"{option} {file}: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]

@@ -35,6 +35,9 @@ def require_answers(job: Job, result_dir: Path, layout: ParallelLayout | None = 
                 f"{result_dir}: case {case.name} has {len(case.requests)} requests (one of n sequences counts n times),"
                 f" {len(outcome.requests)} were answered"
             )
+        for index, request in enumerate(outcome.requests):
+            if wrong := [token for token in request.token_ids if not 0 <= token < 1 << 31]:
+                raise ConformanceError(f"{result_dir}: case {case.name}, request {index}: {wrong[0]} is no token id")
         if not tensor_file(result_dir, case.name).is_file():
             raise ConformanceError(f"{tensor_file(result_dir, case.name)}: missing; each case has a file of its rows")
     return result
@@ -44,6 +47,7 @@ def problems(job: Job, result_dir: Path) -> list[str]:
     """Everything in which a result folder does not follow the protocol."""
     try:
         result = require_answers(job, result_dir)
+        ParallelLayout.parse(result.layout)
     except ConformanceError as error:
         return [str(error)]
     found: list[str] = []

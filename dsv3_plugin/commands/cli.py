@@ -69,8 +69,8 @@ def _interruptible() -> Iterator[list[signal.Signals]]:
 
 
 def main() -> None:
-    """Run the command line. An error that is meant for the user is one line on stderr and exit status 2; a signal's is
-    128 and its number, as a shell has it.
+    """Run the command line. An error that is meant for the user is one line on stderr and exit status 2, and so is a
+    file that cannot be read or written; a signal's status is 128 and its number, as a shell has it.
     """
     with _interruptible() as received:
         try:
@@ -82,7 +82,8 @@ def main() -> None:
                 )
             if isinstance(error, DSV3Error):
                 _fail(str(error), 2)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if isinstance(error, OSError) and (full or error.filename is not None):
                 _fail(f"{error.filename or 'the output'}: {error.strerror}", 2)
             raise
 
