@@ -84,6 +84,7 @@ def read_samples(file: Path) -> dict[str, Sample]:
     found: dict[str, Sample] = {}
     with _opened(file) as lines:
         for number, line in enumerate(lines, 1):
+            # As bytes, so that a line of another encoding is named as any other wrong one.
             if not line.strip():
                 continue
             sample = _validated(TypeAdapter(Sample), line, f"{file}:{number}")
@@ -97,22 +98,22 @@ def read_samples(file: Path) -> dict[str, Sample]:
 
 def read_weights(file: Path) -> dict[int, Fingerprint]:
     """Fingerprints by version. Raises `DiffError`."""
-    return _validated(TypeAdapter(dict[int, Fingerprint]), file.read_text(), str(file))
+    return _validated(TypeAdapter(dict[int, Fingerprint]), file.read_bytes(), str(file))
 
 
 def read_about(file: Path) -> About:
     """Raises `DiffError`."""
-    return _validated(TypeAdapter(About), file.read_text(), str(file))
+    return _validated(TypeAdapter(About), file.read_bytes(), str(file))
 
 
 def _opened(file: Path) -> Any:
     try:
-        return file.open()
+        return file.open("rb")
     except OSError as error:
         raise DiffError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def _validated(kind: TypeAdapter[T], text: str, where: str) -> T:
+def _validated(kind: TypeAdapter[T], text: bytes, where: str) -> T:
     try:
         return kind.validate_json(text)
     except ValidationError as error:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint
 from dsv3_plugin.conformance.compare import RowFile
-from dsv3_plugin.conformance.protocol import Job, Request, Result, prefix_digest, read_job, read_result, tensor_file
+from dsv3_plugin.conformance.protocol import Job, Request, Result, prefix_digest, read_job, tensor_file
+from dsv3_plugin.conformance.validate import require_answers
 from dsv3_plugin.diff.samples import ABOUT, LOGITS, SAMPLES, WEIGHTS, About, Sample, read_about, read_samples
 from dsv3_plugin.diff.samples import read_weights as read_weights_file
 from dsv3_plugin.errors import DiffError
@@ -95,7 +96,8 @@ class _LogitsOfDump:
 def _of_suite(folder: Path) -> Side:
     if not (folder.parent / "job.json").is_file():
         raise DiffError(f"{folder.parent}/job.json: missing; a testee's results are compared beside their job")
-    job, result = read_job(folder.parent), read_result(folder)
+    job = read_job(folder.parent)
+    result = require_answers(job, folder)
     # Penalties and biases change logits behind the model.
     plain = {
         f"{case.name}/{i}"
@@ -135,6 +137,8 @@ def _sample(
     unknown: list[float | None] = [None] * len(token_ids)
     before = [*unknown[:1], *of_prompt] if of_prompt else unknown[:prompt]
     logprobs = [*before, *(generated or unknown[prompt:])]
+    if len(logprobs) != len(token_ids):
+        raise DiffError(f"{name} has log-probabilities of {len(logprobs)} tokens, and {len(token_ids)} tokens")
     return Sample(
         id=name,
         token_ids=token_ids,

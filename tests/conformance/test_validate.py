@@ -13,13 +13,15 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from command import run_cli
 from engines import REFERENCE, in_fork, warm
 from safetensors.torch import load_file, save_file
 
 from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.protocol import json_schema, read_job, read_result
 from dsv3_plugin.conformance.validate import problems
-from dsv3_plugin.errors import ConformanceError
+from dsv3_plugin.diff.sides import read_side
+from dsv3_plugin.errors import ConformanceError, DSV3Error
 
 RECORDED = Path(__file__).with_name("protocol_1.1.json")
 Change = Callable[[Path], None]
@@ -75,7 +77,10 @@ def wide(tensors: dict[str, torch.Tensor]) -> None:
         (lambda folder: (folder / "result.json").write_text("{"), "result.json: does not follow the protocol"),
         (of_result(lambda r: r.update(protocol_version="2.0")), "speaks version 2.0 of the protocol"),
         (of_result(lambda r: r.pop("protocol_version")), r"speaks version \(none\) of the protocol"),
-        (of_result(lambda r: r.update(surprise=1)), "surprise\n"),
+        (of_result(lambda r: r.update(surprise=1)), "does not follow the protocol: surprise: Extra inputs are not"),
+        (of_result(lambda r: r.update(layout="xp=2")), "'xp=2' is not one of tp=N"),
+        (of_result(lambda r: request_of(r)["token_ids"].append(-1)), "case decode, request 0: -1 is no token id"),
+        (of_result(lambda r: request_of(r)["token_ids"].append(2**40)), "request 0: 1099511627776 is no token id"),
         (of_result(lambda r: r["cases"].pop()), "cases decode, sampler were asked for, decode came"),
         (of_result(lambda r: r["cases"][0]["requests"].pop()), "case decode has 2 requests"),
         (lambda folder: (folder / "decode.safetensors").unlink(), "decode.safetensors: missing"),
@@ -96,7 +101,7 @@ def wide(tensors: dict[str, torch.Tensor]) -> None:
         (of_rows(wide), "decode: logits is torch.float64"),
         (of_rows(lambda t: t.pop("logits.prefix")), "decode: no logits at all"),
     ],
-    ids=range(18),
+    ids=range(21),
 )
 def test_what_does_not_is_named(kept: Path, tmp_path: Path, change: Change, problem: str) -> None:
     folder = shutil.copytree(kept / "reference", tmp_path / "reference")
@@ -134,4 +139,30 @@ def test_command(kept: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "decode: request 0 has 0 logprobs" in done.stdout
     assert done.stdout.endswith("reference: 2 problems (protocol 1.1)\n")
     done = warm(*program, tmp_path / "none")
-    assert done.returncode == 2 and "job.json: missing" in done.stderr
+    assert done.returncode == 2 and "none: no such folder; name a testee's" in done.stderr
+
+
+def test_bad_input_is_one_line(kept: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    for arguments, says in (
+        ((kept,), f"{kept.parent}: holds no job.json; name the folder of the job with --job"),
+        ((kept / "reference", "--job", tmp_path), f"{tmp_path}: holds no job.json; name the folder"),
+        ((tmp_path / "none",), f"{tmp_path / 'none'}: no such folder; name a testee's"),
+    ):
+        assert run_cli(monkeypatch, "conformance", "validate", *arguments) == 2
+        assert capsys.readouterr().err.startswith(f"error: {says}")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (of_result(lambda r: r["cases"].pop()), "cases decode, sampler were asked for, decode came"),
+        (of_result(lambda r: r["cases"][0]["requests"].pop()), "case decode has 2 requests"),
+        (of_result(lambda r: request_of(r)["logprobs"].pop()), "decode/0 has log-probabilities of "),
+    ],
+)
+def test_what_does_not_follow_it_is_not_diffed(kept: Path, tmp_path: Path, change: Change, says: str) -> None:
+    shutil.copytree(kept, tmp_path / "run")
+    read_side(tmp_path / "run" / "reference")
+    change(tmp_path / "run" / "reference")
+    with pytest.raises(DSV3Error, match=says):
+        read_side(tmp_path / "run" / "reference")

@@ -348,6 +348,13 @@ class TestCommandLine:
             self.run(one, two)
         assert "\n" not in str(error.value)
 
+    def test_another_encoding(self, tmp_path: Path) -> None:
+        for name in SAMPLES, WEIGHTS, ABOUT:
+            folder = dump(tmp_path / name, lines())
+            (folder / name).write_bytes(b"\xff\xfe")
+            with pytest.raises(DiffError, match=rf"{name}.*: Invalid JSON"):
+                read_side(folder)
+
     def test_a_folder_of_something_else(self, tmp_path: Path) -> None:
         with pytest.raises(DiffError, match=r"neither a dump, which has samples.jsonl, nor a testee's results"):
             self.run(tmp_path, tmp_path)
