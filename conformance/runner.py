@@ -47,8 +47,8 @@ from dsv3_plugin.conformance.texts import real_text, tokenize
 from dsv3_plugin.conformance.traps import features_of
 from dsv3_plugin.conformance.validate import require_answers
 from dsv3_plugin.conformance.verdicts import SPECIFICATION, Report
-from dsv3_plugin.engines import KILL_SWITCH
 from dsv3_plugin.errors import ConformanceError
+from dsv3_plugin.variables import KILL_SWITCH
 
 ENGINES = {"reference": None, "core": None, "vllm": "vllm", "sglang": "sglang", "megatron": "megatron"}
 """Testees that ship with the suite, and the module that their environment must have. They name themselves so in their

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-KILL_SWITCH = "DSV3_PLUGIN"
+from dsv3_plugin.variables import KILL_SWITCH, OFF
 
 Level = Literal["fine", "note", "problem"]
 
@@ -25,7 +25,7 @@ class Variable:
 
 def switched_off() -> bool:
     """Whether `DSV3_PLUGIN=off` leaves the engine's own model in place."""
-    return os.environ.get(KILL_SWITCH, "").lower() in ("off", "0", "false")
+    return os.environ.get(KILL_SWITCH, "").lower() in OFF
 
 
 def class_name(model: object) -> str:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dsv3_plugin.engines import KILL_SWITCH
 from dsv3_plugin.errors import EngineError
+from dsv3_plugin.variables import KILL_SWITCH
 
 Verdict = Literal["honoured", "irrelevant", "refused"]
 

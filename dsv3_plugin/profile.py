@@ -16,6 +16,7 @@ import torch
 
 from dsv3_plugin.config import FP8_BLOCK, DeepseekV3Config
 from dsv3_plugin.errors import ConfigError, EngineError
+from dsv3_plugin.variables import wrong_variables
 
 ScaleFormat = Literal["ue8m0", "float32"]
 Attention = Literal["absorbed", "two_form"]
@@ -63,9 +64,11 @@ FP8_FLOAT32 = Profile("fp8", torch.bfloat16, "float32")
 def profile_for(config: DeepseekV3Config, dtype: torch.dtype | None = None) -> Profile:
     """The profile that a checkpoint's configuration, `DSV3_REDUCTION_SLICES` and `DSV3_ATTENTION` ask for.
 
-    `dtype` is an engine's explicit choice (`--dtype`). Raises `ConfigError` where no profile has that dtype, or the
-    model cannot be cut into so many slices.
+    `dtype` is an engine's explicit choice (`--dtype`). Raises `ConfigError` where no profile has that dtype, the model
+    cannot be cut into so many slices, or a variable is misspelled.
     """
+    if wrong := "; ".join(wrong_variables()):
+        raise ConfigError(wrong)
     profile = _profile_of_dtype(config, dtype or getattr(torch, config.torch_dtype))
     attention, slices = attention_from_environment(), reduction_slices_from_environment()
     if attention != profile.attention:

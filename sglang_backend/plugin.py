@@ -11,9 +11,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from dsv3_plugin.engines import KILL_SWITCH, is_ours, switched_off
+from dsv3_plugin.engines import is_ours, switched_off
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.sglang_backend import compat
+from dsv3_plugin.variables import KILL_SWITCH
 
 logger = logging.getLogger("sglang.dsv3_plugin")
 

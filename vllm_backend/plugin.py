@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from vllm.logger import init_logger
 
-from dsv3_plugin.engines import KILL_SWITCH, switched_off
+from dsv3_plugin.engines import switched_off
+from dsv3_plugin.variables import KILL_SWITCH
 from dsv3_plugin.vllm_backend import compat
 
 logger = init_logger("vllm.dsv3_plugin")

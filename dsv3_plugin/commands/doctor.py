@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dsv3_plugin.engines import KILL_SWITCH, Level, Variable, switched_off, untested_version_warning
+from dsv3_plugin.engines import Level, Variable, switched_off, untested_version_warning
 from dsv3_plugin.errors import ConfigError, DSV3Error, EngineError
 from dsv3_plugin.hooks import ENTRY_POINT_GROUP, Setting
 from dsv3_plugin.megatron_backend import doctor as megatron
@@ -47,6 +47,7 @@ from dsv3_plugin.profile import (
 from dsv3_plugin.providers import offered_kernels
 from dsv3_plugin.registry import MODE_VARIABLE, bind, mode_from_environment, refusal
 from dsv3_plugin.sglang_backend import doctor as sglang
+from dsv3_plugin.variables import KILL_SWITCH, OFF, wrong_variables
 from dsv3_plugin.version import __version__
 from dsv3_plugin.vllm_backend import doctor as vllm
 
@@ -77,7 +78,6 @@ class Engine(Protocol):
 
 
 VARIABLES: dict[str, Variable] = {
-    KILL_SWITCH: Variable("engines serve their own DeepSeek-V3", ("", "on", "1", "true")),
     MODE_VARIABLE: Variable("kernels that nobody compared may serve", ("strict",)),
     SLICES_VARIABLE: Variable("part of the arithmetic: trainer and servers need the same", ("1",), "note"),
     ATTENTION_VARIABLE: Variable("part of the arithmetic: trainer and servers need the same", ("absorbed",), "note"),
@@ -372,6 +372,11 @@ def _of_variables(variables: Mapping[str, str]) -> Iterable[Finding]:
         except ConfigError as error:
             found = True
             yield Finding("problem", "environment variables", str(error), "no model is built with another value")
+    for text in wrong_variables(variables):
+        found = True
+        yield Finding("problem", "environment variables", text, "no model is built with it")
+    if variables.get(KILL_SWITCH, "").lower() in OFF:
+        known[KILL_SWITCH] = Variable("engines serve their own DeepSeek-V3")
     for name, variable in known.items():
         value = variables.get(name)
         if value is None or value.lower() in [harmless.lower() for harmless in variable.harmless]:

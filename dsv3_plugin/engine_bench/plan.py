@@ -13,10 +13,10 @@ from typing import Any, Literal
 from dsv3_plugin.contenders import Setting, chosen
 from dsv3_plugin.engine_bench.limits import Model
 from dsv3_plugin.engine_bench.protocol import UNTIMED, Measurement
-from dsv3_plugin.engines import KILL_SWITCH
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.profile import ATTENTION_VARIABLE
 from dsv3_plugin.registry import MODE_VARIABLE
+from dsv3_plugin.variables import KILL_SWITCH
 
 Role = Literal["stock", "invariant", "strict", "fast", "two-form"]
 OURS: tuple[Role, ...] = ("strict", "fast", "two-form")

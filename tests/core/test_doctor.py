@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,17 @@ from pathlib import Path
 import pytest
 from engines import python_of
 
+from dsv3_plugin import certificates
+from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.commands import doctor
 from dsv3_plugin.commands.doctor import EngineProbe, Finding, KernelsProbe, Probe
-from dsv3_plugin.errors import EngineError
-from dsv3_plugin.profile import ATTENTION_VARIABLE, SLICES_VARIABLE
+from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.errors import ConfigError, EngineError
+from dsv3_plugin.kernels.cuda import compiler
+from dsv3_plugin.peers import PEERS_VARIABLE
+from dsv3_plugin.profile import ATTENTION_VARIABLE, SLICES_VARIABLE, profile_for
+from dsv3_plugin.registry import MODE_VARIABLE
+from dsv3_plugin.variables import KILL_SWITCH, NAMES
 from dsv3_plugin.version import __version__
 
 VLLM = {
@@ -94,6 +102,37 @@ class TestFindings:
         found = problems(vllm(classes=dict.fromkeys(VLLM, "vllm.Model")), {"DSV3_PLUGIN": "off"})
         assert {f.advice.split(",")[0] for f in found} == {"unset DSV3_PLUGIN"}
         assert len(found) == 3
+
+    @pytest.mark.parametrize(
+        ("name", "value", "says"),
+        [
+            ("DSV3_PLUGIN", "no", "DSV3_PLUGIN='no'; use off, or leave it out"),
+            ("DSV3_ATENTION", "two_form", "DSV3_ATENTION is no variable of dsv3-plugin, DSV3_ATTENTION is: rename it"),
+            ("DSV3_REDUCTION_SLICE", "2", "DSV3_REDUCTION_SLICE is no variable of dsv3-plugin, DSV3_REDUCTION_SLICES"),
+            ("DSV3_MODE", "fast", "DSV3_MODE is no variable of dsv3-plugin, DSV3_PLUGIN_MODE is"),
+        ],
+    )
+    def test_what_would_change_nothing_is_refused(
+        self, name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Here, and where a model is built. Twins: a right one, and one that is somebody else's."""
+        config = DeepseekV3Config.from_dict(read_config("tiny"))
+        for harmless in {"DSV3_PLUGIN": "on"}, {"DSV3_TEST_UPDATES": "100", "DSV3_ROOT": "/"}:
+            (fine,) = doctor.diagnose({}, harmless)
+            assert fine.level == "fine"
+            with monkeypatch.context() as patch:
+                for other, text in harmless.items():
+                    patch.setenv(other, text)
+                assert profile_for(config).name == "bf16"
+        (problem,) = doctor.diagnose({}, {name: value})
+        assert problem.level == "problem" and problem.text.startswith(says)
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            profile_for(config)
+
+    def test_all_variables_are_known(self) -> None:
+        constants = KILL_SWITCH, MODE_VARIABLE, SLICES_VARIABLE, ATTENTION_VARIABLE, PEERS_VARIABLE
+        assert {*constants, certificates.FILE_VARIABLE, compiler.CACHE_VARIABLE} == set(NAMES)
 
     def test_a_gpu_has_no_fp32_kernels_and_needs_none(self) -> None:
         gpu = probe(device="NVIDIA H200, capability 9.0", kernels={"fp32": KernelsProbe(error="no kernel may serve")})
