@@ -28,6 +28,7 @@ from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.commands import sums
 from dsv3_plugin.conformance.layouts import ParallelLayout, RankOf
 from dsv3_plugin.conformance.process_groups import join
+from dsv3_plugin.conformance.protocol import Device
 from dsv3_plugin.conformance.testees.ranks import start_ranks, wait_for_ranks
 from dsv3_plugin.errors import ConformanceError
 from dsv3_plugin.layers.attend import WholeSequences
@@ -35,6 +36,7 @@ from dsv3_plugin.layers.model import DeepseekV3, bind_ops
 from dsv3_plugin.layout import WHOLE, Layout
 
 _WARM_UP = 2
+_DEVICE: Device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class _Row(TypedDict):
@@ -58,13 +60,16 @@ class _Measured(TypedDict):
 def bench_layouts(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder; one rank must hold all of it, too.")],
     layout: Annotated[list[str], typer.Option(help="tp=2, dp=2,ep=2, tp=2,dp=2,ep=4. Repeat it.")],
-    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a pass on each rank. Repeat it.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a pass on each rank. Repeat it.")] = None,
     repeats: Annotated[int, typer.Option(min=3, help="Passes of each kind; medians are shown.")] = 21,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    device: Annotated[Device, typer.Option(help="Where the ranks are.")] = _DEVICE,
 ) -> None:
     """Passes of a model shared by ranks of this machine against one rank, and whether their bits are equal."""
     layouts = [ParallelLayout.parse(text) for text in layout]
-    profile = CheckpointReader(checkpoint).profile()
+    reader = CheckpointReader(checkpoint)
+    profile, longest = reader.profile(), reader.config.max_position_embeddings
+    if beyond := [count for count in tokens or () if count > longest]:
+        raise ConformanceError(f"--tokens {beyond[0]:,}: the model knows {longest:,} positions")
     for each in layouts:
         each.require_slices(profile)
         if each.pp > 1 or each.ranks == 1:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from dsv3_plugin.commands import layouts
 from dsv3_plugin.commands.bench import app
+from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import ConformanceError
 
 WRONG = """
@@ -58,3 +59,12 @@ def test_other_bits_are_seen(mini: dict[str, Path], tmp_path: Path, monkeypatch:
 def test_what_cannot_be_measured_is_refused(layout: str, message: str, mini: dict[str, Path]) -> None:
     with pytest.raises(ConformanceError, match=message):
         bench(mini["bf16"], "--layout", layout)
+
+
+def test_more_tokens_than_positions_are_refused(mini: dict[str, Path]) -> None:
+    longest = DeepseekV3Config.from_pretrained(mini["bf16"]).max_position_embeddings
+    with pytest.raises(ConformanceError, match=f"--tokens {longest + 1:,}: the model knows {longest:,} positions"):
+        bench(mini["bf16"], "--layout", "dp=2,ep=2", "--tokens", longest + 1)
+    for wrong in 0, -3:
+        status, printed = bench(mini["bf16"], "--layout", "dp=2,ep=2", "--tokens", wrong)
+        assert status == 2 and "Invalid value for '--tokens'" in printed
