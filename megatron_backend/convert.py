@@ -272,7 +272,9 @@ def find_checkpoint(source: str | Path) -> tuple[Path, Path]:
     else:
         checkpoint = source
         beside = source if (source / "config.json").is_file() else source.parent
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)):
+    with _readable(checkpoint):
+        is_one = dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint))
+    if not is_one:
         raise CheckpointError(f"{checkpoint}: is no distributed checkpoint of Megatron (it has no metadata.json)")
     return checkpoint, beside
 

@@ -354,6 +354,8 @@ def test_a_truncated_megatron_file_is_refused(converted: dict[str, Path], tmp_pa
     for file in (source / "release").glob("*.distcp"):
         os.truncate(file, file.stat().st_size // 2)
     assert f"{source / 'release'}: cannot be read" in refusal("to-hf", source, tmp_path / "out")
+    (source / "release" / "metadata.json").write_text("{")
+    assert f"{source / 'release'}: cannot be read: Expecting" in refusal("to-hf", source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*partial"))
 
