@@ -26,6 +26,7 @@ recipes.py. One trainer process, whose folders or memory the servers can read; v
 from __future__ import annotations
 
 import argparse
+import math
 import operator
 import random
 import shlex
@@ -64,6 +65,22 @@ def positive(text: str) -> int:
     return number
 
 
+def from_zero(text: str) -> int:
+    """An argument's number, which may be none."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number}: at least 0")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """An argument's number, as a temperature or a learning rate."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: above zero")
+    return number
+
+
 def parse_arguments() -> argparse.Namespace:
     """Megatron's own names where it has them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,15 +113,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", choices=GRPO, help="a paper's settings, in the place of those of a toy")
     parser.add_argument("--reward", nargs="+", choices=("rule", "model"), default=["rule"], help="what is added up")
     parser.add_argument("--reward-model", type=Path, help="the folder of a judge; sample.py and sft.py make one")
-    parser.add_argument("--sft-steps", type=int, default=25)
-    parser.add_argument("--sft-batch-size", type=int, default=64)
-    parser.add_argument("--sft-lr", type=float, default=2e-3)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--sft-steps", type=from_zero, default=25)
+    parser.add_argument("--sft-batch-size", type=positive, default=64)
+    parser.add_argument("--sft-lr", type=above_zero, default=2e-3)
+    parser.add_argument("--steps", type=from_zero, default=30)
     parser.add_argument("--prompts", type=positive, default=32, help="of a step, dealt to the servers in turn")
     parser.add_argument("--samples", type=positive, default=8, help="answers to a prompt")
-    parser.add_argument("--max-tokens", type=int, default=5, help="of an answer; a longer one is cut, and wrong")
+    parser.add_argument("--max-tokens", type=positive, default=5, help="of an answer; a longer one is cut, and wrong")
     parser.add_argument(
-        "--temperature", type=float, nargs="+", default=[1.0, 0.7], help="of a server's prompts in turn"
+        "--temperature", type=above_zero, nargs="+", default=[1.0, 0.7], help="of a server's prompts in turn"
     )
     parser.add_argument("--hang-up", type=int, default=2, help="requests of a server and step that are aborted")
     parser.add_argument("--one-step-off", action="store_true", help="sample the next step's answers while training")
@@ -117,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--micro-batch-size", type=positive, help="answers of a pass of the trainer; by default all of them"
     )
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=above_zero, default=5e-4)
     parser.add_argument("--lr-warmup-steps", type=int, default=3)
     parser.add_argument("--clip-grad", type=float, default=1.0)
     parser.add_argument("--clip-ratio", type=float, default=0.2)
@@ -409,6 +426,8 @@ def from_memory(asked: str | None, servers: list[tuple[str, str]]) -> bool:
 def start(arguments: argparse.Namespace) -> None:
     """The whole run. Servers start while the model learns the format."""
     run: Path = arguments.run
+    if run.exists() and not run.is_dir():
+        raise InputError(f"{run}: is no folder; name one for the run")
     if not arguments.resume and run.exists() and any(run.iterdir()):
         raise InputError(f"{run}: is not empty, and nothing is overwritten; --resume continues a run")
     named = [server.partition("=") for server in arguments.server]
@@ -416,6 +435,8 @@ def start(arguments: argparse.Namespace) -> None:
         raise InputError(f"--server {unknown[0]}: not one of {', '.join(SERVERS)}")
     if ("model" in arguments.reward) != (arguments.reward_model is not None):
         raise InputError("--reward model and --reward-model FOLDER go together")
+    if arguments.reward_model is not None:
+        CheckpointReader(arguments.reward_model)
     if (answered := arguments.prompts * arguments.samples) < arguments.mini_batches:
         raise InputError(f"--mini-batches {arguments.mini_batches}: a step has {answered} answers")
     launch = Launch(

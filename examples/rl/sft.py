@@ -51,9 +51,9 @@ def parse_arguments() -> argparse.Namespace:
 def conversations(file: Path) -> list[Conversation]:
     """Those of a file. Raises `InputError` that names the line which is none of one question and one answer."""
     try:
-        lines = file.read_text().splitlines()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {getattr(error, 'strerror', error)}") from None
     found = []
     for number, line in enumerate(lines, 1):
         try:

@@ -360,6 +360,8 @@ def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> Non
     (tmp_path / "mine").write_text("")
     for arguments, expected in (
         ((tmp_path,), "is not empty, and nothing is overwritten; --resume continues a run"),
+        ((tmp_path / "mine",), "mine: is no folder; name one for the run"),
+        ((tmp_path / "c", "--reward", "model", "--reward-model", tmp_path / "judge"), "judge: no such folder"),
         ((tmp_path / "a", "--server", "trt"), "--server trt: not one of vllm, sglang"),
         ((tmp_path / "b", "--resume"), "holds no checkpoint to resume from"),
         ((tmp_path / "c", "--reward", "model"), "--reward model and --reward-model FOLDER go together"),
@@ -376,9 +378,19 @@ def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> Non
         assert done.returncode == 1
         line = printed(done).splitlines()[-1]
         assert line.startswith("error: ") and expected in line, printed(done)[-3000:]
+    (tmp_path / "latin.jsonl").write_bytes(b"\xff")
+    done = warm(SFT, models[0], tmp_path / "latin.jsonl", tmp_path / "policy", modules=MODULES)
+    assert done.returncode == 1 and "latin.jsonl: cannot be read: 'utf-8' codec" in printed(done).splitlines()[-1]
     for name in "micro-batch-size", "mini-batches", "inner-updates":
         done = warm(GRPO, models[0], tmp_path / "i", f"--{name}", 0, modules=MODULES)
         assert done.returncode == 2 and printed(done).endswith(f"argument --{name}: 0: at least 1\n")
+    for name, value, says in (
+        ("temperature", "0", "above zero"),
+        ("lr", "nan", "above zero"),
+        ("steps", "-1", "at least 0"),
+    ):
+        done = warm(GRPO, models[0], tmp_path / "i", f"--{name}={value}", modules=MODULES)
+        assert done.returncode == 2 and printed(done).endswith(f"argument --{name}: {value}: {says}\n")
 
 
 def test_servers_start_with_what_they_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
