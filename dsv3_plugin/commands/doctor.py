@@ -92,6 +92,11 @@ VARIABLES: dict[str, Variable] = {
     ),
 }
 """Of every engine. Each adapter adds its own engine's."""
+_ARITHMETIC: dict[str, Callable[[Mapping[str, str]], object]] = {
+    SLICES_VARIABLE: reduction_slices_from_environment,
+    ATTENTION_VARIABLE: attention_from_environment,
+}
+"""Those that name an arithmetic, with what refuses a name of none."""
 
 ENGINES: tuple[Engine, ...] = (vllm, sglang, megatron)  # type: ignore[assignment]
 LIBRARIES = ("torch", "triton", "cuda-bindings", "sgl-deep-gemm", "transformer-engine")
@@ -366,11 +371,12 @@ def _of_variables(variables: Mapping[str, str]) -> Iterable[Finding]:
     for engine in ENGINES:
         known |= engine.VARIABLES
     found = False
-    for read in reduction_slices_from_environment, attention_from_environment:
+    for name, read in _ARITHMETIC.items():
         try:
             read(variables)
         except ConfigError as error:
             found = True
+            del known[name]  # an arithmetic that there is not has no effect to tell
             yield Finding("problem", "environment variables", str(error), "no model is built with another value")
     for text in wrong_variables(variables):
         found = True

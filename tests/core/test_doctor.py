@@ -141,8 +141,9 @@ class TestFindings:
     @pytest.mark.parametrize("name", sorted(doctor.VARIABLES | doctor.vllm.VARIABLES | doctor.sglang.VARIABLES))
     def test_each_variable_that_changes_numbers(self, name: str) -> None:
         variable = (doctor.VARIABLES | doctor.vllm.VARIABLES | doctor.sglang.VARIABLES)[name]
-        (found,) = [f for f in doctor.diagnose({}, {name: "3"}) if f.subject == f"{name}=3"]
-        assert (found.level, found.text) == (variable.level, variable.effect)
+        value = {ATTENTION_VARIABLE: "two_form", SLICES_VARIABLE: "2"}.get(name, "3")
+        (found,) = doctor.diagnose({}, {name: value})
+        assert (found.level, found.subject, found.text) == (variable.level, f"{name}={value}", variable.effect)
         for harmless in variable.harmless:
             (fine,) = doctor.diagnose({}, {name: harmless})
             assert fine.level == "fine"
@@ -165,10 +166,11 @@ class TestFindings:
         (SLICES_VARIABLE, "2", "3"),
     ],
 )
-def test_an_arithmetic_that_there_is_not_is_a_problem(name: str, right: str, wrong: str) -> None:
+def test_an_arithmetic_that_there_is_not_is_one_problem(name: str, right: str, wrong: str) -> None:
+    """And no note beside it, which would be of an arithmetic."""
     assert not [f for f in doctor.diagnose({}, {name: right}) if f.level == "problem"]
-    (found,) = [f for f in doctor.diagnose({}, {name: wrong}) if f.level == "problem"]
-    assert found.text.startswith(f"{name}={wrong!r}; use ")
+    (found,) = doctor.diagnose({}, {name: wrong})
+    assert found.level == "problem" and found.text.startswith(f"{name}={wrong!r}; use ")
 
 
 ACME = """
