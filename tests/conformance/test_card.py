@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from engines import REFERENCE, in_fork, warm
-from paths import SUPPORT
+from paths import ROOT, SUPPORT
 
-from dsv3_plugin.conformance import runner
+from dsv3_plugin.conformance import cli, runner
 from dsv3_plugin.conformance.card import cards, read_report
 from dsv3_plugin.conformance.claims import Claims, shipped
 from dsv3_plugin.conformance.runner import ENGINES
 from dsv3_plugin.conformance.verdicts import Report
 from dsv3_plugin.errors import ConformanceError
+from dsv3_plugin.profile import BF16, attention_from_environment, reduction_slices_from_environment
 from dsv3_plugin.version import __version__
 
 CLAIMS = """
@@ -107,6 +110,35 @@ def test_a_reports_command_runs_its_arithmetic_again(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
     monkeypatch.delenv("DSV3_ATTENTION")
     assert Report("tiny", "bf16", {}).command == "DSV3_REDUCTION_SLICES=2 dsv3 conformance run"
+
+
+def asked_by(command: str) -> tuple[str, list[str]]:
+    """Attention and layouts of a card's command. Raises `ConformanceError` where the command would."""
+    words = shlex.split(command)
+    variables = dict(word.split("=") for word in words[: words.index("dsv3")])
+    suite = typer.Typer()
+    suite.command()(cli.run)
+    options = typer.main.get_command(suite).make_context("run", words[words.index("run") + 1 :]).params
+    profile = replace(BF16, reduction_slices=reduction_slices_from_environment(variables))
+    testees = cli.testee_commands(options["testee"], options["layout"] or [], options["environments"])
+    for testee in testees:
+        testee.layout.require_slices(profile)
+    return attention_from_environment(variables), [str(testee.layout) for testee in testees]
+
+
+def test_the_commands_of_our_cards_run_what_they_stand_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its variables a command would be refused where tensor-parallel ranks share sums."""
+    monkeypatch.setattr(runner.TesteeCommand, "_of_engine", lambda *_: ())  # whether an engine is installed here or not
+    files = (ROOT / "docs" / "cards").iterdir()
+    lines = [line for file in files for line in yaml.safe_load(file.read_text())["claims"] if "command" in line]
+    for line in lines:
+        attention, layouts = asked_by(line["command"])
+        assert ("two_form" in line["profile"]) is (attention == "two_form") and line["layout"] in layouts, line
+    in_slices = [line["command"] for line in lines if "tp=" in line["layout"]]
+    assert in_slices
+    for command in in_slices:
+        with pytest.raises(ConformanceError, match="set DSV3_REDUCTION_SLICES"):
+            asked_by(command[command.index("dsv3") :])
 
 
 def test_reports_of_another_day_complete_a_card(report: Path, tmp_path: Path) -> None:
