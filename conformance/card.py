@@ -2,13 +2,13 @@
 
 A card is made of reports (`--json`) of any number of runs, and of a claim file. Every claim has its line: verified,
 with the rows, the date and the command; or failed; or not tested, which refuses the card. Reports of another day
-complete it: of two lines of a claim the better evidence stays.
+complete it: of two lines of a claim the better evidence stays. What nobody claims has no line; `unclaimed` tells it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -243,6 +243,22 @@ def cards(claims: Claims, reports: Sequence[dict[str, Any]]) -> list[Card]:
     ]
 
 
+def unclaimed(claims: Claims, report: dict[str, Any]) -> Iterator[str]:
+    """What a report shows of the claims' testee and no claim is of, in words."""
+    for result in _of_testee(claims, report).values():
+        version, device = result["versions"][claims.package], report["device"]
+        profile, layout, promise = shown = _profile(report), result["layout"], result["claim"]
+        if shown not in ((of.profile, of.layout, claimed) for of, claimed in claims.of(version, device)):
+            what = f"{claims.testee} {version} on {device} in {profile}, layout {layout}, with {promise}"
+            yield f"no claim is of {what}: it is on no card until a claim file names it"
+
+
+def _profile(report: dict[str, Any]) -> str:
+    """A report's, as claims name it: in how many slices it was computed, the layout says."""
+    profile: str = report["profile"]
+    return profile.partition(" in ")[0]
+
+
 def _of_testee(claims: Claims, report: dict[str, Any]) -> dict[str, Any]:
     """The results of the claims' testee, by the names that they have in a report."""
     return {name: result for name, result in report["testees"].items() if result["testee"] == claims.testee}
@@ -261,7 +277,7 @@ def _line(
     lines = [
         _evidence(report, name, profile, layout, promise)
         for report in reports
-        if report["device"] == device and report["profile"].partition(" in ")[0] == profile
+        if report["device"] == device and _profile(report) == profile
         for name, result in _of_testee(claims, report).items()
         if (result["versions"].get(claims.package), result["layout"], result["claim"]) == (version, layout, promise)
     ]

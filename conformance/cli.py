@@ -15,7 +15,7 @@ from rich.text import Text
 
 from dsv3_plugin.conformance import report as reports
 from dsv3_plugin.conformance import runner
-from dsv3_plugin.conformance.card import cards, read_report
+from dsv3_plugin.conformance.card import cards, read_report, unclaimed
 from dsv3_plugin.conformance.claims import Claims, shipped
 from dsv3_plugin.conformance.expectations import Expectations
 from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout
@@ -124,7 +124,9 @@ def card(
         bool, typer.Option(help="Complete cards that are there: of two lines of a claim the better evidence stays.")
     ] = False,
 ) -> None:
-    """Write verification cards, and exit with status 1 if a claim failed or was not tested."""
+    """Write verification cards, name what reports show and nobody claims, and exit with status 1 if a claim failed or
+    was not tested.
+    """
     reports = [read_report(file) for file in report]
     tried = {result["testee"] for each in reports for result in each["testees"].values()}
     all_claims = [Claims.read(file) for file in claims] if claims else [c for c in shipped() if c.testee in tried]
@@ -141,6 +143,10 @@ def card(
         counts = Counter(line.status for line in each.lines)
         told = ", ".join(f"{count} {status}" for status, count in counts.items())
         typer.echo(f"{output / each.name}: {told or 'nothing is claimed'}")
+    for file, each_report in zip(report, reports, strict=True):
+        for of in all_claims:
+            for text in unclaimed(of, each_report):
+                typer.echo(f"note: {file}: {text}", err=True)
     raise typer.Exit(0 if all(each.complete for each in made) else 1)
 
 

@@ -18,7 +18,7 @@ from engines import REFERENCE, in_fork, warm
 from paths import ROOT, SUPPORT
 
 from dsv3_plugin.conformance import cli, runner
-from dsv3_plugin.conformance.card import cards, read_report
+from dsv3_plugin.conformance.card import cards, read_report, unclaimed
 from dsv3_plugin.conformance.claims import Claims, shipped
 from dsv3_plugin.conformance.runner import ENGINES
 from dsv3_plugin.conformance.verdicts import Report
@@ -98,6 +98,28 @@ def test_an_arithmetic_is_evidence_of_itself(report: Path, tmp_path: Path) -> No
     ):
         (card,) = cards(Claims.read(file), [read_report(report) | {"profile": shown}])
         assert [line.profile for line in card.lines if line.status == "verified"] == verified, shown
+
+
+def test_what_nobody_claims_is_told(report: Path, tmp_path: Path) -> None:
+    """By device, profile, layout and promise; another testee's results are another's to claim."""
+    file, shown = tmp_path / "claims.toml", read_report(report)
+    file.write_text(claims("reference"))
+    claimed, result = Claims.read(file), shown["testees"]["reference"]
+    version = result["versions"]["torch"]
+
+    def told(of_result: dict[str, str], **changes: str) -> list[str]:
+        testees = shown["testees"] | {"reference": result | of_result}
+        return list(unclaimed(claimed, shown | changes | {"testees": testees}))
+
+    def no_claim_is_of(what: str) -> list[str]:
+        return [f"no claim is of reference {version} on {what}: it is on no card until a claim file names it"]
+
+    assert told({}) == told({}, device="cuda") == told({}, profile="bf16 in 2 reduction slices") == []
+    two_form = told({}, profile="bf16 two_form in 2 reduction slices")
+    assert two_form == no_claim_is_of("cpu in bf16 two_form, layout one, with equality")
+    assert told({}, device="cuda", profile="fp8") == no_claim_is_of("cuda in fp8, layout one, with equality")
+    assert told({"layout": "tp=2"}) == no_claim_is_of("cpu in bf16, layout tp=2, with equality")
+    assert told({"claim": "closeness"}) == no_claim_is_of("cpu in bf16, layout one, with closeness")
 
 
 def test_a_reports_command_runs_its_arithmetic_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +236,7 @@ def test_command(report: Path, tmp_path: Path) -> None:
 
     done = card(report, "--output", output, "--claims", file)
     (written,) = output.iterdir()
-    assert (done.returncode, done.stdout) == (0, f"{written}: 1 verified\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{written}: 1 verified\n", "")
     done = card(report, "--output", output, "--claims", file)
     assert done.returncode == 2 and "exists already and is not overwritten; --update completes it" in done.stderr
     done = card(report, "--output", output, "--claims", file, "--update")
@@ -225,6 +247,14 @@ def test_command(report: Path, tmp_path: Path) -> None:
     # The reference's claims ship with the package; nobody's do of a testee of another name.
     done = card(report, "--output", tmp_path / "shipped")
     assert done.returncode == 1 and "1 verified, 2 not tested" in done.stdout
+    # A report of what is not claimed changes no card, and is named.
+    two_form = tmp_path / "two_form.json"
+    two_form.write_text(report.read_text().replace('"profile": "bf16"', '"profile": "bf16 two_form"'))
+    file.write_text(claims("reference"))
+    done = card(report, two_form, "--output", tmp_path / "both", "--claims", file)
+    assert done.returncode == 0 and "1 verified" in done.stdout
+    assert done.stderr.startswith(f"note: {two_form}: no claim is of reference ") and done.stderr.count("\n") == 1
+    assert (tmp_path / "both" / written.name).read_text() == written.read_text()
     others = tmp_path / "others.json"
     others.write_text(report.read_text().replace('"testee": "reference"', '"testee": "mine"'))
     done = card(others, "--output", tmp_path / "none")
