@@ -3,6 +3,9 @@
 A stream is named `MODULE/OPERATION`, by the module whose forward pass calls the operation: `layers.3.self_attn/absorb`;
 `@1` behind it where the module calls it a second time, and `.0`, `.1` where it has several outputs. A row is a token's:
 what experts computed is put back to the tokens that it is of, in ascending order of expert.
+
+In the `two_form` profile attention's own operations have no streams: what they compute is of keys, or of parts of a
+pass's rows. What they come to is what `o_proj` is given.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ from dsv3_plugin.conformance.protocol import Capture
 from dsv3_plugin.conformance.rows import Pass
 from dsv3_plugin.ops.permute import permute, permute_fp8, sort_by_expert
 from dsv3_plugin.ops.router import moe_router, route
-from dsv3_plugin.profile import require_one_form
 from dsv3_plugin.registry import AnyOperation, Ops
 
 ROUTER_CHOICES = (f"/{moe_router.name}.0", f"/{route.name}.0")
 """Ends of the streams that hold the chosen experts."""
 _EXPERTS = ".experts"
 """In the names of the modules whose rows are sorted by expert."""
+_OF_ATTENTION = ".self_attn/"
+"""In the streams of operations that attention calls itself, rather than its projections."""
 
 
 def operation_of(stream: str) -> str | None:
@@ -40,8 +44,6 @@ class OperationRecorder:
     """Taps the operations of `model`, whose modules are named as those of `DeepseekV3Model`; `rename` gives a stream of
     another model such a name, or None where the main model has none like it. `current` tells which pass is recorded.
     The call that `capture` names is left with its recorder.
-
-    Raises `EngineError` in the `two_form` profile, whose attention has operations over keys and over parts of the rows.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class OperationRecorder:
         rename: Callable[[str], str | None] = lambda stream: stream,
         capture: Capture | None = None,
     ) -> None:
-        require_one_form(ops.setting.profile, "dsv3 diff")
+        self.in_two_forms = ops.setting.profile.attention == "two_form"
         self.capture = capture
         self.setting = ops.setting
         self.kernels = {choice.op: str(choice) for choice in ops.provenance}
@@ -81,7 +83,8 @@ class OperationRecorder:
             module, calls = self.running[-1]
             call = f"@{n}" if (n := calls[op.name]) else ""
             calls[op.name] += 1
-            if (stream := self.rename(f"{module}/{op.name}{call}")) is not None:
+            stream = self.rename(f"{module}/{op.name}{call}")
+            if stream is not None and not (self.in_two_forms and _OF_ATTENTION in stream):
                 self._record(current, op, stream, out)
                 self._capture(current, op, stream, args, kwargs, out)
         return out

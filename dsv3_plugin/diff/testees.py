@@ -35,6 +35,7 @@ from dsv3_plugin.diff.report import Diff, compare
 from dsv3_plugin.diff.sides import Side, matched, read_side
 from dsv3_plugin.diff.steps import Step
 from dsv3_plugin.errors import DiffError
+from dsv3_plugin.profile import ATTENTION_VARIABLE
 
 PROMPT_TOKENS = 61
 """Of the prompt where none is given: a number that no weight's size is."""
@@ -114,12 +115,20 @@ def explain(
     keep: Path | None = None,
 ) -> Diff:
     """`diff` of two dumps, `sides`; where it tells no cause, two testees run the first sequence that differs, up to
-    the token that does, and tell formula and layers. Raises what `diff_testees` raises.
+    the token that does, and tell formula and layers.
+
+    Raises what `diff_testees` raises, and `DiffError` in the `two_form` profile: all of the sequence would be a prompt.
     """
     if diff.equal or diff.cause is not None:
         return diff
+    reader = CheckpointReader(checkpoint)
+    if reader.profile().attention != "absorbed":
+        raise DiffError(
+            f"--testee beside dumps: a sample does not say where its prompt ends, which {ATTENTION_VARIABLE}=two_form"
+            " needs: leave --testee out, or compare testees alone, on a --prompt or a --case"
+        )
     name, token_ids = _until_they_differ(*sides)
-    case = _case_of(token_ids, CheckpointReader(checkpoint), f"sample {name}")
+    case = _case_of(token_ids, reader, f"sample {name}")
     again = diff_testees(testees, checkpoint, case, progress, device=device, keep=keep)
     formula, layers = again.steps[2:]
     if again.equal:

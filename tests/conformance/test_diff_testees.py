@@ -18,18 +18,19 @@ from wrong_kernel import wrong_kernel
 
 from dsv3_plugin import registry
 from dsv3_plugin.checkpoint.make import CheckpointDtype, make_checkpoint
-from dsv3_plugin.conformance import runner
+from dsv3_plugin.conformance import runner, taps
 from dsv3_plugin.conformance.calls import Call, read_call
 from dsv3_plugin.conformance.compare import RowFile
 from dsv3_plugin.conformance.programs import Program, Progress
-from dsv3_plugin.conformance.protocol import Case, Job, Request, call_file, read_job
+from dsv3_plugin.conformance.protocol import Case, Job, Request, call_file, read_job, write_message
 from dsv3_plugin.conformance.taps import operation_of
 from dsv3_plugin.conformance.testees import program
 from dsv3_plugin.conformance.testees.reference import ReferenceTestee
 from dsv3_plugin.diff import testees
 from dsv3_plugin.diff.calls import blame, differences
 from dsv3_plugin.diff.report import Diff, compare
-from dsv3_plugin.diff.sides import no_logits, read_side
+from dsv3_plugin.diff.sides import Side, no_logits, read_side
+from dsv3_plugin.errors import DiffError
 from dsv3_plugin.ops.linear import linear
 from dsv3_plugin.ops.operation import operations
 from dsv3_plugin.ops.silu_and_mul import silu_and_mul
@@ -37,6 +38,7 @@ from dsv3_plugin.profile import BF16, FP32
 
 PROMPT = Request(prompt_token_ids=(3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5), max_tokens=1, prompt_logprobs=True)
 CASE = Case(name="prompt", title="a prompt", rounds=((PROMPT,),), prompt_logits=True)
+TWO_GENERATED = CASE.model_copy(update={"rounds": ((PROMPT.model_copy(update={"max_tokens": 2}),),)})
 
 OPERATIONS = {
     "bf16": (
@@ -75,7 +77,7 @@ NOT_NAMED = {
     "quantize_fp8_weight": "in backward passes",
     "quantize_fp8_columns": "in backward passes",
     "fp8_wgrad": "in backward passes",
-    "head_attention": "in the two_form profile, which is refused",
+    "head_attention": "in the two_form profile, where `o_proj` is named, which it feeds",
     "combine_gradient": "in backward passes",
     "rms_norm_gradient": "in backward passes",
     "silu_and_mul_gradient": "in backward passes",
@@ -120,10 +122,10 @@ def diff(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Diff]
 
     monkeypatch.setattr(testees, "run_programs", run_programs)
 
-    def run(checkpoint: Path, other: Make) -> Diff:
+    def run(checkpoint: Path, other: Make, case: Case = CASE) -> Diff:
         made["other"] = other
         commands = [runner.TesteeCommand(name, ()) for name in made]
-        return testees.diff_testees(commands, checkpoint, CASE, lambda name, what: None, keep=tmp_path / "kept")
+        return testees.diff_testees(commands, checkpoint, case, lambda name, what: None, keep=tmp_path / "kept")
 
     return run
 
@@ -173,6 +175,60 @@ def test_a_wrong_kernel_is_named(
     assert text.startswith("output 0 differs in 1 of ") and text.endswith(", 1 ulp apart")
 
 
+SHOWS_AT = {"head_attention": 0, "head_linear": 0, "rope": 1, "mla_attention": 11}
+"""Attention's operations in the `two_form` profile, each with the first position that it shows at: a token that sees
+itself alone has the same attention however it is rotated, and position 11 is the first generated token's.
+"""
+
+
+@pytest.mark.parametrize("name", SHOWS_AT)
+def test_in_two_forms_attention_is_told_by_its_projection(
+    diff, mini: Folders, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("DSV3_ATTENTION", "two_form")
+    found = diff(mini["bf16"], with_wrong(name), TWO_GENERATED)
+    assert found.cause is not None
+    told = "layers.0.self_attn.o_proj: not linear itself: what it is given differs: x at ("
+    assert found.cause.says[0].startswith(told)
+    assert found.cause.found["first"]["position"] == SHOWS_AT[name]
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "linear", "moe_router", "combine"])
+def test_in_two_forms_others_are_named(diff, mini: Folders, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("DSV3_ATTENTION", "two_form")
+    found = diff(mini["bf16"], with_wrong(name), TWO_GENERATED)
+    assert found.cause is not None
+    assert found.cause.says[0].startswith(f"operation {name} in ")
+    assert found.cause.says[1].startswith(f"{name} is given the same arguments, every bit")
+
+
+def test_in_two_forms_rows_are_of_tokens_however_prompts_are_cut(
+    mini: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin records attention's own operations, too, which are of a chunk's keys and not of its tokens."""
+    monkeypatch.setenv("DSV3_ATTENTION", "two_form")
+
+    def compared(case: Case, name: str) -> Diff:
+        return compare(*(computed(case, chunk, tmp_path / f"{name} {chunk}") for chunk in (None, 4)))
+
+    def computed(case: Case, chunk: int | None, folder: Path) -> Side:
+        cut = case.model_copy(update={"max_num_batched_tokens": chunk})
+        job = Job(checkpoint=str(mini["bf16"]), block_size=16, cases=(cut,), operations=True)
+        folder.mkdir()
+        write_message(job, folder)
+        program.run_job(ReferenceTestee, job, folder / "reference")
+        return read_side(folder / "reference")
+
+    found = compared(TWO_GENERATED, "own")
+    assert found.equal, found.verdict
+    streams = RowFile(tmp_path / "own None" / "reference" / "prompt.safetensors").streams
+    recorded = {*OPERATIONS["bf16"], None} - {"absorb", "mla_attention", "head_linear"}
+    assert {operation_of(stream) for stream in streams} == recorded
+    monkeypatch.setattr(taps, "_OF_ATTENTION", "of none")
+    told = "DIFFERENT: layers: operation head_linear in layers.0.self_attn is the first to differ "
+    assert compared(CASE, "twin").verdict.startswith(told)
+
+
 def test_dumps_that_tell_no_cause_are_explained_by_testees(diff, mini: Folders, tmp_path: Path, monkeypatch) -> None:
     """As a host writes them: tokens and log-probabilities alone."""
     diff(mini["bf16"], with_wrong("silu_and_mul"))
@@ -196,6 +252,10 @@ def test_dumps_that_tell_no_cause_are_explained_by_testees(diff, mini: Folders, 
     monkeypatch.setattr(testees, "run_programs", run_programs)
     agreed = "reference and other, run again on sample prompt/0, agree in every bit: look at what ran: "
     assert agreed in explained().verdict
+    # Nor what the sample was, where a generated token is another row than a prompt's.
+    monkeypatch.setenv("DSV3_ATTENTION", "two_form")
+    with pytest.raises(DiffError, match="a sample does not say where its prompt ends, which DSV3_ATTENTION=two_form"):
+        explained()
 
 
 def test_what_numbers_the_rows_is_blamed_on_what_it_feeds(diff, mini: Folders) -> None:

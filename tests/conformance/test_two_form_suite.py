@@ -11,9 +11,7 @@ from engines import REFERENCE, run
 from paths import SUPPORT
 
 from dsv3_plugin.conformance import runner
-from dsv3_plugin.conformance.protocol import Case, Job, Request
-from dsv3_plugin.conformance.testees.reference import ReferenceTestee
-from dsv3_plugin.errors import EngineError
+from dsv3_plugin.conformance.protocol import Case, Request
 from dsv3_plugin.profile import ATTENTION_VARIABLE
 
 TinyCheckpoint = Callable[[str], Path]
@@ -96,9 +94,3 @@ def test_an_answer_is_another_row_in_the_next_prompt(
     assert own is not None and own.equal and shared is not None and shared.different_rows > 0
     cached = {name: result.cases[0].requests[1].num_cached_tokens for name, result in found.results.items()}
     assert cached == {"reference": 32, "shared": 64}
-
-
-def test_operations_are_refused_by_name(tiny_checkpoint: TinyCheckpoint) -> None:
-    job = Job(checkpoint=str(tiny_checkpoint("bf16")), block_size=16, cases=(), operations=True)
-    with pytest.raises(EngineError, match=r"^DSV3_ATTENTION=two_form is not yet served by dsv3 diff: unset it$"):
-        ReferenceTestee(job)
