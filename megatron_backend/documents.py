@@ -66,12 +66,9 @@ def require_prompts_fit(prompt_lens: Sequence[int], lengths: Sequence[int]) -> N
         raise InputError(f"prompt_lens {prompt_lens} are longer than the sequences, of {lengths} tokens")
 
 
-def row_starts(tokens: torch.Tensor | None) -> torch.Tensor:
-    """Starts int64 [b + 1] of tokens [b, s] of which each row is a sequence. Raises `InputError` without tokens."""
-    if tokens is None:
-        raise InputError("prompt_lens were given, so that every pipeline stage must be given input_ids or position_ids")
-    b, s = tokens.shape
-    return torch.arange(b + 1, device=tokens.device) * s
+def row_starts(b: int, s: int, device: torch.device) -> torch.Tensor:
+    """Starts int64 [b + 1] of a batch [b, s] of which each row is a sequence."""
+    return torch.arange(b + 1, device=device) * s
 
 
 def document_starts(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -165,7 +165,13 @@ class DeepseekV3GPTModel(GPTModel):  # type: ignore[misc]
             return position_ids, packed_prompts(packed_seq_params, prompt_lens)
         starts = attention_mask
         if starts is None:
-            starts = row_starts(position_ids if input_ids is None else input_ids)
+            tokens = position_ids if input_ids is None else input_ids
+            if tokens is None:
+                raise InputError(
+                    "prompt_lens were given, so that every pipeline stage must be given input_ids or position_ids"
+                )
+            b, s = tokens.shape
+            starts = row_starts(b, s, tokens.device)
         return position_ids, with_prompt_lens(starts, prompt_lens)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

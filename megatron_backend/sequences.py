@@ -14,7 +14,7 @@ import torch
 
 from dsv3_plugin.errors import InputError
 from dsv3_plugin.layers.attend import FAST_PAGE_SIZE
-from dsv3_plugin.megatron_backend.documents import require_prompts_fit
+from dsv3_plugin.megatron_backend.documents import require_prompts_fit, row_starts
 from dsv3_plugin.ops.paged_batch import PagedBatch
 from dsv3_plugin.ops.prompt_batch import PromptBatch, with_prompts
 
@@ -68,7 +68,7 @@ def whole_sequences(starts: torch.Tensor | None, b: int, s: int, device: torch.d
     told: list[list[int]] = []
     if starts is None:
         bounds = [row * s for row in range(b + 1)]
-        starts = torch.arange(b + 1, device=device) * s
+        starts = row_starts(b, s, device)
     else:
         rows = torch.atleast_2d(starts)
         bounds, *told = rows.tolist()
