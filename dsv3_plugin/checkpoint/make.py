@@ -18,14 +18,15 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ from dsv3_plugin.profile import profile_for
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
-_AHEAD = 64  # weights made before they are written: at a model's real width 1 to 4 GB
+_AHEAD = DEFAULT_SHARD_BYTES  # of weights made before they are asked for: while one file is written, another's
 _CHUNK = 1 << 22  # numbers drawn at a time: the largest tensor must not be held as integers too
 
 _NORM_STD = 0.1  # around 1
@@ -51,6 +52,9 @@ _QUERY_GAIN = 2.0  # attention that prefers some keys; an average over all would
 _ROUTER_GAIN = 1.5
 _EH_GAIN = 0.3
 _RESIDUAL_POWER = 2.5  # of the layers together; it gives the 60 degrees
+
+_Tensors = dict[str, torch.Tensor]
+"""Of a weight: itself, and its scales if it is quantized."""
 
 
 class CheckpointDtype(StrEnum):
@@ -86,9 +90,8 @@ def make_checkpoint(
     config = with_dtype(config, dtype)
     maker = _Maker(DeepseekV3Config.from_dict(config), seed, is_planted(config))
     texts = {"config.json": json.dumps(config, indent=2) + "\n", **tokenizer_files(maker.config.vocab_size)}
-    with new_folder(directory, sum(map(maker.size, maker.weights))) as folder, _one_thread_a_core() as threads:
-        sizes = {spec.name: maker.size(spec) for spec in maker.weights}
-        made = _made_ahead(threads, maker)
+    sizes = {spec.name: maker.size(spec) for spec in maker.weights}
+    with new_folder(directory, sum(sizes.values())) as folder, _making(maker, sizes) as made:
 
         def tensors(names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
             return chain.from_iterable(each.items() for each in islice(made, len(names)))
@@ -99,28 +102,35 @@ def make_checkpoint(
     return CheckpointReader(directory)
 
 
-def _made_ahead(threads: ThreadPoolExecutor, maker: _Maker) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each weight in order, a few of them made before they are asked for: while a file is written, and
-    while one thread draws an embedding.
-    """
-    making: deque[Future[dict[str, torch.Tensor]]] = deque()
-    for spec in maker.weights:
-        making.append(threads.submit(maker.tensors, spec))
-        if len(making) > _AHEAD:
-            yield making.popleft().result()
-    for made in making:
-        yield made.result()
-
-
 @contextmanager
-def _one_thread_a_core() -> Iterator[ThreadPoolExecutor]:
-    """For tensors at the same time: torch draws one on one thread."""
+def _making(maker: _Maker, sizes: Mapping[str, int]) -> Iterator[Iterator[_Tensors]]:
+    """The tensors of each weight in order, made by a thread a core: torch draws one on one thread. Where the block ends
+    early, what is being made is left as it is, and nothing else is begun.
+    """
     own = torch.get_num_threads()
+    threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+        yield _made_ahead(threads, maker, sizes)
     finally:
+        maker.stopped.set()
+        threads.shutdown(cancel_futures=True)
         torch.set_num_threads(own)
+
+
+def _made_ahead(threads: ThreadPoolExecutor, maker: _Maker, sizes: Mapping[str, int]) -> Iterator[_Tensors]:
+    """Some weights are made before they are asked for: while a file is written, and while one thread draws an
+    embedding. They are counted in bytes, by `sizes`, since some weights are a thousand times as large as others.
+    """
+    making: deque[tuple[int, Future[_Tensors]]] = deque()
+    held = 0
+    for spec in maker.weights:
+        making.append((sizes[spec.name], threads.submit(maker.tensors, spec)))
+        held += sizes[spec.name]
+        while held - making[0][0] > _AHEAD:
+            held -= making[0][0]
+            yield making.popleft()[1].result()
+    while making:
+        yield making.popleft()[1].result()
 
 
 def with_dtype(config: dict[str, Any], dtype: CheckpointDtype | None) -> dict[str, Any]:
@@ -148,6 +158,8 @@ class _Maker:
     config: DeepseekV3Config
     seed: int
     traps: bool = False
+    stopped: Event = field(default_factory=Event)
+    """Once it is set nobody waits for a tensor."""
 
     @property
     def weights(self) -> list[TensorSpec]:
@@ -166,7 +178,7 @@ class _Maker:
             return spec.dtypes[0]
         return profile_for(self.config).dtype
 
-    def tensors(self, spec: TensorSpec) -> dict[str, torch.Tensor]:
+    def tensors(self, spec: TensorSpec) -> _Tensors:
         """A weight, and its scales if it is quantized, as the file holds them."""
         weight = self.draw(spec)
         if self.traps:
@@ -234,6 +246,8 @@ class _Maker:
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
         out = torch.empty(shape, dtype=dtype, device="cpu")
         for chunk in torch.split(out.view(-1), _CHUNK):
+            if self.stopped.is_set():
+                raise CancelledError
             integers = torch.empty(chunk.shape, dtype=torch.int16, device="cpu")
             chunk.copy_(integers.random_(-largest, largest + 1, generator=generator))
             chunk.mul_(step)

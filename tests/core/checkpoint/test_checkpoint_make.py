@@ -8,7 +8,9 @@ import math
 import random
 import shutil
 from collections import namedtuple
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -25,10 +27,10 @@ from mini_checkpoint import (
 )
 from safetensors.torch import load_file
 
-from dsv3_plugin.checkpoint import tokenizer
+from dsv3_plugin.checkpoint import make, tokenizer
 from dsv3_plugin.checkpoint.loader import load_model, load_mtp
 from dsv3_plugin.checkpoint.make import CheckpointDtype, _stride, make_checkpoint
-from dsv3_plugin.checkpoint.names import checkpoint_tensors
+from dsv3_plugin.checkpoint.names import TensorSpec, checkpoint_tensors
 from dsv3_plugin.checkpoint.presets import PRESETS, read_config
 from dsv3_plugin.checkpoint.reader import INDEX_FILE, SINGLE_FILE, CheckpointReader
 from dsv3_plugin.checkpoint.traps import KEY
@@ -393,6 +395,78 @@ def test_an_interrupted_maker_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         make_checkpoint(MINI, tmp_path / "a", 1, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+def test_an_interrupted_maker_leaves_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancels: bool) -> None:
+    """What is being drawn ends at once, and nothing else is begun. The twin does not cancel what waits."""
+    begun, finished = [], []
+    second, ended = Event(), Event()
+    tensors = make._Maker.tensors
+
+    def watched(maker: Any, spec: TensorSpec) -> Any:
+        begun.append(spec.name)
+        if len(begun) == 2:
+            second.set()
+            assert ended.wait(60)
+        made = tensors(maker, spec)
+        finished.append(spec.name)
+        return made
+
+    class OneThread(ThreadPoolExecutor):
+        def __init__(self, count: int, **options: Any) -> None:
+            super().__init__(1, **options)
+
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures and cancels)
+            ended.set()
+            super().shutdown()
+
+    def interrupt(done: int, total: int) -> None:
+        assert second.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make._Maker, "tensors", watched)
+    monkeypatch.setattr(make, "ThreadPoolExecutor", OneThread)
+    with pytest.raises(KeyboardInterrupt):
+        make_checkpoint(MINI, tmp_path / "a", 1, progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+    names = list(checkpoint_tensors(DeepseekV3Config.from_dict(MINI)))
+    assert finished == names[:1] and begun == (names[:2] if cancels else names)
+
+
+def test_an_error_of_a_thread_is_the_maker_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(maker: Any, spec: TensorSpec) -> Any:
+        raise MemoryError(spec.name)
+
+    monkeypatch.setattr(make._Maker, "draw", fail)
+    with pytest.raises(MemoryError, match=r"^model.embed_tokens.weight\n") as error:
+        make_checkpoint(MINI, tmp_path / "a", 1)
+    assert error.value.__notes__ == [f"{tmp_path / 'a'} was not made, nothing is left of it"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ahead", [0, 100_000, 10**9])
+def test_weights_ahead_are_counted_in_bytes(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    """Behind the weight that is handed out as many are begun as fill `ahead`, and no more."""
+    monkeypatch.setattr(make, "_AHEAD", ahead)
+    maker = make._Maker(DeepseekV3Config.from_dict(MINI), 1)
+    names = [spec.name for spec in maker.weights]
+    sizes = {spec.name: maker.size(spec) for spec in maker.weights}
+    begun = []
+
+    class AtOnce:
+        def submit(self, run: Any, spec: TensorSpec) -> Future[dict[str, torch.Tensor]]:
+            begun.append(spec.name)
+            made: Future[dict[str, torch.Tensor]] = Future()
+            made.set_result({spec.name: torch.empty(0)})
+            return made
+
+    for i, made in enumerate(make._made_ahead(AtOnce(), maker, sizes)):
+        assert list(made) == [names[i]]
+        behind = [sizes[name] for name in begun[i + 1 :]]
+        assert sum(behind[:-1]) <= ahead and (ahead < sum(behind) or begun == names)
+    assert begun == names and i == len(names) - 1
 
 
 # The command line
