@@ -245,7 +245,7 @@ def test_a_forgotten_temperature_is_named_in_its_step(
 
 @needs_megatron
 def test_in_two_forms_every_step_agrees(
-    models: list[Path], environments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: list[Path], environments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """Prompts by heads, answers absorbed. The twin: the trainer forgets where prompts end."""
     monkeypatch.setenv(ATTENTION_VARIABLE, "two_form")
@@ -253,12 +253,14 @@ def test_in_two_forms_every_step_agrees(
         assert {server.kernels()["profile"] for server in servers} == {"bf16 two_form"}
         addresses = at(servers, environments)
         train(models[0], tmp_path / "run", *addresses, "--steps", 2)
-        error, _ = mismatch("prompts", 1, models[0], tmp_path / "twin", *addresses, "--steps", 2)
+        error, command = mismatch("prompts", 1, models[0], tmp_path / "twin", *addresses, "--steps", 2)
     steps = steps_of(tmp_path / "run")
     assert [[step["max_difference"], step["ratio_min"], step["ratio_max"]] for step in steps] == [[0.0, 1.0, 1.0]] * 2
     assert " log-probabilities of " in error and error.endswith(
         "'s are log-softmax(logits / temperature); the trainer's are of no known formula"
     )
+    said = verdict(monkeypatch, capsys, command)
+    assert said.startswith("DIFFERENT: formula: trainer: no known formula gives its numbers")
 
 
 @needs_megatron
