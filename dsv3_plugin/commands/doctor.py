@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, get_args
 
 import torch
 import typer
@@ -45,7 +45,7 @@ from dsv3_plugin.profile import (
     reduction_slices_from_environment,
 )
 from dsv3_plugin.providers import offered_kernels
-from dsv3_plugin.registry import MODE_VARIABLE, bind, mode_from_environment, refusal
+from dsv3_plugin.registry import MODE_VARIABLE, Mode, bind, mode_from_environment, refusal
 from dsv3_plugin.sglang_backend import doctor as sglang
 from dsv3_plugin.variables import KILL_SWITCH, OFF, wrong_variables
 from dsv3_plugin.version import __version__
@@ -388,6 +388,8 @@ def _of_variables(variables: Mapping[str, str]) -> Iterable[Finding]:
         if value is None or value.lower() in [harmless.lower() for harmless in variable.harmless]:
             continue
         found = True
+        if name == MODE_VARIABLE and value not in get_args(Mode):
+            continue  # no mode: the kernels' finding says so
         advice = f"unset {name}, or set it alike wherever bits are compared" if variable.level == "problem" else None
         yield Finding(variable.level, f"{name}={value}", variable.effect, advice)
     if not found:

@@ -141,7 +141,7 @@ class TestFindings:
     @pytest.mark.parametrize("name", sorted(doctor.VARIABLES | doctor.vllm.VARIABLES | doctor.sglang.VARIABLES))
     def test_each_variable_that_changes_numbers(self, name: str) -> None:
         variable = (doctor.VARIABLES | doctor.vllm.VARIABLES | doctor.sglang.VARIABLES)[name]
-        value = {ATTENTION_VARIABLE: "two_form", SLICES_VARIABLE: "2"}.get(name, "3")
+        value = {ATTENTION_VARIABLE: "two_form", SLICES_VARIABLE: "2", MODE_VARIABLE: "fast"}.get(name, "3")
         (found,) = doctor.diagnose({}, {name: value})
         assert (found.level, found.subject, found.text) == (variable.level, f"{name}={value}", variable.effect)
         for harmless in variable.harmless:
@@ -171,6 +171,10 @@ def test_an_arithmetic_that_there_is_not_is_one_problem(name: str, right: str, w
     assert not [f for f in doctor.diagnose({}, {name: right}) if f.level == "problem"]
     (found,) = doctor.diagnose({}, {name: wrong})
     assert found.level == "problem" and found.text.startswith(f"{name}={wrong!r}; use ")
+
+
+def test_a_mode_that_there_is_not_is_told_by_the_kernels_alone() -> None:
+    assert doctor.diagnose({}, {MODE_VARIABLE: "strct"}) == []
 
 
 ACME = """
