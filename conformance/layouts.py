@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 
+from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import ConformanceError
 from dsv3_plugin.profile import SLICES_VARIABLE, Profile
 
@@ -51,6 +52,20 @@ class ParallelLayout:
     def ranks(self) -> int:
         """Processes."""
         return self.tp * self.dp * self.pp
+
+    def require_possible(self, config: DeepseekV3Config, profile: Profile) -> None:
+        """Raise `ConformanceError` where a model cannot be spread so."""
+        if self.pp > config.num_hidden_layers:
+            raise ConformanceError(
+                f"--layout {self}: each stage has a decoder layer at least, and the model has"
+                f" {config.num_hidden_layers}, so pp={config.num_hidden_layers} at most"
+            )
+        if config.n_routed_experts % self.ep:
+            raise ConformanceError(
+                f"--layout {self}: {self.ep} ranks cannot share the model's {config.n_routed_experts} routed experts"
+                " in equal parts"
+            )
+        self.require_slices(profile)
 
     def require_slices(self, profile: Profile) -> None:
         """Raise `ConformanceError` where tensor-parallel ranks cannot share a profile's sums."""

@@ -147,9 +147,10 @@ def run(
     Raises `ConformanceError` or `CheckpointError` where a run cannot be carried out.
     """
     reader = CheckpointReader(checkpoint)
-    for testee in testees:
-        testee.layout.require_slices(reader.profile())
     every_case = cases_of(reader, device)
+    for testee in testees:
+        testee.layout.require_possible(reader.config, reader.profile())
+        _require_requests(testee.layout, every_case)
     cases = select(every_case, only)
     expectations = expectations or Expectations()
     expectations.require_cases(case.name for case in every_case)
@@ -197,6 +198,16 @@ def cases_of(reader: CheckpointReader, device: Device = "cpu") -> tuple[Case, ..
     if reader.profile().attention == "two_form":
         cases = without_hits(cases)
     return fit(sorted(cases, key=lambda case: case.num_speculative_tokens), longest)
+
+
+def _require_requests(layout: ParallelLayout, cases: Sequence[Case]) -> None:
+    """Raise `ConformanceError` where data-parallel ranks would never have a request."""
+    most = max(len(requests) for case in cases for requests in case.rounds)
+    if layout.dp > most:
+        raise ConformanceError(
+            f"--layout {layout}: no case has more than {most} requests at a time, and each of the ranks of dp has"
+            f" requests of its own, so dp={most} at most"
+        )
 
 
 @dataclass(frozen=True)

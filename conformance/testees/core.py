@@ -5,7 +5,7 @@ So the layout is tried on a machine before an engine's is: several ranks may sha
 
 from __future__ import annotations
 
-from dsv3_plugin.conformance.layouts import RankOf
+from dsv3_plugin.conformance.layouts import ParallelLayout, RankOf
 from dsv3_plugin.conformance.process_groups import join
 from dsv3_plugin.conformance.protocol import Case, Job
 from dsv3_plugin.conformance.testees import program
@@ -22,8 +22,6 @@ class CoreTestee(ReferenceTestee):
         if rank is None:
             super().__init__(job)
             return
-        if rank.layout.dp > 1 or rank.layout.pp > 1:
-            raise ConformanceError(f"--layout {rank.layout}: the core alone runs tensor-parallel ranks; name tp only")
         _, layout = join(rank, job.device)
         super().__init__(job, layout=layout)
 
@@ -34,9 +32,15 @@ class CoreTestee(ReferenceTestee):
         return outcome
 
 
+def require_tensor_parallel(layout: ParallelLayout) -> None:
+    """Raise `ConformanceError` for any other layout."""
+    if layout.dp > 1 or layout.pp > 1:
+        raise ConformanceError(f"--layout {layout}: the core alone runs tensor-parallel ranks; name tp only")
+
+
 def main() -> None:
     """See the module."""
-    program.main(CoreTestee, CoreTestee)
+    program.main(CoreTestee, CoreTestee, require_tensor_parallel)
 
 
 if __name__ == "__main__":

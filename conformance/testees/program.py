@@ -86,12 +86,17 @@ class Testee(Protocol):
 MakeTestee = Callable[[Job], Testee]
 
 
-def main(make_testee: MakeTestee, make_rank: Callable[[Job, RankOf], Testee] | None = None) -> None:
+def main(
+    make_testee: MakeTestee,
+    make_rank: Callable[[Job, RankOf], Testee] | None = None,
+    require: Callable[[ParallelLayout], None] = lambda layout: None,
+) -> None:
     """Run as `python -m ... [--layout LAYOUT] JOB_DIR RESULT_DIR`. Errors meant for the user end with status 2.
 
     Args:
         make_testee: the testee on one rank.
         make_rank: one rank of it, in a process of its own; None: it runs on one rank only.
+        require: raises `ConformanceError` for a layout that it does not run in, before any rank starts.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--layout", default="one")
@@ -113,6 +118,7 @@ def main(make_testee: MakeTestee, make_rank: Callable[[Job, RankOf], Testee] | N
         elif make_rank is None:
             raise ConformanceError(f"--layout {layout}: this testee runs on one rank only")
         elif options.rank is None:
+            require(layout)
             ranks.run_ranks(ranks.this_program(), layout, job, options.job_dir, options.result_dir)
         else:
             rank = RankOf.parse(options.layout, options.rank, options.ports)

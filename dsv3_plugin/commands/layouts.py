@@ -71,7 +71,7 @@ def bench_layouts(
     if beyond := [count for count in tokens or () if count > longest]:
         raise ConformanceError(f"--tokens {beyond[0]:,}: the model knows {longest:,} positions")
     for each in layouts:
-        each.require_slices(profile)
+        each.require_possible(reader.config, profile)
         if each.pp > 1 or each.ranks == 1:
             raise ConformanceError(f"--layout {each}: stages only hand on activations; name tp, dp and ep")
     table = Table(title=f"{checkpoint} ({profile}), {repeats} passes, median ms (quartiles)", title_justify="left")

@@ -265,7 +265,7 @@ def prepare(
     if (heads := reader.config.num_attention_heads) % layout.tp:
         raise EngineError(f"--layout {layout}: {checkpoint} has {heads} heads, which {layout.tp} ranks cannot share")
     if any(contender.is_ours for contender in contenders):
-        layout.require_slices(reader.profile())
+        layout.require_possible(reader.config, reader.profile())
     model = read_model(checkpoint)
     if (folder / "job.json").exists():
         before = read_job(Settings, folder)

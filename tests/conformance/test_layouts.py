@@ -108,6 +108,29 @@ def test_slices_are_asked_for(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -
         run(tiny_checkpoint("bf16"), tmp_path, "tp=2")
 
 
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("pp=99", "each stage has a decoder layer at least, and the model has 4, so pp=4 at most"),
+        ("dp=7,ep=7", "7 ranks cannot share the model's 16 routed experts in equal parts"),
+        ("dp=1000", "no case has more than 256 requests at a time"),
+        ("tp=3", "whose number is a power of two"),
+    ],
+)
+def test_a_layout_that_cannot_be_starts_no_process(
+    layout: str, message: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(ConformanceError, match=f"--layout {layout}: .*{message}"):
+        run(tiny_checkpoint("bf16"), tmp_path, layout)
+    assert not (tmp_path / "kept" / "spread").exists()
+
+
+def test_a_layout_that_the_core_does_not_run_starts_no_rank(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    with pytest.raises(ConformanceError, match="--layout pp=4: the core alone runs tensor-parallel ranks"):
+        run(tiny_checkpoint("bf16"), tmp_path, "pp=4", testee=CORE)
+    assert not list((tmp_path / "kept").glob("*/rank-*"))
+
+
 def test_the_last_stage_answers() -> None:
     """Stages before it know the tokens, and nothing of the prompt's log-probabilities."""
     first = RequestResult(token_ids=(3, 4), num_cached_tokens=0, logprobs=(-1.0,))
