@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsv3_plugin.diff.sides import Pair, Side
@@ -16,8 +16,9 @@ SHIFT_FACTOR = 10.0
 
 
 def compare_inputs(left: Side, right: Side, pairs: Sequence[Pair]) -> Step:
-    """Samples that one side lacks, token ids, positions, masks, log-probabilities one token off, and settings. Samples
-    of other versions of the weights are named, and no difference by themselves: a loop may be asynchronous.
+    """Samples that one side lacks, token ids, positions, masks, log-probabilities that are one token off, missing or
+    NaN, and settings. Samples of other versions of the weights are named, and no difference by themselves: a loop may
+    be asynchronous.
     """
     problems: dict[str, list[str]] = {}
     for pair in pairs:
@@ -49,10 +50,26 @@ def _problems(pair: Pair, chosen: bool) -> dict[str, str]:
     elif (shift := shift_of(pair)) is not None:
         where = "later" if shift > 0 else "earlier"
         found["shift by one"] = f"the second side's log-probabilities are the first's, one token {where}"
+    if pair.missing:
+        found["no log-probability"] = _where("none", pair, pair.missing, lambda value: value is None)
+    if nan := [i for i in pair.tokens if _is_nan(a.logprobs[i]) or _is_nan(b.logprobs[i])]:
+        found["not a number"] = _where("NaN", pair, nan, _is_nan)
     for name in SETTINGS:
         if getattr(a, name) != getattr(b, name):
             found[name] = f"{getattr(a, name)} and {getattr(b, name)}"
     return found
+
+
+def _is_nan(value: float | None) -> bool:
+    return value is not None and math.isnan(value)
+
+
+def _where(what: str, pair: Pair, indices: Sequence[int], is_so: Callable[[float | None], bool]) -> str:
+    """For how many tokens some side has no number, and which side for the first."""
+    first = indices[0]
+    left, right = is_so(pair.left.logprobs[first]), is_so(pair.right.logprobs[first])
+    whose = "both sides" if left and right else "the first side" if left else "the second side"
+    return f"{what} for {counted(len(indices), 'token')} with mask 1, first at index {first}, on {whose}"
 
 
 def _sequence(a: tuple[int, ...], b: tuple[int, ...], what: str) -> str | None:

@@ -185,6 +185,8 @@ class Pair:
     tokens: tuple[int, ...]
     """Indices of the tokens whose log-probabilities are compared: both sides count and give them, after equal tokens.
     """
+    missing: tuple[int, ...] = ()
+    """Indices of such tokens that both sides count, and a side gives no log-probability of."""
 
     @property
     def staleness(self) -> int | None:
@@ -212,10 +214,10 @@ def matched(left: Side, right: Side) -> list[Pair]:
 
 
 def _pair(left: Sample, right: Sample) -> Pair:
-    tokens = []
+    tokens, missing = [], []
     for i, (a, b) in enumerate(zip(left.token_ids, right.token_ids, strict=False)):
         if a != b:
             break
-        if left.mask[i] and right.mask[i] and left.logprobs[i] is not None and right.logprobs[i] is not None:
-            tokens.append(i)
-    return Pair(left, right, tuple(tokens))
+        if left.mask[i] and right.mask[i]:
+            (missing if None in (left.logprobs[i], right.logprobs[i]) else tokens).append(i)
+    return Pair(left, right, tuple(tokens), tuple(missing))

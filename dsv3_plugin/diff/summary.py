@@ -25,8 +25,10 @@ FIGURES = {
 
 
 def figures(left: torch.Tensor, right: torch.Tensor) -> dict[str, float]:
-    """Of log-probabilities fp32 [n] of the same tokens, `FIGURES` in fp64, and `tokens` and `equal`, bit for bit."""
-    equal = int((bits(left) == bits(right)).sum())
+    """Of log-probabilities fp32 [n] of the same tokens, `FIGURES` in fp64, and `tokens` and `equal`, bit for bit; NaN
+    equals nothing.
+    """
+    equal = int(((bits(left) == bits(right)) & ~left.isnan()).sum())
     found: dict[str, float] = {"tokens": len(left), "equal": equal}
     if not len(left):
         return found

@@ -135,6 +135,14 @@ INPUTS: dict[str, tuple[Callable[[Lines], object], str]] = {
         "temperature: 8 samples, first sample s0: 0.7 and 1.0",
     ),
     "top_p": (lambda s: s[0].update(top_p=0.9), "top_p: 1 sample, first sample s0: 1.0 and 0.9"),
+    "no log-probability": (
+        lambda s: [s[4]["logprobs"].__setitem__(i, None) for i in (5, 9)],
+        "no log-probability: 1 sample, first sample s4: none for 2 tokens with mask 1, first at index 5, on the second",
+    ),
+    "not a number": (
+        lambda s: s[4]["logprobs"].__setitem__(5, float("nan")),
+        "not a number: 1 sample, first sample s4: NaN for 1 token with mask 1, first at index 5, on the second side",
+    ),
     "sample missing": (lambda s: s.pop(), "samples: 1 sample only one side has, first s7"),
 }
 
@@ -147,6 +155,22 @@ def test_inputs_that_differ(what: str, tmp_path: Path) -> None:
     found = diff(dump(tmp_path / "a", lines()), dump(tmp_path / "b", changed))
     step, text = cause(found)
     assert step == "inputs" and text.startswith(says)
+
+
+@pytest.mark.parametrize(("value", "share"), [(float("nan"), "1 of 128"), (None, "no number differs")])
+def test_what_is_no_number_on_both_sides_is_told(value: float | None, share: str, tmp_path: Path) -> None:
+    changed = lines()
+    changed[4]["logprobs"][5] = value
+    found = diff(dump(tmp_path / "a", changed), dump(tmp_path / "b", changed))
+    step, text = cause(found)
+    assert step == "inputs" and text.endswith("for 1 token with mask 1, first at index 5, on both sides")
+    assert share in found.verdict
+
+
+def test_a_sample_keeps_what_is_no_finite_number() -> None:
+    values = (float("nan"), float("-inf"))
+    sample = Sample(id="x", token_ids=(1, 2), mask=(1, 1), logprobs=values)
+    assert str(Sample.model_validate_json(sample.model_dump_json()).logprobs) == str(values)
 
 
 def test_noise_is_no_shift(tmp_path: Path) -> None:
