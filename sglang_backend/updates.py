@@ -51,6 +51,8 @@ class Updates:
         self.models: dict[Role, Any] = {"target": target}
         if draft is not None:
             self.models["draft"] = draft
+        self.started_as = compat.checkpoint()[1]
+        """The server's own `load_format`, which SGLang fills in where an update from a folder names none."""
         self.refused: str | None = None
         """Why the update under way was refused: what still comes of it is refused too."""
         self.version: str | None = None
@@ -233,8 +235,10 @@ def update_weights_from_disk(original: Original, manager: Any, request: Any) -> 
         return original(manager, request)
 
     def take() -> None:
-        if request.load_format not in (None, "auto", "dummy", "safetensors"):
-            raise CheckpointError(f"load_format={request.load_format}: a checkpoint is read from safetensors files")
+        if request.load_format not in (None, "auto", "safetensors", updates.started_as):
+            raise CheckpointError(
+                f"load_format={request.load_format}: a checkpoint is read from safetensors files, load_format=auto"
+            )
         updates.take_folder(request.model_path)
 
     if (problem := under_way(manager.scheduler)) is not None:

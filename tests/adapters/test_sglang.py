@@ -263,7 +263,8 @@ def test_sglang_serve_drafts(tiny_checkpoint, tmp_path: Path) -> None:
     draft += ["--speculative-num-draft-tokens", "3"]
     # As RL frameworks do: started without weights, which come later.
     with sglang_serve(checkpoint, log, *draft, "--load-format", "dummy", python=warm_command("sglang")) as address:
-        post(address, "/update_weights_from_disk", {"model_path": str(checkpoint)})
+        for _ in range(2):  # SGLang fills in `dummy` each time
+            post(address, "/update_weights_from_disk", {"model_path": str(checkpoint)})
         params = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
         answer = post(address, "/generate", {"input_ids": prompt, "sampling_params": params, "return_logprob": True})
         params |= {"temperature": 0.75, "min_p": 0.05}

@@ -23,6 +23,7 @@ OLD_WEIGHTS_ANSWER = {
     "folder lacks a tensor": "missing tensors (1): model.layers.1.mlp.gate.weight",
     "folder of another model": "its configuration is not the served one in routed_scaling_factor",
     "no such folder": "/nowhere: no such folder",
+    "dummy weights": "load_format=dummy: a checkpoint is read from safetensors files",
     "wrong first tensor": "the configuration gives [",
     "unknown format": "Unknown load_format=made_up",
 }

@@ -74,8 +74,9 @@ class Trainer:
         self.draw = random.Random(0)
         self.sender: subprocess.Popen[bytes] | None = None
 
-    def from_disk(self, folder: str) -> Any:
-        return self.manager.update_weights_from_disk(self.io.UpdateWeightFromDiskReqInput(model_path=folder))
+    def from_disk(self, folder: str, load_format: str | None = None) -> Any:
+        request = self.io.UpdateWeightFromDiskReqInput(model_path=folder, load_format=load_format)
+        return self.manager.update_weights_from_disk(request)
 
     def bucket(self, tensors: Any, load_format: str | None = None, **options: Any) -> Any:
         from sglang.srt.utils import MultiprocessingSerializer
@@ -346,6 +347,7 @@ def run_updates(scheduler: Any, other: str, right: str, updates: int) -> dict[st
     refusal("folder lacks a tensor", lambda: [trainer.from_disk(folder_with(without))])
     refusal("folder of another model", lambda: [trainer.from_disk(folder_with(tensors, routed_scaling_factor=2.0))])
     refusal("no such folder", lambda: [trainer.from_disk("/nowhere")])
+    refusal("dummy weights", lambda: [trainer.from_disk(other, "dummy")])
     refusal("wrong first tensor", lambda: in_session(wrong))
     refusal("unknown format", lambda: [trainer.in_session(lambda: trainer.bucket(half, "made_up"))])
     refusal("half", lambda: in_session(half))
