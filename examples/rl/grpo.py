@@ -26,7 +26,6 @@ recipes.py. One trainer process, whose folders or memory the servers can read; v
 from __future__ import annotations
 
 import argparse
-import math
 import operator
 import random
 import shlex
@@ -41,8 +40,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+from arguments import above_zero, from_zero, positive
 from judge import Judge
-from launch import ENVIRONMENTS, Launch, answers, exit_on_sigterm, started
+from launch import ENVIRONMENTS, Launch, exit_on_sigterm, started
 from mismatch import Checks
 from progress import Progress, resume, save
 from recipes import GRPO
@@ -55,30 +55,6 @@ from trainer import Packed, Trainer, pack
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import DSV3Error, EngineError, InputError
 from dsv3_plugin.profile import ATTENTION_VARIABLE, SLICES_VARIABLE
-
-
-def positive(text: str) -> int:
-    """An argument's number."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: at least 1")
-    return number
-
-
-def from_zero(text: str) -> int:
-    """An argument's number, which may be none."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number}: at least 0")
-    return number
-
-
-def above_zero(text: str) -> float:
-    """An argument's number, as a temperature or a learning rate."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: above zero")
-    return number
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -452,11 +428,9 @@ def start(arguments: argparse.Namespace) -> None:
     reader = CheckpointReader(arguments.checkpoint)
     # What only servers know is asked before the model learns anything.
     for name, _, address in named:
-        if not address:
-            launch.require(name)
-        elif urlsplit(address).scheme not in ("http", "https") or not answers(SERVERS[name](address)):
-            raise EngineError(f"--server {name}={address}: none answers there; write {name}=http://HOST:PORT")
-        elif not launch.stock and (theirs := SERVERS[name](address).profile()) != (ours := str(reader.profile())):
+        launch.require(name, address)
+        ours = str(reader.profile())
+        if address and not launch.stock and (theirs := SERVERS[name](address).profile()) != ours:
             raise EngineError(
                 f"--server {name}={address}: computes in {theirs}, the trainer in {ours};"
                 f" start both with the same dtype, {ATTENTION_VARIABLE} and {SLICES_VARIABLE}"

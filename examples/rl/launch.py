@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from servers import SERVERS, Server
 
@@ -48,9 +49,23 @@ class Launch:
         python = self.environments / name / "bin" / "python"
         return python if python.exists() else Path(sys.executable)
 
-    def require(self, name: str) -> None:
-        """Raise `EngineError` where an engine lacks what it is to do."""
-        if name == "vllm" and self.from_memory and _of_vllm(self.python(name), _LACKS_RAY):
+    def require(self, name: str, address: str = "") -> None:
+        """Raise `EngineError` where no server answers at an address, or without one an engine is not installed, or
+        lacks what it is to do.
+        """
+        if address:
+            if urlsplit(address).scheme not in ("http", "https") or not answers(SERVERS[name](address)):
+                raise EngineError(f"--server {name}={address}: none answers there; write {name}=http://HOST:PORT")
+            return
+        if self.environments != ENVIRONMENTS and not self.environments.is_dir():
+            raise EngineError(f"--environments {self.environments}: no such folder")
+        python, needed = self.python(name), [name] if self.stock else [name, "dsv3_plugin"]
+        if subprocess.run([python, "-c", _ARE_INSTALLED, *needed]).returncode:
+            raise EngineError(
+                f"--server {name}: {python} lacks {' or '.join(needed)}; --environments names a folder with an"
+                f" environment {name}, or name a server that runs, {name}=http://HOST:PORT"
+            )
+        if name == "vllm" and self.from_memory and _of_vllm(python, _LACKS_RAY):
             raise EngineError("this vLLM's ipc imports ray: pip install ray beside it, or --hand-over files")
 
     def command(self, name: str, port: int) -> list[str]:
@@ -112,6 +127,9 @@ def _of_vllm(python: Path, question: str) -> bool:
     return done.stdout.strip().endswith("True")
 
 
+_ARE_INSTALLED = (
+    "import importlib.util, sys; sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))"
+)
 # Its route for token ids is behind an option; before, it was always there.
 _HAS_SCALE_OUT = "'enable_scale_out' in (vllm / 'entrypoints/scale_out/factories.py').read_text()"
 _LACKS_RAY = (

@@ -19,11 +19,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from arguments import above_zero, positive
 from launch import ENVIRONMENTS, Launch, exit_on_sigterm, started
 from record import console
 from servers import SERVERS, Request, Server
 from task import TASKS, Conversation, Problem, Words, problems
 
+from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import DSV3Error, InputError
 
 
@@ -35,10 +37,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--server", nargs="+", default=["vllm"], metavar="NAME[=ADDRESS]", help=", ".join(SERVERS))
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help="a folder with one for each server")
     parser.add_argument("--task", choices=TASKS, default="sort")
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=8, help="answers to a prompt")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--max-tokens", type=int, default=5)
+    parser.add_argument("--prompts", type=positive, default=64)
+    parser.add_argument("--samples", type=positive, default=8, help="answers to a prompt")
+    parser.add_argument("--temperature", type=above_zero, default=1.0)
+    parser.add_argument("--max-tokens", type=positive, default=5)
     parser.add_argument("--judge", action="store_true", help="write answers and whether they are right")
     parser.add_argument("--seed", type=int, default=1234)
     return parser.parse_args()
@@ -62,15 +64,21 @@ def start(arguments: argparse.Namespace) -> None:
     """Asks all servers, each for its share of the prompts."""
     if arguments.out.exists():
         raise InputError(f"{arguments.out}: exists already, and nothing is overwritten")
+    if not arguments.out.parent.is_dir():
+        raise InputError(f"{arguments.out}: there is no folder {arguments.out.parent}")
+    CheckpointReader(arguments.checkpoint)
     words = Words(arguments.checkpoint)
     launch = Launch(arguments.checkpoint, not torch.cuda.is_available(), 2048, environments=arguments.environments)
+    named = [server.partition("=") for server in arguments.server]
+    for name, _, address in named:
+        if name not in SERVERS:
+            raise InputError(f"--server {name}: not one of {', '.join(SERVERS)}")
+        launch.require(name, address)
     asked = problems(arguments.task, arguments.prompts, arguments.seed, "sample")
     seeds = random.Random(arguments.seed).sample(range(2**31 - arguments.samples), len(asked))
     with ExitStack() as stack:
         servers: list[Server] = []
-        for name, _, address in (server.partition("=") for server in arguments.server):
-            if name not in SERVERS:
-                raise InputError(f"--server {name}: not one of {', '.join(SERVERS)}")
+        for name, _, address in named:
             log = arguments.out.with_name(f"{arguments.out.name}.{name}.log")
             servers.append(SERVERS[name](address) if address else stack.enter_context(started(name, launch, log)))
 

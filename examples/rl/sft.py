@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import torch
+from arguments import above_zero, positive
 from recipes import SFT
 from record import console
 from task import Conversation, Words
@@ -35,10 +36,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("data", type=Path, help="conversations, a JSON object a line")
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--recipe", choices=SFT, help="a paper's settings, in the place of those of a toy")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=64, help="conversations of an optimizer step")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--min-lr", type=float, default=2e-4)
+    parser.add_argument("--epochs", type=positive, default=2)
+    parser.add_argument("--batch-size", type=positive, default=64, help="conversations of an optimizer step")
+    parser.add_argument("--lr", type=above_zero, default=2e-3)
+    parser.add_argument("--min-lr", type=above_zero, default=2e-4)
     parser.add_argument("--clip-grad", type=float, default=1.0)
     parser.add_argument("--mtp-loss-scaling-factor", type=float, default=0.1)
     parser.add_argument("--moe-router-bias-update-rate", type=float, default=1e-3)

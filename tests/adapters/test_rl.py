@@ -374,6 +374,8 @@ def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> Non
         ),
         ((tmp_path / "f", "--server", "vllm=127.0.0.1:9"), "none answers there; write vllm=http://HOST:PORT"),
         ((tmp_path / "g", "--server", "vllm=http://127.0.0.1:9"), "vllm=http://127.0.0.1:9: none answers there"),
+        ((tmp_path / "h", "--environments", "/nope"), "--environments /nope: no such folder"),
+        ((tmp_path / "h", "--environments", tmp_path), "lacks vllm or dsv3_plugin; --environments names a folder with"),
         ((tmp_path / "h", "--mini-batches", 9, "--prompts", 2, "--samples", 4), "-batches 9: a step has 8 answers"),
     ):
         done = warm(GRPO, models[0], *arguments, modules=MODULES)
@@ -395,6 +397,22 @@ def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> Non
         assert done.returncode == 2 and printed(done).endswith(f"argument --{name}: {value}: {says}\n")
 
 
+@needs_megatron
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("out", "--server", "trt"), "error: --server trt: not one of vllm, sglang"),
+        (("none/out",), "none/out: there is no folder none"),
+        (("out", "--environments", "/nope"), "error: --environments /nope: no such folder"),
+        (("out", "--server", "vllm=http://127.0.0.1:9"), "vllm=http://127.0.0.1:9: none answers there"),
+        (("out", "--prompts", "0"), "argument --prompts: 0: at least 1"),
+    ],
+)
+def test_samples_that_cannot_be_drawn(models: list[Path], arguments: tuple[str, ...], expected: str) -> None:
+    done = warm(SAMPLE, models[0], *arguments, modules=MODULES)
+    assert done.returncode and expected in printed(done).splitlines()[-1]
+
+
 def test_servers_start_with_what_they_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = Launch(tmp_path, on_cpu=False, kv_tokens=640, environments=tmp_path, options={"sglang": ["--more", "1"]})
     for stock in False, True:
@@ -411,11 +429,14 @@ def test_servers_start_with_what_they_are_told(tmp_path: Path, monkeypatch: pyte
     line = launch.command("vllm", 8000)
     assert line[line.index("--weight-transfer-config") + 1] == '{"backend": "ipc"}'
     assert launch.environment()["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
+    for name in "vllm", "sglang":  # of a vLLM that lacks what it is asked for
+        with pytest.raises(EngineError, match=f"lacks {name};"):
+            launch.require(name)
+        python = tmp_path / name / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text("#!/bin/sh\necho True\n")
+        python.chmod(0o755)
     launch.require("sglang")
-    python = tmp_path / "vllm" / "bin" / "python"  # of a vLLM that lacks what it is asked for
-    python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\necho True\n")
-    python.chmod(0o755)
     replace(launch, from_memory=False).require("vllm")
     with pytest.raises(EngineError, match="pip install ray"):
         launch.require("vllm")

@@ -1,0 +1,30 @@
+"""Numbers that the commands of this folder take, as types of `argparse`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+
+def positive(text: str) -> int:
+    """A count of one at least."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: at least 1")
+    return number
+
+
+def from_zero(text: str) -> int:
+    """A count, which may be none."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number}: at least 0")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """A temperature or a learning rate."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: above zero")
+    return number
