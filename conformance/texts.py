@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from dsv3_plugin.checkpoint.tokenizer import read_tokenizer
 from dsv3_plugin.errors import ConformanceError
 
 
@@ -16,13 +17,9 @@ def real_text() -> str:
 def tokenize(text: str, checkpoint: Path) -> list[int]:
     """Token ids of `text` by the checkpoint's own `tokenizer.json`.
 
-    Raises `ConformanceError` where the tokenizer or the library is missing.
+    Raises `ConformanceError` where the tokenizer is missing, `CheckpointError` where it cannot be read.
     """
     file = checkpoint / "tokenizer.json"
     if not file.is_file():
         raise ConformanceError(f"{file}: missing; the suite's prompts are text and need the checkpoint's tokenizer")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise ConformanceError("tokenizers is not installed: pip install 'dsv3-plugin[conformance]'") from None
-    return list(Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids)
+    return list(read_tokenizer(file).encode(text, add_special_tokens=False).ids)

@@ -14,13 +14,14 @@ resumed, or that read with other numbers of ranks and workers, see the same toke
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from dsv3_plugin.checkpoint.tokenizer import read_tokenizer
 from dsv3_plugin.config import read_json_object
 from dsv3_plugin.errors import InputError
 
@@ -35,12 +36,8 @@ Segment = tuple[list[int], bool]
 def read_corpus(folder: Path, **rates: Any) -> Corpus:
     """The corpus of a checkpoint's tokenizer; `rates` and seed as `Corpus` has them.
 
-    Raises `InputError` for a folder without a tokenizer, and without the library that reads it.
+    Raises `InputError` for a folder without a tokenizer, `CheckpointError` for one that cannot be read.
     """
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise InputError("tokenizers is not installed: pip install 'dsv3-plugin[conformance]'") from None
     names: dict[str, Any] = {}
     for key, field in ("bos_token", "begin"), ("eos_token", "end"):
         token = read_json_object(folder / "tokenizer_config.json").get(key)
@@ -49,7 +46,7 @@ def read_corpus(folder: Path, **rates: Any) -> Corpus:
             raise InputError(f"{folder / 'tokenizer_config.json'}: has no {key}")
     if not (file := folder / "tokenizer.json").is_file():
         raise InputError(f"{file}: no such file; name a checkpoint's folder with a tokenizer")
-    return Corpus(Tokenizer.from_file(str(file)), **names, **rates)
+    return Corpus(read_tokenizer(file), **names, **rates)
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,11 @@ class Corpus:
     seed: int = 1234
 
     def text(self, number: int, text: str) -> list[int]:
-        """Document `number`, to its end token. Raises `InputError` where the tokenizer lacks a special token."""
+        """Document `number`, to its end token. Raises `InputError` for what is no text, and where the tokenizer lacks a
+        special token.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"a text is no string of characters: {type(text).__name__}")
         random = Random(f"{self.seed} {number}")
         if random.random() >= self.fim_rate:
             return [*self._split(self._encode(text), random), self._special(self.end)]
@@ -80,30 +81,39 @@ class Corpus:
             ids += [self._special(special), *self._split(self._encode(part), random)]
         return [*ids, self._special(self.end)]
 
-    def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[Segment]:
+    def conversation(self, messages: list[Mapping[str, str]]) -> list[Segment]:
         """Messages of `role` and `content`: an optional system's, then user's and assistant's.
 
         An answer is learned with the token that ends it. Raises `InputError` for other messages.
         """
-        if not messages or not all(isinstance(message, Mapping) for message in messages):
+        are_messages = isinstance(messages, list) and all(isinstance(message, Mapping) for message in messages)
+        if not messages or not are_messages:
             raise InputError("a conversation is a list of messages, each with role and content")
         begin = [self._special(self.begin)]
         if messages[0].get("role") == "system":
-            begin += self._encode(messages[0].get("content", ""))
+            if not isinstance(content := messages[0].get("content", ""), str):
+                raise InputError(f"a system's message is no text: {type(content).__name__}")
+            begin += self._encode(content)
             messages = messages[1:]
         segments: list[Segment] = [(begin, False)]
         for message in messages:
             role, content = message.get("role"), message.get("content")
-            if role not in _ROLES or not isinstance(content, str):
+            if not isinstance(role, str) or role not in _ROLES or not isinstance(content, str):
                 raise InputError(
                     f"a message of role {role!r}: give user or assistant, with content, after the system's"
                 )
             segments.append(([self._special(_ROLES[role])], False))
             ids = self._encode(content)
             segments.append(([*ids, self._special(self.end)], True) if role == "assistant" else (ids, False))
+        if not any(is_learned for _, is_learned in segments):
+            raise InputError("a conversation without an assistant's answer has nothing to learn")
         return [segment for segment in segments if segment[0]]
 
     def _encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"a text is no string of characters: {error}") from None
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _special(self, token: str) -> int:

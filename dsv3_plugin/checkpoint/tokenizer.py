@@ -30,6 +30,18 @@ def tokenizer_files(vocab_size: int) -> dict[str, str]:
     return {}
 
 
+def read_tokenizer(file: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a file. Raises `CheckpointError` where it holds none, and without the library."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise CheckpointError("tokenizers is not installed: pip install 'dsv3-plugin[conformance]'") from None
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise CheckpointError(f"{file}: is no tokenizer that the library reads: {error}") from None
+
+
 def tokenizer_name(vocab_size: int) -> str:
     """What `tokenizer_files` gives, in words."""
     if vocab_size >= DEEPSEEK_VOCAB:

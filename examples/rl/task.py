@@ -6,14 +6,13 @@ solved ones writes answers of the right form, some of them right: what reinforce
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
-
+from dsv3_plugin.checkpoint.tokenizer import read_tokenizer
+from dsv3_plugin.config import read_json_object
 from dsv3_plugin.errors import CheckpointError
 
 RIGHT, WRONG = "+", "-"
@@ -90,13 +89,13 @@ class Words:
     """Problems as token ids, by a checkpoint's tokenizer. Raises `CheckpointError` where it has none."""
 
     def __init__(self, checkpoint: Path) -> None:
-        config, file = json.loads((checkpoint / "config.json").read_text()), checkpoint / "tokenizer.json"
+        config, file = read_json_object(checkpoint / "config.json"), checkpoint / "tokenizer.json"
         if not file.exists() or not {"bos_token_id", "eos_token_id"} <= config.keys():
             raise CheckpointError(
                 f"{checkpoint}: needs tokenizer.json, and bos_token_id and eos_token_id in config.json"
             )
         self.begin, self.end = config["bos_token_id"], config["eos_token_id"]
-        self.tokenizer = Tokenizer.from_file(str(file))
+        self.tokenizer = read_tokenizer(file)
 
     def prompt(self, text: str) -> list[int]:
         """With the token that begins a sequence."""

@@ -99,6 +99,11 @@ def test_answers_are_learned_and_nothing_else(made: Callable[..., Corpus], token
         ([], "a conversation is a list of messages"),
         (["hello"], "a conversation is a list of messages"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "a message of role 'system'"),
+        (5, "a conversation is a list of messages"),
+        ([{"role": ["user"], "content": "a"}], r"a message of role \['user'\]"),
+        ([{"role": "system", "content": 7}], "a system's message is no text: int"),
+        ([{"role": "user", "content": "\ud800"}], "a text is no string of characters: 'utf-8' codec can't encode"),
+        ([{"role": "user", "content": "a"}], "without an assistant's answer has nothing to learn"),
         ([{"role": "user"}], "a message of role 'user': give user or assistant, with content"),
     ],
 )

@@ -117,6 +117,23 @@ def test_a_run_learns_answers(tmp_path: Path) -> None:
     said = prepare("sft", checkpoint, file, tmp_path / "other", "--longest", 32)
     assert said.strip().endswith("conversations.jsonl:1: is no JSON object with 'messages'")
 
+    # What fails leaves no file that looks like data.
+    texts, options = tmp_path / "texts.jsonl", ("--output", tmp_path / "texts")
+    for written, says in (
+        (b'{"text": "a"}\n{"text": 5}\n', "texts.jsonl:2: a text is no string of characters: int"),
+        (b'{"text": "a"}\n\xff\n', "texts.jsonl: cannot be read: 'utf-8' codec can't decode"),
+        (b'{"text": ' + b"[" * 100_000, "texts.jsonl:1: is no JSON object with 'text'"),
+        (b"", "texts.jsonl: no document in it"),
+    ):
+        texts.write_bytes(written)
+        said = printed(warm(PREPARE, "pretrain", checkpoint, texts, *options)).splitlines()[-1]
+        assert said.startswith("error: ") and says in said
+        assert sorted(path.name for path in tmp_path.glob("texts*")) == ["texts.jsonl"]
+    said = prepare("pretrain", checkpoint, texts, tmp_path / "none" / "texts")
+    assert said.strip().endswith(f"there is no folder {tmp_path / 'none'}")
+    said = prepare("pretrain", checkpoint, texts, tmp_path / "texts", "--fim-rate", "nan")
+    assert said.strip().endswith("argument --fim-rate: nan: from 0 to 1")
+
     model = "--hf-config", checkpoint, "--tokenizer-type", "NullTokenizer", "--vocab-size", DEEPSEEK_VOCAB - 1
     size = "--micro-batch-size", 1, "--global-batch-size", 2, "--seq-length", 32, "--train-iters", 2, "--lr", 1e-3
     machine = "--transformer-impl", "local", "--distributed-backend", "gloo", "--log-interval", 1
