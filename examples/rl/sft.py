@@ -26,6 +26,7 @@ from record import console
 from task import Conversation, Words
 from trainer import Trainer, pack
 
+from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import DSV3Error, InputError
 
 
@@ -59,8 +60,8 @@ def conversations(file: Path) -> list[Conversation]:
     for number, line in enumerate(lines, 1):
         try:
             found.append(Conversation.parse(json.loads(line)))
-        except (ValueError, KeyError, TypeError):
-            what = "is no JSON object with 'messages' of one user and one assistant"
+        except (ValueError, KeyError, TypeError, RecursionError):
+            what = "is no JSON object with 'messages' of one user and one assistant, each a text"
             raise InputError(f"{file}:{number}: {what}") from None
     if not found:
         raise InputError(f"{file}: no conversations in it")
@@ -76,7 +77,13 @@ def start(arguments: argparse.Namespace) -> None:
     """All epochs."""
     if arguments.out.exists():
         raise InputError(f"{arguments.out}: exists already, and nothing is overwritten")
+    if not next(folder for folder in arguments.out.absolute().parents if folder.exists()).is_dir():
+        raise InputError(f"{arguments.out}: cannot be made, for a file is in the place of a folder")
     data = conversations(arguments.data)
+    longest, words = CheckpointReader(arguments.checkpoint).config.max_position_embeddings, Words(arguments.checkpoint)
+    for number, each in enumerate(data, 1):
+        if (tokens := len(words.prompt(each.user)) + len(words.answer(each.assistant))) > longest:
+            raise InputError(f"{arguments.data}:{number}: {tokens:,} tokens; the model knows {longest:,} positions")
     trainer = Trainer(
         arguments.checkpoint,
         seed=arguments.seed,
@@ -84,7 +91,6 @@ def start(arguments: argparse.Namespace) -> None:
         mtp_loss_scaling_factor=arguments.mtp_loss_scaling_factor,
         moe_router_bias_update_rate=arguments.moe_router_bias_update_rate,
     )
-    words = Words(arguments.checkpoint)
     draw = random.Random(arguments.seed)
     order = [i for _ in range(arguments.epochs) for i in draw.sample(range(len(data)), len(data))]
     size = arguments.batch_size

@@ -31,6 +31,10 @@ class Conversation(NamedTuple):
         user, assistant = record["messages"]
         if (user["role"], assistant["role"]) != ("user", "assistant"):
             raise ValueError("not one user and one assistant")
+        for text in (user["content"], assistant["content"]):
+            if not isinstance(text, str):
+                raise TypeError("content is no text")
+            text.encode()  # half of a surrogate pair, which JSON can escape, is no text
         return cls(user["content"], assistant["content"])
 
     def record(self) -> dict[str, Any]:

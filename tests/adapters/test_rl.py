@@ -385,6 +385,17 @@ def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> Non
     (tmp_path / "latin.jsonl").write_bytes(b"\xff")
     done = warm(SFT, models[0], tmp_path / "latin.jsonl", tmp_path / "policy", modules=MODULES)
     assert done.returncode == 1 and "latin.jsonl: cannot be read: 'utf-8' codec" in printed(done).splitlines()[-1]
+    for content, says in (
+        (5, "bad.jsonl:1: is no JSON object with 'messages' of one user and one assistant, each a text"),
+        ("\ud800", "bad.jsonl:1: is no JSON object with 'messages' of one user and one assistant, each a text"),
+        ("1" * 9000, "bad.jsonl:1: 9,003 tokens; the model knows "),
+    ):
+        roles = {"role": "user", "content": content}, {"role": "assistant", "content": "1"}
+        (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": roles}))
+        done = warm(SFT, models[0], tmp_path / "bad.jsonl", tmp_path / "policy", modules=MODULES)
+        assert done.returncode == 1 and says in printed(done).splitlines()[-1]
+    done = warm(SFT, models[0], tmp_path / "bad.jsonl", tmp_path / "bad.jsonl" / "policy", modules=MODULES)
+    assert done.returncode == 1 and "a file is in the place of a folder" in printed(done).splitlines()[-1]
     for name in "micro-batch-size", "mini-batches", "inner-updates":
         done = warm(GRPO, models[0], tmp_path / "i", f"--{name}", 0, modules=MODULES)
         assert done.returncode == 2 and printed(done).endswith(f"argument --{name}: 0: at least 1\n")
