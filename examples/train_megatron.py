@@ -52,21 +52,45 @@ from dsv3_plugin.megatron_backend.moe import Router
 from dsv3_plugin.megatron_backend.weights import load_checkpoint, save_checkpoint
 
 
+def positive(text: str) -> int:
+    """An argument's number."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: at least 1")
+    return number
+
+
+def from_zero(text: str) -> int:
+    """An argument's number, which may be none."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number}: at least 0")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """An argument's number."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: above zero")
+    return number
+
+
 def parse_arguments() -> argparse.Namespace:
     """Megatron's own names where it has them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, nargs="+", help="text files, in place of Python's language reference")
     parser.add_argument("--finetune-from-weights", action="store_true", help="begin from the checkpoint's weights")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
-    parser.add_argument("--expert-model-parallel-size", type=int, default=1)
+    parser.add_argument("--tensor-model-parallel-size", type=positive, default=1)
+    parser.add_argument("--pipeline-model-parallel-size", type=positive, default=1)
+    parser.add_argument("--expert-model-parallel-size", type=positive, default=1)
     parser.add_argument("--use-distributed-optimizer", action="store_true")
-    parser.add_argument("--train-iters", type=int, default=200)
-    parser.add_argument("--exit-interval", type=int, help="stop after so many iterations, as if interrupted")
-    parser.add_argument("--seq-length", type=int, default=128)
-    parser.add_argument("--micro-batch-size", type=int, default=4)
-    parser.add_argument("--global-batch-size", type=int, default=8)
+    parser.add_argument("--train-iters", type=from_zero, default=200)
+    parser.add_argument("--exit-interval", type=positive, help="stop after so many iterations, as if interrupted")
+    parser.add_argument("--seq-length", type=positive, default=128)
+    parser.add_argument("--micro-batch-size", type=positive, default=4)
+    parser.add_argument("--global-batch-size", type=positive, default=8)
     parser.add_argument(
         "--rampup-batch-size",
         nargs=3,
@@ -79,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recompute-num-layers", type=int)
     parser.add_argument("--recompute-modules", nargs="+")
     parser.add_argument("--lr-warmup-fraction", type=float, default=0.05)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=above_zero, default=1e-3)
     parser.add_argument("--min-lr", type=float, default=1e-4)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--clip-grad", type=float, default=1.0)
@@ -168,6 +192,34 @@ class Loads:
         """Most over mean tokens of an expert, summed over the last iterations, averaged over layers."""
         loads = torch.stack(self.history[-last:]).sum(0).double()
         return float((loads.amax(1) / loads.mean(1)).mean())
+
+
+def require_places(arguments: argparse.Namespace) -> None:
+    """Raise `InputError` for what cannot be read or written at the end, before hours of work go into it."""
+    if arguments.save and arguments.save.exists() and not arguments.save.is_dir():
+        raise InputError(f"--save {arguments.save}: is no folder; name one")
+    if arguments.hf_output and arguments.hf_output.exists():
+        raise InputError(f"--hf-output {arguments.hf_output}: exists already and is not overwritten")
+    if (output := arguments.load_output) and (output.is_dir() or not output.parent.is_dir()):
+        raise InputError(f"--load-output {output}: is no file that can be written; name one in a folder that exists")
+    if arguments.evaluate:
+        read_samples(arguments.evaluate)
+
+
+def read_samples(file: Path) -> list[tuple[list[int], list[int]]]:
+    """[prompt, answer] of each sample. Raises `InputError` for a file that holds something else."""
+    try:
+        pairs = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--evaluate {file}: cannot be read: {error}") from None
+
+    def are_tokens(ids: Any) -> bool:
+        return isinstance(ids, list) and bool(ids) and all(type(token) is int and token >= 0 for token in ids)
+
+    is_list = isinstance(pairs, list) and bool(pairs)
+    if not is_list or not all(isinstance(p, list) and len(p) == 2 and all(map(are_tokens, p)) for p in pairs):
+        raise InputError(f"--evaluate {file}: is no JSON list of [prompt, answer], each a list of token ids")
+    return [(prompt, answer) for prompt, answer in pairs]
 
 
 def start(arguments: argparse.Namespace) -> None:
@@ -343,7 +395,7 @@ def evaluate(file: Path, model: Any) -> None:
     `file` holds a JSON list of [prompt, answer], both token ids. `file` with the suffix `.trainer` gets, for each
     sample, fp32 log-probabilities of its answer's tokens as a list of JSON.
     """
-    pairs = json.loads(file.read_text())
+    pairs = read_samples(file)
     samples = [prompt + answer for prompt, answer in pairs]
     prompt_lens = [len(prompt) for prompt, _ in pairs]
     device = torch.device(torch.cuda.current_device())
@@ -408,6 +460,7 @@ def main() -> None:
     """Errors that are meant for the user are one line."""
     arguments = parse_arguments()
     try:
+        require_places(arguments)
         start(arguments)
         train(arguments)
     except DSV3Error as error:

@@ -74,6 +74,11 @@ def test_a_converted_checkpoint_trains_as_its_original_and_goes_on_where_it_stop
         (("--data", "nowhere.txt"), "--data: cannot be read"),
         (("--data", sys.executable), "--data: cannot be read"),
         (("--data", __file__, "--seq-length", 100_000), "needs one more"),
+        (("--save", __file__), "is no folder; name one"),
+        (("--hf-output", SUPPORT), "exists already and is not overwritten"),
+        (("--load-output", SUPPORT), "is no file that can be written"),
+        (("--evaluate", "nowhere.json"), "--evaluate nowhere.json: cannot be read"),
+        (("--evaluate", __file__), "test_train.py: cannot be read"),
         (("--load", SUPPORT), "is no distributed checkpoint of Megatron"),
     ],
 )
@@ -85,6 +90,21 @@ def test_what_cannot_work_is_one_line(
     assert done.returncode == 1
     line = printed(done).strip().splitlines()[-1]
     assert line.startswith("error: ") and expected in line, printed(done)[-2000:]
+
+
+@needs_megatron
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("seq-length", "0", "at least 1"),
+        ("tensor-model-parallel-size", "0", "at least 1"),
+        ("train-iters", "-1", "at least 0"),
+        ("lr", "nan", "above zero"),
+    ],
+)
+def test_a_number_that_cannot_be_is_named(name: str, value: str, says: str, tmp_path: Path) -> None:
+    done = warm(TRAIN, tmp_path, f"--{name}={value}")
+    assert done.returncode == 2 and printed(done).strip().endswith(f"argument --{name}: {value}: {says}")
 
 
 # Megatron's own loop
