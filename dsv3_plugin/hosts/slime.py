@@ -47,7 +47,7 @@ def model_provider(pre_process: bool, post_process: bool, vp_stage: int | None =
     from megatron.training.arguments import core_transformer_config_from_args
 
     args = get_args()
-    config = DeepseekV3Config.from_pretrained(args.hf_checkpoint)
+    config = DeepseekV3Config.from_pretrained(given(args, "hf_checkpoint"))
     # Megatron has no argument for some of what a checkpoint says, such as the length that YaRN stretches.
     asked = Namespace(**(megatron_arguments(config) | vars(args)))
     return build_model(config, core_transformer_config_from_args(asked), pre_process, post_process, vp_stage)
@@ -59,14 +59,15 @@ def init(args: Any) -> None:
     Raises `EngineError` for settings with which its log-probabilities would not be the servers', the `two_form` profile
     among them, and for a version that lacks one of the functions.
     """
-    if args.rollout_temperature != 1.0:
+    temperature = given(args, "rollout_temperature")
+    if temperature != 1.0:
         raise EngineError(
-            f"--rollout-temperature {args.rollout_temperature}: the host divides by a Python number, for which a GPU"
+            f"--rollout-temperature {temperature}: the host divides by a Python number, for which a GPU"
             " multiplies with the reciprocal, and servers do not; only 1.0 gives equal log-probabilities"
         )
     if getattr(args, "true_on_policy_mode", False):
         raise EngineError("--true-on-policy-mode rounds logits to bf16, and the servers' are fp32: leave it out")
-    config = DeepseekV3Config.from_pretrained(args.hf_checkpoint)
+    config = DeepseekV3Config.from_pretrained(given(args, "hf_checkpoint"))
     require_one_form(profile_for(config), "slime and miles")
     if "miles.backends.megatron_utils" in sys.modules:
         weights = "miles.backends.megatron_utils"
@@ -83,12 +84,24 @@ def init(args: Any) -> None:
     replace(f"{weights}.megatron_to_hf", "convert_to_hf", lambda _: partial(convert_to_hf, config))
 
 
+def given(args: Any, name: str) -> Any:
+    """An argument of the host's. Raises `EngineError` where it has none of that name, or was given no value."""
+    if (value := getattr(args, name, None)) is None:
+        raise EngineError(f"--{name.replace('_', '-')} is not given, which dsv3-plugin needs")
+    return value
+
+
 def replace(module: str, name: str, ours: Callable[[Function], Function]) -> None:
     """Put `ours(theirs)` in the place of a host's function, wherever the host has imported it.
 
     Raises `EngineError` where the host has no such function.
     """
-    theirs: Function | None = getattr(import_module(module), name, None)
+    try:
+        theirs: Function | None = getattr(import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # what the host needs is missing, not its module
+            raise
+        theirs = None
     if theirs is None:
         raise EngineError(f"{module} has no {name}, which dsv3-plugin replaces: this version is not supported")
     function = ours(theirs)

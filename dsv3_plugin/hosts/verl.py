@@ -29,12 +29,24 @@ def install() -> None:
         return
     from verl.workers.engine.megatron import transformer_impl
 
+    require(transformer_impl, "vocab_parallel_log_probs_from_logits")
+    require(transformer_impl, "MegatronEngine")
+    engine = transformer_impl.MegatronEngine
+    require(engine, "_build_tf_config")
+
     import dsv3_plugin.hosts.mbridge  # noqa: F401
 
     # Where verl's engine looks it up.
     transformer_impl.vocab_parallel_log_probs_from_logits = log_probs_from_logits
-    engine = transformer_impl.MegatronEngine
     engine._build_tf_config = through_mbridge(engine._build_tf_config)
+
+
+def require(owner: Any, name: str) -> None:
+    """Raise `EngineError` where verl has no such function: put there all the same, ours would never be called."""
+    if not hasattr(owner, name):
+        raise EngineError(
+            f"{owner.__name__} has no {name}, which dsv3-plugin replaces: this version of verl is not supported"
+        )
 
 
 def log_probs_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -175,6 +175,23 @@ def test_a_version_without_one_of_the_functions_is_named(recorded: Path, tiny_ch
     assert "slime.backends.megatron_utils.megatron_to_hf has no convert_to_hf, which dsv3-plugin" in printed(done)
 
 
+@needs_megatron
+def test_arguments_that_the_host_lacks_are_named() -> None:
+    code = "from types import SimpleNamespace as N; import dsv3_plugin.hosts.slime as s; s.init(N(**{}))"
+    for given, name in ("{}", "--rollout-temperature"), ("dict(rollout_temperature=1.0)", "--hf-checkpoint"):
+        done = warm("-c", code.replace("{}", given), modules=MODULES)
+        assert done.returncode and f"{name} is not given, which dsv3-plugin needs" in printed(done)
+
+
+def test_a_version_without_one_of_the_modules_is_named(recorded: Path, tiny_checkpoint: TinyCheckpoint) -> None:
+    (recorded / "slime/backends/megatron_utils/megatron_to_hf/__init__.py").unlink()
+    (recorded / "slime/backends/megatron_utils/megatron_to_hf").rmdir()
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import dsv3_plugin.hosts.slime as s"
+    code += "; s.replace('slime.backends.megatron_utils.megatron_to_hf', 'convert_to_hf', lambda f: f)"
+    done = warm("-c", code, recorded, modules=MODULES)
+    assert "EngineError: slime.backends.megatron_utils.megatron_to_hf has no convert_to_hf" in printed(done)
+
+
 # What slime's scripts/models/deepseek-v3.sh says, for `tiny`.
 ARGUMENTS = """
 --disable-bias-linear --num-layers 4 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4 --kv-channels 32

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import megatron_programs
 import pytest
 from conftest import TinyCheckpoint
 from engines import ENVIRONMENTS, free_port, warm
@@ -15,6 +16,24 @@ from paths import SUPPORT
 
 PYTHON = ENVIRONMENTS / "verl" / "bin" / "python"
 needs_verl = pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON} is missing: run `make .envs/verl/.ready`")
+
+
+VERLS = {
+    "": "has no vocab_parallel_log_probs_from_logits, which dsv3-plugin replaces",
+    "def vocab_parallel_log_probs_from_logits(): pass\n": "has no MegatronEngine, which dsv3-plugin replaces",
+    "def vocab_parallel_log_probs_from_logits(): pass\nclass MegatronEngine: pass\n": "has no _build_tf_config, which",
+}
+
+
+@megatron_programs.needs_megatron
+@pytest.mark.parametrize("text", VERLS)
+def test_a_version_without_what_is_replaced_is_named(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "verl" / "workers" / "engine" / "megatron" / "transformer_impl.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import dsv3_plugin.hosts.verl"
+    done = megatron_programs.warm("-c", code, tmp_path)
+    assert done.returncode and VERLS[text] in printed(done).strip().splitlines()[-1]
 
 
 @needs_verl
