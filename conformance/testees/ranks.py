@@ -7,6 +7,7 @@ all ranks are kept, so that ranks that compute the same rows are compared each. 
 from __future__ import annotations
 
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -39,8 +40,8 @@ _QUIET_PORTS = range(10_000, 32_000)
 def run_ranks(command: Sequence[str], layout: ParallelLayout, job: Job, job_dir: Path, result_dir: Path) -> None:
     """Run `command --layout L --rank R --ports P JOB_DIR RESULT_DIR/rank-R` for each rank, and merge their results.
 
-    Raises `ConformanceError` where ranks disagree about what they served or answered. Exits with the status of a rank
-    that fails.
+    Raises `ConformanceError` where ranks disagree about what they served or answered, or one is killed. Exits with the
+    status of a rank that fails.
     """
     folders = [result_dir / f"rank-{rank}" for rank in range(layout.ranks)]
     if status := wait_for_ranks(start_ranks(command, layout, [[str(job_dir), str(folder)] for folder in folders])):
@@ -81,20 +82,32 @@ def _free_ports() -> list[int]:
 
 
 def wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The exit status of the first that fails, 0 if none does. None runs on."""
-    status, deadline = 0, float("inf")
+    """The exit status of the first that fails, 0 if none does. None runs on.
+
+    Raises `ConformanceError` that names a rank which was killed: it has said nothing itself, and what the others say
+    is of a connection.
+    """
+    failed, deadline = dict[int, int](), float("inf")
     try:
         # Each is asked: one that ends behind one that runs must be seen.
         while None in [process.poll() for process in processes] and time.monotonic() < deadline:
-            failed = [process.returncode for process in processes if process.returncode]
-            if failed and not status:
-                status, deadline = failed[0], time.monotonic() + GRACE
+            if not failed and (failed := _failed(processes)):
+                deadline = time.monotonic() + GRACE
             time.sleep(0.1)
-        return status or next((process.returncode for process in processes if process.returncode), 0)
+        failed = failed or _failed(processes)
     finally:
         for process in processes:
             process.kill()
             process.wait()
+    for rank, status in failed.items():
+        if status < 0:
+            raise ConformanceError(f"rank {rank} of {len(processes)} was killed by {signal.Signals(-status).name}")
+    return next(iter(failed.values()), 0)
+
+
+def _failed(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
+    """The ranks that have failed, and their exit statuses."""
+    return {rank: process.returncode for rank, process in enumerate(processes) if process.returncode}
 
 
 def merge(job: Job, folders: Sequence[Path], layout: ParallelLayout, result_dir: Path) -> Result:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,6 +81,19 @@ def test_ranks_that_fail_or_disagree_are_named(
     monkeypatch.setenv("DSV3_REDUCTION_SLICES", "2")
     with pytest.raises(ConformanceError, match=message):
         run(tiny_checkpoint("bf16"), tmp_path, "tp=2")
+
+
+@pytest.mark.parametrize(("killed", "status"), [(0, 0), (1, 0), (1, 7)])
+def test_a_rank_that_is_killed_is_named(killed: int, status: int) -> None:
+    """Whatever another says in what is left of it."""
+    code = "import os, signal, sys; own, killed, status = map(int, sys.argv[1:]);"
+    code += " os.kill(os.getpid(), signal.SIGKILL) if own == killed else sys.exit(status)"
+    words = [[sys.executable, "-c", code, str(rank), str(killed), str(status)] for rank in range(2)]
+    processes = [subprocess.Popen(each) for each in words]
+    for process in processes:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # so that both are seen at once
+    with pytest.raises(ConformanceError, match=f"rank {killed} of 2 was killed by SIGKILL"):
+        ranks.wait_for_ranks(processes)
 
 
 def test_a_case_that_cannot_run_so_is_named(
