@@ -7,6 +7,9 @@ where an error does stop the engine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 from vllm.logger import init_logger
 
 from dsv3_plugin.engines import switched_off
@@ -42,6 +45,8 @@ def register() -> None:
                 architecture,
             )
         ModelRegistry.register_model(architecture, target)
+    if not hasattr(ModelRegistry.register_model, "__wrapped__"):
+        ModelRegistry.register_model = _telling(ModelRegistry.register_model)  # type: ignore[method-assign]
 
     from dsv3_plugin.vllm_backend import engine, requests
 
@@ -50,10 +55,33 @@ def register() -> None:
     engine.install()
 
 
+def _telling(register_model: Callable[..., None]) -> Callable[..., None]:
+    """Around vLLM's `ModelRegistry.register_model`, which says nothing where a later plugin takes a place."""
+
+    @wraps(register_model)
+    def register(architecture: str, model: object) -> None:
+        from vllm import ModelRegistry
+
+        register_model(architecture, model)
+        if (target := ARCHITECTURES.get(architecture)) is None:
+            return
+        if (owner := _other_owner(ModelRegistry.models.get(architecture), target)) is not None:
+            logger.warning(
+                "dsv3-plugin does not serve %s: another plugin registered %s after it;"
+                " name the one you want in VLLM_PLUGINS",
+                architecture,
+                owner,
+            )
+
+    return register
+
+
 def _other_owner(registered: object, target: str) -> str | None:
     """The class that another plugin registered, as module:class; None for vLLM's own and for ours."""
-    module = getattr(registered, "module_name", None) or type(registered).__module__
-    name = getattr(registered, "class_name", None) or type(registered).__name__
+    # vLLM holds what was registered by name, or with the class itself.
+    model = getattr(registered, "model_cls", None) or type(registered)
+    module = getattr(registered, "module_name", None) or model.__module__
+    name = getattr(registered, "class_name", None) or model.__qualname__
     if registered is None or module.startswith("vllm.") or f"{module}:{name}" == target:
         return None
     return f"{module}:{name}"

@@ -193,6 +193,7 @@ class TestBadInput:
 
 PLUGIN_PROGRAM = """
 import os
+import torch
 from vllm import ModelRegistry
 from dsv3_plugin.vllm_backend import compat, plugin
 
@@ -211,6 +212,12 @@ show("on")
 ModelRegistry.register_model("DeepseekV3ForCausalLM", "their_plugin.model:TheirModel")
 plugin.register()
 show("second")
+their_model = type("TheirClass", (torch.nn.Module,), {"__module__": "their_plugin.model"})
+their_model.forward = lambda self, input_ids, positions: None
+their_model.embed_input_ids = their_model.forward
+ModelRegistry.register_model("DeepseekV3ForCausalLM", their_model)
+plugin.register()
+show("third")
 compat.TESTED = ("0.1.0", "0.2.0")
 print("untested")
 plugin.register()
@@ -233,12 +240,16 @@ def test_the_entry_point(environment: str) -> None:
     output = done.stdout
     assert done.returncode == 0, output
     assert re.search(r"^off: DeepseekV3ForCausalLM is vllm\.model_executor\.models\.", output, re.M)
-    for step in ("on", "second"):
+    for step in ("on", "second", "third"):
         for name in ("DeepseekV3ForCausalLM", "DeepSeekMTPModel"):
             assert f"{step}: {name} is dsv3_plugin.vllm_backend.model:{name}\n" in output
     named = "dsv3-plugin replaces their_plugin.model:TheirModel for DeepseekV3ForCausalLM"
     assert named in output
     assert named not in output[: output.index("on: ")]
+    assert "dsv3-plugin replaces their_plugin.model:TheirClass for DeepseekV3ForCausalLM" in output
+    for name in "TheirModel", "TheirClass":
+        said = f"does not serve DeepseekV3ForCausalLM: another plugin registered their_plugin.model:{name} after it"
+        assert output.count(said) == 1
     warning = r"dsv3-plugin is tested with vLLM 0\.1\.0 to 0\.2\.0, this is 0\.\d+\.\d"
     assert re.search(warning, output[output.index("untested") :])
     assert not re.search("is tested with", output[: output.index("untested")])
