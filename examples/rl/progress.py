@@ -45,8 +45,13 @@ def resume(trainer: Trainer, run: Path) -> Progress:
     folders = sorted(folder for folder in (run / "checkpoints").glob("*") if not folder.suffix)
     if not folders:
         raise InputError(f"{run}: holds no checkpoint to resume from")
+    file = folders[-1] / "progress.json"
+    try:
+        saved = json.loads(file.read_text("utf-8"))
+        waiting = None if saved["waiting"] is None else [Sample(**sample) for sample in saved["waiting"]]
+        progress = Progress(**saved | {"waiting": waiting})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: does not say where the run is: {error}") from None
     trainer.load(folders[-1])
-    saved = json.loads((folders[-1] / "progress.json").read_text())
-    forget_from(run, saved["step"])
-    waiting = None if saved["waiting"] is None else [Sample(**sample) for sample in saved["waiting"]]
-    return Progress(**saved | {"waiting": waiting})
+    forget_from(run, progress.step)
+    return progress

@@ -73,15 +73,31 @@ def line(of_step: dict[str, Any]) -> str:
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
-    """What a run has recorded."""
-    file = run / "metrics.jsonl"
-    return [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+    """What a run has recorded; a last line that was cut, as a killed run may leave one, is left out.
+
+    Raises `InputError` for another line that is no step.
+    """
+    if not (file := run / "metrics.jsonl").exists():
+        return []
+    found, lines = [], file.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            of_step = json.loads(line)
+            of_step["step"] + 0
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            raise InputError(f"{file}:{number}: is no step of a run; remove the line") from None
+        found.append(of_step)
+    return found
 
 
 def forget_from(run: Path, step: int) -> None:
     """Drop the steps from `step` on, which are run again."""
     kept = [of_step for of_step in steps(run) if of_step["step"] < step]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(of_step) + "\n" for of_step in kept))
+    part = run / "metrics.jsonl.part"  # so that a run killed here keeps what it had
+    part.write_text("".join(json.dumps(of_step) + "\n" for of_step in kept))
+    part.replace(run / "metrics.jsonl")
 
 
 def draw(run: Path, path: Path) -> None:

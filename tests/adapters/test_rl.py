@@ -31,12 +31,13 @@ from dsv3_plugin.checkpoint.make import make_checkpoint
 from dsv3_plugin.checkpoint.presets import read_config
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.tokenizer import DEEPSEEK_VOCAB
-from dsv3_plugin.errors import EngineError
+from dsv3_plugin.errors import EngineError, InputError
 from dsv3_plugin.profile import ATTENTION_VARIABLE
 
 EXAMPLE = ROOT / "examples" / "rl"
 sys.path.insert(0, str(EXAMPLE))
 
+import record  # noqa: E402
 import servers as rl  # noqa: E402
 from hand_over import Weights  # noqa: E402
 from launch import Launch, started  # noqa: E402
@@ -360,12 +361,15 @@ def test_a_recipe_gives_defaults(models: list[Path], tmp_path: Path) -> None:
 @needs_megatron
 def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
+    (broken := tmp_path / "broken" / "checkpoints" / "00001" / "progress.json").parent.mkdir(parents=True)
+    broken.write_text('{"step"')
     for arguments, expected in (
         ((tmp_path,), "is not empty, and nothing is overwritten; --resume continues a run"),
         ((tmp_path / "mine",), "mine: is no folder; name one for the run"),
         ((tmp_path / "c", "--reward", "model", "--reward-model", tmp_path / "judge"), "judge: no such folder"),
         ((tmp_path / "a", "--server", "trt"), "--server trt: not one of vllm, sglang"),
         ((tmp_path / "b", "--resume"), "holds no checkpoint to resume from"),
+        ((tmp_path / "broken", "--resume"), "progress.json: does not say where the run is: "),
         ((tmp_path / "c", "--reward", "model"), "--reward model and --reward-model FOLDER go together"),
         ((tmp_path / "d", "--hand-over", "ipc"), "--hand-over ipc: vLLM takes weights out of a card's memory only"),
         (
@@ -422,6 +426,17 @@ def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> Non
 def test_samples_that_cannot_be_drawn(models: list[Path], arguments: tuple[str, ...], expected: str) -> None:
     done = warm(SAMPLE, models[0], *arguments, modules=MODULES)
     assert done.returncode and expected in printed(done).splitlines()[-1]
+
+
+def test_what_a_killed_run_recorded_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0}\n{"step": 1}\n{"ste')
+    assert record.steps(tmp_path) == [{"step": 0}, {"step": 1}]
+    record.forget_from(tmp_path, 1)
+    assert file.read_text() == '{"step": 0}\n' and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    file.write_text('{"step": 0}\nx\n{"step": 1}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: is no step of a run"):
+        record.steps(tmp_path)
 
 
 def test_servers_start_with_what_they_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
