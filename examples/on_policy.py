@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv3_plugin.checkpoint.loader import load_model
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.errors import DSV3Error
 from dsv3_plugin.layers.attend import WholeSequences
 from dsv3_plugin.layers.model import bind_ops
 from dsv3_plugin.ops.paged_batch import whole_sequence
@@ -110,6 +112,13 @@ def main() -> None:
     for name in chosen:
         if name not in PROGRAMS and name != "reference":
             parser.error(f"--server {name}: not one of reference, {', '.join(PROGRAMS)}")
+    for python in (arguments.trainer, *filter(None, chosen.values())):
+        if shutil.which(python) is None:
+            parser.error(f"{python}: No such file, or not executable; name a Python")
+    try:
+        CheckpointReader(arguments.checkpoint)
+    except DSV3Error as error:
+        sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory() as folder:
         weights, state = Path(folder) / "huggingface", Path(folder) / "megatron"
         train = [arguments.trainer, str(TRAIN), str(arguments.checkpoint), "--train-iters", str(arguments.train_iters)]

@@ -91,9 +91,9 @@ class Corpus:
             raise InputError("a conversation is a list of messages, each with role and content")
         begin = [self._special(self.begin)]
         if messages[0].get("role") == "system":
-            if not isinstance(content := messages[0].get("content", ""), str):
-                raise InputError(f"a system's message is no text: {type(content).__name__}")
-            begin += self._encode(content)
+            if not isinstance(said := messages[0].get("content", ""), str):
+                raise InputError(f"a system's message is no text: {type(said).__name__}")
+            begin += self._encode(said)
             messages = messages[1:]
         segments: list[Segment] = [(begin, False)]
         for message in messages:

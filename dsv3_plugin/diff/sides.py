@@ -214,7 +214,8 @@ def matched(left: Side, right: Side) -> list[Pair]:
 
 
 def _pair(left: Sample, right: Sample) -> Pair:
-    tokens, missing = [], []
+    tokens: list[int] = []
+    missing: list[int] = []
     for i, (a, b) in enumerate(zip(left.token_ids, right.token_ids, strict=False)):
         if a != b:
             break

@@ -202,6 +202,12 @@ def test_one_weight_that_is_off_by_one_ulp_is_caught(tiny_checkpoint: TinyCheckp
 def test_an_unknown_server_is_refused(tmp_path: Path) -> None:
     done = on_policy(tmp_path, "--server", "nobody")
     assert done.returncode == 2 and "--server nobody: not one of reference, vllm, sglang" in printed(done)
+    done = on_policy(tmp_path, "--server", "vllm=/nope/python")
+    assert done.returncode == 2 and "/nope/python: No such file, or not executable; name a Python" in printed(done)
+    done = on_policy(tmp_path / "none", "--server", "reference")
+    assert done.returncode == 1 and printed(done).strip().endswith(
+        "none: no such folder; a checkpoint is a folder with config.json"
+    )
 
 
 # Versions
