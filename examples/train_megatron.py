@@ -39,6 +39,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import distributed as dist
 
+from dsv3_plugin.argument_types import above_zero, from_zero, positive
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.writer import copy_side_files
 from dsv3_plugin.conformance.texts import real_text, tokenize
@@ -50,30 +51,6 @@ from dsv3_plugin.megatron_backend.log_probs import log_probs
 from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.moe import Router
 from dsv3_plugin.megatron_backend.weights import load_checkpoint, save_checkpoint
-
-
-def positive(text: str) -> int:
-    """An argument's number."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: at least 1")
-    return number
-
-
-def from_zero(text: str) -> int:
-    """An argument's number, which may be none."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number}: at least 0")
-    return number
-
-
-def above_zero(text: str) -> float:
-    """An argument's number."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: above zero")
-    return number
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -40,7 +40,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from arguments import above_zero, from_zero, positive
 from judge import Judge
 from launch import ENVIRONMENTS, Launch, exit_on_sigterm, started
 from mismatch import Checks
@@ -52,6 +51,7 @@ from servers import SERVERS, Server, counted
 from task import TASKS, Words, problems
 from trainer import Packed, Trainer, pack
 
+from dsv3_plugin.argument_types import above_zero, from_zero, positive
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import DSV3Error, EngineError, InputError
 from dsv3_plugin.profile import ATTENTION_VARIABLE, SLICES_VARIABLE

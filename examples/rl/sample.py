@@ -19,12 +19,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from arguments import above_zero, positive
 from launch import ENVIRONMENTS, Launch, exit_on_sigterm, started
 from record import console
 from servers import SERVERS, Request, Server
 from task import TASKS, Conversation, Problem, Words, problems
 
+from dsv3_plugin.argument_types import above_zero, positive
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import DSV3Error, InputError
 

@@ -20,12 +20,12 @@ import sys
 from pathlib import Path
 
 import torch
-from arguments import above_zero, positive
 from recipes import SFT
 from record import console
 from task import Conversation, Words
 from trainer import Trainer, pack
 
+from dsv3_plugin.argument_types import above_zero, positive
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import DSV3Error, InputError
 

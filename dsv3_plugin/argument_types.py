@@ -1,4 +1,4 @@
-"""Numbers that the commands of this folder take, as types of `argparse`."""
+"""Numbers that programs take on their command line, as types of `argparse`, which prints the error that each raises."""
 
 from __future__ import annotations
 
