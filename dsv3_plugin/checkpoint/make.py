@@ -31,13 +31,14 @@ from typing import Any
 
 import torch
 
+from dsv3_plugin.checkpoint.masters import as_written
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, TensorSpec, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.tokenizer import tokenizer_files
 from dsv3_plugin.checkpoint.traps import is_planted, plant
 from dsv3_plugin.checkpoint.writer import DEFAULT_SHARD_BYTES, Progress, new_folder, write_weights
 from dsv3_plugin.config import FP8_BLOCK, DeepseekV3Config
-from dsv3_plugin.ops.quantize import E4M3, quantize_weight
+from dsv3_plugin.ops.quantize import E4M3
 from dsv3_plugin.profile import profile_for
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -183,14 +184,7 @@ class _Maker:
         weight = self.draw(spec)
         if self.traps:
             plant(spec.name, weight)
-        if self.dtype(spec) != E4M3:
-            return {spec.name: weight.to(self.dtype(spec))}
-        scale_format = profile_for(self.config).scale_format
-        assert scale_format is not None
-        # By rows of blocks, which a core's cache holds: at a real model's width four times as fast as all at once.
-        parts = [quantize_weight(rows, scale_format) for rows in weight.split(FP8_BLOCK)]
-        quantized, scale = (torch.cat(list(part)) for part in zip(*parts, strict=True))
-        return {spec.name: quantized, spec.name + SCALE_SUFFIX: scale}
+        return dict(as_written(spec.name, weight, self.config))
 
     def draw(self, spec: TensorSpec) -> torch.Tensor:
         """The numbers of a weight, in bf16 (a router's bias: fp32, and not of bf16's grid)."""

