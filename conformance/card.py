@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dsv3_plugin.conformance.claims import Claims
 from dsv3_plugin.conformance.protocol import Claim, Device
 from dsv3_plugin.conformance.verdicts import SPECIFICATION
-from dsv3_plugin.errors import ConformanceError
+from dsv3_plugin.errors import ConformanceError, first_mistake
 
 FORMAT = 1
 
@@ -203,10 +203,7 @@ def read_report(file: Path) -> dict[str, Any]:
 
 def _first(error: Exception) -> str:
     """What is wrong with a file, in one line: of many mistakes the first."""
-    if not isinstance(error, ValidationError):
-        return " ".join(str(error).split())
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    return first_mistake(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
 
 
 def cards(claims: Claims, reports: Sequence[dict[str, Any]]) -> list[Card]:

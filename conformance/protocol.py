@@ -38,7 +38,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dsv3_plugin.errors import ConformanceError
+from dsv3_plugin.errors import ConformanceError, first_mistake
 
 PROTOCOL_VERSION = "1.1"
 PROGRESS_PREFIX = "DSV3-PROGRESS "
@@ -323,11 +323,7 @@ def _read(kind: type[_T], file: Path) -> _T:
     except FileNotFoundError:
         raise ConformanceError(f"{file}: missing; the testee did not finish") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ConformanceError(
-            f"{file}: does not follow the protocol: {field + ': ' if field else ''}{first['msg']}"
-        ) from None
+        raise ConformanceError(f"{file}: does not follow the protocol: {first_mistake(error)}") from None
 
 
 def _is_newer_minor(version: str, file: Path) -> bool:

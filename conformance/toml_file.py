@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dsv3_plugin.errors import ConformanceError
+from dsv3_plugin.errors import ConformanceError, first_mistake
 
 _T = TypeVar("_T", bound=BaseModel)
 
@@ -22,5 +22,4 @@ def read_toml(kind: type[_T], file: Path, option: str) -> _T:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConformanceError(f"{option} {file}: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConformanceError(f"{option} {file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ConformanceError(f"{option} {file}: {first_mistake(error)}") from None

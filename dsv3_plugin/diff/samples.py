@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint
-from dsv3_plugin.errors import DiffError
+from dsv3_plugin.errors import DiffError, first_mistake
 
 SAMPLES = "samples.jsonl"
 WEIGHTS = "weights.json"
@@ -117,6 +117,4 @@ def _validated(kind: TypeAdapter[T], text: bytes, where: str) -> T:
     try:
         return kind.validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise DiffError(f"{where}: {field + ': ' if field else ''}{first['msg']}") from None
+        raise DiffError(f"{where}: {first_mistake(error)}") from None

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint
 from dsv3_plugin.conformance.compare import RowFile
-from dsv3_plugin.conformance.protocol import Job, Request, Result, prefix_digest, read_job, tensor_file
+from dsv3_plugin.conformance.protocol import JOB_FILE, Job, Request, Result, prefix_digest, read_job, tensor_file
 from dsv3_plugin.conformance.validate import require_answers
 from dsv3_plugin.diff.samples import ABOUT, LOGITS, SAMPLES, WEIGHTS, About, Sample, read_about, read_samples
 from dsv3_plugin.diff.samples import read_weights as read_weights_file
@@ -94,8 +94,8 @@ class _LogitsOfDump:
 
 
 def _of_suite(folder: Path) -> Side:
-    if not (folder.parent / "job.json").is_file():
-        raise DiffError(f"{folder.parent}/job.json: missing; a testee's results are compared beside their job")
+    if not (folder.parent / JOB_FILE).is_file():
+        raise DiffError(f"{folder.parent / JOB_FILE}: missing; a testee's results are compared beside their job")
     job = read_job(folder.parent)
     result = require_answers(job, folder)
     # Penalties and biases change logits behind the model.
