@@ -5,6 +5,7 @@ variable that changes an engine's numbers is described.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,9 +24,9 @@ class Variable:
     level: Level = "problem"
 
 
-def switched_off() -> bool:
+def switched_off(variables: Mapping[str, str] = os.environ) -> bool:
     """Whether `DSV3_PLUGIN=off` leaves the engine's own model in place."""
-    return os.environ.get(KILL_SWITCH, "").lower() in OFF
+    return variables.get(KILL_SWITCH, "").lower() in OFF
 
 
 def class_name(model: object) -> str:

@@ -47,7 +47,7 @@ from dsv3_plugin.profile import (
 from dsv3_plugin.providers import offered_kernels
 from dsv3_plugin.registry import MODE_VARIABLE, Mode, bind, mode_from_environment, refusal
 from dsv3_plugin.sglang_backend import doctor as sglang
-from dsv3_plugin.variables import KILL_SWITCH, OFF, wrong_variables
+from dsv3_plugin.variables import KILL_SWITCH, wrong_variables
 from dsv3_plugin.version import __version__
 from dsv3_plugin.vllm_backend import doctor as vllm
 
@@ -381,7 +381,7 @@ def _of_variables(variables: Mapping[str, str]) -> Iterable[Finding]:
     for text in wrong_variables(variables):
         found = True
         yield Finding("problem", "environment variables", text, "no model is built with it")
-    if variables.get(KILL_SWITCH, "").lower() in OFF:
+    if switched_off(variables):
         known[KILL_SWITCH] = Variable("engines serve their own DeepSeek-V3")
     for name, variable in known.items():
         value = variables.get(name)
