@@ -427,9 +427,9 @@ def start(arguments: argparse.Namespace) -> None:
     )
     reader = CheckpointReader(arguments.checkpoint)
     # What only servers know is asked before the model learns anything.
+    ours = str(reader.profile())
     for name, _, address in named:
         launch.require(name, address)
-        ours = str(reader.profile())
         if address and not launch.stock and (theirs := SERVERS[name](address).profile()) != ours:
             raise EngineError(
                 f"--server {name}={address}: computes in {theirs}, the trainer in {ours};"

@@ -81,8 +81,9 @@ def start(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.out}: cannot be made, for a file is in the place of a folder")
     data = conversations(arguments.data)
     longest, words = CheckpointReader(arguments.checkpoint).config.max_position_embeddings, Words(arguments.checkpoint)
-    for number, each in enumerate(data, 1):
-        if (tokens := len(words.prompt(each.user)) + len(words.answer(each.assistant))) > longest:
+    samples = [(words.prompt(each.user), words.answer(each.assistant), 1.0) for each in data]
+    for number, (prompt, answer, _) in enumerate(samples, 1):
+        if (tokens := len(prompt) + len(answer)) > longest:
             raise InputError(f"{arguments.data}:{number}: {tokens:,} tokens; the model knows {longest:,} positions")
     trainer = Trainer(
         arguments.checkpoint,
@@ -92,11 +93,11 @@ def start(arguments: argparse.Namespace) -> None:
         moe_router_bias_update_rate=arguments.moe_router_bias_update_rate,
     )
     draw = random.Random(arguments.seed)
-    order = [i for _ in range(arguments.epochs) for i in draw.sample(range(len(data)), len(data))]
+    order = [i for _ in range(arguments.epochs) for i in draw.sample(range(len(samples)), len(samples))]
     size = arguments.batch_size
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     for step, batch in enumerate(batches):
-        packed = pack([(words.prompt(data[i].user), words.answer(data[i].assistant), 1.0) for i in batch])
+        packed = pack([samples[i] for i in batch])
         with trainer.gradients(cosine(step, len(batches), arguments.lr, arguments.min_lr)) as said:
             loss = -trainer.log_probs(packed).mean()
             loss.backward()
