@@ -17,9 +17,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsv3_plugin.conformance.claims import Claims
-from dsv3_plugin.conformance.protocol import Claim, Device
+from dsv3_plugin.conformance.protocol import Claim, Device, first_mistake
 from dsv3_plugin.conformance.verdicts import SPECIFICATION
-from dsv3_plugin.errors import ConformanceError, first_mistake
+from dsv3_plugin.errors import ConformanceError
 
 FORMAT = 1
 

@@ -38,7 +38,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dsv3_plugin.errors import ConformanceError, first_mistake
+from dsv3_plugin.errors import ConformanceError
 
 PROTOCOL_VERSION = "1.1"
 PROGRESS_PREFIX = "DSV3-PROGRESS "
@@ -324,6 +324,12 @@ def _read(kind: type[_T], file: Path) -> _T:
         raise ConformanceError(f"{file}: missing; the testee did not finish") from None
     except ValidationError as error:
         raise ConformanceError(f"{file}: does not follow the protocol: {first_mistake(error)}") from None
+
+
+def first_mistake(error: ValidationError) -> str:
+    """What pydantic found first, in one line: `cases.3.name: Field required`."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
 
 
 def _is_newer_minor(version: str, file: Path) -> bool:

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dsv3_plugin.errors import ConformanceError, first_mistake
+from dsv3_plugin.conformance.protocol import first_mistake
+from dsv3_plugin.errors import ConformanceError
 
 _T = TypeVar("_T", bound=BaseModel)
 

@@ -5,13 +5,6 @@ what to do about it. The command line prints the line and exits with status 2; a
 the last line of its traceback. Anything else that escapes is a bug of ours.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
-
 
 class DSV3Error(Exception):
     """Base of all errors that are meant for the user."""
@@ -43,9 +36,3 @@ class ConformanceError(DSV3Error):
 
 class DiffError(DSV3Error):
     """Two sides of `dsv3 diff` cannot be read, or have nothing in common."""
-
-
-def first_mistake(error: ValidationError) -> str:
-    """What pydantic found first, in one line: `cases.3.name: Field required`."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")

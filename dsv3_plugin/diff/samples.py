@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint
-from dsv3_plugin.errors import DiffError, first_mistake
+from dsv3_plugin.conformance.protocol import first_mistake
+from dsv3_plugin.errors import DiffError
 
 SAMPLES = "samples.jsonl"
 WEIGHTS = "weights.json"
