@@ -111,15 +111,26 @@ class TesteeCommand:
 
     @staticmethod
     def _of_engine(engine: str, name: str, environments: Path) -> tuple[str, ...]:
-        environment = environments / engine / "bin" / "python"
-        python = str(environment) if environment.exists() else sys.executable
-        module, program = ENGINES[engine], f"{_PACKAGE}.{name.replace('-', '_')}"
-        if module is not None and subprocess.run([python, "-c", _IS_INSTALLED, module, _PACKAGE]).returncode:
-            raise ConformanceError(
-                f"--testee {name}: {engine} and dsv3-plugin are not both installed for {python};"
-                f" set up {environments}/{engine} with both, or give {name}='PYTHON -m {program}'"
-            )
-        return python, "-m", program
+        program = f"{_PACKAGE}.{name.replace('-', '_')}"
+        try:
+            return python_of(engine, environments), "-m", program
+        except ConformanceError as error:
+            raise ConformanceError(f"--testee {name}: {error}, or give {name}='PYTHON -m {program}'") from None
+
+
+def python_of(engine: str, environments: Path) -> str:
+    """The Python of an engine: `environments/ENGINE/bin/python` if there is one, else this one.
+
+    Raises `ConformanceError` where the engine is not installed for it.
+    """
+    environment = environments / engine / "bin" / "python"
+    python = str(environment) if environment.exists() else sys.executable
+    module = ENGINES[engine]
+    if module is not None and subprocess.run([python, "-c", _IS_INSTALLED, module, _PACKAGE]).returncode:
+        raise ConformanceError(
+            f"{engine} and dsv3-plugin are not both installed for {python}; set up {environments}/{engine} with both"
+        )
+    return python
 
 
 _IS_INSTALLED = (

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dsv3_plugin.conformance.layouts import RankOf
-from dsv3_plugin.conformance.runner import TesteeCommand
+from dsv3_plugin.conformance.runner import python_of
 from dsv3_plugin.errors import DSV3Error, EngineError
 
 _Contender = TypeVar("_Contender")
@@ -45,6 +45,30 @@ def read_job(kind: type[_Message], folder: Path) -> _Message:
         raise EngineError(f"{file}: is no job: {error}") from None
 
 
+def begin(folder: Path, settings: _Message, *free: str) -> tuple[_Message, bool]:
+    """The settings of the run in a folder, and whether it is new there: then they are `settings`, and the caller writes
+    them with `write_job` when all else of the run is there.
+
+    Raises `EngineError` where the folder is none, holds other files, or a run of other settings than these, those in
+    `free` left out.
+    """
+    if (folder / "job.json").exists():
+        before = read_job(type(settings), folder)
+        now = settings.model_dump()
+        began = [(name, value) for name, value in before.model_dump().items() if name not in free]
+        if other := [f"{name} {value}, not {now[name]}" for name, value in began if value != now[name]]:
+            raise EngineError(f"{folder}: holds a run of another kind: {', '.join(other)}; name a new folder")
+        return before, False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = any(folder.iterdir())
+    except OSError as error:
+        raise EngineError(f"--out {folder}: cannot be a run's folder: {error.strerror}") from None
+    if others:
+        raise EngineError(f"{folder}: holds other files; name a new folder")
+    return settings, True
+
+
 def attempts(place: Path) -> list[Path]:
     """Those made so far, in order."""
     return sorted(place.glob("[0-9]*"), key=lambda attempt: int(attempt.name))
@@ -60,7 +84,7 @@ def new_attempt(place: Path, job: Message) -> Path:
 
 def command(environment: str, module: str, environments: Path, variables: Mapping[str, str]) -> tuple[str, ...]:
     """A program in an environment, with variables of its own. Raises `ConformanceError` where there is none."""
-    python = TesteeCommand.parse(environment, environments).command[0]
+    python = python_of(environment, environments)
     words = [f"{name}={value}" for name, value in variables.items()]
     return (*(("env", *words) if words else ()), python, "-m", module)
 

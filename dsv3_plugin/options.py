@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal
 
 from dsv3_plugin.errors import EngineError
@@ -81,7 +82,7 @@ class Options:
             values: the engine's options as it was started.
         """
         problems = [
-            f"{name}={values[name]!r}: {rule.reason}"
+            f"{name}={_written(values[name])}: {rule.reason}"
             for name, rule in self.rules.items()
             if rule.verdict == "refused" and name in values and not rule.allows(values[name])
         ]
@@ -89,3 +90,8 @@ class Options:
             raise EngineError(
                 f"dsv3-plugin does not serve these options of {self.engine}: {'; '.join(problems)}. {self.otherwise}"
             )
+
+
+def _written(value: Any) -> str:
+    """As a user gave it: an engine's enumerations show what they hold, which may be a path of its source."""
+    return value.name if isinstance(value, Enum) else repr(value)

@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_plugin.config import DeepseekV3Config
+from dsv3_plugin.errors import EngineError
 from dsv3_plugin.profile import Profile, profile_for
 
 
@@ -87,9 +88,11 @@ def transformer_config(config: DeepseekV3Config, profile: Profile, **settings: A
     """What a Megatron training script needs to know of a model; `settings` are Megatron's own fields and win.
 
     The defaults train as the DeepSeek-V3 report does (section 4.2): bias update at 0.001, complementary sequence-wise
-    balance loss at 0.0001, MTP loss at 0.3.
+    balance loss at 0.0001, MTP loss at 0.3. Raises `EngineError` for a field that Megatron does not have.
     """
     known = {field.name for field in fields(MLATransformerConfig)}
+    if unknown := sorted(settings.keys() - known):
+        raise EngineError(f"Megatron's MLATransformerConfig has no {', '.join(unknown)}")
     chosen: dict[str, Any] = {
         **{name: value for name, value in of_model(config, profile).items() if name in known},
         **_TRAINING,

@@ -43,7 +43,7 @@ def bench_engines(
     acceptance: Annotated[float, typer.Option(min=0, max=1, help="Part of forced drafts that is right.")] = (
         plan.ACCEPTANCE
     ),
-    tokens: Annotated[int, typer.Option(help="No measurement of more tokens of prompts.")] = plan.MOST_TOKENS,
+    tokens: Annotated[int, typer.Option(min=1, help="No measurement of more tokens of prompts.")] = plan.MOST_TOKENS,
     steps: Annotated[int, typer.Option(min=4, help="Decode steps timed in each pass.")] = 64,
     passes: Annotated[int, typer.Option(min=1, help="Passes of each measurement.")] = 2,
     rounds: Annotated[

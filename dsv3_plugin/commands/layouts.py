@@ -66,13 +66,17 @@ def bench_layouts(
 ) -> None:
     """Passes of a model shared by ranks of this machine against one rank, and whether their bits are equal."""
     layouts = [ParallelLayout.parse(text) for text in layout]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConformanceError(f"--device cuda: torch {torch.__version__} of this environment finds no card")
     reader = CheckpointReader(checkpoint)
     profile, longest = reader.profile(), reader.config.max_position_embeddings
     if beyond := [count for count in tokens or () if count > longest]:
         raise ConformanceError(f"--tokens {beyond[0]:,}: the model knows {longest:,} positions")
     for each in layouts:
         each.require_possible(reader.config, profile)
-        if each.pp > 1 or each.ranks == 1:
+        if each.ranks == 1:
+            raise ConformanceError(f"--layout {each}: is what every layout is compared with; name tp, dp and ep")
+        if each.pp > 1:
             raise ConformanceError(f"--layout {each}: stages only hand on activations; name tp, dp and ep")
     table = Table(title=f"{checkpoint} ({profile}), {repeats} passes, median ms (quartiles)", title_justify="left")
     for column in ("layout", "tokens a rank", "one rank", "shared", "ratio", "bits"):

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from dsv3_plugin.conformance.protocol import Device
+from dsv3_plugin.errors import EngineError
 from dsv3_plugin.train_bench import plan, report, runner
 from dsv3_plugin.train_bench.board import Board
 
@@ -51,10 +52,16 @@ def bench_train(
     """Time, parts, memory and losses of training steps: this package's layers, and Megatron's own in FP8 and bf16.
 
     Each contender is a process of its own and begins with the same weights. The report stands in the folder
-    (train.json, .md) after every contender; exit status 1 where one of this package's did not make all steps.
+    (train.json, .md) after every contender; exit status 1 where one of this package's did not make all steps, and where
+    nobody did.
     """
     config = plan.read_model(model, experts)
     if experts is None and device == "cuda":
+        if not torch.cuda.is_available():
+            raise EngineError(
+                f"--device cuda: torch {torch.__version__} of this environment finds no card to ask how many experts"
+                " it has room for; name --experts"
+            )
         config["n_routed_experts"] = plan.fitting_experts(config, tokens, torch.cuda.mem_get_info()[1])
     console = Console()
 
@@ -82,5 +89,6 @@ def bench_train(
     console.print(*(table.drawn() for table in report.tables(board)), sep="\n\n")
     for remark in report.remarks(board):
         console.print(f"* {remark}", highlight=False, markup=False, soft_wrap=True)
-    ours = [record for record in board.records if record.job.layers == "ours"]
-    raise typer.Exit(1 if any(record.end is None for record in ours) else 0)
+    failed = [record for record in board.records if record.end is None]
+    of_ours = any(record.job.layers == "ours" for record in failed)
+    raise typer.Exit(1 if of_ours or len(failed) == len(board.records) else 0)

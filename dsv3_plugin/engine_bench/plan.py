@@ -6,6 +6,7 @@ of them, and the fastest whose rows mean something is what ours is compared with
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -130,12 +131,13 @@ def measurements(choice: Choice) -> list[Measurement]:
 
 def _prefill(text: str) -> Measurement:
     """`8x4096`, or `8x4096/2048` where a pass takes 2048 tokens."""
-    sizes, _, chunk = text.partition("/")
-    try:
-        requests, tokens = map(int, sizes.split("x"))
-        return Measurement(kind="prefill", requests=requests, tokens=tokens, chunk=int(chunk) if chunk else None)
-    except ValueError:
-        raise EngineError(f"--prefill {text}: write REQUESTSxTOKENS or REQUESTSxTOKENS/CHUNK") from None
+    sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:/([1-9]\d*))?", text)
+    if sizes is None:
+        raise EngineError(f"--prefill {text}: write REQUESTSxTOKENS or REQUESTSxTOKENS/CHUNK, each 1 or more")
+    requests, tokens, chunk = sizes.groups()
+    return Measurement(
+        kind="prefill", requests=int(requests), tokens=int(tokens), chunk=None if chunk is None else int(chunk)
+    )
 
 
 def impossible(measurement: Measurement, steps: int, most_tokens: int, model: Model) -> str | None:

@@ -23,7 +23,7 @@ from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.conformance.layouts import ParallelLayout
 from dsv3_plugin.conformance.programs import Program, Progress, run_programs
 from dsv3_plugin.conformance.protocol import Device
-from dsv3_plugin.contenders import Message, attempts, command, new_attempt, read_job, write_job
+from dsv3_plugin.contenders import Message, attempts, begin, command, new_attempt, read_job, write_job
 from dsv3_plugin.engine_bench.contenders.reference import Asked, ReferenceJob, distance, places_in
 from dsv3_plugin.engine_bench.judge import Board, Record, seconds
 from dsv3_plugin.engine_bench.limits import Model, read_model
@@ -267,17 +267,8 @@ def prepare(
     if any(contender.is_ours for contender in contenders):
         layout.require_possible(reader.config, reader.profile())
     model = read_model(checkpoint)
-    if (folder / "job.json").exists():
-        before = read_job(Settings, folder)
-        now = settings.model_dump(exclude={"date"})
-        if other := {name: value for name, value in before.model_dump(exclude={"date"}).items() if value != now[name]}:
-            differences = ", ".join(f"{name} {value}, not {now[name]}" for name, value in other.items())
-            raise EngineError(f"{folder}: holds a run of another kind: {differences}; name a new folder")
-        settings = before
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise EngineError(f"{folder}: holds other files; name a new folder")
+    settings, is_new = begin(folder, settings, "date")
+    if is_new:
         write_job(settings, folder)
     reasons = {str(m): reason for m in measurements if (reason := impossible(m, steps, most_tokens, model))}
     return Bench(

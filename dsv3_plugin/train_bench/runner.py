@@ -6,6 +6,7 @@ that ended early goes on in its folder: who made all steps is not asked again.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from dsv3_plugin.checkpoint.tokenizer import tokenizer_files
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.conformance.programs import Program, Progress, run_programs
 from dsv3_plugin.conformance.protocol import Device
-from dsv3_plugin.contenders import Message, attempts, command, new_attempt, read_job, write_job
+from dsv3_plugin.contenders import Message, attempts, begin, command, new_attempt, read_job, write_job
 from dsv3_plugin.errors import ConformanceError, EngineError
 from dsv3_plugin.train_bench import plan, text
 from dsv3_plugin.train_bench.board import Board, Record
@@ -146,11 +147,13 @@ def prepare(
     progress: Progress,
     changed: Callable[[Board], None],
 ) -> Bench:
-    """A run in a folder, new or begun before. Raises `EngineError` where that was of something else or a sequence is
-    too long, `ConfigError` for a configuration that is no model of this package, and `ConformanceError` where
-    Megatron-Core is not installed.
+    """A run in a folder, new or begun before. Raises `EngineError` where that was of something else, a sequence is too
+    long or the learning rate no number above zero, `ConfigError` for a configuration that is no model of this package,
+    and `ConformanceError` where Megatron-Core is not installed.
     """
-    parsed = DeepseekV3Config.from_dict(config)
+    parsed = DeepseekV3Config.from_dict(config, where=model)
+    if not 0 < learning_rate < math.inf:
+        raise EngineError(f"--lr {learning_rate}: above zero, and finite")
     if sequence > parsed.max_position_embeddings:
         raise EngineError(f"--tokens {sequence:,}: the model knows {parsed.max_position_embeddings:,} positions")
     settings = Settings(
@@ -165,15 +168,8 @@ def prepare(
         date=time.strftime("%Y-%m-%d"),
     )
     _command(environments, {})
-    if (folder / "job.json").exists():
-        before = read_job(Settings, folder)
-        if before.model_copy(update={"date": settings.date}) != settings:
-            raise EngineError(f"{folder}: holds a run of another kind; name a new folder")
-        settings = before
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise EngineError(f"{folder}: holds other files; name a new folder")
+    settings, is_new = begin(folder, settings, "date")
+    if is_new:
         for name, content in tokenizer_files(parsed.vocab_size).items():
             (folder / name).write_text(content, "utf-8")
         text.write((steps + profiled) * sequence + 1, folder, folder / _TOKENS)

@@ -63,7 +63,9 @@ def read(path: Path) -> Scoreboard:
     except OSError as error:
         raise KernelError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        raise KernelError(f"{path} is no scoreboard: {error.errors()[0]['msg']}") from error
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise KernelError(f"{path} is no scoreboard: {where}: {first['msg']}") from error
 
 
 _LEGEND = (

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from dsv3_plugin.commands import layouts
@@ -54,11 +55,22 @@ def test_other_bits_are_seen(mini: dict[str, Path], tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("layout", "message"), [("tp=2", "set DSV3_REDUCTION_SLICES"), ("pp=2", "stages only hand on"), ("one", "name tp")]
+    ("layout", "message"),
+    [
+        ("tp=2", "set DSV3_REDUCTION_SLICES"),
+        ("pp=2", "stages only hand on"),
+        ("one", "is what every layout is compared with; name tp"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused(layout: str, message: str, mini: dict[str, Path]) -> None:
     with pytest.raises(ConformanceError, match=message):
         bench(mini["bf16"], "--layout", layout)
+
+
+def test_a_card_that_is_not_there_is_not_replaced_by_the_host(mini: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConformanceError, match=r"--device cuda: torch .* finds no card"):
+        bench(mini["bf16"], "--layout", "dp=2,ep=2", "--device", "cuda")
 
 
 def test_more_tokens_than_positions_are_refused(mini: dict[str, Path]) -> None:

@@ -18,7 +18,8 @@ from engines import predict_logits
 from safetensors.torch import load_file, save_file
 
 from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout, RankOf
-from dsv3_plugin.contenders import read_job
+from dsv3_plugin.conformance.runner import TesteeCommand
+from dsv3_plugin.contenders import command, read_job
 from dsv3_plugin.engine_bench import judge, limits, plan, plot, report, runner
 from dsv3_plugin.engine_bench.contenders import program, reference
 from dsv3_plugin.engine_bench.contenders.ranks import Ranks, Visited, devices
@@ -507,8 +508,9 @@ def test_measurements_are_chosen():
         "decode 1 at 64, 3 drafts, its own",
     ]
     assert len(plan.measurements(plan.Choice(only=("decode",)))) == len(plan.BATCHES) * len(plan.CONTEXTS)
-    with pytest.raises(EngineError, match="--prefill 8"):
-        plan.measurements(plan.Choice(prefills=("8",)))
+    for wrong in "8", "0x4", "4x0", "4x4/0", "4x4/", "-1x4", "4xx4", "4x4.5":
+        with pytest.raises(EngineError, match=f"--prefill {wrong}: write REQUESTSxTOKENS"):
+            plan.measurements(plan.Choice(prefills=(wrong,)))
     with pytest.raises(EngineError, match="--only speed"):
         plan.measurements(plan.Choice(only=("speed",)))
 
@@ -667,3 +669,11 @@ def test_a_last_line_that_was_cut_is_left_out(tmp_path):
     (tmp_path / "rows.jsonl").write_text(text)
     assert heard(tmp_path).rows == (row(DECODE),)
     assert logits_file(tmp_path, 3).name == "3.safetensors"
+
+
+def test_an_engine_that_is_missing_is_named_in_the_commands_own_words(tmp_path):
+    missing = r"vllm and dsv3-plugin are not both installed for .*python.*; set up .*vllm with both"
+    with pytest.raises(ConformanceError, match=f"^{missing}$"):
+        command("vllm", "program", tmp_path, {})
+    with pytest.raises(ConformanceError, match=f"^--testee vllm: {missing}, or give vllm='PYTHON -m "):
+        TesteeCommand.parse("vllm", tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 import pytest
 
 from dsv3_plugin.errors import EngineError
@@ -33,6 +35,12 @@ def test_a_refused_value_is_named(value: object) -> None:
     """`True` is not 1 and `0` is not False: an engine means something else by them."""
     with pytest.raises(EngineError, match=rf"options of Engine: tensor_parallel_size={value!r}: one rank\."):
         TABLE.require_supported({"tensor_parallel_size": value})
+
+
+def test_an_engines_enumeration_is_written_as_a_user_writes_it() -> None:
+    backend = Enum("backend", {"FLASH_ATTN": "engine.attention.flash.Backend"})
+    with pytest.raises(EngineError, match="kv_cache_dtype=FLASH_ATTN: no other cache"):
+        TABLE.require_supported({"kv_cache_dtype": backend.FLASH_ATTN})
 
 
 def test_every_refused_option_is_named_at_once() -> None:

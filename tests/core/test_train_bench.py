@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from dsv3_plugin.config import DeepseekV3Config
-from dsv3_plugin.errors import EngineError
+from dsv3_plugin.errors import ConfigError, EngineError
 from dsv3_plugin.profile import profile_for
 from dsv3_plugin.train_bench import board, plan, report, runner, text, weights
 from dsv3_plugin.train_bench.board import Board, Record, relative_losses
@@ -275,7 +276,7 @@ def test_a_run_goes_on_only_as_it_began(tmp_path: Path, monkeypatch: pytest.Monk
     run = tmp_path / "run"
     assert prepare(run).run().records[0].failure
     assert not board.Board.model_validate_json(prepare(run).board().model_dump_json()).records[0].steps
-    with pytest.raises(EngineError, match="holds a run of another kind"):
+    with pytest.raises(EngineError, match="holds a run of another kind: steps 2, not 3; name a new folder"):
         prepare(run, steps=3)
     with pytest.raises(EngineError, match="was asked for with other settings"):
         prepare(run, contenders=plan.contenders(["strict"], ["strict:X=1"]))
@@ -283,5 +284,13 @@ def test_a_run_goes_on_only_as_it_began(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(EngineError, match="holds other files"):
         prepare(tmp_path / "full")
+    with pytest.raises(EngineError, match=r"--out .*mine: cannot be a run's folder: File exists"):
+        prepare(tmp_path / "full" / "mine")
     with pytest.raises(EngineError, match=r"--tokens 9,000: the model knows 4,096 positions"):
         prepare(tmp_path / "long", sequence=9000)
+    for rate in 0.0, -1.0, math.nan, math.inf:
+        with pytest.raises(EngineError, match=f"--lr {rate}: above zero, and finite"):
+            prepare(tmp_path / "rate", learning_rate=rate)
+    with pytest.raises(ConfigError, match=r"^tiny: config: n_routed_experts=3 is not a multiple"):
+        prepare(tmp_path / "experts", config=plan.read_model("tiny", 3))
+    assert not (tmp_path / "rate").exists() and not (tmp_path / "experts").exists()

@@ -73,13 +73,17 @@ def test_report_writes_tables_and_overwrites_nothing(tmp_path):
     assert table.read_text() != "mine"
 
 
-@pytest.mark.parametrize("text", ["{", '{"card": "H200"}', None])
-def test_report_names_a_file_that_is_no_scoreboard(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "the file: Invalid JSON"), ('{"card": "H200"}', "versions: Field required"), (None, "cannot be read")],
+)
+def test_report_names_a_file_that_is_no_scoreboard(tmp_path, text, said):
     data = tmp_path / "data.json"
     if text is not None:
         data.write_text(text)
     result = CliRunner().invoke(app, ["bench", "report", str(data)])
-    assert isinstance(result.exception, KernelError) and "data.json" in str(result.exception)
+    assert isinstance(result.exception, KernelError)
+    assert "data.json" in str(result.exception) and said in str(result.exception)
 
 
 def test_the_plot_names_every_case(tmp_path):

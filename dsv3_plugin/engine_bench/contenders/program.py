@@ -297,7 +297,7 @@ def _answer(
     job = read_job(Job, job_dir)
     layout = ParallelLayout.parse(job.layout)
     if job.device == "cuda" and (cards := torch.cuda.device_count()) < layout.ranks:
-        raise EngineError(f"the measurement is of {layout.ranks} GPUs, and torch finds {cards} here")
+        raise EngineError(f"--device cuda: a card for each of {layout.ranks} ranks, and torch finds {cards} here")
     if layout != ONE_RANK and place is None:
         folders = [str(job_dir), str(result_dir)]
         sys.exit(wait_for_ranks(start_ranks(this_program(), layout, [folders] * layout.ranks)))
