@@ -18,7 +18,7 @@ from engines import predict_logits
 from safetensors.torch import load_file, save_file
 
 from dsv3_plugin.conformance.layouts import ONE_RANK, ParallelLayout, RankOf
-from dsv3_plugin.conformance.runner import TesteeCommand
+from dsv3_plugin.conformance.runner import TesteeCommand as OneTestee
 from dsv3_plugin.contenders import command, read_job
 from dsv3_plugin.engine_bench import judge, limits, plan, plot, report, runner
 from dsv3_plugin.engine_bench.contenders import program, reference
@@ -676,4 +676,4 @@ def test_an_engine_that_is_missing_is_named_in_the_commands_own_words(tmp_path):
     with pytest.raises(ConformanceError, match=f"^{missing}$"):
         command("vllm", "program", tmp_path, {})
     with pytest.raises(ConformanceError, match=f"^--testee vllm: {missing}, or give vllm='PYTHON -m "):
-        TesteeCommand.parse("vllm", tmp_path)
+        OneTestee.parse("vllm", tmp_path)
