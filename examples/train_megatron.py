@@ -39,7 +39,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import distributed as dist
 
-from dsv3_plugin.argument_types import above_zero, from_zero, positive
+from dsv3_plugin.argument_types import above_zero, from_zero, not_negative, positive, seed, share
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.checkpoint.writer import copy_side_files
 from dsv3_plugin.conformance.texts import real_text, tokenize
@@ -52,13 +52,18 @@ from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.moe import Router
 from dsv3_plugin.megatron_backend.weights import load_checkpoint, save_checkpoint
 
+EVALUATED = ".trainer"
+"""Suffix of what `--evaluate FILE` writes beside it."""
+
 
 def parse_arguments() -> argparse.Namespace:
     """Megatron's own names where it has them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, nargs="+", help="text files, in place of Python's language reference")
-    parser.add_argument("--finetune-from-weights", action="store_true", help="begin from the checkpoint's weights")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--finetune-from-weights", action="store_true", help="begin from the checkpoint's weights")
+    begin.add_argument("--load", type=Path, help="continue from a folder that --save wrote, or a converted checkpoint")
     parser.add_argument("--tensor-model-parallel-size", type=positive, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=positive, default=1)
     parser.add_argument("--expert-model-parallel-size", type=positive, default=1)
@@ -77,24 +82,29 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--recompute-granularity", choices=("full", "selective"))
     parser.add_argument("--recompute-method", choices=("uniform", "block"))
-    parser.add_argument("--recompute-num-layers", type=int)
+    parser.add_argument("--recompute-num-layers", type=positive)
     parser.add_argument("--recompute-modules", nargs="+")
-    parser.add_argument("--lr-warmup-fraction", type=float, default=0.05)
+    parser.add_argument("--lr-warmup-fraction", type=share, default=0.05)
     parser.add_argument("--lr", type=above_zero, default=1e-3)
-    parser.add_argument("--min-lr", type=float, default=1e-4)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--clip-grad", type=float, default=1.0)
-    parser.add_argument("--init-method-std", type=float, default=0.02)
+    parser.add_argument("--min-lr", type=not_negative, default=1e-4)
+    parser.add_argument("--weight-decay", type=not_negative, default=0.1)
+    parser.add_argument("--clip-grad", type=not_negative, default=1.0)
+    parser.add_argument("--init-method-std", type=above_zero, default=0.02)
     # The report's 0.001 is for many thousands of iterations.
-    parser.add_argument("--moe-router-bias-update-rate", type=float, default=1e-2)
-    parser.add_argument("--moe-aux-loss-coeff", type=float, default=1e-4)
-    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--moe-router-bias-update-rate", type=not_negative, default=1e-2)
+    parser.add_argument("--moe-aux-loss-coeff", type=not_negative, default=1e-4)
+    parser.add_argument("--seed", type=seed, default=1234)
     parser.add_argument("--save", type=Path, help="write Megatron's distributed checkpoint to this folder at the end")
-    parser.add_argument("--load", type=Path, help="continue from such a folder")
     parser.add_argument("--hf-output", type=Path, help="write a Hugging Face checkpoint to this new folder at the end")
-    parser.add_argument("--evaluate", type=Path, help="token ids of samples, JSON; see `evaluate`")
+    parser.add_argument("--evaluate", type=Path, help=f"JSON list of [prompt, answer], token ids; writes {EVALUATED}")
     parser.add_argument("--load-output", type=Path, help="write each expert's load at each iteration to this file")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.min_lr > arguments.lr:
+        parser.error(f"--min-lr {arguments.min_lr} is above --lr {arguments.lr}")
+    for name in "method", "num_layers", "modules":
+        if getattr(arguments, f"recompute_{name}") is not None and arguments.recompute_granularity is None:
+            parser.error(f"--recompute-{name.replace('_', '-')} needs --recompute-granularity")
+    return arguments
 
 
 def read(files: list[Path] | None) -> str:
@@ -173,29 +183,37 @@ class Loads:
 
 def require_places(arguments: argparse.Namespace) -> None:
     """Raise `InputError` for what cannot be read or written at the end, before hours of work go into it."""
-    if arguments.save and arguments.save.exists() and not arguments.save.is_dir():
-        raise InputError(f"--save {arguments.save}: is no folder; name one")
+    if arguments.save:
+        if arguments.save.resolve() == arguments.checkpoint.resolve():
+            raise InputError(f"--save {arguments.save}: is the checkpoint's own folder; name another")
+        try:
+            arguments.save.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--save {arguments.save}: is no folder that can be written: {error.strerror}") from None
     if arguments.hf_output and arguments.hf_output.exists():
         raise InputError(f"--hf-output {arguments.hf_output}: exists already and is not overwritten")
     if (output := arguments.load_output) and (output.is_dir() or not output.parent.is_dir()):
         raise InputError(f"--load-output {output}: is no file that can be written; name one in a folder that exists")
-    if arguments.evaluate:
-        read_samples(arguments.evaluate)
 
 
-def read_samples(file: Path) -> list[tuple[list[int], list[int]]]:
+def read_samples(file: Path, vocab_size: int) -> list[tuple[list[int], list[int]]]:
     """[prompt, answer] of each sample. Raises `InputError` for a file that holds something else."""
+    if file.suffix == EVALUATED:
+        raise InputError(f"--evaluate {file}: the answer would be written over it; give it another suffix")
     try:
         pairs = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--evaluate {file}: cannot be read: {error}") from None
 
     def are_tokens(ids: Any) -> bool:
-        return isinstance(ids, list) and bool(ids) and all(type(token) is int and token >= 0 for token in ids)
+        return isinstance(ids, list) and bool(ids) and all(type(token) is int for token in ids)
 
     is_list = isinstance(pairs, list) and bool(pairs)
     if not is_list or not all(isinstance(p, list) and len(p) == 2 and all(map(are_tokens, p)) for p in pairs):
         raise InputError(f"--evaluate {file}: is no JSON list of [prompt, answer], each a list of token ids")
+    tokens = [token for pair in pairs for part in pair for token in part]
+    if unknown := next((token for token in tokens if not 0 <= token < vocab_size), None):
+        raise InputError(f"--evaluate {file}: token {unknown}, and the model knows those from 0 to {vocab_size - 1}")
     return [(prompt, answer) for prompt, answer in pairs]
 
 
@@ -244,6 +262,7 @@ def start(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> None:
     """The whole run."""
     reader = CheckpointReader(arguments.checkpoint)
+    evaluated = read_samples(arguments.evaluate, reader.config.vocab_size) if arguments.evaluate else []
     text = Text(tokenize(read(arguments.data), arguments.checkpoint), arguments)
     loads = Loads()
     config = transformer_config(
@@ -312,6 +331,8 @@ def train(arguments: argparse.Namespace) -> None:
         wd_incr_style="constant",
     )
     first, samples = resume(arguments.load, gpt, optimizer, schedule) if arguments.load else (0, 0)
+    if first > iterations:
+        raise InputError(f"--load {arguments.load}: is at iteration {first}, behind --train-iters {iterations}")
     if dist.get_rank() == 0:
         print(f"{len(text.tokens):,} tokens, unigram entropy {text.unigram_entropy():.3f} nats", flush=True)
 
@@ -336,9 +357,11 @@ def train(arguments: argparse.Namespace) -> None:
         samples += batch
         schedule.step(increment=1)
         report(iteration, losses, gradient_norm, optimizer.param_groups[0]["lr"], batch)
+        if not math.isfinite(gradient_norm):
+            raise EngineError(f"iteration {iteration}: the gradients' norm is {gradient_norm}; nothing is saved")
 
-    if arguments.evaluate:
-        evaluate(arguments.evaluate, model)
+    if evaluated:
+        evaluate(evaluated, arguments.evaluate.with_suffix(EVALUATED), model)
     if arguments.save:
         save(arguments.save, arguments.checkpoint, last, samples, gpt, optimizer, schedule)
     if arguments.hf_output:
@@ -366,13 +389,11 @@ def report(iteration: int, losses: list[dict[str, torch.Tensor]], gradient_norm:
         print(f"{line} | grad norm {gradient_norm:.6f} | lr {lr:.3e} | batch {batch}", flush=True)
 
 
-def evaluate(file: Path, model: Any) -> None:
+def evaluate(pairs: list[tuple[list[int], list[int]]], file: Path, model: Any) -> None:
     """Log-probabilities of samples by the training forward, packed: what a policy gradient weighs them with.
 
-    `file` holds a JSON list of [prompt, answer], both token ids. `file` with the suffix `.trainer` gets, for each
-    sample, fp32 log-probabilities of its answer's tokens as a list of JSON.
+    `file` gets, for each [prompt, answer], fp32 log-probabilities of its answer's tokens as a list of JSON.
     """
-    pairs = read_samples(file)
     samples = [prompt + answer for prompt, answer in pairs]
     prompt_lens = [len(prompt) for prompt, _ in pairs]
     device = torch.device(torch.cuda.current_device())
@@ -387,7 +408,7 @@ def evaluate(file: Path, model: Any) -> None:
     ends = starts[1:].tolist()
     of_samples = [chosen[end - 1 - len(answer) : end - 1] for end, (_, answer) in zip(ends, pairs, strict=True)]
     if dist.get_rank() == 0:
-        file.with_suffix(".trainer").write_text(json.dumps(of_samples))
+        file.write_text(json.dumps(of_samples))
 
 
 def state_of(model: Any, optimizer: Any, schedule: Any, *, is_loading: bool) -> dict[str, Any]:

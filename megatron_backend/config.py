@@ -88,7 +88,8 @@ def transformer_config(config: DeepseekV3Config, profile: Profile, **settings: A
     """What a Megatron training script needs to know of a model; `settings` are Megatron's own fields and win.
 
     The defaults train as the DeepSeek-V3 report does (section 4.2): bias update at 0.001, complementary sequence-wise
-    balance loss at 0.0001, MTP loss at 0.3. Raises `EngineError` for a field that Megatron does not have.
+    balance loss at 0.0001, MTP loss at 0.3. Raises `EngineError` for a field that Megatron does not have, and for
+    values that it refuses.
     """
     known = {field.name for field in fields(MLATransformerConfig)}
     if unknown := sorted(settings.keys() - known):
@@ -104,7 +105,10 @@ def transformer_config(config: DeepseekV3Config, profile: Profile, **settings: A
         "expert_tensor_parallel_size": 1,
         "bias_activation_fusion": False,
     }
-    return MLATransformerConfig(**(chosen | settings))
+    try:
+        return MLATransformerConfig(**(chosen | settings))
+    except (ValueError, AssertionError) as error:
+        raise EngineError(f"Megatron refuses these settings: {error or 'it does not say why'}") from error
 
 
 def megatron_arguments(config: DeepseekV3Config) -> dict[str, Any]:

@@ -264,7 +264,10 @@ def find_checkpoint(source: str | Path) -> tuple[Path, Path]:
         raise CheckpointError(f"{source}: no such folder")
     tracker = source / TRACKER
     if tracker.is_file():
-        word = tracker.read_text().strip()
+        try:
+            word = tracker.read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{tracker}: cannot be read: {error}") from None
         checkpoint = source / (RELEASE if word == RELEASE else f"iter_{word.zfill(7)}")
         if not checkpoint.is_dir():
             raise CheckpointError(f"{tracker}: says {word}, but {checkpoint} does not exist")
@@ -388,12 +391,19 @@ class _Reader:
 
 @contextmanager
 def _readable(checkpoint: Path) -> Iterator[None]:
-    """Turn what Megatron and torch raise for damaged files into one line."""
+    """Turn what Megatron and torch raise for damaged files into one line. Those that hold pickled objects may raise
+    anything; torch's exception is not even an `Exception`.
+    """
     try:
         yield
-    except (CheckpointingException, CheckpointException, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise CheckpointError(f"{checkpoint}: cannot be read: {reason[0]}") from None
+    except (Exception, CheckpointException) as error:
+        known = isinstance(error, CheckpointingException | CheckpointException | OSError | RuntimeError | ValueError)
+        kind, lines = type(error).__name__, str(error).strip().splitlines()
+        if known and lines:
+            reason = lines[-1]
+        else:
+            reason = f"{kind}: {lines[0].partition('. ')[0]}" if lines else kind
+        raise CheckpointError(f"{checkpoint}: cannot be read: {reason}") from None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ the bits of the plain run; one that splits a sum of gradients over ranks is righ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -608,6 +609,24 @@ OPTIONS = Options(
 )
 
 
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "ema_decay")
+
+
+def _require_numbers(values: Mapping[str, Any]) -> None:
+    """Raise `EngineError` for NaN and infinity, with which Megatron trains to the end, and for averages that grow."""
+    wrong = [
+        f"{name}={value}"
+        for name, value in values.items()
+        for number in (value if isinstance(value, list) else [value])
+        if isinstance(number, float) and (not math.isfinite(number) or (name in _BELOW_ONE and not 0 <= number < 1))
+    ]
+    if wrong:
+        raise EngineError(
+            f"these options of Megatron cannot be: {', '.join(wrong)}. They are finite numbers, and"
+            f" {', '.join(_BELOW_ONE)} from 0 to below 1"
+        )
+
+
 def require_supported(values: Mapping[str, Any], expected: Mapping[str, Any], config: DeepseekV3Config) -> None:
     """Raise `EngineError`, one line, that names every option which is refused, or which is not the checkpoint's.
 
@@ -617,6 +636,7 @@ def require_supported(values: Mapping[str, Any], expected: Mapping[str, Any], co
         config: the checkpoint's configuration.
     """
     OPTIONS.require_supported(values)
+    _require_numbers(values)
     wrong = [
         f"{name}={values[name]!r}, and the checkpoint's configuration says {expected[name]!r}"
         for name in OF_MODEL.names

@@ -102,10 +102,18 @@ class Course:
         return rate if consumed < self.decay_ends else 0.0
 
     def batches(self, largest: int) -> list[tuple[int, int]]:
-        """(first sample, sequences) of each batch size. Raises `EngineError` if `largest` has no whole fifths."""
+        """(first sample, sequences) of each batch size. Raises `EngineError` if `largest` has no whole fifths, or the
+        run too few samples for them.
+        """
         start, rest = divmod(largest, _BATCH_STEPS)
-        if rest or not start:
+        if rest or start < 1:
             raise EngineError(f"the report's batches grow by fifths: global_batch_size={largest} is no multiple of 5")
+        if self._after(_BATCHES_GROW) < _BATCH_STEPS - 1:
+            enough = (_BATCH_STEPS - 2) * _TOKENS // _BATCHES_GROW + 1
+            raise EngineError(
+                f"the report's batches grow in the first {_BATCHES_GROW / _TOKENS:.1%} of a run, in {_BATCH_STEPS - 1}"
+                f" steps: {self.samples} samples are too few for them, {enough} are enough"
+            )
         return _growing(start, start, self._after(_BATCHES_GROW), largest)
 
     def follow(self, config: Any, consumed: int, bias_update_rate: float) -> None:
@@ -152,10 +160,13 @@ def step_at(sample: int, batches: Sequence[tuple[int, int]]) -> tuple[int, int]:
 def _growing(start: int, increment: int, samples: int, largest: int) -> list[tuple[int, int]]:
     """By equal steps, over equal numbers of samples. Raises `EngineError` where they do not end at `largest`."""
     steps, rest = divmod(largest - start, increment) if increment > 0 else (0, 1)
-    if rest or steps < 1 or samples < steps:
+    if rest or steps < 1 or start < 1:
         raise EngineError(
-            f"batches cannot grow from {start} by {increment} to {largest} over {samples} samples: let the numbers"
-            " divide, and give enough samples"
+            f"batches cannot grow from {start} by {increment} to {largest}: the increment must divide the difference"
+        )
+    if samples < steps:
+        raise EngineError(
+            f"batches cannot grow from {start} by {increment} to {largest} over {samples} samples: {steps} at least"
         )
     return [(-(-samples * step // steps), start + step * increment) for step in range(steps + 1)]
 

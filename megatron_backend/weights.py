@@ -7,6 +7,7 @@ when they are written; with power-of-two scales neither step changes a number.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from safetensors.torch import save_file
 from torch import distributed as dist
 from torch import nn
 
@@ -22,7 +22,7 @@ from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint_of_tenso
 from dsv3_plugin.checkpoint.masters import as_written, dequantize_weights
 from dsv3_plugin.checkpoint.names import Part, Target, checkpoint_tensors
 from dsv3_plugin.checkpoint.reader import SINGLE_FILE, CheckpointReader
-from dsv3_plugin.checkpoint.writer import copy_side_files, write_index
+from dsv3_plugin.checkpoint.writer import copy_side_files, write_file, write_index
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError
 from dsv3_plugin.megatron_backend.moe import LocalExperts
@@ -160,7 +160,8 @@ def save_checkpoint(model: Chunks, like: str | Path, path: str | Path) -> None:
         like: a checkpoint folder; its configuration and tokenizer are copied.
         path: a new folder.
 
-    Raises `CheckpointError` if the folder exists. The result is validated before this returns.
+    Raises `CheckpointError` if the folder exists, or the weights are none that a checkpoint may hold: the result is
+    validated before this returns, else nothing is left of it.
     """
     like, path = Path(like), Path(path)
     if path.exists():
@@ -169,7 +170,11 @@ def save_checkpoint(model: Chunks, like: str | Path, path: str | Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     if dist.get_rank() == 0:
         copy_side_files(like, path)
-    save_tensors(model, CheckpointReader(like).config, path)
+    try:
+        save_tensors(model, CheckpointReader(like).config, path)
+    except CheckpointError:  # the first rank's, which looks at what all have written
+        shutil.rmtree(path)
+        raise
 
 
 def save_tensors(model: Chunks, config: DeepseekV3Config, path: Path) -> None:
@@ -180,7 +185,7 @@ def save_tensors(model: Chunks, config: DeepseekV3Config, path: Path) -> None:
     tensors = {name: tensor.to("cpu", copy=True) for name, tensor in _checkpoint_tensors(model, config)}
     file = SINGLE_FILE if world == 1 else f"model-{rank + 1:05d}-of-{world:05d}.safetensors"
     if tensors:
-        save_file(tensors, path / file, {"format": "pt"})
+        write_file(tensors, path / file)
     files: list[Any] = [None] * world
     dist.all_gather_object(files, dict.fromkeys(tensors, file))
     if rank == 0:

@@ -157,13 +157,13 @@ def write_weights(
             shard[name] = tensor
             done += tensor.nbytes
             progress(done, total)
-        _save(shard, folder / file)
+        write_file(shard, folder / file)
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         write_index(folder, weight_map, total)
 
 
-def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+def write_file(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     """Write a safetensors file with the permissions of any other; safetensors makes it the owner's alone."""
     file.touch()
     mode = file.stat().st_mode

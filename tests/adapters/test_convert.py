@@ -354,8 +354,17 @@ def test_a_truncated_megatron_file_is_refused(converted: dict[str, Path], tmp_pa
     for file in (source / "release").glob("*.distcp"):
         os.truncate(file, file.stat().st_size // 2)
     assert f"{source / 'release'}: cannot be read" in refusal("to-hf", source, tmp_path / "out")
-    (source / "release" / "metadata.json").write_text("{")
-    assert f"{source / 'release'}: cannot be read: Expecting" in refusal("to-hf", source, tmp_path / "out")
+    for content, said in (b"", "EOFError"), (b"garbage", ""), (b"\x80\x02.", ""):
+        (source / "release" / "common.pt").write_bytes(content)
+        line = refusal("to-hf", source, tmp_path / "out")
+        assert f"{source / 'release'}: cannot be read: {said}" in line, line
+    for content, said in ("{", "Expecting"), ("{}", "TypeError"), ("[]", ""):
+        (source / "release" / "metadata.json").write_text(content)
+        assert f"{source / 'release'}: cannot be read: {said}" in refusal("to-hf", source, tmp_path / "out")
+    (source / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\xfe")
+    assert f"{source / 'latest_checkpointed_iteration.txt'}: cannot be read: 'utf-8' codec" in refusal(
+        "to-hf", source, tmp_path / "out"
+    )
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*partial"))
 

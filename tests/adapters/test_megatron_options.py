@@ -115,6 +115,12 @@ REFUSED = (
     ("--reset-position-ids",),
     ("--reset-attention-mask",),
     ("--ckpt-format", "torch"),
+    ("--moe-router-bias-update-rate", "nan"),
+    ("--moe-aux-loss-coeff", "1e-4", "nan"),
+    ("--clip-grad", "inf"),
+    ("--lr", "inf"),
+    ("--adam-beta1", "2"),
+    ("--adam-beta2", "1.0"),
 )
 HONOURED = (
     (),

@@ -165,6 +165,7 @@ def test_a_checkpoint_survives_the_way_in_and_out(dtype: str, tiny_checkpoint: T
     train(tiny_checkpoint(dtype), "--finetune-from-weights", "--train-iters", 0, "--hf-output", output)
     before, after = weights(tiny_checkpoint(dtype)), weights(output)
     assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in after)
+    assert len({file.stat().st_mode for file in output.iterdir()}) == 1, "weights are read by whom the rest is"
 
 
 def refusal(checkpoint: Path, *arguments: str) -> str:

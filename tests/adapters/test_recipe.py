@@ -102,9 +102,12 @@ def test_what_is_printed_is_what_happens(samples: int, largest: int) -> None:
 
 
 def test_a_run_that_has_no_course_is_refused() -> None:
-    for course, largest in ((Course(1_000), 8), (Course(1_000), 4), (Course(90), 10)):
-        with pytest.raises(EngineError, match=r"batches (grow by fifths|cannot grow)"):
-            course.batches(largest)
+    for largest in 8, 4, 0, -5:
+        with pytest.raises(EngineError, match=f"batches grow by fifths: global_batch_size={largest} is no multiple"):
+            Course(1_000).batches(largest)
+    with pytest.raises(EngineError, match=r"in the first 3.2% of a run, in 4 steps: 94 .* too few .*, 95 are enough"):
+        Course(94).batches(10)
+    assert len(Course(95).batches(10)) == 5
     with pytest.raises(EngineError, match="a run of 0 samples has no course"):
         Course(0)
 

@@ -57,6 +57,9 @@ def test_a_converted_checkpoint_trains_as_its_original_and_goes_on_where_it_stop
     full = "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1
     second = train(original, "--load", tmp_path / "state", "--save", tmp_path / "state", *common, *full)
     assert first + second == whole
+    done = warm(TRAIN, original, "--load", tmp_path / "state", "--train-iters", 5, "--save", tmp_path / "earlier")
+    assert done.returncode == 1 and "is at iteration 6, behind --train-iters 5" in printed(done)
+    assert not list((tmp_path / "earlier").iterdir())
     convert("to-hf", tmp_path / "state", tmp_path / "resumed")
     resumed = weights(tmp_path / "resumed")
     for copy in ("model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight"):
@@ -74,22 +77,36 @@ def test_a_converted_checkpoint_trains_as_its_original_and_goes_on_where_it_stop
         (("--data", "nowhere.txt"), "--data: cannot be read"),
         (("--data", sys.executable), "--data: cannot be read"),
         (("--data", __file__, "--seq-length", 100_000), "needs one more"),
-        (("--save", __file__), "is no folder; name one"),
+        (("--save", __file__), "is no folder that can be written: File exists"),
         (("--hf-output", SUPPORT), "exists already and is not overwritten"),
         (("--load-output", SUPPORT), "is no file that can be written"),
         (("--evaluate", "nowhere.json"), "--evaluate nowhere.json: cannot be read"),
         (("--evaluate", __file__), "test_train.py: cannot be read"),
         (("--load", SUPPORT), "is no distributed checkpoint of Megatron"),
+        (("--save", "/proc/none"), "--save /proc/none: is no folder that can be written: No such file"),
+        (("--save", "CHECKPOINT"), "is the checkpoint's own folder; name another"),
+        (("--evaluate", "tokens.json"), "tokens.json: token 1024, and the model knows those from 0 to 1023"),
+        (("--evaluate", "tokens.trainer"), "the answer would be written over it"),
+        (("--recompute-granularity", "full"), "Megatron refuses these settings: "),
+        (("--recompute-granularity", "selective", "--recompute-modules", "foo"), "foo"),
+        (("--lr", "1e30", "--clip-grad", 0, "--train-iters", 9), "the gradients' norm is nan; nothing is saved"),
+        (("--init-method-std", "1e20"), "the gradients' norm is "),
     ],
 )
 def test_what_cannot_work_is_one_line(
-    arguments: tuple[object, ...], expected: str, tiny_checkpoint: TinyCheckpoint
+    arguments: tuple[object, ...], expected: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     small = "--micro-batch-size", 2, "--global-batch-size", 8, "--train-iters", 1
-    done = warm(TRAIN, tiny_checkpoint("bf16"), *small, *arguments)
+    checkpoint = tiny_checkpoint("bf16")
+    tokens = tmp_path / "tokens.json"
+    tokens.write_text("[[[1, 2], [3, 1024]]]")
+    places = {"CHECKPOINT": checkpoint, "tokens.json": tokens, "tokens.trainer": tokens.with_suffix(".trainer")}
+    named = [places.get(str(word), word) for word in arguments]
+    done = warm(TRAIN, checkpoint, *small, "--hf-output", tmp_path / "hf", *named)
     assert done.returncode == 1
     line = printed(done).strip().splitlines()[-1]
     assert line.startswith("error: ") and expected in line, printed(done)[-2000:]
+    assert not (tmp_path / "hf").exists()
 
 
 @needs_megatron
@@ -99,12 +116,36 @@ def test_what_cannot_work_is_one_line(
         ("seq-length", "0", "at least 1"),
         ("tensor-model-parallel-size", "0", "at least 1"),
         ("train-iters", "-1", "at least 0"),
-        ("lr", "nan", "above zero"),
+        ("lr", "nan", "above zero, and finite"),
+        ("min-lr", "nan", "zero or above, and finite"),
+        ("clip-grad", "inf", "zero or above, and finite"),
+        ("weight-decay", "-1", "zero or above, and finite"),
+        ("moe-router-bias-update-rate", "nan", "zero or above, and finite"),
+        ("init-method-std", "0", "above zero, and finite"),
+        ("lr-warmup-fraction", "2", "from 0 to 1"),
+        ("seed", "99999999999999999999", "from 0 to 4294967295"),
     ],
 )
 def test_a_number_that_cannot_be_is_named(name: str, value: str, says: str, tmp_path: Path) -> None:
     done = warm(TRAIN, tmp_path, f"--{name}={value}")
     assert done.returncode == 2 and printed(done).strip().endswith(f"argument --{name}: {value}: {says}")
+
+
+@needs_megatron
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--min-lr", 1), "--min-lr 1.0 is above --lr 0.001"),
+        (("--recompute-num-layers", 1), "--recompute-num-layers needs --recompute-granularity"),
+        (("--recompute-modules", "moe"), "--recompute-modules needs --recompute-granularity"),
+        (("--load", "a", "--finetune-from-weights"), "--finetune-from-weights: not allowed with argument --load"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_named(
+    arguments: tuple[object, ...], says: str, tmp_path: Path
+) -> None:
+    done = warm(TRAIN, tmp_path, *arguments)
+    assert done.returncode == 2 and printed(done).strip().endswith(says)
 
 
 # Megatron's own loop
