@@ -61,9 +61,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, nargs="+", help="text files, in place of Python's language reference")
-    begin = parser.add_mutually_exclusive_group()
-    begin.add_argument("--finetune-from-weights", action="store_true", help="begin from the checkpoint's weights")
-    begin.add_argument("--load", type=Path, help="continue from a folder that --save wrote, or a converted checkpoint")
+    parser.add_argument(
+        "--finetune-from-weights",
+        action="store_true",
+        help="begin from the checkpoint's weights, without --load",
+    )
     parser.add_argument("--tensor-model-parallel-size", type=positive, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=positive, default=1)
     parser.add_argument("--expert-model-parallel-size", type=positive, default=1)
@@ -95,6 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--moe-aux-loss-coeff", type=not_negative, default=1e-4)
     parser.add_argument("--seed", type=seed, default=1234)
     parser.add_argument("--save", type=Path, help="write Megatron's distributed checkpoint to this folder at the end")
+    parser.add_argument("--load", type=Path, help="continue from such a folder, or begin from a converted checkpoint")
     parser.add_argument("--hf-output", type=Path, help="write a Hugging Face checkpoint to this new folder at the end")
     parser.add_argument("--evaluate", type=Path, help=f"JSON list of [prompt, answer], token ids; writes {EVALUATED}")
     parser.add_argument("--load-output", type=Path, help="write each expert's load at each iteration to this file")
@@ -287,7 +290,7 @@ def train(arguments: argparse.Namespace) -> None:
         post_process=parallel_state.is_pipeline_last_stage(),
     )
     model: Any = Float16Module(config, gpt) if config.bf16 else gpt
-    if arguments.finetune_from_weights:
+    if arguments.finetune_from_weights and not arguments.load:
         load_checkpoint(gpt, arguments.checkpoint)
     model = DistributedDataParallel(
         config,

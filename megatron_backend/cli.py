@@ -64,10 +64,11 @@ def to_hf(
 def _running() -> Iterator[tuple[ModuleType, writer.Progress]]:
     """The functions that convert, and a bar. Raises `EngineError` where there is no Megatron-Core.
 
-    Warnings are held back: Megatron misses GPU libraries that nothing here uses, and torch deprecates what it calls.
+    Warnings are held back: Megatron misses GPU libraries that nothing here uses, torch deprecates what it calls, and
+    logs the traceback of what it then raises.
     """
     compat.megatron_version()
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     columns = *Progress.get_default_columns()[:2], DownloadColumn(), TimeElapsedColumn()
     with warnings.catch_warnings(), Progress(*columns, console=Console(stderr=True)) as bar:
         warnings.simplefilter("ignore")

@@ -138,7 +138,6 @@ def test_a_number_that_cannot_be_is_named(name: str, value: str, says: str, tmp_
         (("--min-lr", 1), "--min-lr 1.0 is above --lr 0.001"),
         (("--recompute-num-layers", 1), "--recompute-num-layers needs --recompute-granularity"),
         (("--recompute-modules", "moe"), "--recompute-modules needs --recompute-granularity"),
-        (("--load", "a", "--finetune-from-weights"), "--finetune-from-weights: not allowed with argument --load"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_named(
