@@ -172,6 +172,11 @@ def _require_new(*files: Path | None) -> None:
             raise ConformanceError(f"{file}: there is no folder {file.parent}")
         if sum(file.resolve() == other.resolve() for other in named) > 1:
             raise ConformanceError(f"{file}: two reports cannot be one file")
+        try:
+            file.touch(exist_ok=False)
+            file.unlink()
+        except OSError as error:
+            raise ConformanceError(f"{file}: cannot be written: {error.strerror}") from None
 
 
 def _spread(text: str, layouts: list[ParallelLayout], environments: Path) -> list[runner.TesteeCommand]:

@@ -358,6 +358,10 @@ FLAGS = Options(
 """Flags (fields of `EngineArgs`) that no field or section of the configuration has the name of."""
 
 
+_MOST_DRAFTS = 128
+"""`MAX_SPEC_LEN` of `vllm/v1/sample/rejection_sampler.py`."""
+
+
 def sections(vllm_config: type) -> dict[str, tuple[str, ...]]:
     """Each section of vLLM's class `VllmConfig`, and its fields' names."""
     hints = typing.get_type_hints(vllm_config)
@@ -387,6 +391,12 @@ def require_supported(vllm_config: Any) -> None:
     OPTIONS.require_supported(_values(vllm_config))
     ENVIRONMENT.require_supported(environment(vllm_config))
     stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > (layers := vllm_config.model_config.hf_config.num_hidden_layers):
+        raise EngineError(
+            f"pipeline_parallel_size={stages}: each stage has a decoder layer at least, and the model has {layers}"
+        )
+    if (drafts := vllm_config.num_speculative_tokens) > _MOST_DRAFTS:
+        raise EngineError(f"num_speculative_tokens={drafts}: vLLM's rejection sampler takes {_MOST_DRAFTS} at most")
     if stages > 1 and vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
         raise EngineError(
             f"vLLM's model runner V1 has no drafter on the first of pipeline_parallel_size={stages} stages: leave"

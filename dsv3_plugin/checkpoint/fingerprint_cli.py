@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import reduce
 from pathlib import Path
@@ -39,6 +41,7 @@ def main(
 ) -> None:
     """Print the fingerprint of the weights of each source. Of several: exit with status 1 unless all are equal.
 
+    A server that drafts nothing holds no MTP layer; all else is compared with the first source then.
     A server answers what it holds now, whatever it was started with. vLLM has to be in its development mode
     (VLLM_SERVER_DEV_MODE=1), which opens more: on a trusted network only.
     """
@@ -51,14 +54,39 @@ def main(
             for name, digest in sorted(value.tensors.items()) if tensors else ():
                 print(f"  {digest}  {name}")
     first = sources[0]
-    different = {source: names for source, value in found.items() if (names := found[first].difference(value))}
-    for source, names in different.items():
-        typer.echo(f"{source}: {len(names):,} tensors are not those of {first}: {some_names(names)}", err=True)
+    different = False
+    for source, value in found.items():
+        names = found[first].difference(value)
+        if names and (without := _serves_no_drafts({first: found[first], source: value}, names)):
+            note = f"{without}: drafts nothing and holds no MTP layer, whose {len(names):,} tensors are not compared"
+            typer.echo(note, err=True)
+        elif names:
+            typer.echo(f"{source}: {len(names):,} tensors are not those of {first}: {some_names(names)}", err=True)
+            different = True
     raise typer.Exit(1 if different else 0)
 
 
+def _serves_no_drafts(found: Mapping[str, Fingerprint], names: Sequence[str]) -> str | None:
+    """Which of two sources is a server that lacks all of `names`, layers behind its last one. None: neither."""
+    for source, value in found.items():
+        last = max(map(_layer, value.tensors), default=-1)
+        if _is_server(source) and all(name not in value.tensors and _layer(name) > last for name in names):
+            return source
+    return None
+
+
+def _layer(name: str) -> int:
+    """-1 where a tensor belongs to none."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(layer[1]) if layer else -1
+
+
+def _is_server(source: str) -> bool:
+    return source.startswith(("http://", "https://"))
+
+
 def _fingerprint(source: str, dtype: Held | None) -> Fingerprint:
-    if source.startswith(("http://", "https://")):
+    if _is_server(source):
         return fingerprint_of_server(source.rstrip("/"))
     reader = CheckpointReader(Path(source))
     return fingerprint_of_checkpoint(reader, reader.profile(getattr(torch, dtype.value) if dtype else None))

@@ -106,6 +106,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"pipeline_parallel_size": 2, "speculative_config": MTP},
         "model runner V1 has no drafter on the first of pipeline_parallel_size=2 stages",
     ),
+    ({"pipeline_parallel_size": 5}, "pipeline_parallel_size=5: each stage has a decoder layer at least, and the model"),
+    (
+        {"speculative_config": MTP | {"num_speculative_tokens": 129}},
+        "num_speculative_tokens=129: vLLM's rejection sampler takes 128 at most",
+    ),
     (
         {"enable_ep_weight_filter": True, "safetensors_load_strategy": "eager"},
         "parallel_config.enable_ep_weight_filter=True: an update of weights is checked for all tensors",

@@ -299,6 +299,11 @@ class TestCommandLine:
         assert done.returncode == 2
         assert "exists already and is not overwritten" in done.stderr
         assert file.read_text() == "mine"
+        done = self.dsv3(
+            "--testee", "reference", "--checkpoint", tiny_checkpoint("bf16"), "--json", "/proc/report.json"
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: /proc/report.json: cannot be written: ")
 
     def test_broken_checkpoint(self, tmp_path: Path) -> None:
         done = self.dsv3("--testee", "reference", "--checkpoint", tmp_path / "nothing", "--keep", tmp_path / "kept")

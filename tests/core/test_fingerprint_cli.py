@@ -88,6 +88,22 @@ def test_servers(tiny_checkpoint, server: str, engine: str) -> None:
     assert status == 1 and f"1 tensors are not those of {folder}: {name}" in err
 
 
+def test_a_server_without_drafts_is_compared_in_what_it_holds(tiny_checkpoint, server: str) -> None:
+    folder = tiny_checkpoint("bf16")
+    held = fingerprint_of_checkpoint(CheckpointReader(folder)).model_dump()
+    of_mtp = [name for name in held["tensors"] if name.startswith("model.layers.4.")]
+    for name in of_mtp:
+        del held["tensors"][name]
+    StandIn.answers = {"/collective_rpc": (200, {"results": [held]})}
+    for sources in (folder, server), (server, folder):
+        status, _, err = run(*sources)
+        assert status == 0 and f"{server}: drafts nothing and holds no MTP layer, whose {len(of_mtp)} tensors" in err
+    held["tensors"]["model.norm.weight"] = "0" * 16
+    assert run(folder, server)[0] == 1
+    del held["tensors"]["model.norm.weight"]
+    assert run(folder, server)[0] == 1
+
+
 def _said(digest: str) -> dict[str, Any]:
     """What an SGLang rank says of a norm."""
     return {"dsv3": {"fingerprint": {"tensors": {"model.norm.weight": digest}}, "problem": None}}
