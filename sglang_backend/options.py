@@ -48,12 +48,17 @@ def require_environment() -> None:
             raise EngineError(f"dsv3-plugin does not serve with {name}={os.environ[name]}: {reason}; unset it")
 
 
-def require_possible_together(values: Mapping[str, Any]) -> None:
-    """Raise `EngineError` for options that are served one by one, and not together.
+def require_possible_together(values: Mapping[str, Any], layers: int) -> None:
+    """Raise `EngineError` for options that are served one by one, and not together, or not with so many layers.
 
     Args:
         values: SGLang's options as it was started.
+        layers: the model's, without the MTP layer.
     """
+    if values["pp_size"] > layers:
+        raise EngineError(
+            f"pp_size={values['pp_size']}: each stage has a decoder layer at least, and the model has {layers}"
+        )
     stages = f"pp_size={values['pp_size']}" if values["pp_size"] > 1 else None
     experts = f"ep_size={values['ep_size']}" if values["ep_size"] != values["tp_size"] else None
     replicas = max(values["dp_size"], values.get("attn_dp_size") or 1)

@@ -74,7 +74,7 @@ def prepare(hf_config: Any, served: str, path: str, load_format: str) -> tuple[O
     table = options.options(dtype_name(dtype), fp8=config.quantization_config is not None)
     values = compat.server_options()
     table.require_supported(values)
-    options.require_possible_together(values)
+    options.require_possible_together(values, config.num_hidden_layers)
     layout, reason = connected(placed(layout_of(config), config), device, compat.tokens_in_graphs(device))
     if layout.experts.size > 1:
         logger.info(announcement(reason))

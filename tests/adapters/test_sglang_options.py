@@ -36,7 +36,7 @@ def start(device="cpu", **settings):
         get_exec().graph.cuda_graph_config.prefill.backend = "breakable"
     table = options.options("bfloat16", fp8=False)
     table.require_supported(compat.server_options())
-    options.require_possible_together(compat.server_options())
+    options.require_possible_together(compat.server_options(), 4)
     compat.settle_graphs(torch.device(device))
     return table
 
@@ -90,6 +90,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "tensor parallel": ("cpu", {"tp_size": 2}, None),
     "pipeline": ("cpu", {"pp_size": 2}, None),
     "data parallel": ("cpu", {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True}, None),
+    "stages without layers": ("cpu", {"pp_size": 5}, "pp_size=5: each stage has a decoder layer at least, and the mod"),
     "drafts in stages": (
         "cpu",
         {"drafts": True, "pp_size": 2},
