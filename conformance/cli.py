@@ -64,7 +64,7 @@ def run(
     if keep is not None and keep.exists():
         raise ConformanceError(f"{keep}: exists already and is not overwritten")
     if timeout is not None and not 0 < timeout <= threading.TIMEOUT_MAX:
-        raise ConformanceError(f"--timeout {timeout:g}: give seconds, more than zero; without it a testee has no end")
+        raise ConformanceError(f"--timeout {timeout:g}: give seconds, above zero and at most {threading.TIMEOUT_MAX:g}")
     testees = testee_commands(testee, layout or [], environments)
     expectations = None if expect is None else Expectations.read(expect)
     all_claims = [*shipped(), *map(Claims.read, claims or ())]

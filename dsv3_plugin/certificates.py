@@ -210,9 +210,11 @@ def read(file: Path) -> tuple[Certificate, ...]:
 def _read(file: Path, modified: int) -> tuple[Certificate, ...]:
     try:
         return _File.validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
+    except OSError as error:
+        raise KernelError(f"{file} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
         raise KernelError(
-            f"{file} holds no certificates of this version ({str(error).splitlines()[0]}): move it away and write"
+            f"{file} holds no certificates of this version ({error.errors()[0]['msg']}): move it away and write"
             f" another with {command(['NAME'], file)}"
         ) from error
 

@@ -22,6 +22,9 @@ from typing import Any, Literal
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.variables import KILL_SWITCH
 
+_LONGEST = 120
+"""Characters of a value in a message."""
+
 Verdict = Literal["honoured", "irrelevant", "refused"]
 
 
@@ -93,5 +96,8 @@ class Options:
 
 
 def _written(value: Any) -> str:
-    """As a user gave it: an engine's enumerations show what they hold, which may be a path of its source."""
-    return value.name if isinstance(value, Enum) else repr(value)
+    """As a user gave it: an engine's enumerations show what they hold, its sections all fields that nobody typed."""
+    if isinstance(value, Enum):
+        return value.name
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{type(value).__name__}(...)"

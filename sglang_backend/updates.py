@@ -239,6 +239,8 @@ def update_weights_from_disk(original: Original, manager: Any, request: Any) -> 
             raise CheckpointError(
                 f"load_format={request.load_format}: a checkpoint is read from safetensors files, load_format=auto"
             )
+        if not request.model_path:
+            raise CheckpointError("model_path: is empty; name a checkpoint folder")
         updates.take_folder(request.model_path)
 
     if (problem := under_way(manager.scheduler)) is not None:

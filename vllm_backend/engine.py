@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
@@ -22,6 +23,8 @@ from vllm.v1.request import RequestStatus
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.profile import attention_from_environment
 from dsv3_plugin.vllm_backend import worker
+
+logger = init_logger("vllm.dsv3_plugin")
 
 Method = Callable[..., Any]
 Outputs = dict[int, EngineCoreOutputs]
@@ -112,6 +115,8 @@ def _step(original: Method, core: Any) -> tuple[Outputs | None, bool]:
         output = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=problem)
         outputs.outputs.append(output)
         outputs.finished_requests.add(request.request_id)
+    if ended:  # over HTTP a request hears nothing but its status, 500
+        logger.error("dsv3-plugin ends requests until weights are whole again: %s", problem)
     return ended, False
 
 

@@ -265,7 +265,7 @@ class TestCommandLine:
             (("--testee", "a/b=true"), r"error: --testee a/b=true: 'a/b' cannot be a testee's name"),
             (("--testee", "..=true"), r"error: --testee ..=true: '..' cannot be a testee's name"),
             (("--testee", "=true"), r"error: --testee =true: '' cannot be a testee's name"),
-            (("--testee", "reference", "--timeout", "0"), r"error: --timeout 0: give seconds, more than zero"),
+            (("--testee", "reference", "--timeout", "0"), r"error: --timeout 0: give seconds, above zero and at most"),
             (("--testee", "reference", "--timeout", "nan"), r"error: --timeout nan: give seconds"),
             (("--testee", "reference", "--timeout", "inf"), r"error: --timeout inf: give seconds"),
             (("--testee", "reference", "--json", "/no/r.json"), r"error: /no/r.json: there is no folder /no$"),
