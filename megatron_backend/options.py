@@ -10,7 +10,7 @@ the bits of the plain run; one that splits a sum of gradients over ranks is righ
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -609,22 +609,40 @@ OPTIONS = Options(
 )
 
 
-_BELOW_ONE = ("adam_beta1", "adam_beta2", "ema_decay")
+_Range = tuple[str, Callable[[float], bool]]
+"""In words, and whether a number is in it. What is compared with NaN is not."""
+_FINITE: _Range = "a finite number", lambda number: -math.inf < number < math.inf
+_NOT_NEGATIVE: _Range = "zero or above, and finite", lambda number: 0 <= number < math.inf
+_RANGES: Mapping[str, _Range] = {
+    **dict.fromkeys(
+        _names("""
+        lr min_lr weight_decay clip_grad init_method_std moe_aux_loss_coeff moe_z_loss_coeff
+        moe_router_bias_update_rate mtp_loss_scaling_factor
+        """),
+        _NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(_names("adam_beta1 adam_beta2 ema_decay"), ("from 0 to below 1", lambda number: 0 <= number < 1)),
+    "adam_eps": ("above zero, and finite", lambda number: 0 < number < math.inf),
+    "lr_warmup_fraction": ("from 0 to 1", lambda number: 0 <= number <= 1),
+    "seed": (f"from 0 to {2**32 - 1}", lambda number: 0 <= number < 2**32),
+}
 
 
 def _require_numbers(values: Mapping[str, Any]) -> None:
-    """Raise `EngineError` for NaN and infinity, with which Megatron trains to the end, and for averages that grow."""
-    wrong = [
-        f"{name}={value}"
-        for name, value in values.items()
-        for number in (value if isinstance(value, list) else [value])
-        if isinstance(number, float) and (not math.isfinite(number) or (name in _BELOW_ONE and not 0 <= number < 1))
-    ]
+    """Raise `EngineError` for numbers that Megatron trains with to the end, or fails with much later: NaN, infinity,
+    rates below zero, averages that grow.
+    """
+    wrong = []
+    for name, value in values.items():
+        said, fits = _RANGES.get(name, _FINITE)
+        numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
+        if not all(map(fits, numbers)):
+            wrong.append(f"{name}={value}, which must be {said}")
     if wrong:
-        raise EngineError(
-            f"these options of Megatron cannot be: {', '.join(wrong)}. They are finite numbers, and"
-            f" {', '.join(_BELOW_ONE)} from 0 to below 1"
-        )
+        raise EngineError(f"these options of Megatron cannot be: {'; '.join(wrong)}")
+    lr, min_lr = values.get("lr"), values.get("min_lr")
+    if lr is not None and min_lr is not None and min_lr > lr:
+        raise EngineError(f"min_lr={min_lr} is above lr={lr}: the learning rate falls to it")
 
 
 def require_supported(values: Mapping[str, Any], expected: Mapping[str, Any], config: DeepseekV3Config) -> None:
@@ -646,6 +664,12 @@ def require_supported(values: Mapping[str, Any], expected: Mapping[str, Any], co
         wrong.append(f"vocab_size={tokens} of the tokenizer, and the checkpoint's embedding holds {config.vocab_size}")
     if wrong:
         raise EngineError(f"these options of Megatron are not the model's: {'; '.join(wrong)}. Leave them out")
+    layers = values.get("recompute_num_layers")
+    if values.get("recompute_method") == "uniform" and layers != 1 and expected.get("mtp_num_layers"):
+        raise EngineError(
+            f"recompute_num_layers={layers} with recompute_method=uniform: Megatron computes an MTP layer again by"
+            " itself only; give 1"
+        )
     moments = [name for name in ("exp_avg_dtype", "exp_avg_sq_dtype") if values.get(name) in ("bf16", torch.bfloat16)]
     precise, distributed = values.get("use_precision_aware_optimizer"), values.get("use_distributed_optimizer")
     if (moments and not precise) or (precise and not distributed):

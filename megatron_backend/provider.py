@@ -30,6 +30,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
+from dsv3_plugin.checkpoint.writer import require_writable
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import EngineError
 from dsv3_plugin.megatron_backend import loop, options, recipe, schedule
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     What is parsed is looked at before Megatron does: an option that is refused, that says another model than the
     checkpoint's configuration, or that names a folder of weights without any, raises `EngineError`; what is no
-    configuration of this model raises `ConfigError`.
+    configuration of this model raises `ConfigError`, and a folder that cannot be written `InputError`.
     """
     group = parser.add_argument_group("dsv3-plugin")
     group.add_argument(
@@ -111,6 +112,10 @@ def _require_supported(args: argparse.Namespace) -> None:
     options.require_supported(vars(args), of_model(config, profile), config)
     if args.ema_decay is not None and args.save is None:
         raise EngineError(f"ema_decay={args.ema_decay} without --save: nobody would see the average; give --save")
+    if args.save is not None:
+        if not args.save_interval:
+            raise EngineError(f"save={args.save} needs --save-interval, the iterations from one checkpoint to the next")
+        require_writable(args.save, f"--save {args.save}")
     _require_weights(args)
 
 

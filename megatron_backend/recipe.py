@@ -107,7 +107,9 @@ class Course:
         """
         start, rest = divmod(largest, _BATCH_STEPS)
         if rest or start < 1:
-            raise EngineError(f"the report's batches grow by fifths: global_batch_size={largest} is no multiple of 5")
+            raise EngineError(
+                f"the report's batches grow by fifths: global_batch_size={largest} is no multiple of 5 above zero"
+            )
         if self._after(_BATCHES_GROW) < _BATCH_STEPS - 1:
             enough = (_BATCH_STEPS - 2) * _TOKENS // _BATCHES_GROW + 1
             raise EngineError(

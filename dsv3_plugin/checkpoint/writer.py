@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dsv3_plugin.checkpoint.reader import INDEX_FILE, SINGLE_FILE
-from dsv3_plugin.errors import CheckpointError
+from dsv3_plugin.errors import CheckpointError, InputError
 
 DEFAULT_SHARD_BYTES = 500_000_000
 _PARTIAL = ".partial"
@@ -100,6 +101,27 @@ def check_new_folder(directory: str | Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise CheckpointError(f"{directory}: needs {in_bytes(needed)}, {parent} has {in_bytes(free)} free")
+
+
+def require_writable(folder: str | Path, said: str) -> None:
+    """Raise `InputError`, which begins with what was `said`, unless a file can be made in a folder, or in the nearest
+    one above it that exists. Nothing is left there.
+    """
+    folder = Path(folder).absolute()
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        # Only who makes a file knows: permissions do not bind root, nor say what a file system takes.
+        with tempfile.NamedTemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"{said}: cannot be written: {error.strerror}; name another place") from None
+
+
+def require_writable_file(file: Path, said: str) -> None:
+    """Raise `InputError`, which begins with what was `said`, unless a file can be made in a folder that exists."""
+    if file.is_dir() or not file.parent.is_dir():
+        raise InputError(f"{said}: is no file that can be written; name one in a folder that exists")
+    require_writable(file.parent, said)
 
 
 def in_bytes(size: int) -> str:

@@ -103,7 +103,9 @@ def test_what_is_printed_is_what_happens(samples: int, largest: int) -> None:
 
 def test_a_run_that_has_no_course_is_refused() -> None:
     for largest in 8, 4, 0, -5:
-        with pytest.raises(EngineError, match=f"batches grow by fifths: global_batch_size={largest} is no multiple"):
+        with pytest.raises(
+            EngineError, match=f"batches grow by fifths: global_batch_size={largest} is no multiple of 5 above"
+        ):
             Course(1_000).batches(largest)
     with pytest.raises(EngineError, match=r"in the first 3.2% of a run, in 4 steps: 94 .* too few .*, 95 are enough"):
         Course(94).batches(10)
