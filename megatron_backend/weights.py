@@ -21,7 +21,7 @@ from torch import nn
 from dsv3_plugin.checkpoint.fingerprint import Fingerprint, fingerprint_of_tensors
 from dsv3_plugin.checkpoint.masters import as_written, dequantize_weights
 from dsv3_plugin.checkpoint.names import Part, Target, checkpoint_tensors
-from dsv3_plugin.checkpoint.reader import SINGLE_FILE, CheckpointReader
+from dsv3_plugin.checkpoint.reader import SINGLE_FILE, CheckpointReader, value_problem
 from dsv3_plugin.checkpoint.writer import copy_side_files, write_file, write_index
 from dsv3_plugin.config import DeepseekV3Config
 from dsv3_plugin.errors import CheckpointError
@@ -160,8 +160,7 @@ def save_checkpoint(model: Chunks, like: str | Path, path: str | Path) -> None:
         like: a checkpoint folder; its configuration and tokenizer are copied.
         path: a new folder.
 
-    Raises `CheckpointError` if the folder exists, or the weights are none that a checkpoint may hold: the result is
-    validated before this returns, else nothing is left of it.
+    Raises `CheckpointError` if the folder exists, and as `save_tensors` does; then nothing is left of it.
     """
     like, path = Path(like), Path(path)
     if path.exists():
@@ -172,25 +171,39 @@ def save_checkpoint(model: Chunks, like: str | Path, path: str | Path) -> None:
         copy_side_files(like, path)
     try:
         save_tensors(model, CheckpointReader(like).config, path)
-    except CheckpointError:  # the first rank's, which looks at what all have written
-        shutil.rmtree(path)
+    except CheckpointError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(path)
         raise
 
 
 def save_tensors(model: Chunks, config: DeepseekV3Config, path: Path) -> None:
     """Write the tensors of a checkpoint into a folder that holds its `config.json`: every rank its own, the first one
-    the index. The result is validated before this returns.
+    the index.
+
+    Every rank raises `CheckpointError` if any holds NaN or an infinity, before anything is written, or if the result,
+    which is validated before this returns, is no checkpoint.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     tensors = {name: tensor.to("cpu", copy=True) for name, tensor in _checkpoint_tensors(model, config)}
     file = SINGLE_FILE if world == 1 else f"model-{rank + 1:05d}-of-{world:05d}.safetensors"
+    problems = filter(None, (value_problem(name, tensor, config) for name, tensor in tensors.items()))
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, (dict.fromkeys(tensors, file), next(problems, None)))
+    if wrong := [problem for _, problem in parts if problem is not None]:
+        raise CheckpointError(f"{path}: is not written: {wrong[0]}")
     if tensors:
         write_file(tensors, path / file)
-    files: list[Any] = [None] * world
-    dist.all_gather_object(files, dict.fromkeys(tensors, file))
+    dist.barrier()
+    found: list[str | None] = [None]
     if rank == 0:
         if world > 1:
-            weight_map = {name: file for part in files for name, file in part.items()}
+            weight_map = {name: file for files, _ in parts for name, file in files.items()}
             write_index(path, weight_map, sum(file.stat().st_size for file in path.glob("*.safetensors")))
-        CheckpointReader(path).validate()
-    dist.barrier()
+        try:
+            CheckpointReader(path).validate()
+        except CheckpointError as error:
+            found = [str(error)]
+    dist.broadcast_object_list(found)
+    if found[0] is not None:
+        raise CheckpointError(found[0])

@@ -168,6 +168,38 @@ def test_a_checkpoint_survives_the_way_in_and_out(dtype: str, tiny_checkpoint: T
     assert len({file.stat().st_mode for file in output.iterdir()}) == 1, "weights are read by whom the rest is"
 
 
+# The example, which saves other weights than it read.
+NO_NUMBERS = """
+import runpy, sys
+from dsv3_plugin.megatron_backend import weights
+
+def save_checkpoint(model, *places, save=weights.save_checkpoint):
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    save(model, *places)
+
+weights.save_checkpoint = save_checkpoint
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_of_weights_that_are_no_numbers_nothing_is_left(
+    ranks: int, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """One rank finds out, and all say so."""
+    script = tmp_path / "script.py"
+    script.write_text(NO_NUMBERS)
+    layout = PIPELINE_PARALLEL if ranks > 1 else ()
+    arguments = "--train-iters", 0, "--hf-output", tmp_path / "hf", *layout
+    done = warm(script, TRAIN, tiny_checkpoint("bf16"), *arguments, ranks=ranks)
+    said = printed(done)
+    assert done.returncode == 1 and "Traceback" not in said, said[-3000:]
+    assert said.count(f"error: {tmp_path / 'hf'}: is not written: ") == ranks and "nan" in said, said[-3000:]
+    assert not (tmp_path / "hf").exists()
+
+
 def refusal(checkpoint: Path, *arguments: str) -> str:
     done = warm(TRAIN, checkpoint, *arguments)
     assert done.returncode != 0
