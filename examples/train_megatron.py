@@ -41,12 +41,12 @@ from torch import distributed as dist
 
 from dsv3_plugin.argument_types import above_zero, from_zero, not_negative, positive, seed, share
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.checkpoint.writer import copy_side_files
+from dsv3_plugin.checkpoint.writer import copy_side_files, require_writable, require_writable_file
 from dsv3_plugin.conformance.texts import real_text, tokenize
 from dsv3_plugin.errors import DSV3Error, EngineError, InputError
 from dsv3_plugin.megatron_backend import recipe
 from dsv3_plugin.megatron_backend.config import transformer_config
-from dsv3_plugin.megatron_backend.convert import RELEASE, TRACKER, find_checkpoint
+from dsv3_plugin.megatron_backend.convert import RELEASE, TRACKER, find_checkpoint, readable
 from dsv3_plugin.megatron_backend.log_probs import log_probs
 from dsv3_plugin.megatron_backend.model import build_model
 from dsv3_plugin.megatron_backend.moe import Router
@@ -104,9 +104,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.min_lr > arguments.lr:
         parser.error(f"--min-lr {arguments.min_lr} is above --lr {arguments.lr}")
-    for name in "method", "num_layers", "modules":
-        if getattr(arguments, f"recompute_{name}") is not None and arguments.recompute_granularity is None:
-            parser.error(f"--recompute-{name.replace('_', '-')} needs --recompute-granularity")
+    for name, granularity in ("method", "full"), ("num_layers", "full"), ("modules", "selective"):
+        if getattr(arguments, f"recompute_{name}") is not None and arguments.recompute_granularity != granularity:
+            parser.error(f"--recompute-{name.replace('_', '-')} needs --recompute-granularity {granularity}")
     return arguments
 
 
@@ -189,14 +189,16 @@ def require_places(arguments: argparse.Namespace) -> None:
     if arguments.save:
         if arguments.save.resolve() == arguments.checkpoint.resolve():
             raise InputError(f"--save {arguments.save}: is the checkpoint's own folder; name another")
-        try:
-            arguments.save.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--save {arguments.save}: is no folder that can be written: {error.strerror}") from None
-    if arguments.hf_output and arguments.hf_output.exists():
-        raise InputError(f"--hf-output {arguments.hf_output}: exists already and is not overwritten")
-    if (output := arguments.load_output) and (output.is_dir() or not output.parent.is_dir()):
-        raise InputError(f"--load-output {output}: is no file that can be written; name one in a folder that exists")
+        require_writable(arguments.save, f"--save {arguments.save}")
+    if output := arguments.hf_output:
+        if output.exists():
+            raise InputError(f"--hf-output {output}: exists already and is not overwritten")
+        require_writable(output, f"--hf-output {output}")
+    if output := arguments.load_output:
+        require_writable_file(output, f"--load-output {output}")
+    if arguments.evaluate:
+        output = arguments.evaluate.with_suffix(EVALUATED)
+        require_writable_file(output, f"--evaluate writes {output}")
 
 
 def read_samples(file: Path, vocab_size: int) -> list[tuple[list[int], list[int]]]:
@@ -335,7 +337,10 @@ def train(arguments: argparse.Namespace) -> None:
     )
     first, samples = resume(arguments.load, gpt, optimizer, schedule) if arguments.load else (0, 0)
     if first > iterations:
-        raise InputError(f"--load {arguments.load}: is at iteration {first}, behind --train-iters {iterations}")
+        raise InputError(
+            f"--load {arguments.load}: is at iteration {first} already, and --train-iters {iterations} leaves nothing"
+            " to train; give more, or an earlier checkpoint"
+        )
     if dist.get_rank() == 0:
         print(f"{len(text.tokens):,} tokens, unigram entropy {text.unigram_entropy():.3f} nats", flush=True)
 
@@ -446,11 +451,17 @@ def resume(folder: Path, model: Any, optimizer: Any, schedule: Any) -> tuple[int
     Of a converted checkpoint, which has no optimizer's state, only the weights are read.
     """
     latest, _ = find_checkpoint(folder)
-    if latest.name == RELEASE:
-        model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(latest))["model"])
+    is_release = latest.name == RELEASE
+    if is_release:
+        wanted = {"model": model.sharded_state_dict()}
+    else:
+        wanted = state_of(model, optimizer, schedule, is_loading=True)
+    with readable(latest):
+        state = dist_checkpointing.load(wanted, str(latest))
+    if is_release:
+        model.load_state_dict(state["model"])
         optimizer.reload_model_params()
         return 0, 0
-    state = dist_checkpointing.load(state_of(model, optimizer, schedule, is_loading=True), str(latest))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -243,14 +244,14 @@ def _odd(headers: Mapping[str, Header], config: DeepseekV3Config) -> dict[str, s
 
 def _stored_odd(checkpoint: Path, config: DeepseekV3Config) -> dict[str, str]:
     """What `_odd` stored, as far as it goes with the configuration that is written now."""
-    with _readable(checkpoint):
+    with readable(checkpoint):
         odd: dict[str, str] = dist_checkpointing.load_common_state_dict(str(checkpoint)).get(_ODD, {})
-    specs = checkpoint_tensors(config)
-    return {
-        name: word
-        for name, word in odd.items()
-        if name in specs and (specs[name].optional if word == _ABSENT else _ODD_DTYPES[word] in specs[name].dtypes)
-    }
+        specs = checkpoint_tensors(config)
+        return {
+            name: word
+            for name, word in odd.items()
+            if name in specs and (specs[name].optional if word == _ABSENT else _ODD_DTYPES[word] in specs[name].dtypes)
+        }
 
 
 def find_checkpoint(source: str | Path) -> tuple[Path, Path]:
@@ -275,7 +276,7 @@ def find_checkpoint(source: str | Path) -> tuple[Path, Path]:
     else:
         checkpoint = source
         beside = source if (source / "config.json").is_file() else source.parent
-    with _readable(checkpoint):
+    with readable(checkpoint):
         is_one = dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint))
     if not is_one:
         raise CheckpointError(f"{checkpoint}: is no distributed checkpoint of Megatron (it has no metadata.json)")
@@ -284,7 +285,7 @@ def find_checkpoint(source: str | Path) -> tuple[Path, Path]:
 
 def _stored(checkpoint: Path, config: DeepseekV3Config) -> Mapping[str, ShardedTensor]:
     """The checkpoint's tensors by key, without data. Raises `CheckpointError` unless they are this model's."""
-    with _readable(checkpoint):
+    with readable(checkpoint):
         stored: dict[str, ShardedTensor] = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     expected = {}
     for spec in _pieces(config).values():
@@ -331,7 +332,7 @@ _TRAINED_WITH_YARN = (
 
 def _check_arguments(checkpoint: Path, config: DeepseekV3Config, side_files: Path) -> None:
     """Raise `CheckpointError` where the arguments that were saved with the weights make another model of them."""
-    with _readable(checkpoint):
+    with readable(checkpoint):
         saved = vars(dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args", Namespace()))
     if "norm_epsilon" in saved:  # of Megatron's command line
         saved = saved | {"layernorm_epsilon": saved["norm_epsilon"]}
@@ -375,7 +376,7 @@ class _Reader:
             like = self.stored[key]
             request[key] = ShardedTensor.from_rank_offsets(key, torch.empty(like.global_shape, dtype=like.dtype))
         if request:
-            with _readable(self.checkpoint):
+            with readable(self.checkpoint):
                 self.tensors |= dist_checkpointing.load(request, str(self.checkpoint))
         for name in names:
             key = self.key(name)
@@ -390,7 +391,7 @@ class _Reader:
 
 
 @contextmanager
-def _readable(checkpoint: Path) -> Iterator[None]:
+def readable(checkpoint: Path) -> Iterator[None]:
     """Turn what Megatron and torch raise for damaged files into one line. Those that hold pickled objects may raise
     anything; torch's exception is not even an `Exception`.
     """
@@ -403,6 +404,8 @@ def _readable(checkpoint: Path) -> Iterator[None]:
             reason = lines[-1]
         else:
             reason = f"{kind}: {lines[0].partition('. ')[0]}" if lines else kind
+        # Megatron names what it misses beside all that there is.
+        reason = shorten(reason, 300, placeholder=" ...")
         raise CheckpointError(f"{checkpoint}: cannot be read: {reason}") from None
 
 

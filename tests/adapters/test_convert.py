@@ -354,6 +354,10 @@ def test_a_truncated_megatron_file_is_refused(converted: dict[str, Path], tmp_pa
     for file in (source / "release").glob("*.distcp"):
         os.truncate(file, file.stat().st_size // 2)
     assert f"{source / 'release'}: cannot be read" in refusal("to-hf", source, tmp_path / "out")
+    (source / "release" / ".metadata").write_bytes(b"garbage")
+    assert f"{source / 'release'}: cannot be read: AssertionError" in refusal("to-hf", source, tmp_path / "out")
+    torch.save({"hugging_face": {"lm_head.weight": "another dtype"}}, source / "release" / "common.pt")
+    assert f"{source / 'release'}: cannot be read: KeyError" in refusal("to-hf", source, tmp_path / "out")
     for content, said in (b"", "EOFError"), (b"garbage", ""), (b"\x80\x02.", ""):
         (source / "release" / "common.pt").write_bytes(content)
         line = refusal("to-hf", source, tmp_path / "out")

@@ -58,8 +58,12 @@ def test_a_converted_checkpoint_trains_as_its_original_and_goes_on_where_it_stop
     second = train(original, "--load", tmp_path / "state", "--save", tmp_path / "state", *common, *full)
     assert first + second == whole
     done = warm(TRAIN, original, "--load", tmp_path / "state", "--train-iters", 5, "--save", tmp_path / "earlier")
-    assert done.returncode == 1 and "is at iteration 6, behind --train-iters 5" in printed(done)
-    assert not list((tmp_path / "earlier").iterdir())
+    assert done.returncode == 1 and "is at iteration 6 already, and --train-iters 5 leaves" in printed(done)
+    assert not (tmp_path / "earlier").exists()
+    # Of another optimizer.
+    done = warm(TRAIN, original, "--load", tmp_path / "state", "--train-iters", 7, "--use-distributed-optimizer")
+    line = printed(done).strip().splitlines()[-1]
+    assert line.startswith(f"error: {tmp_path / 'state' / 'iter_0000006'}: cannot be read: ") and len(line) < 600
     convert("to-hf", tmp_path / "state", tmp_path / "resumed")
     resumed = weights(tmp_path / "resumed")
     for copy in ("model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight"):
@@ -77,17 +81,24 @@ def test_a_converted_checkpoint_trains_as_its_original_and_goes_on_where_it_stop
         (("--data", "nowhere.txt"), "--data: cannot be read"),
         (("--data", sys.executable), "--data: cannot be read"),
         (("--data", __file__, "--seq-length", 100_000), "needs one more"),
-        (("--save", __file__), "is no folder that can be written: File exists"),
+        (("--save", __file__), "cannot be written: Not a directory; name another place"),
         (("--hf-output", SUPPORT), "exists already and is not overwritten"),
         (("--load-output", SUPPORT), "is no file that can be written"),
         (("--evaluate", "nowhere.json"), "--evaluate nowhere.json: cannot be read"),
         (("--evaluate", __file__), "test_train.py: cannot be read"),
         (("--load", SUPPORT), "is no distributed checkpoint of Megatron"),
-        (("--save", "/proc/none"), "--save /proc/none: is no folder that can be written: No such file"),
+        (("--save", "/proc/none"), "--save /proc/none: cannot be written: No such file"),
+        (("--save", "/proc"), "--save /proc: cannot be written: No such file"),
+        (("--load-output", "/proc/x"), "--load-output /proc/x: cannot be written: No such file"),
+        (("--evaluate", "/proc/x"), "--evaluate writes /proc/x.trainer: cannot be written: No such file"),
         (("--save", "CHECKPOINT"), "is the checkpoint's own folder; name another"),
         (("--evaluate", "tokens.json"), "tokens.json: token 1024, and the model knows those from 0 to 1023"),
         (("--evaluate", "tokens.trainer"), "the answer would be written over it"),
         (("--recompute-granularity", "full"), "Megatron refuses these settings: "),
+        (
+            ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 2),
+            "recompute_num_layers=2 with recompute_method=uniform: ",
+        ),
         (("--recompute-granularity", "selective", "--recompute-modules", "foo"), "foo"),
         (("--lr", "1e30", "--clip-grad", 0, "--train-iters", 9), "the gradients' norm is nan; nothing is saved"),
         (("--init-method-std", "1e20"), "the gradients' norm is "),
@@ -136,8 +147,12 @@ def test_a_number_that_cannot_be_is_named(name: str, value: str, says: str, tmp_
     ("arguments", "says"),
     [
         (("--min-lr", 1), "--min-lr 1.0 is above --lr 0.001"),
-        (("--recompute-num-layers", 1), "--recompute-num-layers needs --recompute-granularity"),
-        (("--recompute-modules", "moe"), "--recompute-modules needs --recompute-granularity"),
+        (("--recompute-num-layers", 1), "--recompute-num-layers needs --recompute-granularity full"),
+        (("--recompute-modules", "moe"), "--recompute-modules needs --recompute-granularity selective"),
+        (
+            ("--recompute-granularity", "full", "--recompute-modules", "moe"),
+            "--recompute-modules needs --recompute-granularity selective",
+        ),
     ],
 )
 def test_arguments_that_contradict_each_other_are_named(
