@@ -51,8 +51,9 @@ from servers import SERVERS, Server, counted
 from task import TASKS, Words, problems
 from trainer import Packed, Trainer, pack
 
-from dsv3_plugin.argument_types import above_zero, from_zero, positive
+from dsv3_plugin.argument_types import above_zero, from_zero, not_negative, positive, seed
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.checkpoint.writer import require_writable_file
 from dsv3_plugin.errors import DSV3Error, EngineError, InputError
 from dsv3_plugin.profile import ATTENTION_VARIABLE, SLICES_VARIABLE
 
@@ -99,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--temperature", type=above_zero, nargs="+", default=[1.0, 0.7], help="of a server's prompts in turn"
     )
-    parser.add_argument("--hang-up", type=int, default=2, help="requests of a server and step that are aborted")
+    parser.add_argument("--hang-up", type=from_zero, default=2, help="requests of a server and step that are aborted")
     parser.add_argument("--one-step-off", action="store_true", help="sample the next step's answers while training")
     parser.add_argument(
         "--inner-updates", type=positive, default=1, help="how often the answers of a step are learned from"
@@ -111,21 +112,26 @@ def parse_arguments() -> argparse.Namespace:
         "--micro-batch-size", type=positive, help="answers of a pass of the trainer; by default all of them"
     )
     parser.add_argument("--lr", type=above_zero, default=5e-4)
-    parser.add_argument("--lr-warmup-steps", type=int, default=3)
-    parser.add_argument("--clip-grad", type=float, default=1.0)
-    parser.add_argument("--clip-ratio", type=float, default=0.2)
-    parser.add_argument("--kl-coefficient", type=float, default=0.0, help="of k3 to the model before step 0")
+    parser.add_argument("--lr-warmup-steps", type=from_zero, default=3)
+    parser.add_argument("--clip-grad", type=not_negative, default=1.0)
+    parser.add_argument("--clip-ratio", type=not_negative, default=0.2)
+    parser.add_argument("--kl-coefficient", type=not_negative, default=0.0, help="of k3 to the model before step 0")
     parser.add_argument(
-        "--reference-interval", type=int, default=0, help="optimizer steps until the policy is the reference; 0: never"
+        "--reference-interval",
+        type=from_zero,
+        default=0,
+        help="optimizer steps until the policy is the reference; 0: never",
     )
-    parser.add_argument("--mtp-loss-scaling-factor", type=float, default=0.1, help="drafts follow the policy by it")
-    parser.add_argument("--moe-router-bias-update-rate", type=float, default=1e-3)
-    parser.add_argument("--eval-prompts", type=int, default=64, help="of greedy answers before and after")
-    parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument(
-        "--save-interval", type=int, default=10, help="steps between checkpoints; the last is saved too; 0: none"
+        "--mtp-loss-scaling-factor", type=not_negative, default=0.1, help="drafts follow the policy by it"
     )
-    parser.add_argument("--exit-interval", type=int, help="stop after so many steps, as if interrupted")
+    parser.add_argument("--moe-router-bias-update-rate", type=not_negative, default=1e-3)
+    parser.add_argument("--eval-prompts", type=from_zero, default=64, help="of greedy answers before and after")
+    parser.add_argument("--seed", type=seed, default=1234)
+    parser.add_argument(
+        "--save-interval", type=from_zero, default=10, help="steps between checkpoints; the last is saved too; 0: none"
+    )
+    parser.add_argument("--exit-interval", type=positive, help="stop after so many steps, as if interrupted")
     parser.add_argument("--tensorboard-dir", type=Path)
     parser.add_argument("--plot", type=Path, help="draw the run to this SVG or PNG at its end; needs matplotlib")
     known, _ = parser.parse_known_args()
@@ -411,6 +417,8 @@ def start(arguments: argparse.Namespace) -> None:
         raise InputError(f"--server {unknown[0]}: not one of {', '.join(SERVERS)}")
     if ("model" in arguments.reward) != (arguments.reward_model is not None):
         raise InputError("--reward model and --reward-model FOLDER go together")
+    if arguments.plot is not None:
+        require_writable_file(arguments.plot, f"--plot {arguments.plot}")
     if arguments.reward_model is not None:
         CheckpointReader(arguments.reward_model)
     if (answered := arguments.prompts * arguments.samples) < arguments.mini_batches:
@@ -444,6 +452,11 @@ def start(arguments: argparse.Namespace) -> None:
     )
     words = Words(arguments.checkpoint)
     progress = resume(trainer, run) if arguments.resume else Progress()
+    if progress.step > arguments.steps:
+        raise InputError(
+            f"--resume: {run} is at step {progress.step} already, and --steps {arguments.steps} leaves nothing to"
+            " learn; give more"
+        )
     (run / "weights").mkdir(parents=True, exist_ok=True)
     # The threads end first, so that no server starts behind the stack that ends it.
     with ExitStack() as stack, ThreadPoolExecutor() as threads:

@@ -24,7 +24,7 @@ from record import console
 from servers import SERVERS, Request, Server
 from task import TASKS, Conversation, Problem, Words, problems
 
-from dsv3_plugin.argument_types import above_zero, positive
+from dsv3_plugin.argument_types import above_zero, positive, seed
 from dsv3_plugin.checkpoint.reader import CheckpointReader
 from dsv3_plugin.errors import DSV3Error, InputError
 
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=above_zero, default=1.0)
     parser.add_argument("--max-tokens", type=positive, default=5)
     parser.add_argument("--judge", action="store_true", help="write answers and whether they are right")
-    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--seed", type=seed, default=1234)
     return parser.parse_args()
 
 

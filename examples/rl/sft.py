@@ -25,8 +25,9 @@ from record import console
 from task import Conversation, Words
 from trainer import Trainer, pack
 
-from dsv3_plugin.argument_types import above_zero, positive
+from dsv3_plugin.argument_types import above_zero, not_negative, positive, seed
 from dsv3_plugin.checkpoint.reader import CheckpointReader
+from dsv3_plugin.checkpoint.writer import require_writable
 from dsv3_plugin.errors import DSV3Error, InputError
 
 
@@ -41,10 +42,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=positive, default=64, help="conversations of an optimizer step")
     parser.add_argument("--lr", type=above_zero, default=2e-3)
     parser.add_argument("--min-lr", type=above_zero, default=2e-4)
-    parser.add_argument("--clip-grad", type=float, default=1.0)
-    parser.add_argument("--mtp-loss-scaling-factor", type=float, default=0.1)
-    parser.add_argument("--moe-router-bias-update-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--clip-grad", type=not_negative, default=1.0)
+    parser.add_argument("--mtp-loss-scaling-factor", type=not_negative, default=0.1)
+    parser.add_argument("--moe-router-bias-update-rate", type=not_negative, default=1e-3)
+    parser.add_argument("--seed", type=seed, default=1234)
     known, _ = parser.parse_known_args()
     parser.set_defaults(**SFT.get(known.recipe, {}))
     return parser.parse_args()
@@ -77,8 +78,7 @@ def start(arguments: argparse.Namespace) -> None:
     """All epochs."""
     if arguments.out.exists():
         raise InputError(f"{arguments.out}: exists already, and nothing is overwritten")
-    if not next(folder for folder in arguments.out.absolute().parents if folder.exists()).is_dir():
-        raise InputError(f"{arguments.out}: cannot be made, for a file is in the place of a folder")
+    require_writable(arguments.out, str(arguments.out))
     data = conversations(arguments.data)
     longest, words = CheckpointReader(arguments.checkpoint).config.max_position_embeddings, Words(arguments.checkpoint)
     samples = [(words.prompt(each.user), words.answer(each.assistant), 1.0) for each in data]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -124,7 +125,10 @@ class Trainer:
 
     @contextmanager
     def gradients(self, lr: float) -> Iterator[dict[str, float]]:
-        """Around what computes a loss and calls `backward`: an optimizer step follows. Says its gradient's norm."""
+        """Around what computes a loss and calls `backward`: an optimizer step follows. Says its gradient's norm.
+
+        Raises `EngineError` where that is no number, and the weights none any more.
+        """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
@@ -134,6 +138,8 @@ class Trainer:
         finalize_model_grads([self.model])  # moves the router's bias, too
         _, norm, _ = self.optimizer.step()
         said["gradient_norm"] = float(norm)
+        if not math.isfinite(norm):
+            raise EngineError(f"the gradients' norm is {norm}; nothing is saved of this step")
 
     @staticmethod
     def weigh(share: float) -> None:

@@ -162,6 +162,8 @@ def test_a_cut_run_goes_on(models: list[Path], running: list[rl.Server], address
     """
     arguments = *addresses, "--steps", 2, "--one-step-off"
     train(models[0], tmp_path / "cut", *arguments, "--exit-interval", 1)
+    done = warm(GRPO, models[0], tmp_path / "cut", *addresses, "--steps", 0, "--resume", modules=MODULES)
+    assert done.returncode == 1 and "is at step 1 already, and --steps 0 leaves nothing" in printed(done)
     held = {server.fingerprint().digest for server in running}
     for run, more in ("again", ()), ("parts", ("--micro-batch-size", 3)), ("cut", ()):
         if run != "cut":
@@ -378,6 +380,7 @@ def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> Non
         ),
         ((tmp_path / "f", "--server", "vllm=127.0.0.1:9"), "none answers there; write vllm=http://HOST:PORT"),
         ((tmp_path / "g", "--server", "vllm=http://127.0.0.1:9"), "vllm=http://127.0.0.1:9: none answers there"),
+        ((tmp_path / "h", "--plot", "/proc/plot.svg"), "--plot /proc/plot.svg: cannot be written: No such file"),
         ((tmp_path / "h", "--environments", "/nope"), "--environments /nope: no such folder"),
         ((tmp_path / "h", "--environments", tmp_path), "lacks vllm or dsv3_plugin; --environments names a folder with"),
         ((tmp_path / "h", "--mini-batches", 9, "--prompts", 2, "--samples", 4), "-batches 9: a step has 8 answers"),
@@ -399,17 +402,35 @@ def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> Non
         done = warm(SFT, models[0], tmp_path / "bad.jsonl", tmp_path / "policy", modules=MODULES)
         assert done.returncode == 1 and says in printed(done).splitlines()[-1]
     done = warm(SFT, models[0], tmp_path / "bad.jsonl", tmp_path / "bad.jsonl" / "policy", modules=MODULES)
-    assert done.returncode == 1 and "a file is in the place of a folder" in printed(done).splitlines()[-1]
+    assert done.returncode == 1 and "policy: cannot be written: Not a directory" in printed(done).splitlines()[-1]
+    solved = [json.dumps(problem.solved().record()) for problem in problems("sort", 4, "test")]
+    (tmp_path / "solved.jsonl").write_text("\n".join(solved))
+    diverges = "--lr", 1e30, "--batch-size", 1, "--clip-grad", 0
+    done = warm(SFT, models[0], tmp_path / "solved.jsonl", tmp_path / "policy", *diverges, modules=MODULES)
+    assert done.returncode == 1 and "error: the gradients' norm is nan" in printed(done).splitlines()[-1]
+    assert not (tmp_path / "policy").exists()
     for name in "micro-batch-size", "mini-batches", "inner-updates":
         done = warm(GRPO, models[0], tmp_path / "i", f"--{name}", 0, modules=MODULES)
         assert done.returncode == 2 and printed(done).endswith(f"argument --{name}: 0: at least 1\n")
     for name, value, says in (
-        ("temperature", "0", "above zero"),
-        ("lr", "nan", "above zero"),
+        ("temperature", "0", "above zero, and finite"),
+        ("lr", "nan", "above zero, and finite"),
         ("steps", "-1", "at least 0"),
+        ("save-interval", "-1", "at least 0"),
+        ("clip-ratio", "nan", "zero or above, and finite"),
+        ("kl-coefficient", "inf", "zero or above, and finite"),
+        ("clip-grad", "nan", "zero or above, and finite"),
+        ("moe-router-bias-update-rate", "nan", "zero or above, and finite"),
+        ("mtp-loss-scaling-factor", "-1", "zero or above, and finite"),
+        ("seed", "-1", "from 0 to 4294967295"),
     ):
         done = warm(GRPO, models[0], tmp_path / "i", f"--{name}={value}", modules=MODULES)
         assert done.returncode == 2 and printed(done).endswith(f"argument --{name}: {value}: {says}\n")
+    for name in "clip-grad", "moe-router-bias-update-rate", "mtp-loss-scaling-factor":
+        done = warm(SFT, models[0], tmp_path / "data", tmp_path / "policy", f"--{name}=nan", modules=MODULES)
+        assert done.returncode == 2 and f"argument --{name}: nan: zero or above" in printed(done)
+    done = warm(SAMPLE, models[0], tmp_path / "out", "--seed=-1", modules=MODULES)
+    assert done.returncode == 2 and printed(done).endswith("argument --seed: -1: from 0 to 4294967295\n")
 
 
 @needs_megatron
