@@ -125,7 +125,12 @@ def _require_weights(args: argparse.Namespace) -> None:
     `--load` may have none yet where it is also `--save`: so begins a run that can be resumed.
     """
     load, save, pretrained = args.load, args.save, args.pretrained_checkpoint
-    if checkpoint_exists(load) or (load is not None and args.ckpt_step):
+    if load is not None and args.ckpt_step:
+        iteration = Path(load) / f"iter_{args.ckpt_step:07d}"
+        if not iteration.is_dir():
+            raise EngineError(f"--ckpt-step {args.ckpt_step}: there is no {iteration}")
+        return
+    if checkpoint_exists(load):
         return
     if load is not None and (save is None or os.path.realpath(load) != os.path.realpath(save)):
         raise EngineError(f"--load {load}: {_lack(Path(load))}")

@@ -80,6 +80,8 @@ def report_kernels(
     """Tables and a plot of what `kernels` measured."""
     from dsv3_plugin.kernels.bench import scoreboard
 
+    if plot and plot.suffix not in (".svg", ".png"):
+        raise KernelError(f"--plot {plot}: name a file that ends in .svg or .png")
     for path in (markdown, plot):
         if path and path.exists() and not force:
             raise KernelError(f"{path} exists; name another file, or replace it with --force")

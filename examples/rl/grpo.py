@@ -37,6 +37,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from threading import Event
 from urllib.parse import urlsplit
 
 import torch
@@ -45,7 +46,7 @@ from launch import ENVIRONMENTS, Launch, exit_on_sigterm, started
 from mismatch import Checks
 from progress import Progress, resume, save
 from recipes import GRPO
-from record import Clock, Record, console, draw
+from record import Clock, Record, console, draw, require_plot
 from rollout import Sample, measure, packed_of, per_token, roll_out, say_greedy_reward
 from servers import SERVERS, Server, counted
 from task import TASKS, Words, problems
@@ -53,7 +54,6 @@ from trainer import Packed, Trainer, pack
 
 from dsv3_plugin.argument_types import above_zero, from_zero, not_negative, positive, seed
 from dsv3_plugin.checkpoint.reader import CheckpointReader
-from dsv3_plugin.checkpoint.writer import require_writable_file
 from dsv3_plugin.errors import DSV3Error, EngineError, InputError
 from dsv3_plugin.profile import ATTENTION_VARIABLE, SLICES_VARIABLE
 
@@ -418,7 +418,7 @@ def start(arguments: argparse.Namespace) -> None:
     if ("model" in arguments.reward) != (arguments.reward_model is not None):
         raise InputError("--reward model and --reward-model FOLDER go together")
     if arguments.plot is not None:
-        require_writable_file(arguments.plot, f"--plot {arguments.plot}")
+        require_plot(arguments.plot)
     if arguments.reward_model is not None:
         CheckpointReader(arguments.reward_model)
     if (answered := arguments.prompts * arguments.samples) < arguments.mini_batches:
@@ -458,13 +458,15 @@ def start(arguments: argparse.Namespace) -> None:
             " learn; give more"
         )
     (run / "weights").mkdir(parents=True, exist_ok=True)
-    # The threads end first, so that no server starts behind the stack that ends it.
-    with ExitStack() as stack, ThreadPoolExecutor() as threads:
+    # The threads end first, so that no server starts behind the stack that ends it, and wait for none that starts.
+    ending = Event()
+    with ExitStack() as stack, ThreadPoolExecutor() as threads, ExitStack() as first:
+        first.callback(ending.set)
 
         def server(name: str, address: str) -> Server:
             if address:
                 return SERVERS[name](address)
-            return stack.enter_context(started(name, launch, run / f"{name}.log"))
+            return stack.enter_context(started(name, launch, run / f"{name}.log", ending))
 
         starting = [threads.submit(server, name, address) for name, _, address in named]
         if not arguments.resume:

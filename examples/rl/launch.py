@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from urllib.parse import urlsplit
 
 from servers import SERVERS, Server
@@ -138,10 +139,14 @@ _LACKS_RAY = (
 )
 
 
+_NEVER = Event()
+
+
 @contextmanager
-def started(name: str, launch: Launch, log: Path) -> Iterator[Server]:
+def started(name: str, launch: Launch, log: Path, ending: Event = _NEVER) -> Iterator[Server]:
     """A server that this program starts. However this program ends, the server ends with all its processes, by
-    `dsv3_plugin.conformance.keeper`. Raises `EngineError` where it ends early.
+    `dsv3_plugin.conformance.keeper`. Raises `EngineError` where it ends early, or this program, by `ending`, before it
+    answers.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -155,7 +160,8 @@ def started(name: str, launch: Launch, log: Path) -> Iterator[Server]:
         while not answers(server):
             if kept.poll() is not None or time.monotonic() > deadline:
                 raise EngineError(f"{name} did not start; the reason is in {log}")
-            time.sleep(0.5)
+            if ending.wait(0.5):
+                raise EngineError(f"{name} was not waited for")
         yield server
     finally:
         keeper.end(kept)
@@ -177,6 +183,7 @@ def exit_on_sigterm() -> None:
 
     def leave(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("SIGTERM: this run ends, its servers first", file=sys.stderr, flush=True)
         sys.exit(143)
 
     signal.signal(signal.SIGTERM, leave)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from dsv3_plugin.checkpoint.writer import require_writable_file
 from dsv3_plugin.errors import EngineError, InputError
 
 WINDOW = 5  # steps that the plot's mean is of: each has other prompts
@@ -100,16 +102,23 @@ def forget_from(run: Path, step: int) -> None:
     part.replace(run / "metrics.jsonl")
 
 
+def require_plot(path: Path) -> None:
+    """Raise `InputError` for a file that `draw` cannot write, and `EngineError` where matplotlib is missing."""
+    if path.suffix not in (".svg", ".png"):
+        raise InputError(f"--plot {path}: name a file that ends in .svg or .png")
+    require_writable_file(path, f"--plot {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EngineError("--plot needs matplotlib: pip install 'dsv3-plugin[plot]'")
+
+
 def draw(run: Path, path: Path) -> None:
     """Write an SVG or PNG: the rewards, and how far the trainer's log-probabilities are from the servers'.
 
-    Raises `EngineError` where matplotlib is missing, and `InputError` where there is nothing to draw.
+    Raises `InputError` where there is nothing to draw.
     """
-    try:
-        import matplotlib
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise EngineError("--plot needs matplotlib: pip install 'dsv3-plugin[plot]'") from error
+    import matplotlib
+    from matplotlib import pyplot
+
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "rl"
     recorded = steps(run)

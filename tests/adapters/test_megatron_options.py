@@ -156,6 +156,7 @@ WITHOUT_WEIGHTS = {
     ("--load", "new"): "no such folder",
     ("--load", "new", "--save", "empty", "--save-interval=10"): "no such folder",
     ("--load", "empty"): "holds no checkpoint of Megatron",
+    ("--load", "run", "--ckpt-step=5"): "--ckpt-step 5: there is no ",
     (
         "--load",
         "new",

@@ -380,6 +380,7 @@ def test_what_cannot_work_is_one_line(models: list[Path], tmp_path: Path) -> Non
         ),
         ((tmp_path / "f", "--server", "vllm=127.0.0.1:9"), "none answers there; write vllm=http://HOST:PORT"),
         ((tmp_path / "g", "--server", "vllm=http://127.0.0.1:9"), "vllm=http://127.0.0.1:9: none answers there"),
+        ((tmp_path / "h", "--plot", "plot.pdf"), "--plot plot.pdf: name a file that ends in .svg or .png"),
         ((tmp_path / "h", "--plot", "/proc/plot.svg"), "--plot /proc/plot.svg: cannot be written: No such file"),
         ((tmp_path / "h", "--environments", "/nope"), "--environments /nope: no such folder"),
         ((tmp_path / "h", "--environments", tmp_path), "lacks vllm or dsv3_plugin; --environments names a folder with"),

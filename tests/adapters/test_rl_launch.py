@@ -30,14 +30,18 @@ pathlib.Path(__file__).with_name("pids").write_text(f"{os.getpid()} {child.pid}"
 class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200), self.end_headers()
+if "--silent" in sys.argv:
+    child.wait()
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Health).serve_forever()
 """
 
 # A training loop of two servers, in the order of grpo.py's `with` statements.
 LOOP = """
 import sys, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 sys.path.insert(0, sys.argv[1])
 from launch import Launch, exit_on_sigterm, started
 from dsv3_plugin.conformance import keeper
@@ -45,16 +49,21 @@ folder = Path(sys.argv[2])
 keeper.__file__ = str(folder / "keeper.py")
 launch = Launch(folder, True, 64, environments=folder, options=dict.fromkeys(("vllm", "sglang"), sys.argv[4:]))
 exit_on_sigterm()
-with ExitStack() as stack:
-    for name in "vllm", "sglang":
-        stack.enter_context(started(name, launch, folder / f"{name}.log"))
+ending = Event()
+def start(name):
+    stack.enter_context(started(name, launch, folder / f"{name}.log", ending))
+with ExitStack() as stack, ThreadPoolExecutor() as threads, ExitStack() as first:
+    first.callback(ending.set)
+    for future in [threads.submit(start, name) for name in ("vllm", "sglang")]:
+        future.result()
     (folder / "running").touch()
     time.sleep(float(sys.argv[3]))
 """
 
 
 def pids(folder: Path) -> list[int]:
-    return [int(pid) for name in ("vllm", "sglang") for pid in (folder / name / "bin/pids").read_text().split()]
+    files = [folder / name / "bin/pids" for name in ("vllm", "sglang")]
+    return [int(pid) for file in files if file.exists() for pid in file.read_text().split()]
 
 
 def start(folder: Path, seconds: float, *more: str) -> subprocess.Popen[bytes]:
@@ -73,7 +82,8 @@ def start(folder: Path, seconds: float, *more: str) -> subprocess.Popen[bytes]:
         # A shell's background jobs ignore SIGINT, and so would what the tests start there.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    until(lambda: (folder / "running").exists() or process.poll() is not None, "the servers")
+    have_begun = (lambda: len(pids(folder)) == 4) if "--silent" in more else (folder / "running").exists
+    until(lambda: have_begun() or process.poll() is not None, "the servers")
     assert len(pids(folder)) == 4 and all(map(is_alive, pids(folder)))
     return process
 
@@ -96,6 +106,13 @@ def test_nothing_of_a_loop_is_left(
     assert process.wait(60) == status
     if signal.SIGKILL not in sent:  # it has waited for the servers themselves
         assert not any(map(is_alive, pids(tmp_path)[::2]))
+    until(lambda: not any(map(is_alive, pids(tmp_path))), "the servers' end")
+
+
+def test_a_loop_that_ends_waits_for_no_server_that_starts(tmp_path: Path) -> None:
+    process = start(tmp_path, 1000, "--silent")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
     until(lambda: not any(map(is_alive, pids(tmp_path))), "the servers' end")
 
 

@@ -71,6 +71,8 @@ def test_report_writes_tables_and_overwrites_nothing(tmp_path):
     assert table.read_text() == "mine"
     assert CliRunner().invoke(app, [*arguments, "--force"]).exit_code == 0
     assert table.read_text() != "mine"
+    refused = CliRunner().invoke(app, [*arguments[:3], "--plot", str(tmp_path / "plot.pdf")])
+    assert isinstance(refused.exception, KernelError) and "ends in .svg or .png" in str(refused.exception)
 
 
 @pytest.mark.parametrize(
