@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from dsv3_plugin.checkpoint.writer import require_writable
 from dsv3_plugin.conformance import report as reports
 from dsv3_plugin.conformance import runner
 from dsv3_plugin.conformance.card import cards, read_report, unclaimed
@@ -163,7 +164,9 @@ def testee_commands(testees: list[str], layouts: list[str], environments: Path) 
 
 
 def _require_new(*files: Path | None) -> None:
-    """Raise `ConformanceError` unless each is a file of its own that can be made, before hours of work go into it."""
+    """Raise `ConformanceError`, or `InputError` where nothing can be written, unless each is a file of its own that can
+    be made, before hours of work go into it.
+    """
     named = [file for file in files if file is not None]
     for file in named:
         if file.exists():
@@ -172,11 +175,7 @@ def _require_new(*files: Path | None) -> None:
             raise ConformanceError(f"{file}: there is no folder {file.parent}")
         if sum(file.resolve() == other.resolve() for other in named) > 1:
             raise ConformanceError(f"{file}: two reports cannot be one file")
-        try:
-            file.touch(exist_ok=False)
-            file.unlink()
-        except OSError as error:
-            raise ConformanceError(f"{file}: cannot be written: {error.strerror}") from None
+        require_writable(file.parent, str(file))
 
 
 def _spread(text: str, layouts: list[ParallelLayout], environments: Path) -> list[runner.TesteeCommand]:

@@ -95,6 +95,12 @@ class Options:
             )
 
 
+def require_layers(name: str, stages: int, layers: int) -> None:
+    """Raise `EngineError`, with the engine's name of the option, for more pipeline stages than decoder layers."""
+    if stages > layers:
+        raise EngineError(f"{name}={stages}: each stage has a decoder layer at least, and the model has {layers}")
+
+
 def _written(value: Any) -> str:
     """As a user gave it: an engine's enumerations show what they hold, its sections all fields that nobody typed."""
     if isinstance(value, Enum):

@@ -458,11 +458,10 @@ def resume(folder: Path, model: Any, optimizer: Any, schedule: Any) -> tuple[int
         wanted = state_of(model, optimizer, schedule, is_loading=True)
     with readable(latest):
         state = dist_checkpointing.load(wanted, str(latest))
+    model.load_state_dict(state["model"])
     if is_release:
-        model.load_state_dict(state["model"])
         optimizer.reload_model_params()
         return 0, 0
-    model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     return int(state["iteration"]), int(state["consumed_samples"])

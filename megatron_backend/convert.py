@@ -400,10 +400,7 @@ def readable(checkpoint: Path) -> Iterator[None]:
     except (Exception, CheckpointException) as error:
         known = isinstance(error, CheckpointingException | CheckpointException | OSError | RuntimeError | ValueError)
         kind, lines = type(error).__name__, str(error).strip().splitlines()
-        if known and lines:
-            reason = lines[-1]
-        else:
-            reason = f"{kind}: {lines[0].partition('. ')[0]}" if lines else kind
+        reason = (lines[-1] if known else f"{kind}: {lines[0].partition('. ')[0]}") if lines else kind
         # Megatron names what it misses beside all that there is.
         reason = shorten(reason, 300, placeholder=" ...")
         raise CheckpointError(f"{checkpoint}: cannot be read: {reason}") from None

@@ -13,7 +13,7 @@ from typing import Any
 from dsv3_plugin.checkpoint.names import dtype_name
 from dsv3_plugin.engines import is_ours
 from dsv3_plugin.errors import EngineError
-from dsv3_plugin.options import Options, honoured, irrelevant, refused
+from dsv3_plugin.options import Options, honoured, irrelevant, refused, require_layers
 from dsv3_plugin.profile import ATTENTION_VARIABLE
 from dsv3_plugin.sglang_backend import attention
 
@@ -55,10 +55,7 @@ def require_possible_together(values: Mapping[str, Any], layers: int) -> None:
         values: SGLang's options as it was started.
         layers: the model's, without the MTP layer.
     """
-    if values["pp_size"] > layers:
-        raise EngineError(
-            f"pp_size={values['pp_size']}: each stage has a decoder layer at least, and the model has {layers}"
-        )
+    require_layers("pp_size", values["pp_size"], layers)
     stages = f"pp_size={values['pp_size']}" if values["pp_size"] > 1 else None
     experts = f"ep_size={values['ep_size']}" if values["ep_size"] != values["tp_size"] else None
     replicas = max(values["dp_size"], values.get("attn_dp_size") or 1)

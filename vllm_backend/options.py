@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_plugin.errors import EngineError
-from dsv3_plugin.options import Options, honoured, irrelevant, refused
+from dsv3_plugin.options import Options, honoured, irrelevant, refused, require_layers
 from dsv3_plugin.profile import ATTENTION_VARIABLE
 
 _OWN_KERNELS = "the model runs kernels of its own, see DSV3_PLUGIN_MODE"
@@ -391,10 +391,7 @@ def require_supported(vllm_config: Any) -> None:
     OPTIONS.require_supported(_values(vllm_config))
     ENVIRONMENT.require_supported(environment(vllm_config))
     stages = vllm_config.parallel_config.pipeline_parallel_size
-    if stages > (layers := vllm_config.model_config.hf_config.num_hidden_layers):
-        raise EngineError(
-            f"pipeline_parallel_size={stages}: each stage has a decoder layer at least, and the model has {layers}"
-        )
+    require_layers("pipeline_parallel_size", stages, vllm_config.model_config.hf_config.num_hidden_layers)
     if (drafts := vllm_config.num_speculative_tokens) > _MOST_DRAFTS:
         raise EngineError(f"num_speculative_tokens={drafts}: vLLM's rejection sampler takes {_MOST_DRAFTS} at most")
     if stages > 1 and vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:

@@ -50,11 +50,12 @@ def draw(board: Board, path: Path) -> None:
         raise EngineError("the plot needs rows of an engine's own model that mean something, and there are none")
     figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.22 * len(drawn)), layout="constrained")
     axes.axvline(1, color="#c64600", linewidth=1.5, label="the engine's own model")
-    measured = {way for _, ratios in drawn for way in ratios}
-    roles = {record.way: record.role for record in board.records if record.way in measured}
+    roles = {record.way: record.role for record in board.records}
     for way, role in roles.items():
         mark, colour = _MARKS[role]
         points = [(ratios[way], -at) for at, (_, ratios) in enumerate(drawn) if way in ratios]
+        if not points:
+            continue
         seen = [(min(max(x, _FROM), _TO), y) for x, y in points]
         axes.scatter([x for x, _ in seen], [y for _, y in seen], marker=mark, color=colour, label=way, s=32, zorder=3)
     axes.set_xscale("log")
